@@ -1,0 +1,67 @@
+# People and CI call the same targets. `make` alone lists them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev swarm test test-all lint format proto bench lock clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+BIN := .venv/bin
+SWARM_FLAGS ?=#    make swarm SWARM_FLAGS=--resume
+PYTEST_FLAGS ?=#   make test PYTEST_FLAGS="tests/unit -x"
+BENCH_JSON ?= runs/bench/dispatch.json
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+setup: .venv/.runtime ## install what a node needs into .venv
+setup-dev: .venv/.dev ## the same, and what tests and checks need
+swarm: setup ## train a real model over a swarm of local processes (flags: SWARM_FLAGS)
+	@$(BIN)/python run_node.py local $(SWARM_FLAGS)
+test: setup-dev ## run the tests but the slow ones (flags: PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+test-all: setup-dev ## run every test
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+lint: setup-dev ## check style, types, layering and generated code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tests.support.generated --check
+format: setup-dev ## format the code and mend what ruff can
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+proto: setup-dev ## generate protocol/*_pb2 from protocol/*.proto
+	@$(BIN)/python -m tests.support.generated
+bench: setup-dev ## measure dispatch against hivemind (rows to BENCH_JSON)
+	@mkdir -p $(dir $(BENCH_JSON))
+	@$(BIN)/python -m tests.benchmarks.dispatch --json $(BENCH_JSON)
+lock: setup-dev ## bring the lock files up to date with pyproject.toml
+	@$(call compile,requirements.lock,)
+	@$(call compile,requirements-dev.lock,--extra=dev --constraint=requirements.lock)
+clean: ## remove caches and build outputs (not .venv, not runs/)
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else \
+		f"Kilohive needs Python 3.11 or newer; $(PYTHON) is {v}. Install one, then: make setup PYTHON=/path/to/it")'
+	@echo "Making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+.venv/.runtime: requirements.lock | .venv/bin/pip
+	@$(call install,requirements.lock)
+	@touch .venv/.runtime
+.venv/.dev: requirements-dev.lock | .venv/bin/pip
+	@$(call install,requirements-dev.lock)
+	@touch .venv/.runtime .venv/.dev
+
+# A dot every two seconds, because pip is silent while it unpacks torch; pip's errors are shown, its warnings are not.
+define install
+printf 'Installing %s packages into .venv (a minute or more) ' "$$(grep -c == $(1))"; \
+(while sleep 2; do printf .; done) & dots=$$!; trap "kill $$dots 2>/dev/null; echo" EXIT; \
+$(BIN)/pip install -qq --disable-pip-version-check -r $(1); printf done
+endef
+# torch brings its own CUDA packages where it has some: the locks hold none, and no build of torch that only some have.
+define compile
+CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -qq --strip-extras --unsafe-package=pip --no-emit-options \
+	--no-emit-index-url --annotation-style=line $(2) -o $(1) pyproject.toml; \
+sed -i.old -E '/^(nvidia|cuda|triton)/d; s/^(torch==[0-9.]+)\+[a-z0-9]+ */\1  /' $(1); rm $(1).old
+endef

@@ -1,0 +1,1 @@
+"""What the tests share: leak checks, the check of generated code, fakes. Only `tests/` imports it."""

@@ -1,0 +1,236 @@
+"""The manifest: what one run trains, as every node of it must agree. TOML, signed by the run's owner.
+
+A run id ends in a hash of the manifest's canonical TOML, so a run id names exactly one manifest and nobody,
+the owner included, can swap it under a running swarm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+
+import tomli_w
+
+from protocol import limits
+from protocol.errors import ManifestError
+
+PROTOCOL_VERSION = 1
+MAX_TOML_BYTES = 8192
+MAX_NAME_CHARS = 48
+MAX_INTEGER = 1 << 63
+HASH_CHARS = 32
+"""128 bits: building a second manifest with the same run id stays out of reach."""
+
+T = TypeVar("T")
+
+Codec = Literal["fp64", "fp32", "bf16", "fp16", "int8"]
+Dtype = Literal["fp32", "fp64"]
+GateKind = Literal["topk", "product_key"]
+ExpertKindName = Literal["ffn"]
+
+
+class BlockId(NamedTuple):
+    """A contiguous range of experts of one layer: the unit of hosting."""
+
+    layer: int
+    block: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}/{self.block}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the model: the trunk and the grid of experts."""
+
+    d_model: int = 128
+    n_layers: int = 2
+    n_heads: int = 4
+    context: int = 128
+    vocab_size: int = 256
+    expert_kind: ExpertKindName = "ffn"
+    expert_hidden: int = 32
+    experts_per_layer: int = 512
+    experts_per_block: int = 32
+    experts_per_token: int = 4
+    gate: GateKind = "topk"
+    capacity_factor: float = 16.0
+    balance_rate: float = 5e-3
+
+    @property
+    def blocks_per_layer(self) -> int:
+        """Number of blocks in each layer; the last one may be smaller."""
+        return -(-self.experts_per_layer // self.experts_per_block)
+
+    def block_experts(self, block: int) -> range:
+        """Expert indices of `block`, within its layer."""
+        start = block * self.experts_per_block
+        return range(start, min(start + self.experts_per_block, self.experts_per_layer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam for trunk and experts, with one schedule over the run's tokens."""
+
+    lr: float = 5e-3
+    expert_lr: float = 5e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    expert_grad_clip: float = 1.0
+    warmup_tokens: int = 50_000
+    total_tokens: int = 1_000_000
+    final_lr_fraction: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that defines a run. `owner` is the peer id of the key that signs it."""
+
+    name: str
+    seed: int = 0
+    owner: str = ""
+    protocol_version: int = PROTOCOL_VERSION
+    codec: Codec = "fp32"
+    dtype: Dtype = "fp32"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _check_manifest(self)
+
+    @property
+    def run_id(self) -> str:
+        """Name and hash: the same manifest has the same id everywhere."""
+        return f"{self.name}-{hashlib.sha256(self.to_toml().encode()).hexdigest()[:HASH_CHARS]}"
+
+    def to_toml(self) -> str:
+        """Canonical text: fields in the order of the dataclasses."""
+        return tomli_w.dumps(asdict(self))
+
+    @classmethod
+    def from_toml(cls, text: str) -> Manifest:
+        """Parse and check every field; raises ManifestError naming the first that is wrong."""
+        if len(text.encode()) > MAX_TOML_BYTES:
+            raise ManifestError(f"manifest: longer than {MAX_TOML_BYTES} bytes")
+        try:
+            table = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            # tomllib's own error is a ValueError; so is an integer of thousands of digits.
+            raise ManifestError(f"manifest: not TOML: {str(error)[:200]}") from None
+        model = _build(ModelConfig, table.pop("model", {}), "model.")
+        optimizer = _build(OptimizerConfig, table.pop("optimizer", {}), "optimizer.")
+        return _build(cls, {**table, "model": model, "optimizer": optimizer}, "")
+
+
+def all_blocks(model: ModelConfig) -> list[BlockId]:
+    """Every block of the grid, in order of layer and index."""
+    return [BlockId(layer, block) for layer in range(model.n_layers) for block in range(model.blocks_per_layer)]
+
+
+def _build(cls: type[T], table: object, prefix: str) -> T:
+    """Build a config from an untrusted table: every key known, every value of its declared type."""
+    if not isinstance(table, dict):
+        raise ManifestError(f"{prefix.rstrip('.') or 'manifest'}: must be a table")
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise ManifestError(f"{prefix}{key}: unknown field; this run may need a newer kilohive")
+        values[key] = _typed(f"{prefix}{key}", value, hints[key])
+    missing = [f.name for f in fields(cls) if f.name not in values and f.name == "name"]  # type: ignore[arg-type]
+    if missing:
+        raise ManifestError(f"{prefix}{missing[0]}: missing")
+    return cls(**values)
+
+
+def _typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401 - a type, or a Literal
+    choices = get_args(hint)
+    if choices:
+        if value not in choices:
+            raise ManifestError(f"{name}: is {str(value)[:60]!r}, must be one of {', '.join(map(str, choices))}")
+        return value
+    if hint is float and type(value) is int and abs(value) <= MAX_INTEGER:
+        return float(value)
+    if type(value) is not hint or (type(value) is int and abs(value) > MAX_INTEGER):
+        raise ManifestError(f"{name}: must be {hint.__name__}, is {type(value).__name__} {str(value)[:60]}")
+    return value
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    name = manifest.name
+    if (
+        not name
+        or len(name) > MAX_NAME_CHARS
+        or not name.replace("-", "").replace("_", "").isalnum()
+        or not name.isascii()
+    ):
+        raise ManifestError(f"name: must be 1 to {MAX_NAME_CHARS} letters, digits, - or _, is {name[:60]!r}")
+    if manifest.protocol_version != PROTOCOL_VERSION:
+        raise ManifestError(
+            f"protocol_version: this run speaks {manifest.protocol_version}, this kilohive speaks {PROTOCOL_VERSION}; "
+            "install the version that the run's owner names"
+        )
+    if not 0 <= manifest.seed < 1 << 53:
+        raise ManifestError(f"seed: must be from 0 to 2**53 - 1, is {manifest.seed}")
+    _check_ranges(manifest.model, _MODEL_RANGES, "model.")
+    _check_ranges(manifest.optimizer, _OPTIMIZER_RANGES, "optimizer.")
+    _check_model(manifest.model)
+
+
+_MODEL_RANGES: dict[str, tuple[float, float]] = {
+    "d_model": (1, limits.MAX_WIDTH),
+    "n_layers": (1, limits.MAX_LAYERS),
+    "n_heads": (1, 1024),
+    "context": (1, limits.MAX_TOKENS),
+    "vocab_size": (256, 256),
+    "expert_hidden": (1, limits.MAX_WIDTH),
+    "experts_per_layer": (1, limits.MAX_EXPERTS_PER_LAYER),
+    "experts_per_block": (1, limits.MAX_EXPERTS_PER_LAYER),
+    "experts_per_token": (1, limits.MAX_EXPERTS_PER_TOKEN),
+    "capacity_factor": (0, 1e6),
+    "balance_rate": (0, 1),
+}
+
+_OPTIMIZER_RANGES: dict[str, tuple[float, float]] = {
+    "lr": (0, 10),
+    "expert_lr": (0, 10),
+    "beta1": (0, 0.9999),
+    "beta2": (0, 0.99999),
+    "eps": (1e-30, 1),
+    "weight_decay": (0, 10),
+    "grad_clip": (1e-9, 1e9),
+    "expert_grad_clip": (1e-9, 1e9),
+    "warmup_tokens": (0, limits.MAX_RUN_TOKENS),
+    "total_tokens": (1, limits.MAX_RUN_TOKENS),
+    "final_lr_fraction": (0, 1),
+}
+
+
+def _check_ranges(config: object, ranges: dict[str, tuple[float, float]], prefix: str) -> None:
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not math.isfinite(value) or not low <= value <= high:
+            raise ManifestError(f"{prefix}{name}: must be from {low} to {high}, is {value}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.d_model % (2 * model.n_heads):
+        raise ManifestError(
+            f"model.d_model: must be a multiple of 2 * n_heads = {2 * model.n_heads}, is {model.d_model}"
+        )
+    if model.experts_per_token > model.experts_per_layer:
+        raise ManifestError(
+            f"model.experts_per_token: is {model.experts_per_token}, "
+            f"more than the {model.experts_per_layer} experts per layer"
+        )
+    if model.gate == "product_key" and math.isqrt(model.experts_per_layer) ** 2 != model.experts_per_layer:
+        raise ManifestError(
+            f"model.experts_per_layer: product keys need a square number such as 256, 1024 or 4096, "
+            f"is {model.experts_per_layer}"
+        )

@@ -1,0 +1,118 @@
+"""`swarm.toml`: what a node needs to find a run. The coordinator writes it; hosts, trainers and `status` read it."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import tomli_w
+
+from protocol import limits
+from protocol.atomic_file import write_atomically
+from protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_FILE_BYTES = 65_536
+MAX_INITIAL_PEERS = 64
+MAX_ADDRESS_CHARS = 512
+HOW_TO_NAME_A_SWARM = (
+    "name the swarm with --swarm FILE (swarm.toml, from its coordinator) or with --run-id and --initial-peers"
+)
+
+
+class SwarmChoice(Protocol):
+    """The part of a node's configuration that says which swarm to join."""
+
+    @property
+    def swarm(self) -> Path | None:
+        """File written by a coordinator."""
+
+    @property
+    def run_id(self) -> str:
+        """Run to join; wins over the file's."""
+
+    @property
+    def initial_peers(self) -> tuple[str, ...]:
+        """Multiaddresses; they win over the file's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwarmFile:
+    """A run and the peers through which to reach it."""
+
+    run_id: str
+    initial_peers: tuple[str, ...]
+    owner: str = ""
+
+    def write(self, path: Path) -> None:
+        """Write atomically; raises OSError."""
+        write_atomically(path, tomli_w.dumps({**asdict(self), "initial_peers": list(self.initial_peers)}).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> SwarmFile:
+        """Read and check every field; raises ConfigError naming the file and what is wrong with it."""
+        table = _read_table(path)
+        unknown = sorted(table.keys() - {"run_id", "initial_peers", "owner"})
+        if unknown:
+            raise ConfigError(f"{path}: {unknown[0]}: unknown field; this swarm may need a newer kilohive")
+        owner = table.get("owner", "")
+        if not isinstance(owner, str) or len(owner) > MAX_ADDRESS_CHARS:
+            raise ConfigError(f"{path}: owner: must be a peer id")
+        try:
+            return cls(
+                run_id=_run_id(table.get("run_id")), initial_peers=_peers(table.get("initial_peers")), owner=owner
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def resolve(choice: SwarmChoice) -> tuple[str, tuple[str, ...]]:
+    """Run id and initial peers of the swarm that a configuration names; raises ConfigError."""
+    run_id, initial_peers = choice.run_id, choice.initial_peers
+    if choice.swarm is not None and not (run_id and initial_peers):
+        file = SwarmFile.read(choice.swarm)
+        run_id, initial_peers = run_id or file.run_id, initial_peers or file.initial_peers
+    if not run_id or not initial_peers:
+        raise ConfigError(HOW_TO_NAME_A_SWARM)
+    return _run_id(run_id), _peers(list(initial_peers))
+
+
+def _read_table(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; {HOW_TO_NAME_A_SWARM}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: is longer than {MAX_FILE_BYTES} bytes, so it is not a swarm file")
+    try:
+        return tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a swarm file: {error}") from None
+
+
+def _run_id(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError("run_id: must be the name of a run, as its coordinator printed it")
+    plain = value.replace("-", "").replace("_", "")
+    if len(value) > limits.MAX_RUN_ID_CHARS or not (plain.isascii() and plain.isalnum()):
+        raise ConfigError(f"run_id: must be 1 to {limits.MAX_RUN_ID_CHARS} letters, digits, - or _, is {value[:60]!r}")
+    return value
+
+
+def _peers(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_INITIAL_PEERS:
+        raise ConfigError(f"initial_peers: must be 1 to {MAX_INITIAL_PEERS} multiaddresses")
+    return tuple(_peer(address) for address in value)
+
+
+def _peer(value: object) -> str:
+    wanted = "a multiaddress such as /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
+    if not isinstance(value, str) or not value.startswith("/") or "/p2p/" not in value:
+        raise ConfigError(f"initial_peers: must be {wanted}, is {str(value)[:60]!r}")
+    if len(value) > MAX_ADDRESS_CHARS or not value.isascii() or any(char.isspace() for char in value):
+        raise ConfigError(f"initial_peers: must be {wanted} of at most {MAX_ADDRESS_CHARS} characters without blanks")
+    return value

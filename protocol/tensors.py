@@ -1,0 +1,150 @@
+"""The only place that turns tensors into bytes and back.
+
+A tensor from a peer is checked against a `TensorSpec` (codec, shape, byte count, finite, magnitude) before anything is
+allocated for it. Never pickle.
+
+Shapes: T tokens, D model width, P (token, expert) pairs, R rows, N columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from protocol import expert_pb2 as pb
+from protocol.errors import InvalidInputError, LimitExceededError
+from protocol.limits import MAX_TENSOR_DIMS, MAX_TENSOR_ELEMENTS, MAX_VALUE
+
+if TYPE_CHECKING:
+    from protocol.manifest import Codec, Dtype
+
+CODECS: dict[Codec, pb.Codec] = {
+    "fp64": pb.CODEC_FP64,
+    "fp32": pb.CODEC_FP32,
+    "bf16": pb.CODEC_BF16,
+    "fp16": pb.CODEC_FP16,
+    "int8": pb.CODEC_INT8,
+}
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64}
+
+_STORED_AS: dict[pb.Codec, torch.dtype] = {
+    pb.CODEC_FP64: torch.float64,
+    pb.CODEC_FP32: torch.float32,
+    pb.CODEC_BF16: torch.bfloat16,
+    pb.CODEC_FP16: torch.float16,
+    pb.CODEC_INT8: torch.int8,
+    pb.CODEC_INT32: torch.int32,
+}
+_FLOATS = frozenset(CODECS.values())
+_INT8_MAX = 127
+_FP16_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a peer may send in one field. `None` in `shape` leaves that dimension free, up to `max_elements` in all."""
+
+    field: str
+    shape: tuple[int | None, ...]
+    max_elements: int = MAX_TENSOR_ELEMENTS
+
+
+def encode(x: torch.Tensor, codec: Codec) -> pb.Tensor:
+    """Message for a float tensor of any shape; `int8` keeps one absmax scale per row of the last dimension.
+
+    fp16 saturates at its largest value: an infinity would be refused by the receiver.
+    """
+    kind = CODECS[codec]
+    shape = tuple(x.shape)
+    if kind == pb.CODEC_INT8:
+        q_RN, scale_R = _quantise_rows(x.detach().to(torch.float32).reshape(-1, shape[-1] if shape else 1))
+        return pb.Tensor(codec=kind, shape=shape, data=_to_bytes(q_RN), scales=_to_bytes(scale_R))
+    x = x.detach()
+    if kind == pb.CODEC_FP16:
+        x = x.clamp(-_FP16_MAX, _FP16_MAX)
+    return pb.Tensor(codec=kind, shape=shape, data=_to_bytes(x.to(_STORED_AS[kind])))
+
+
+def encode_indices(index_P: torch.Tensor) -> pb.Tensor:
+    """Message for a vector of indices below 2**31."""
+    return pb.Tensor(codec=pb.CODEC_INT32, shape=tuple(index_P.shape), data=_to_bytes(index_P.to(torch.int32)))
+
+
+def decode(message: pb.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    """Float tensor of `dtype` on the CPU; raises InvalidInputError naming the field for anything that is off."""
+    if message.codec not in _FLOATS:
+        raise InvalidInputError(spec.field, f"codec {message.codec} is not one of {', '.join(CODECS)}")
+    shape = _checked_shape(message, spec)
+    stored = _from_bytes(message.data, _STORED_AS[message.codec]).view(shape)
+    x = _dequantise(message, stored, spec).to(dtype) if message.codec == pb.CODEC_INT8 else stored.to(dtype)
+    _check_values(x, spec.field)
+    return x
+
+
+def decode_indices(message: pb.Tensor, spec: TensorSpec, upper: int) -> torch.Tensor:
+    """int64 vector with every entry in [0, upper)."""
+    if message.codec != pb.CODEC_INT32:
+        raise InvalidInputError(spec.field, f"codec {message.codec} is not int32")
+    index_P = _from_bytes(message.data, torch.int32).view(_checked_shape(message, spec)).long()
+    if index_P.numel():
+        low, high = (int(v) for v in torch.aminmax(index_P))
+        if low < 0 or high >= upper:
+            raise InvalidInputError(spec.field, f"index {low if low < 0 else high} is outside 0 to {upper - 1}")
+    return index_P
+
+
+def _checked_shape(message: pb.Tensor, spec: TensorSpec) -> tuple[int, ...]:
+    shape = tuple(message.shape)
+    if len(shape) > MAX_TENSOR_DIMS or len(shape) != len(spec.shape):
+        raise InvalidInputError(spec.field, f"has {len(shape)} dimensions, must have {len(spec.shape)}")
+    if any(want is not None and have != want for have, want in zip(shape, spec.shape, strict=True)):
+        wanted = " x ".join("any" if want is None else str(want) for want in spec.shape)
+        raise InvalidInputError(spec.field, f"shape is {' x '.join(map(str, shape))}, must be {wanted}")
+    elements = math.prod(shape)
+    if elements > spec.max_elements:
+        raise LimitExceededError(f"{spec.field} elements", elements, spec.max_elements)
+    expected = elements * _STORED_AS[message.codec].itemsize
+    if len(message.data) != expected:
+        raise InvalidInputError(spec.field, f"has {len(message.data)} bytes, its shape needs {expected}")
+    return shape
+
+
+def _check_values(x: torch.Tensor, field: str) -> None:
+    if not x.numel():
+        return
+    # One pass: NaN and infinities propagate into the extremes.
+    low, high = (float(v) for v in torch.aminmax(x))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InvalidInputError(field, "holds NaN or infinity")
+    if max(-low, high) > MAX_VALUE:
+        raise LimitExceededError(f"{field} magnitude", max(-low, high), MAX_VALUE)
+
+
+def _quantise_rows(x_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale_R = x_RN.abs().amax(dim=-1) / _INT8_MAX if x_RN.numel() else x_RN.new_zeros(len(x_RN))
+    safe_R = torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
+    q_RN = torch.round(x_RN / safe_R[:, None]).clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+    return q_RN, scale_R
+
+
+def _dequantise(message: pb.Tensor, q: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    rows = math.prod(q.shape[:-1])
+    expected = rows * torch.float32.itemsize
+    if len(message.scales) != expected:
+        raise InvalidInputError(spec.field, f"has {len(message.scales)} bytes of scales, its shape needs {expected}")
+    scale_R = _from_bytes(message.scales, torch.float32)
+    _check_values(scale_R, f"{spec.field} scales")
+    return q.to(torch.float32) * scale_R.view(*q.shape[:-1], 1)
+
+
+def _to_bytes(x: torch.Tensor) -> bytes:
+    flat = x.contiguous().cpu().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    # bytearray: torch wants memory that it may write to.
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)

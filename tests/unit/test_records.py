@@ -1,0 +1,391 @@
+"""Records: what is signed is what is read, and nothing else gets through."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol import records_pb2
+from protocol.errors import ManifestError, RecordError
+from protocol.identity import Identity
+from protocol.manifest import HASH_CHARS, BlockId, Manifest
+from protocol.records import (
+    _DOMAIN,
+    MAX_ANNOUNCE_TTL_S,
+    MAX_MANIFEST_TTL_S,
+    MAX_RECORD_BYTES,
+    BlockRecord,
+    PeerRecord,
+    SignedRecord,
+    _signed_bytes,
+    block_key,
+    decode_block,
+    decode_manifest,
+    decode_peer,
+    encode_block,
+    encode_manifest,
+    encode_peer,
+    manifest_key,
+    open_record,
+    parse_key,
+    peers_key,
+    read_payload,
+    sign_record,
+)
+
+NOW_S = 1_800_000_000.0
+RUN = "demo-0123456789ab"
+KEY = block_key(RUN, BlockId(1, 3))
+OWNER = Identity(
+    bytes([8, 1, 18, 64])
+    + bytes(range(32))
+    + bytes.fromhex("03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8")
+)
+BLOCK = BlockRecord(
+    block=BlockId(1, 3),
+    version=7,
+    endpoint="192.0.2.1:4000",
+    queue_tokens=5,
+    tokens_per_s=12.5,
+    tokens_total=99,
+    n_experts=32,
+)
+PEER = PeerRecord(
+    role="host",
+    endpoint="[2001:db8::1]:4000",
+    software="kilohive 0.1.0",
+    started_s=NOW_S - 60,
+    n_blocks=8,
+    tokens_per_s=1e4,
+    run_tokens=123,
+    queue_tokens=4,
+)
+
+
+def signed(**changes: object) -> bytes:
+    fields = {"key": KEY, "version": 3, "expiration_s": NOW_S + 20.0, "payload": encode_block(BLOCK), **changes}
+    return sign_record(OWNER, **fields)  # type: ignore[arg-type]
+
+
+def forged(message: records_pb2.SignedRecord, signer: Identity = OWNER) -> bytes:
+    """What an attacker gets who signs fields that `sign_record` would refuse."""
+    record = SignedRecord(
+        key=message.key,
+        owner=message.subkey,
+        version=message.version,
+        expiration_s=message.expiration_s,
+        payload=message.payload,
+    )
+    message.public_key, message.signature = signer.public_key, signer.sign(_DOMAIN, _signed_bytes(record))
+    return message.SerializeToString(deterministic=True)
+
+
+def unsigned(**changes: object) -> records_pb2.SignedRecord:
+    message = records_pb2.SignedRecord.FromString(signed())
+    for name, value in changes.items():
+        setattr(message, name, value)
+    return message
+
+
+def test_a_record_opens_as_it_was_signed() -> None:
+    record = open_record(signed(), key=KEY, now_s=NOW_S)
+    assert (record.key, record.owner, record.version, record.expiration_s) == (KEY, OWNER.peer_id, 3, NOW_S + 20)
+    assert read_payload(record) == BLOCK
+    assert not record.withdrawn
+
+
+def test_an_empty_payload_withdraws() -> None:
+    record = open_record(signed(payload=b""), key=KEY, now_s=NOW_S)
+    assert record.withdrawn
+    assert read_payload(record) is None
+
+
+@given(st.data())
+def test_any_mutation_of_a_signed_record_is_refused(data: st.DataObject) -> None:
+    raw = signed()
+    start = data.draw(st.integers(0, len(raw)))
+    end = data.draw(st.integers(start, min(start + 8, len(raw))))
+    mutated = raw[:start] + data.draw(st.binary(max_size=8)) + raw[end:]
+    if mutated == raw:
+        return
+    with pytest.raises(RecordError):
+        open_record(mutated, key=KEY, now_s=NOW_S)
+
+
+def test_every_flipped_bit_is_refused() -> None:
+    raw = signed()
+    for position in range(len(raw)):
+        for bit in range(8):
+            mutated = bytearray(raw)
+            mutated[position] ^= 1 << bit
+            with pytest.raises(RecordError):
+                open_record(bytes(mutated), key=KEY, now_s=NOW_S)
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_are_no_record(raw: bytes) -> None:
+    with pytest.raises(RecordError):
+        open_record(raw, key=KEY, now_s=NOW_S)
+
+
+def test_another_spelling_of_the_same_record_is_refused() -> None:
+    raw = signed()
+    unknown_field = raw + b"\xf8\x7f\x01"
+    repeated_field = raw + b"\x18\x03"
+    assert records_pb2.SignedRecord.FromString(repeated_field) == records_pb2.SignedRecord.FromString(raw)
+    for spelling in (unknown_field, repeated_field):
+        with pytest.raises(RecordError, match="canonical"):
+            open_record(spelling, key=KEY, now_s=NOW_S)
+
+
+def test_an_oversize_record_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(RecordError, match=f"is {MAX_RECORD_BYTES + 1} bytes, but the limit is {MAX_RECORD_BYTES}"):
+        open_record(b"\xff" * (MAX_RECORD_BYTES + 1), key=KEY, now_s=NOW_S)
+
+
+def test_an_oversize_payload_is_refused_although_it_is_signed() -> None:
+    with pytest.raises(RecordError, match="payload: is 513 bytes, but the limit is 512"):
+        open_record(forged(unsigned(payload=b"x" * 513)), key=KEY, now_s=NOW_S)
+
+
+def test_a_record_for_another_key_is_refused() -> None:
+    with pytest.raises(RecordError, match="is signed for"):
+        open_record(signed(), key=block_key(RUN, BlockId(1, 4)), now_s=NOW_S)
+
+
+def test_a_payload_about_another_block_than_its_key_is_refused() -> None:
+    other = encode_block(replace(BLOCK, block=BlockId(0, 3)))
+    with pytest.raises(RecordError, match="the payload is about 0/3, its key about 1/3"):
+        open_record(forged(unsigned(payload=other)), key=KEY, now_s=NOW_S)
+
+
+def test_nobody_signs_for_somebody_else() -> None:
+    mallory = Identity.generate()
+    with pytest.raises(RecordError, match="not the peer id of the public key"):
+        open_record(forged(unsigned(), signer=mallory), key=KEY, now_s=NOW_S)
+    claimed = forged(unsigned(subkey=mallory.peer_id), signer=mallory)
+    assert open_record(claimed, key=KEY, now_s=NOW_S).owner == mallory.peer_id  # as themselves they may
+
+
+@pytest.mark.parametrize("left_s", [0.0, -0.001, -1e6])
+def test_an_expired_record_is_refused(left_s: float) -> None:
+    with pytest.raises(RecordError, match="expired"):
+        open_record(signed(expiration_s=NOW_S + left_s), key=KEY, now_s=NOW_S)
+
+
+def test_a_record_that_expires_too_far_ahead_is_refused() -> None:
+    open_record(signed(expiration_s=NOW_S + MAX_ANNOUNCE_TTL_S), key=KEY, now_s=NOW_S)
+    with pytest.raises(RecordError, match="ahead, but the limit is 300"):
+        open_record(signed(expiration_s=NOW_S + MAX_ANNOUNCE_TTL_S + 0.1), key=KEY, now_s=NOW_S)
+
+
+@pytest.mark.parametrize("expiration_s", [math.nan, math.inf, -math.inf, -1.0])
+def test_a_time_that_is_none_is_refused(expiration_s: float) -> None:
+    with pytest.raises(RecordError, match="expiration_s"):
+        open_record(forged(unsigned(expiration_s=expiration_s)), key=KEY, now_s=NOW_S)
+    with pytest.raises(RecordError, match="expiration_s"):
+        signed(expiration_s=expiration_s)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens_per_s", math.nan),
+        ("tokens_per_s", math.inf),
+        ("tokens_per_s", -1.0),
+        ("version", 1 << 63),
+        ("tokens_total", 1 << 63),
+        ("n_experts", 1 << 31),
+        ("layer", 256),
+        ("block", 1 << 31),
+        ("endpoint", ""),
+        ("endpoint", "192.0.2.1"),
+        ("endpoint", "192.0.2.1:0"),
+        ("endpoint", "192.0.2.1:65536"),
+        ("endpoint", "192.0.2.1:+80"),
+        ("endpoint", "\x1b[31mred:80"),
+        ("endpoint", "a b:80"),
+        ("endpoint", "unix:/etc/passwd:80"),
+        ("endpoint", f"{'a' * 256}:80"),
+    ],
+)
+def test_a_block_with_a_wrong_field_is_refused_by_name(field: str, value: float | str) -> None:
+    message = records_pb2.BlockRecord.FromString(encode_block(BLOCK))
+    setattr(message, field, value)
+    payload = message.SerializeToString()
+    with pytest.raises(RecordError, match=field):
+        decode_block(payload)
+    with pytest.raises(RecordError, match=field):
+        open_record(forged(unsigned(payload=payload)), key=KEY, now_s=NOW_S)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("role", "router"),
+        ("role", ""),
+        ("endpoint", "nowhere"),
+        ("software", "x" * 65),
+        ("software", "kilohive\n\x1b[2J"),
+        ("started_s", math.nan),
+        ("started_s", -1.0),
+        ("tokens_per_s", math.inf),
+        ("run_tokens", 1 << 63),
+    ],
+)
+def test_a_peer_with_a_wrong_field_is_refused_by_name(field: str, value: float | str) -> None:
+    message = records_pb2.PeerRecord.FromString(encode_peer(PEER))
+    setattr(message, field, value)
+    with pytest.raises(RecordError, match=field):
+        decode_peer(message.SerializeToString())
+
+
+def test_our_own_mistakes_are_caught_before_they_are_signed() -> None:
+    with pytest.raises(RecordError, match="tokens_per_s"):
+        replace(BLOCK, tokens_per_s=math.nan)
+    with pytest.raises(RecordError, match="queue_tokens"):
+        replace(BLOCK, queue_tokens=1 << 32)
+    with pytest.raises(RecordError, match="role"):
+        PeerRecord(role="router")  # type: ignore[arg-type]
+
+
+finite = st.floats(0, 1e15, allow_nan=False)
+
+
+@given(
+    st.builds(
+        BlockRecord,
+        block=st.builds(BlockId, st.integers(0, 255), st.integers(0, (1 << 20) - 1)),
+        version=st.integers(0, (1 << 63) - 1),
+        endpoint=st.sampled_from(["127.0.0.1:1", "host-1.example.org:65535", "[::1]:4000"]),
+        queue_tokens=st.integers(0, (1 << 32) - 1),
+        tokens_per_s=finite,
+        tokens_total=st.integers(0, 1 << 62),
+        n_experts=st.integers(0, 1 << 20),
+    )
+)
+def test_every_block_record_survives_the_wire(record: BlockRecord) -> None:
+    assert decode_block(encode_block(record)) == record
+
+
+@given(
+    st.builds(
+        PeerRecord,
+        role=st.sampled_from(["host", "trainer", "coordinator"]),
+        endpoint=st.sampled_from(["", "127.0.0.1:1"]),
+        software=st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=64),
+        started_s=st.floats(0, 1e11),
+        n_blocks=st.integers(0, (1 << 32) - 1),
+        tokens_per_s=finite,
+        run_tokens=st.integers(0, 1 << 62),
+        queue_tokens=st.integers(0, (1 << 32) - 1),
+    )
+)
+def test_every_peer_record_survives_the_wire(record: PeerRecord) -> None:
+    assert decode_peer(encode_peer(record)) == record
+
+
+@given(st.builds(BlockId, st.integers(0, 255), st.integers(0, (1 << 20) - 1)))
+def test_a_key_taken_apart_is_the_key_that_was_built(block: BlockId) -> None:
+    assert parse_key(block_key(RUN, block)) == (RUN, "block", block)
+    assert parse_key(peers_key(RUN)) == (RUN, "peers", None)
+    assert parse_key(manifest_key(RUN)) == (RUN, "manifest", None)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        RUN,
+        f"{RUN}/",
+        f"{RUN}/other",
+        f"{RUN}/1",
+        f"{RUN}/01/2",
+        f"{RUN}/1/02",
+        f"{RUN}/1/2/3",
+        f"{RUN}/-1/2",
+        f"{RUN}/256/0",
+        f"{RUN}/0/1048576",
+        f"{RUN}/1/٢",
+        f"{RUN}/peers\n",
+        f"{'x' * 129}/1/2",
+        "/1/2",
+        "a b/peers",
+        "é/peers",
+    ],
+)
+def test_no_other_text_is_a_key(key: str) -> None:
+    with pytest.raises(RecordError, match="key"):
+        parse_key(key)
+
+
+def manifest_record(manifest: Manifest, run_id: str, signer: Identity = OWNER) -> bytes:
+    message = unsigned(
+        key=manifest_key(run_id),
+        subkey=signer.peer_id,
+        expiration_s=NOW_S + MAX_MANIFEST_TTL_S,
+        payload=encode_manifest(manifest),
+    )
+    return forged(message, signer)
+
+
+def test_a_manifest_is_proven_by_the_run_id_that_names_it() -> None:
+    manifest = Manifest(name="demo", owner=OWNER.peer_id, seed=5)
+    raw = manifest_record(manifest, manifest.run_id)
+    record = open_record(raw, key=manifest_key(manifest.run_id), now_s=NOW_S)
+    assert decode_manifest(record) == manifest
+
+
+def test_another_manifest_under_the_same_run_id_is_refused() -> None:
+    manifest = Manifest(name="demo", owner=OWNER.peer_id)
+    raw = manifest_record(replace(manifest, seed=1), manifest.run_id)
+    with pytest.raises(RecordError, match="is not the one that run id"):
+        open_record(raw, key=manifest_key(manifest.run_id), now_s=NOW_S)
+
+
+def test_a_manifest_under_another_name_is_refused() -> None:
+    manifest = Manifest(name="demo", owner=OWNER.peer_id)
+    run_id = manifest.run_id.replace("demo", "other")
+    with pytest.raises(RecordError, match="names another run"):
+        open_record(manifest_record(manifest, run_id), key=manifest_key(run_id), now_s=NOW_S)
+
+
+def test_a_manifest_that_its_owner_did_not_sign_is_refused() -> None:
+    manifest = Manifest(name="demo", owner=OWNER.peer_id)
+    raw = manifest_record(manifest, manifest.run_id, signer=Identity.generate())
+    with pytest.raises(RecordError, match="another owner"):
+        open_record(raw, key=manifest_key(manifest.run_id), now_s=NOW_S)
+
+
+def _record_of_text(toml: str, name: str = "demo") -> tuple[str, bytes]:
+    key = manifest_key(f"{name}-{hashlib.sha256(toml.encode()).hexdigest()[:HASH_CHARS]}")
+    payload = records_pb2.ManifestRecord(toml=toml).SerializeToString()
+    return key, forged(unsigned(key=key, payload=payload))
+
+
+@pytest.mark.parametrize(
+    "toml",
+    ["x = ", "x = " + "[" * 4000, "x = 1" + "0" * 5000, "x = 1", 'name = "demo"\nowner = 1'],
+    ids=["not TOML", "deep", "huge number", "no name", "no owner"],
+)
+def test_hostile_text_with_the_right_hash_is_refused(toml: str) -> None:
+    key, raw = _record_of_text(toml)
+    with pytest.raises(RecordError, match="manifest of demo"):
+        open_record(raw, key=key, now_s=NOW_S)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["protocol_version = 999", "seed = -1", "[model]\nd_model = 1" + "0" * 400],
+    ids=["newer version", "out of range", "beyond a float"],
+)
+def test_a_manifest_that_this_program_cannot_read_says_why(line: str) -> None:
+    key, raw = _record_of_text(f'name = "demo"\nowner = "{OWNER.peer_id}"\n{line}')
+    record = open_record(raw, key=key, now_s=NOW_S)
+    with pytest.raises(ManifestError):
+        decode_manifest(record)

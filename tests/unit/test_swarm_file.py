@@ -1,0 +1,95 @@
+"""The swarm file survives a round trip, and a damaged one is one sentence for a person."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from protocol.atomic_file import write_atomically
+from protocol.errors import ConfigError
+from protocol.swarm_file import MAX_FILE_BYTES, SwarmFile, resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PEER = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
+OTHER = "/ip4/127.0.0.2/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    swarm: Path | None = None
+    run_id: str = ""
+    initial_peers: tuple[str, ...] = ()
+
+
+def written(path: Path) -> Path:
+    SwarmFile(run_id="demo-0123456789ab", initial_peers=(PEER,), owner="12D3KooWowner").write(path)
+    return path
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = written(tmp_path / "deeper" / "swarm.toml")
+    assert SwarmFile.read(path) == SwarmFile(run_id="demo-0123456789ab", initial_peers=(PEER,), owner="12D3KooWowner")
+    assert [file.name for file in path.parent.iterdir()] == ["swarm.toml"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = written(tmp_path / "swarm.toml")
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_atomically(path, "not bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["swarm.toml"]
+
+
+def test_a_file_names_the_run_and_its_peers(tmp_path: Path) -> None:
+    assert resolve(Choice(swarm=written(tmp_path / "s.toml"))) == ("demo-0123456789ab", (PEER,))
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    choice = Choice(swarm=written(tmp_path / "s.toml"), initial_peers=(OTHER,))
+    assert resolve(choice) == ("demo-0123456789ab", (OTHER,))
+
+
+def test_flags_alone_are_enough() -> None:
+    assert resolve(Choice(run_id="demo", initial_peers=(PEER,))) == ("demo", (PEER,))
+
+
+@pytest.mark.parametrize("choice", [Choice(), Choice(run_id="demo"), Choice(initial_peers=(PEER,))])
+def test_a_configuration_without_a_swarm_says_how_to_name_one(choice: Choice) -> None:
+    with pytest.raises(ConfigError, match=r"--swarm FILE .* --run-id and --initial-peers"):
+        resolve(choice)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("run_id = 3", "run_id: must be the name of a run"),
+        ("run_id = 'a/b'\ninitial_peers = ['/x/p2p/y']", "run_id: must be 1 to 128 letters"),
+        ("run_id = 'a'", "initial_peers: must be 1 to 64 multiaddresses"),
+        ("run_id = 'a'\ninitial_peers = []", "initial_peers: must be 1 to 64 multiaddresses"),
+        ("run_id = 'a'\ninitial_peers = ['10.0.0.1:4001']", "initial_peers: must be a multiaddress such as"),
+        ("run_id = 'a'\ninitial_peers = ['/ip4/1 /p2p/x']", "without blanks"),
+        ("run_id = 'a'\ninitial_peers = [7]", "initial_peers: must be a multiaddress such as"),
+        ("run_id = 'a'\ncolour = 1", "colour: unknown field"),
+        ("run_id = 'a'\nowner = 1", "owner: must be a peer id"),
+        ("run_id =", "not a swarm file"),
+        ("\0\1", "not a swarm file"),
+        ("#" * (MAX_FILE_BYTES + 1), "longer than 65536 bytes"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "swarm.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        SwarmFile.read(path)
+    assert str(path) in str(caught.value)
+    assert sentence in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        SwarmFile.read(tmp_path / "none.toml")

@@ -1,0 +1,142 @@
+"""Says in the DHT, again and again, what this node is and which blocks it hosts; at the end, that it no longer does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dht.store import Entry
+from protocol.errors import KilohiveError
+from protocol.records import block_key, encode_block, encode_peer, max_ttl_s, peers_key, sign_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from dht.store import RecordStore
+    from protocol.identity import Identity
+    from protocol.records import BlockRecord, PeerRecord
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 4.0
+TTL_S = 20.0
+"""Four announcements in a row may be lost before others forget this node."""
+
+WITHDRAW_TIMEOUT_S = 1.0
+_WITHDRAWN = b""
+_SOONER_S = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """What a node says about itself at one moment."""
+
+    peer: PeerRecord
+    blocks: tuple[BlockRecord, ...] = ()
+
+
+class Announcer:
+    """Announces `describe()` every `period_s`; each record lives `ttl_s` seconds. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        dht: RecordStore,
+        identity: Identity,
+        run_id: str,
+        *,
+        describe: Callable[[], Announcement],
+        period_s: float = PERIOD_S,
+        ttl_s: float = TTL_S,
+    ) -> None:
+        self._dht = dht
+        self._identity = identity
+        self._run_id = run_id
+        self._describe = describe
+        self._period_s = period_s
+        self._ttl_s = ttl_s
+        self._announced: set[str] = set()
+        self._version = 0
+        self._problem = ""
+        self._expiration_s = 0.0
+        self._one_at_a_time = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Announce once, then again every `period_s` until `stop`. A DHT that does not answer is tried again."""
+        await self._announce_or_log()
+        self._task = asyncio.create_task(self._announce_forever(), name="announcer")
+
+    async def stop(self) -> None:
+        """End the announcements; what was said expires by itself."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def announce_now(self) -> bool:
+        """Say it all now, and withdraw blocks that are no longer hosted; whether every record was taken by some peer.
+
+        Raises:
+            UnavailableError: the DHT did not answer.
+        """
+        async with self._one_at_a_time:
+            payloads = self._payloads(self._describe())
+            gone = dict.fromkeys(self._announced - payloads.keys(), _WITHDRAWN)
+            self._announced |= payloads.keys()
+            taken = await self._store({**payloads, **gone})
+            if taken:
+                self._announced -= gone.keys()
+            return taken
+
+    async def withdraw(self) -> None:
+        """Stop, and take back everything said, so that others drop this node at their next look; bounded in time."""
+        await self.stop()
+        async with self._one_at_a_time:
+            try:
+                async with asyncio.timeout(WITHDRAW_TIMEOUT_S):
+                    await self._store(dict.fromkeys(self._announced, _WITHDRAWN))
+            except (KilohiveError, TimeoutError) as error:
+                logger.warning("this node's records could not be withdrawn and expire in %g s: %r", self._ttl_s, error)
+            self._announced.clear()
+
+    def _payloads(self, announcement: Announcement) -> dict[str, bytes]:
+        payloads = {block_key(self._run_id, block.block): encode_block(block) for block in announcement.blocks}
+        payloads[peers_key(self._run_id)] = encode_peer(announcement.peer)
+        return payloads
+
+    async def _store(self, payloads: Mapping[str, bytes]) -> bool:
+        self._advance(self._dht.now_s())
+        owner, until_s = self._identity.peer_id, self._expiration_s
+        entries = [Entry(key, owner, self._sign(key, payload), until_s) for key, payload in payloads.items()]
+        return all(await self._dht.store_many(entries))
+
+    def _advance(self, now_s: float) -> None:
+        """Both must grow: peers keep the record that expires last, readers the one with the highest version."""
+        self._version = max(self._version + 1, int(now_s * 1000))
+        latest_s = now_s + max_ttl_s(peers_key(self._run_id))
+        self._expiration_s = min(max(now_s + self._ttl_s, self._expiration_s + _SOONER_S), latest_s)
+
+    def _sign(self, key: str, payload: bytes) -> bytes:
+        return sign_record(
+            self._identity, key=key, version=self._version, expiration_s=self._expiration_s, payload=payload
+        )
+
+    async def _announce_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._period_s)
+            await self._announce_or_log()
+
+    async def _announce_or_log(self) -> None:
+        problem = ""
+        try:
+            if not await self.announce_now():
+                problem = "no peer took some of its records"
+        except KilohiveError as error:
+            problem = str(error)
+        if problem and problem != self._problem:  # once, not at every period
+            logger.warning("this node could not announce itself: %s; trying again every %g s", problem, self._period_s)
+        self._problem = problem

@@ -1,0 +1,114 @@
+"""What hivemind gets to see of a peer's messages: parts that could crash a lookup or hide other peers are taken out.
+
+hivemind checks the records of an answer but believes the rest: one bad record makes it drop a whole answer, an infinite
+expiration ends a search early, a wrong type crashes it, a stranger's claim to a place in the DHT replaces an honest
+node's, and a record stored "in cache" shadows the stored ones. Pure functions on messages; `transport.py` applies them.
+"""
+# ruff: noqa: ANN401 - hivemind's messages have no types
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import msgpack  # type: ignore[import-untyped]
+from hivemind.dht.crypto import DHTRecord
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.proto import dht_pb2
+from hivemind.utils import MSGPackSerializer
+
+from dht.validator import MAX_SUBKEYS
+from protocol.errors import RecordError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dht.validator import RecordChecker
+
+logger = logging.getLogger(__name__)
+
+MAX_KEYS_PER_REQUEST = 4096
+MAX_NEIGHBORS = 64
+_DICTIONARY_EXT = 0x50  # hivemind.dht.storage
+_DICTIONARY_TAG = b""  # hivemind.dht.protocol: the value is a whole dictionary of sub-keys
+
+
+def node_id_of(peer_id: PeerID) -> DHTID:
+    """A node's place in the DHT: fixed by its peer id, so that nobody can choose to sit beside a key."""
+    return DHTID.generate(source=peer_id.to_bytes())
+
+
+def clean_request(request: Any, sender: PeerID, checker: RecordChecker) -> None:
+    """Take out what a sender may not claim; raises RecordError for a request with too many keys."""
+    if request.peer.node_id not in {b"", node_id_of(sender).to_bytes()}:
+        request.ClearField("peer")
+    if not isinstance(request, dht_pb2.FindRequest | dht_pb2.StoreRequest):
+        return
+    if len(request.keys) > MAX_KEYS_PER_REQUEST:
+        raise RecordError(f"keys: {len(request.keys)} in one request, but the limit is {MAX_KEYS_PER_REQUEST}")
+    if isinstance(request, dht_pb2.StoreRequest):
+        request.in_cache[:] = [False] * len(request.in_cache)
+        for i, (key, tag) in enumerate(zip(request.keys, request.subkeys, strict=False)):
+            if tag == _DICTIONARY_TAG and i < len(request.values):
+                request.values[i] = MSGPackSerializer.dumps(_good_records(key, request.values[i], checker))
+
+
+def clean_response(request: Any, response: Any, sender: PeerID, me: DHTID, checker: RecordChecker) -> None:
+    """Take out what is not true.
+
+    Raises:
+        P2PDaemonError: the sender lies about itself; hivemind takes this for no answer.
+    """
+    if response.peer.node_id not in {b"", node_id_of(sender).to_bytes()}:
+        raise P2PDaemonError(f"{sender} claims another node's place")
+    if isinstance(response, dht_pb2.FindResponse):
+        for key, result in zip(request.keys, response.results, strict=False):
+            _clean_neighbors(result, me)
+            _clean_value(key, result, checker)
+
+
+def _clean_neighbors(result: Any, me: DHTID) -> None:
+    pairs = list(zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False))[:MAX_NEIGHBORS]
+    good = [(node, peer) for node, peer in pairs if node == node_id_of(PeerID(peer)).to_bytes() != me.to_bytes()]
+    result.nearest_node_ids[:] = [node for node, _ in good]
+    result.nearest_peer_ids[:] = [peer for _, peer in good]
+
+
+def _clean_value(key: bytes, result: Any, checker: RecordChecker) -> None:
+    found = result.type == dht_pb2.FOUND_DICTIONARY
+    good = _good_records(key, result.value, checker) if found else DictionaryDHTValue()
+    if len(good):
+        result.value, result.expiration_time = MSGPackSerializer.dumps(good), good.latest_expiration_time
+    else:
+        result.ClearField("value")
+        result.ClearField("expiration_time")
+        result.type = dht_pb2.NOT_FOUND
+
+
+def _good_records(key: bytes, packed: bytes, checker: RecordChecker) -> DictionaryDHTValue:
+    good = DictionaryDHTValue()
+    for record, owner in _records(key, packed):
+        try:
+            checker.check(record)
+        except RecordError as error:
+            logger.debug("ignored a record: %s", error)
+        else:
+            good.store(owner, record.value, record.expiration_time)
+    return good
+
+
+def _records(key: bytes, packed: bytes) -> Iterator[tuple[DHTRecord, str]]:
+    """Records in hivemind's packing: an extension type around [size, latest, [[sub-key, value, expiration], ...]]."""
+    try:
+        outer = msgpack.unpackb(packed)
+        if not isinstance(outer, msgpack.ExtType) or outer.code != _DICTIONARY_EXT:
+            return
+        _, _, items = msgpack.unpackb(outer.data)
+        for owner, value, expiration_s in items[:MAX_SUBKEYS]:
+            if isinstance(owner, str) and isinstance(value, bytes) and isinstance(expiration_s, float):
+                yield DHTRecord(key, MSGPackSerializer.dumps(owner), value, expiration_s), owner
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        logger.debug("ignored a dictionary that cannot be unpacked: %s", error)

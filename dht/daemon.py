@@ -1,0 +1,205 @@
+"""The p2pd process: libp2p's connections for one node, the DHT's only extra process.
+
+We start it ourselves instead of letting hivemind do it, for three reasons: a session of its own, so that Ctrl+C in a
+terminal does not take the DHT away while the node still has to withdraw its records; its exit is seen; and its key and
+socket lie in a folder that nobody else can open. When the node is killed (`kill -9`), p2pd ends by itself as soon as
+the control connection closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.resources
+import ipaddress
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from protocol.errors import ConfigError, UnavailableError
+
+if TYPE_CHECKING:
+    from protocol.identity import Identity
+
+logger = logging.getLogger(__name__)
+
+READY_LINE = "Peer ID:"
+IDLE_TIMEOUT_S = 10
+"""p2pd ends by itself if no node takes control of it within this time."""
+
+FOLDER_PREFIX = "kilohive-p2pd-"
+STALE_FOLDER_S = 60.0
+
+STOP_TIMEOUT_S = 1.5
+MAX_LOG_LINE_CHARS = 500
+
+
+class Daemon:
+    """A running p2pd, made by `spawn`; `control_socket` is the address at which it takes orders."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+        self._process = process
+        self._folder = folder
+        self._last_line = ""
+        self._log_task: asyncio.Task[None] | None = None
+        self.control_socket = _control_socket(folder)
+
+    @classmethod
+    async def spawn(cls, identity: Identity, listen: str, timeout_s: float) -> Daemon:
+        """Start p2pd with the node's key, listening at the multiaddress `listen`.
+
+        Raises:
+            UnavailableError: it cannot be started or is not ready within `timeout_s`.
+        """
+        _remove_stale_folders()
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # mode 0700
+        try:
+            daemon = cls(await _launch(identity, listen, folder), folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        try:
+            await daemon._wait_until_ready(timeout_s)
+        except BaseException:
+            await daemon.stop()
+            raise
+        return daemon
+
+    @property
+    def pid(self) -> int:
+        """Process id of p2pd."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while p2pd runs."""
+        return self._process.returncode
+
+    async def stop(self) -> None:
+        """End p2pd, by force if it has to be; bounded by twice STOP_TIMEOUT_S. Safe to call twice."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            self._process.kill()
+            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._log_task is not None:
+            await asyncio.wait({self._log_task}, timeout=STOP_TIMEOUT_S)
+
+    async def _wait_until_ready(self, timeout_s: float) -> None:
+        ready = asyncio.Event()
+        self._log_task = asyncio.create_task(self._follow_output(ready), name="p2pd output")
+        ended = asyncio.create_task(self._process.wait())
+        started = asyncio.create_task(ready.wait())
+        try:
+            await asyncio.wait({ended, started}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            started.cancel()
+            _key_file(self._folder).unlink(missing_ok=True)  # read by now, or never
+        if not ready.is_set():
+            await asyncio.wait({self._log_task}, timeout=0.2)  # its last words
+            raise UnavailableError(f"p2pd did not start: {self._last_line or f'no answer in {timeout_s} s'}")
+
+    async def _follow_output(self, ready: asyncio.Event) -> None:
+        stdout = self._process.stdout
+        while stdout is not None and (line := await _read_line(stdout)):
+            if line.startswith(READY_LINE):
+                ready.set()
+            self._last_line = line
+            logger.debug("p2pd: %s", line)
+
+
+def listen_address(host: str, port: int) -> str:
+    """Multiaddress for an IP address and port; raises ConfigError for a host name, a bad port or one that is taken."""
+    if not 0 <= port <= 65_535:  # noqa: PLR2004
+        raise ConfigError(f"port: must be from 0 (any) to 65535, is {port}")
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        raise ConfigError(f"host: must be an IP address such as 127.0.0.1 or 0.0.0.0, is {host[:80]!r}") from None
+    _check_free(host, port, socket.AF_INET if version == 4 else socket.AF_INET6)  # noqa: PLR2004
+    return f"/ip{version}/{host}/tcp/{port}"
+
+
+def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
+    """p2pd would share a taken port with another p2pd without a word (SO_REUSEPORT), and each get half the calls."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an old connection that lingers is no obstacle
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            hint = "stop what uses it or choose another, 0 takes any" if port else "choose an address of this machine"
+            raise UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}") from None
+
+
+async def _launch(identity: Identity, listen: str, folder: Path) -> asyncio.subprocess.Process:
+    key_file = _key_file(folder)
+    key_file.touch(mode=0o600)
+    key_file.write_bytes(identity.private_key_protobuf)
+    try:
+        return await asyncio.create_subprocess_exec(
+            *_arguments(listen, folder),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, "GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UnavailableError(f"p2pd cannot be started: {error}; reinstall hivemind, which brings it") from error
+
+
+def _arguments(listen: str, folder: Path) -> list[str]:
+    program = importlib.resources.files("hivemind.hivemind_cli").joinpath("p2pd")
+    return [
+        str(program),
+        f"-listen={_control_socket(folder)}",
+        f"-hostAddrs={listen}",
+        f"-id={_key_file(folder)}",
+        f"-idleTimeout={IDLE_TIMEOUT_S}s",
+        "-dhtServer=1",  # libp2p's own DHT finds the addresses of peers whose ids ours names
+        "-connManager=1",
+        "-tls=1",
+        "-b=0",  # we connect to the initial peers ourselves, one by one
+        "-autonat=0",
+        "-natPortMap=0",
+        "-relay=0",
+        "-autoRelay=0",
+    ]
+
+
+def _remove_stale_folders() -> None:
+    """A killed node leaves its folder, empty as soon as its p2pd has ended; the next node to start removes it."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError):  # somebody else's, in use, or gone by now
+            if time.time() - folder.stat().st_mtime > STALE_FOLDER_S:
+                folder.rmdir()
+
+
+def _control_socket(folder: Path) -> str:
+    return f"/unix{folder / 'p2pd.sock'}"
+
+
+def _key_file(folder: Path) -> Path:
+    return folder / "identity.key"
+
+
+async def _read_line(stdout: asyncio.StreamReader) -> str:
+    """The next line that says something; empty at the end of the output."""
+    while True:
+        try:
+            line = await stdout.readline()
+        except ValueError:  # longer than the reader's buffer, which drops it
+            continue
+        text = line.decode(errors="replace").strip()[:MAX_LOG_LINE_CHARS]
+        if text or not line:
+            return text

@@ -1,0 +1,215 @@
+"""Which peer holds which block, right now, from memory: the third station on the path of a step.
+
+A background task looks all of a run's keys up in one go and swaps in a new immutable view; trainers' threads read it
+without a lock. A replica is live until its record expires, its owner withdraws it, or, for a while, after a caller
+reported that its owner failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from dht.book import RecordBook
+from dht.view import DirectoryView, PeerInfo, Replica
+from protocol.errors import KilohiveError
+from protocol.manifest import all_blocks
+from protocol.records import BlockRecord, PeerRecord, block_key, peers_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from dht.store import RecordStore
+    from protocol.manifest import BlockId, ModelConfig
+    from protocol.records import SignedRecord
+
+logger = logging.getLogger(__name__)
+
+REFRESH_S = 2.0
+MAX_AVOID_S = 60.0
+"""A peer is never avoided longer than this at a time: it may have come back at the same address."""
+
+
+class Directory:
+    """A run's replicas and peers. Reading and reporting are safe in any thread; the rest belongs to the event loop."""
+
+    def __init__(self, dht: RecordStore, run_id: str, model: ModelConfig, refresh_s: float = REFRESH_S) -> None:
+        self._dht = dht
+        self._model = model
+        self._refresh_s = refresh_s
+        self._keys = (peers_key(run_id), *(block_key(run_id, block) for block in all_blocks(model)))
+        self._book = RecordBook()
+        self._known = DirectoryView(replicas=MappingProxyType(dict.fromkeys(all_blocks(model), ())))
+        self._avoided: Mapping[str, float] = MappingProxyType({})
+        self._usable: frozenset[tuple[BlockId, str, str]] = frozenset()
+        self._generation = 0
+        self._failing = False
+        self._writing = threading.Lock()
+        self._subscribers: list[Callable[[DirectoryView], None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look everything up, then again every `refresh_s` until `stop`. A DHT that does not answer is no error."""
+        self._loop = asyncio.get_running_loop()
+        await self._refresh_or_log()
+        self._task = asyncio.create_task(self._refresh_forever(), name="directory refresh")
+
+    async def stop(self) -> None:
+        """End the background task; the last view stays readable."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def refresh_now(self) -> None:
+        """Look all keys up and swap the new view in. Raises UnavailableError: what was known stays until it expires."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._book.take(await self._dht.get_many(self._keys), self._dht.now_s())
+        finally:
+            self._swap_in(self._view_of_book())
+
+    @property
+    def generation(self) -> int:
+        """Grows whenever a replica appears, moves, vanishes, is avoided or no longer is; not with versions and load."""
+        return self._generation
+
+    def replicas(self, block: BlockId) -> tuple[Replica, ...]:
+        """Live replicas of a block whose peers are not avoided, ordered by peer id."""
+        now_s, avoided = self._dht.now_s(), self._avoided
+        return tuple(
+            replica
+            for replica in self._known.replicas.get(block, ())
+            if replica.expiration_s > now_s and avoided.get(replica.peer_id, 0.0) <= now_s
+        )
+
+    def peers(self) -> tuple[PeerInfo, ...]:
+        """Live peers of every role, ordered by peer id."""
+        return self._known.at(self._dht.now_s()).peers
+
+    def snapshot(self, *, with_avoided: bool = False) -> DirectoryView:
+        """What is live now; avoided peers' replicas only if asked for."""
+        now_s = self._dht.now_s()
+        if with_avoided:
+            return self._known.at(now_s)
+        return self._known.at(now_s).without(
+            frozenset(peer_id for peer_id, until_s in self._avoided.items() if until_s > now_s)
+        )
+
+    def report_failure(self, peer_id: str, retry_after_s: float) -> None:
+        """Hide a peer's replicas for `retry_after_s` seconds (at most MAX_AVOID_S)."""
+        now_s = self._dht.now_s()
+        self._avoid({peer_id: now_s + min(max(retry_after_s, 0.0), MAX_AVOID_S)}, now_s)
+
+    def report_success(self, peer_id: str) -> None:
+        """Show a peer's replicas again."""
+        if peer_id in self._avoided:
+            self._avoid({peer_id: 0.0}, self._dht.now_s())
+
+    def subscribe(self, callback: Callable[[DirectoryView], None]) -> Callable[[], None]:
+        """Call `callback` in the event loop with each new generation's view; returns how to end that."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    async def wait_for_change(self, timeout_s: float, *, since: int | None = None) -> bool:
+        """Wait for a generation after `since` (default: the current one); False if none comes within `timeout_s`."""
+        start = self._generation if since is None else since
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._generation == start:
+                    await self._changed.wait()
+        return self._generation != start
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_s)
+            await self._refresh_or_log()
+
+    async def _refresh_or_log(self) -> None:
+        try:
+            await self.refresh_now()
+        except KilohiveError as error:
+            level = logging.DEBUG if self._failing else logging.WARNING  # once, not every two seconds
+            logger.log(level, "the directory is not up to date: %s", error)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _view_of_book(self) -> DirectoryView:
+        now_s = self._dht.now_s()
+        replicas: dict[BlockId, list[Replica]] = {block: [] for block in self._known.replicas}
+        peers: list[PeerInfo] = []
+        for record, said in sorted(self._book.live(now_s), key=lambda item: item[0].owner):
+            if isinstance(said, BlockRecord) and said.n_experts == len(self._model.block_experts(said.block.block)):
+                replicas[said.block].append(_replica(record, said))
+            elif isinstance(said, PeerRecord):
+                peers.append(_peer(record, said))
+        return DirectoryView(
+            taken_s=now_s,
+            replicas=MappingProxyType({block: tuple(found) for block, found in replicas.items()}),
+            peers=tuple(peers),
+        )
+
+    def _swap_in(self, view: DirectoryView) -> None:
+        with self._writing:
+            self._known = view
+            self._bump_if_changed()
+
+    def _avoid(self, until_s: Mapping[str, float], now_s: float) -> None:
+        with self._writing:
+            merged = {**self._avoided, **until_s}
+            self._avoided = MappingProxyType({peer_id: end_s for peer_id, end_s in merged.items() if end_s > now_s})
+            self._bump_if_changed()
+
+    def _bump_if_changed(self) -> None:
+        """Called with the lock held, from any thread."""
+        view = self.snapshot()
+        usable = frozenset((r.block, r.peer_id, r.endpoint) for replicas in view.replicas.values() for r in replicas)
+        if usable != self._usable:
+            self._usable = usable
+            self._generation += 1
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        view = self.snapshot()
+        for callback in tuple(self._subscribers):
+            callback(view)
+
+
+def _replica(record: SignedRecord, said: BlockRecord) -> Replica:
+    return Replica(
+        block=said.block,
+        peer_id=record.owner,
+        endpoint=said.endpoint,
+        version=said.version,
+        queue_tokens=said.queue_tokens,
+        tokens_per_s=said.tokens_per_s,
+        tokens_total=said.tokens_total,
+        n_experts=said.n_experts,
+        expiration_s=record.expiration_s,
+    )
+
+
+def _peer(record: SignedRecord, said: PeerRecord) -> PeerInfo:
+    return PeerInfo(
+        peer_id=record.owner,
+        role=said.role,
+        endpoint=said.endpoint,
+        software=said.software,
+        started_s=said.started_s,
+        n_blocks=said.n_blocks,
+        tokens_per_s=said.tokens_per_s,
+        run_tokens=said.run_tokens,
+        queue_tokens=said.queue_tokens,
+        expiration_s=record.expiration_s,
+    )

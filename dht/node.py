@@ -1,0 +1,265 @@
+"""One node's place in the DHT: hivemind's Kademlia in the caller's event loop, behind calls that are bounded in time.
+
+Records are stored by the few peers nearest to their key and vanish when they expire. Nothing on the path of a step
+waits for this file: a trainer reads the directory, which is refreshed from here in the background.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hivemind.dht.node import DHTNode
+from hivemind.utils.logging import use_hivemind_log_handler
+
+from dht.answers import node_id_of
+from dht.calls import Calls
+from dht.daemon import Daemon, listen_address
+from dht.membership import InitialPeer, Membership, parse_initial_peer
+from dht.store import Entry
+from dht.transport import Transport
+from dht.validator import RecordChecker, RecordValidator
+from protocol.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from protocol.identity import Identity
+    from protocol.manifest import Manifest
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+N_REPLICAS = 5
+"""Peers that store each record."""
+
+N_ASKED = 8
+"""Peers that are asked for each key: more than store it, since peers come and go between a store and a lookup."""
+
+CALL_TIMEOUT_S = 3.0
+"""For one call to one peer."""
+
+NEVER_SUFFICIENT = float("nan")
+"""hivemind ends a lookup at the first answer that expires after this time. Nothing is after a NaN, so it hears all."""
+
+STEP_TIMEOUT_S = 1.5
+"""For one step of starting or stopping that waits for p2pd on this machine only."""
+
+MAX_KEPT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DhtConfig:
+    """One node's part of the DHT. `port` 0 takes any; `clock` gives seconds since 1970."""
+
+    identity: Identity
+    initial_peers: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 0
+    start_timeout_s: float = 15.0
+    request_timeout_s: float = 10.0
+    refresh_period_s: float = 10.0
+    keep_period_s: float = 30.0
+    clock: Callable[[], float] = time.time
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What `start` builds, from the outside in, and `stop` takes down."""
+
+    daemon: Daemon
+    transport: Transport
+    node: DHTNode
+    membership: Membership
+    validator: RecordValidator
+    calls: Calls
+
+
+class DhtNode:
+    """A member of the DHT that stores records for others; made by `start`, ended by `stop`."""
+
+    def __init__(self, config: DhtConfig, parts: _Parts, addresses: tuple[str, ...]) -> None:
+        self._config = config
+        self._parts = parts
+        self._kept: dict[tuple[str, str], Entry] = {}
+        self._stopped = False
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
+        self.peer_id = config.identity.peer_id
+        self.addresses = addresses
+
+    @classmethod
+    async def start(cls, config: DhtConfig) -> DhtNode:
+        """Start p2pd and join the DHT; call it before the process makes its first gRPC call, since it spawns a process.
+
+        Raises:
+            ConfigError: an initial peer, the host or the port is not one.
+            UnavailableError: the port is taken, p2pd does not start, or no initial peer answers.
+        """
+        initial_peers = tuple(parse_initial_peer(text) for text in config.initial_peers)
+        listen = listen_address(config.host, config.port)
+        quiet_hivemind()
+        async with contextlib.AsyncExitStack() as undo:
+            parts = await _build(config, initial_peers, listen, undo)
+            await parts.membership.join(config.start_timeout_s)
+            found = await parts.calls.within(STEP_TIMEOUT_S, lambda: parts.transport.get_visible_maddrs(latest=True))
+            addresses = tuple(str(address) for address in found)
+            undo.pop_all()
+        started = cls(config, parts, addresses)
+        started._tasks = (
+            asyncio.create_task(started._refresh_forever(), name="dht refresh"),
+            asyncio.create_task(started._keep_forever(), name="dht keep"),
+        )
+        return started
+
+    @property
+    def known_peers(self) -> int:
+        """Peers in this node's routing table."""
+        return self._parts.membership.known_peers
+
+    @property
+    def daemon_pid(self) -> int:
+        """Process id of this node's p2pd."""
+        return self._parts.daemon.pid
+
+    def now_s(self) -> float:
+        """The time that expirations are compared with."""
+        return self._config.clock()
+
+    def serve_only(self, manifest: Manifest) -> None:
+        """From now on store only records of this run, so that strangers' runs cannot fill this node."""
+        self._parts.validator.serve_only(manifest)
+
+    async def store(self, key: str, value_raw: bytes, expiration_s: float, subkey: str) -> bool:
+        """Store one signed record; whether some peer took it. Raises UnavailableError."""
+        (taken,) = await self.store_many([Entry(key, subkey, value_raw, expiration_s)])
+        return taken
+
+    async def store_many(self, entries: Sequence[Entry]) -> tuple[bool, ...]:
+        """Store signed records; for each, whether some peer took it. Raises UnavailableError.
+
+        A record is refused that `open_record` refuses, or that expires no later than the one that is already there.
+        """
+        if not entries:
+            return ()
+        keys, subkeys, values, expirations = zip(*entries, strict=True)
+        node, times = self._parts.node, list(map(float, expirations))
+        taken = await self._bounded(lambda: node.store_many(list(keys), list(values), times, subkeys=list(subkeys)))
+        return tuple(bool(taken[key, subkey]) for key, subkey in zip(keys, subkeys, strict=True))
+
+    async def get_many(self, keys: Sequence[str]) -> dict[str, dict[str, bytes]]:
+        """Records under each key, by sub-key; of each, the one that expires last. Raises UnavailableError.
+
+        A key that could not be looked up in time is left out; one that was, and is not there, maps to nothing.
+        """
+        if not keys:
+            return {}
+        futures = await self._bounded(lambda: self._search(keys))
+        done, late = await asyncio.wait(futures.values(), timeout=self._config.request_timeout_s)
+        for future in late:
+            future.cancel()
+        self._check_running()
+        if late and not done:
+            raise UnavailableError(f"dht: no answer for any of {len(keys)} keys in {self._config.request_timeout_s} s")
+        return {key: _found(future) for key, future in futures.items() if future in done}
+
+    def keep(self, entry: Entry) -> None:
+        """Store this record again every `keep_period_s`, for as long as it lives: peers that hold it now may leave."""
+        if len(self._kept) >= MAX_KEPT and (entry.key, entry.subkey) not in self._kept:
+            raise UnavailableError(f"dht: already keeps {MAX_KEPT} records")
+        self._kept[entry.key, entry.subkey] = entry
+
+    async def stop(self) -> None:
+        """Leave; no process, thread, task or file stays. Takes 10 ms, at worst a few seconds; safe to call twice."""
+        if self._stopped:
+            return
+        self._stopped = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._parts.node.is_alive = False
+        await self._parts.transport.close()
+        await self._parts.daemon.stop()
+        await self._parts.calls.drain(STEP_TIMEOUT_S)
+
+    def _search(self, keys: Sequence[str]) -> Awaitable[dict[str, asyncio.Future[Any]]]:
+        search: Awaitable[dict[str, asyncio.Future[Any]]] = self._parts.node.get_many(
+            keys, sufficient_expiration_time=NEVER_SUFFICIENT, beam_size=N_ASKED, return_futures=True
+        )
+        return search
+
+    async def _bounded(self, call: Callable[[], Awaitable[T]]) -> T:
+        self._check_running()
+        result = await self._parts.calls.within(self._config.request_timeout_s, call)
+        self._check_running()  # a node that stopped meanwhile got no answers, which is not the same as no records
+        return result
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise UnavailableError("dht: this node has stopped")
+        if self._parts.daemon.exit_code is not None:
+            code = self._parts.daemon.exit_code
+            raise UnavailableError(f"dht: p2pd has ended with exit code {code}; restart this node")
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.refresh_period_s)
+            with contextlib.suppress(UnavailableError):
+                await self._bounded(self._parts.membership.refresh)
+
+    async def _keep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.keep_period_s)
+            self._kept = {name: entry for name, entry in self._kept.items() if entry.expiration_s > self.now_s()}
+            with contextlib.suppress(UnavailableError):
+                await self.store_many(list(self._kept.values()))
+
+
+def quiet_hivemind() -> None:
+    """Send hivemind's log through ours and drop its chatter; HIVEMIND_LOGLEVEL=DEBUG brings it back."""
+    use_hivemind_log_handler("nowhere")
+    logging.getLogger("hivemind").setLevel(os.environ.get("HIVEMIND_LOGLEVEL", "ERROR"))
+
+
+async def _build(
+    config: DhtConfig, initial_peers: tuple[InitialPeer, ...], listen: str, undo: contextlib.AsyncExitStack
+) -> _Parts:
+    checker, calls = RecordChecker(config.clock), Calls()
+    validator = RecordValidator(checker)
+    daemon = await Daemon.spawn(config.identity, listen, config.start_timeout_s)
+    undo.push_async_callback(calls.drain, STEP_TIMEOUT_S)
+    undo.push_async_callback(daemon.stop)
+    transport = await calls.within(STEP_TIMEOUT_S, lambda: Transport.connect_to(daemon, checker))
+    undo.push_async_callback(transport.close)
+    node = await calls.within(STEP_TIMEOUT_S, lambda: _join_nothing(transport, validator))
+    validator.attach(node.protocol.storage)
+    membership = Membership(node=node, transport=transport, initial_peers=initial_peers, calls=calls)
+    return _Parts(
+        daemon=daemon, transport=transport, node=node, membership=membership, validator=validator, calls=calls
+    )
+
+
+async def _join_nothing(transport: Transport, validator: RecordValidator) -> DHTNode:
+    """A DHT of one. Its caches are off: a cached record would keep a dead replica alive and hide a new version."""
+    return await DHTNode.create(
+        p2p=transport,
+        node_id=node_id_of(transport.peer_id),
+        num_replicas=N_REPLICAS,
+        wait_timeout=CALL_TIMEOUT_S,
+        record_validator=validator,
+        cache_locally=False,
+        cache_nearest=0,
+        cache_on_store=False,
+        cache_refresh_before_expiry=0,
+        reuse_get_requests=False,
+    )
+
+
+def _found(future: asyncio.Future[Any]) -> dict[str, bytes]:
+    found = None if future.cancelled() or future.exception() is not None else future.result()
+    return {} if found is None else {subkey: item.value for subkey, item in found.value.items()}

@@ -1,0 +1,114 @@
+"""What one node knows of a run at one moment: immutable, with pure functions on it. Made by `directory.py`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from protocol.manifest import BlockId
+    from protocol.records import Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """One peer's copy of a block, as the peer last announced it; `version` counts its optimizer steps."""
+
+    block: BlockId
+    peer_id: str
+    endpoint: str
+    version: int
+    queue_tokens: int
+    tokens_per_s: float
+    tokens_total: int
+    n_experts: int
+    expiration_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerInfo:
+    """One peer of the run, as it last announced itself."""
+
+    peer_id: str
+    role: Role
+    endpoint: str
+    software: str
+    started_s: float
+    n_blocks: int
+    tokens_per_s: float
+    run_tokens: int
+    queue_tokens: int
+    expiration_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerLoad:
+    """How many replicas a peer has, and its load, of which each of its records tells the whole."""
+
+    n_blocks: int
+    queue_tokens: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectoryView:
+    """Replicas and peers that were live at `taken_s`. Every block of the run is a key of `replicas`."""
+
+    taken_s: float = 0.0
+    replicas: Mapping[BlockId, tuple[Replica, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    peers: tuple[PeerInfo, ...] = ()
+
+    def live_blocks(self) -> tuple[BlockId, ...]:
+        """Blocks with at least one replica."""
+        return tuple(block for block, replicas in self.replicas.items() if replicas)
+
+    def lost_blocks(self) -> tuple[BlockId, ...]:
+        """Blocks without any."""
+        return tuple(block for block, replicas in self.replicas.items() if not replicas)
+
+    def load_by_peer(self) -> dict[str, PeerLoad]:
+        """Load of each peer that hosts something."""
+        hosted: defaultdict[str, list[Replica]] = defaultdict(list)
+        for replicas in self.replicas.values():
+            for replica in replicas:
+                hosted[replica.peer_id].append(replica)
+        return {
+            peer_id: PeerLoad(
+                n_blocks=len(replicas),
+                queue_tokens=max(replica.queue_tokens for replica in replicas),
+                tokens_per_s=max(replica.tokens_per_s for replica in replicas),
+            )
+            for peer_id, replicas in hosted.items()
+        }
+
+    def at(self, now_s: float) -> DirectoryView:
+        """The same without what has expired by `now_s`."""
+        return DirectoryView(
+            taken_s=now_s,
+            replicas=MappingProxyType(
+                {
+                    block: tuple(replica for replica in replicas if replica.expiration_s > now_s)
+                    for block, replicas in self.replicas.items()
+                }
+            ),
+            peers=tuple(peer for peer in self.peers if peer.expiration_s > now_s),
+        )
+
+    def without(self, peer_ids: frozenset[str]) -> DirectoryView:
+        """The same without these peers' replicas; the peers themselves stay listed."""
+        if not peer_ids:
+            return self
+        return DirectoryView(
+            taken_s=self.taken_s,
+            replicas=MappingProxyType(
+                {
+                    block: tuple(replica for replica in replicas if replica.peer_id not in peer_ids)
+                    for block, replicas in self.replicas.items()
+                }
+            ),
+            peers=self.peers,
+        )

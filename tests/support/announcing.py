@@ -1,0 +1,67 @@
+"""Peers of a small run that announce themselves when a test says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dht.announcer import Announcement, Announcer
+from dht.store import Entry
+from protocol.identity import Identity
+from protocol.manifest import BlockId, Manifest, ModelConfig
+from protocol.records import (
+    BlockRecord,
+    PeerRecord,
+    block_key,
+    encode_block,
+    sign_record,
+)
+
+if TYPE_CHECKING:
+    from tests.support.fake_dht import FakeDht
+
+MODEL = ModelConfig(n_layers=2, experts_per_layer=10, experts_per_block=4)
+OWNER = Identity.generate()
+MANIFEST = Manifest(name="test", owner=OWNER.peer_id, model=MODEL)
+RUN = MANIFEST.run_id
+FIRST = BlockId(0, 0)
+
+
+class Host:
+    """A peer whose announcements a test makes by hand."""
+
+    def __init__(self, dht: FakeDht, *blocks: BlockId, port: int = 4000) -> None:
+        self.identity = Identity.generate()
+        self.peer_id = self.identity.peer_id
+        self.port = port
+        self.steps = 0
+        self.blocks = blocks
+        self.announcer = Announcer(dht, self.identity, RUN, describe=self.describe)
+
+    def describe(self) -> Announcement:
+        endpoint = f"127.0.0.1:{self.port}"
+        blocks = tuple(
+            BlockRecord(
+                block=block,
+                version=self.steps,
+                endpoint=endpoint,
+                queue_tokens=10,
+                tokens_per_s=2.5,
+                n_experts=len(MODEL.block_experts(block.block)),
+            )
+            for block in self.blocks
+        )
+        return Announcement(peer=PeerRecord(role="host", endpoint=endpoint, n_blocks=len(blocks)), blocks=blocks)
+
+
+def entry_of(identity: Identity, block: BlockId, *, version: int, expiration_s: float, **fields: object) -> Entry:
+    said = BlockRecord(block=block, version=0, endpoint="127.0.0.1:4000", n_experts=4)
+    key = block_key(RUN, block)
+    raw = sign_record(
+        identity,
+        key=key,
+        version=version,
+        expiration_s=expiration_s,
+        payload=encode_block(replace(said, **fields)),  # type: ignore[arg-type]
+    )
+    return Entry(key, identity.peer_id, raw, expiration_s)

@@ -1,0 +1,84 @@
+"""Checkpoints as safetensors, written atomically, the previous one kept. Blocks on hosts and the trunk on trainers.
+
+A file `NAME.safetensors` is replaced by temp file, fsync, rename; what it replaced is `NAME.previous.safetensors`,
+which a reader falls back to when the newest is damaged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from protocol.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` and `metadata`; raises CheckpointError in one sentence, leaving the old file as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata)))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            path.replace(previous_path(path))
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(f"cannot write checkpoint {path}: {reason}; the previous one is untouched") from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Tensors and metadata of the newest readable of `path` and its predecessor; None if neither file exists.
+
+    Raises CheckpointError when files exist but none can be read.
+    """
+    failures = []
+    for candidate in (path, previous_path(path)):
+        if not candidate.exists():
+            continue
+        try:
+            return _read(candidate)
+        except (SafetensorError, OSError, ValueError) as error:
+            logger.warning("Checkpoint %s is damaged (%s); trying the previous one", candidate, error)
+            failures.append(f"{candidate.name}: {error}")
+    if failures:
+        raise CheckpointError(
+            f"cannot read checkpoint {path} ({'; '.join(failures)[:300]}): restore it, or delete it to start afresh"
+        )
+    return None
+
+
+def previous_path(path: Path) -> Path:
+    """Where the checkpoint that `path` replaced is kept."""
+    return path.with_name(path.name.removesuffix(SUFFIX) + ".previous" + SUFFIX)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

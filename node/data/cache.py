@@ -1,0 +1,192 @@
+"""A corpus laid down once as two files of bytes, training and held-out, that every later start maps into memory.
+
+Before the path of a step. A corpus has one folder in the cache:
+
+    NAME-HASH/train.bin  held_out.bin  index.json      index.json names the source's fingerprint and the files' sizes
+    NAME-HASH.lock                                     held while building, so that two trainers do not build at once
+
+The folder appears by one rename, after an fsync: a reader sees a whole cache or none. A crash leaves
+NAME-HASH.building, which the next build removes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from protocol.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from node.data.sources import Corpus
+
+FORMAT: Final = 1
+SEPARATOR: Final = b"\n\n"  # ends every document in the files
+HASH_BITS: Final = 64
+TRAIN_FILE, HELD_OUT_FILE, INDEX_FILE = "train.bin", "held_out.bin", "index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Which documents are held out: those whose content, hashed with `seed`, falls in the lowest `fraction`."""
+
+    fraction: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """What a cache folder holds; separators count as bytes."""
+
+    fingerprint: str
+    train_documents: int
+    train_bytes: int
+    held_out_documents: int
+    held_out_bytes: int
+
+
+def cached_corpus(
+    cache_dir: Path, corpus: Corpus, split: SplitConfig, documents: Callable[[], Iterable[bytes]]
+) -> tuple[Path, Index]:
+    """The folder of `corpus` in the cache, built from `documents()` unless it is there and as new as its source."""
+    folder = cache_dir / _folder_name(corpus, split)
+    fingerprint = _fingerprint(corpus, split)
+    with _named_errors(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f"{folder.name}.lock")):
+            index = _read_index(folder, fingerprint)
+            return folder, index or _build(folder, fingerprint, split, documents)
+
+
+def held_out_hash(document: bytes, seed: int) -> int:
+    """Place of a document in [0, 2**64), from its content alone: other documents and their order do not matter."""
+    digest = hashlib.blake2b(document, digest_size=HASH_BITS // 8, key=seed.to_bytes(16, "little", signed=True))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _folder_name(corpus: Corpus, split: SplitConfig) -> str:
+    name = re.sub(r"[^A-Za-z0-9]+", "-", corpus.title).strip("-").lower()[:40] or "corpus"
+    return f"{name}-{_sha256([str(corpus.root.resolve()), asdict(split)])[:12]}"
+
+
+def _fingerprint(corpus: Corpus, split: SplitConfig) -> str:
+    return _sha256([FORMAT, asdict(split), corpus.stamps])
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _read_index(folder: Path, fingerprint: str) -> Index | None:
+    """None when the cache is absent, of another source, or damaged: all are mended by building it."""
+    try:
+        index = Index(**json.loads((folder / INDEX_FILE).read_bytes()))
+        sizes = tuple((folder / name).stat().st_size for name in (TRAIN_FILE, HELD_OUT_FILE))
+    except (OSError, ValueError, TypeError):
+        return None
+    whole = index.fingerprint == fingerprint and sizes == (index.train_bytes, index.held_out_bytes)
+    return index if whole else None
+
+
+def _build(folder: Path, fingerprint: str, split: SplitConfig, documents: Callable[[], Iterable[bytes]]) -> Index:
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        index = _write_parts(building, fingerprint, split, documents)
+        with _synced(building / INDEX_FILE) as file:
+            file.write(json.dumps(asdict(index)).encode())
+        # A trainer that still maps the old files keeps them until it ends.
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return index
+
+
+def _write_parts(
+    building: Path, fingerprint: str, split: SplitConfig, documents: Callable[[], Iterable[bytes]]
+) -> Index:
+    parts = _Parts(building, split.seed, limit=int(split.fraction * 2**HASH_BITS))
+    parts.write(documents())
+    if parts.lowest >= parts.highest:
+        raise DataError(
+            "The corpus has fewer than two different documents, so none can be held out: give more text, separate "
+            "documents by blank lines, or give a folder of files."
+        )
+    if not parts.n_documents[HELD_OUT_FILE] or not parts.n_documents[TRAIN_FILE]:
+        # So few documents that the fraction left one side empty: that side gets the one document nearest to it.
+        limit = parts.highest if parts.n_documents[HELD_OUT_FILE] else parts.lowest + 1
+        parts = _Parts(building, split.seed, limit=limit)
+        parts.write(documents())
+    return Index(
+        fingerprint=fingerprint,
+        train_documents=parts.n_documents[TRAIN_FILE],
+        train_bytes=parts.n_bytes[TRAIN_FILE],
+        held_out_documents=parts.n_documents[HELD_OUT_FILE],
+        held_out_bytes=parts.n_bytes[HELD_OUT_FILE],
+    )
+
+
+class _Parts:
+    """Writes documents to one of two files: held out where their hash is below `limit`."""
+
+    def __init__(self, folder: Path, seed: int, limit: int) -> None:
+        self._folder, self._seed, self._limit = folder, seed, limit
+        self.n_documents = {TRAIN_FILE: 0, HELD_OUT_FILE: 0}
+        self.n_bytes = {TRAIN_FILE: 0, HELD_OUT_FILE: 0}
+        self.lowest, self.highest = 2**HASH_BITS, -1
+
+    def write(self, documents: Iterable[bytes]) -> None:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(_synced(self._folder / name)) for name in self.n_documents}
+            for document in documents:
+                place = held_out_hash(document, self._seed)
+                self.lowest, self.highest = min(self.lowest, place), max(self.highest, place)
+                name = HELD_OUT_FILE if place < self._limit else TRAIN_FILE
+                self.n_documents[name] += 1
+                self.n_bytes[name] += files[name].write(document + SEPARATOR)
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a crash
+        yield
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named_errors(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"The data cache in {cache_dir} cannot be written: {error.strerror or error}. Free space there, or give a "
+            "folder that you can write to."
+        ) from None

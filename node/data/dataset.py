@@ -1,0 +1,124 @@
+"""Batches of bytes: training windows in a shuffled order that any step can be read from, and fixed held-out windows.
+
+Path of a step: **data** -> transformer -> gate -> dispatch. Everything is a function of its arguments, so a resumed
+trainer reads on exactly where it stopped, and any number of threads may read at once.
+"""
+
+# Shapes: B sequences of a batch, T positions (context); a window is T + 1 bytes, the inputs and the targets one later.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from node.data.cache import HELD_OUT_FILE, TRAIN_FILE, SplitConfig, cached_corpus
+from node.data.shuffle import keys_of, shuffled
+from node.data.sources import find_corpus, read_documents
+from protocol.errors import ConfigError, DataError, InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from node.data.cache import Index
+    from node.data.sources import Corpus
+
+HELD_OUT_FRACTION = 0.05
+
+
+def open_dataset(
+    path: Path | None, *, cache_dir: Path, held_out_fraction: float = HELD_OUT_FRACTION, seed: int = 0
+) -> ByteDataset:
+    """The corpus at `path` (None: the default corpus), read into `cache_dir` on first use and mapped from there.
+
+    `path` is a text file (cut into documents of about 2 KiB at blank lines), a JSON-lines or JSON file with a field
+    named text, extract or content, or a folder of such files. About `held_out_fraction` of the documents, chosen by
+    content and `seed`, are held out. Raises DataError, or ConfigError for the fraction.
+    """
+    if not 0.0 < held_out_fraction < 1.0:
+        raise ConfigError(f"held_out_fraction: is {held_out_fraction}, must lie between 0 and 1; 0.05 is usual.")
+    corpus = find_corpus(path, exclude=cache_dir)
+    split = SplitConfig(fraction=held_out_fraction, seed=seed)
+    folder, index = cached_corpus(cache_dir, corpus, split, lambda: read_documents(corpus))
+    return ByteDataset(
+        corpus=corpus,
+        index=index,
+        train=np.memmap(folder / TRAIN_FILE, dtype=np.uint8, mode="r"),
+        held_out=np.memmap(folder / HELD_OUT_FILE, dtype=np.uint8, mode="r"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteDataset:
+    """Training and held-out bytes, mapped from disk. `index` counts documents and bytes of both."""
+
+    corpus: Corpus
+    index: Index
+    train: NDArray[np.uint8]
+    held_out: NDArray[np.uint8]
+
+    def describe(self) -> str:
+        """One line for a person: title, documents and bytes of each part, files left out."""
+        index, skipped = self.index, self.corpus.skipped_files
+        return (
+            f"{self.corpus.title}: {index.train_documents:,} documents, {index.train_bytes / 1e6:.1f} MB to train on; "
+            f"{index.held_out_documents:,} documents, {index.held_out_bytes / 1e6:.2f} MB held out"
+            + (f"; {skipped:,} files that are not text left out" if skipped else "")
+        )
+
+    def train_batch(self, step: int, *, shard: int, n_shards: int, batch: int, context: int, seed: int) -> torch.Tensor:
+        """Batch number `step` of a shard: int64 [B, T + 1].
+
+        The training bytes are cut into windows; window i belongs to shard i mod n_shards, so that shards never share a
+        target byte. In each epoch a shard meets each of its windows once, in an order of its own.
+        """
+        _check_positive(batch=batch, context=context, n_shards=n_shards)
+        if step < 0 or not 0 <= shard < n_shards:
+            raise InvalidInputError("shard, step", f"are {shard}, {step}; shard is in [0, {n_shards}), step 0 or more")
+        n_windows = _n_windows(self.train, context)
+        n_own = -(-(n_windows - shard) // n_shards)
+        if n_own <= 0:
+            raise DataError(
+                f"{self.corpus.title}: {len(self.train)} training bytes give {n_windows} windows of {context + 1}, "
+                f"too few for {n_shards} trainers: give more text, or a shorter context."
+            )
+        positions = np.arange(step * batch, (step + 1) * batch, dtype=np.uint64)
+        own = shuffled(positions % np.uint64(n_own), n_own, keys_of(seed, shard, positions // np.uint64(n_own)))
+        return _windows(self.train, own.astype(np.int64) * n_shards + shard, context)
+
+    def held_out_batches(self, batch: int, context: int, max_bytes: int | None = None) -> Iterator[torch.Tensor]:
+        """Held-out windows, int64 [up to B, T + 1]: the same ones each time, their targets never overlapping.
+
+        With `max_bytes` only as many as predict that many bytes (at least one), spread evenly over the held-out text.
+        """
+        _check_positive(batch=batch, context=context)
+        n_windows = _n_windows(self.held_out, context)
+        if not n_windows:
+            raise DataError(
+                f"{self.corpus.title}: {len(self.held_out)} held-out bytes are fewer than one window of {context + 1}: "
+                "give more text, or a larger held-out fraction."
+            )
+        n_wanted = n_windows if max_bytes is None else min(n_windows, max(1, max_bytes // context))
+        chosen = np.arange(n_wanted, dtype=np.int64) * n_windows // n_wanted
+        starts = range(0, n_wanted, batch)
+        return (_windows(self.held_out, chosen[start : start + batch], context) for start in starts)
+
+
+def _n_windows(part: NDArray[np.uint8], context: int) -> int:
+    return (len(part) - 1) // context
+
+
+def _windows(part: NDArray[np.uint8], numbers: NDArray[np.int64], context: int) -> torch.Tensor:
+    ids_BT = part[numbers[:, None] * context + np.arange(context + 1)]
+    return torch.from_numpy(ids_BT.astype(np.int64))
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise InvalidInputError(name, f"is {value}; it must be at least 1")

@@ -1,0 +1,81 @@
+"""Adam for stacked experts that steps only the experts that got tokens. Last step of a host's backward.
+
+Shapes: E experts of a block, G of them touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from protocol.manifest import OptimizerConfig
+
+
+@dataclass
+class AdamState:
+    """Moments of every parameter, stacked like it, and each expert's own number of steps (int64 `steps_E`)."""
+
+    first: dict[str, torch.Tensor]
+    second: dict[str, torch.Tensor]
+    steps_E: torch.Tensor
+
+
+def zero_state(params: dict[str, torch.Tensor]) -> AdamState:
+    """State before the first step."""
+    some = next(iter(params.values()))
+    return AdamState(
+        first={name: torch.zeros_like(p) for name, p in params.items()},
+        second={name: torch.zeros_like(p) for name, p in params.items()},
+        steps_E=torch.zeros(len(some), dtype=torch.int64, device=some.device),
+    )
+
+
+def clip_per_expert(grads: dict[str, torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale each expert's gradient in place to at most `max_norm` (L2 over all its parameters).
+
+    Returns `finite_G`: False for experts whose gradient holds NaN or infinity, which must not be stepped.
+    """
+    norm_G = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
+    finite_G = torch.isfinite(norm_G)
+    scale_G = (max_norm / (norm_G + torch.finfo(norm_G.dtype).tiny)).clamp(max=1.0)
+    if bool((scale_G < 1).any()):
+        for g in grads.values():
+            g.mul_(scale_G.view(-1, *[1] * (g.dim() - 1)))
+    return finite_G
+
+
+def adam_step(
+    params: dict[str, torch.Tensor],
+    state: AdamState,
+    grads: dict[str, torch.Tensor],
+    touched_G: torch.Tensor,
+    lr: float,
+    config: OptimizerConfig,
+) -> None:
+    """One decoupled-weight-decay Adam step (arXiv 1711.05101) of experts `touched_G` (sorted, unique, int64), in place.
+
+    Bias correction uses each expert's own step count, so an expert met for the first time late in a run starts as
+    carefully as any other.
+    """
+    whole = len(touched_G) == len(state.steps_E)
+    steps_G = state.steps_E.index_select(0, touched_G) + 1
+    state.steps_E.index_copy_(0, touched_G, steps_G)
+    for name, grad in grads.items():
+        columns = (-1, *[1] * (grad.dim() - 1))
+        tensors = (params[name], state.first[name], state.second[name])
+        # Every expert touched: update in place, without a copy out and back.
+        p, m, v = tensors if whole else (t.index_select(0, touched_G) for t in tensors)
+        m.lerp_(grad, 1 - config.beta1)
+        v.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
+        count = steps_G.to(grad.dtype).view(columns)
+        update = v.div(1 - config.beta2**count).sqrt_().add_(config.eps).reciprocal_().mul_(m)
+        update.mul_(lr / (1 - config.beta1**count))
+        if config.weight_decay:
+            p.mul_(1 - lr * config.weight_decay)
+        p.sub_(update)
+        if not whole:
+            for full, part in zip(tensors, (p, m, v), strict=True):
+                full.index_copy_(0, touched_G, part)

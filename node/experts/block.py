@@ -1,0 +1,95 @@
+"""A block: one replica of a contiguous range of experts, stacked. Owned by the runtime's thread.
+
+Shapes: E experts of the block, P pairs sorted by expert, G touched experts, D model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from node.experts.adam import AdamState, adam_step, clip_per_expert, zero_state
+from node.experts.kinds import ExpertKind, expert_kind
+from protocol.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from protocol.manifest import BlockId, Manifest, OptimizerConfig
+
+
+@dataclass
+class Block:
+    """Weights, moments and counters of one block. `version` counts optimizer steps that touched any of its experts."""
+
+    id: BlockId
+    experts: range
+    kind: ExpertKind
+    params: dict[str, torch.Tensor]
+    adam: AdamState
+    version: int = 0
+    skipped_steps: int = field(default=0)
+    """Expert steps not taken because their gradient was not finite."""
+
+    @torch.no_grad()
+    def forward(self, x_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+        """Outputs [P, D] for pairs sorted by `expert_P` (int64, local to the block)."""
+        ends_E = torch.bincount(expert_P, minlength=len(self.experts)).cumsum(0).to(torch.int32)
+        return self.kind.apply(self.params, x_PD, ends_E)
+
+    def backward(self, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor) -> BlockGradients:
+        """Recompute the outputs and differentiate; the weights' gradients are only for the experts that got tokens."""
+        touched_G, counts_G = torch.unique_consecutive(expert_P, return_counts=True)
+        ends_G = counts_G.cumsum(0).to(torch.int32)
+        whole = len(touched_G) == len(self.experts)
+        leaves = {
+            name: (p if whole else p.index_select(0, touched_G)).detach().requires_grad_()
+            for name, p in self.params.items()
+        }
+        x_PD = x_PD.detach().requires_grad_()
+        with torch.enable_grad():
+            y_PD = self.kind.apply(leaves, x_PD, ends_G)
+        grads = torch.autograd.grad(y_PD, (x_PD, *leaves.values()), grad_PD.contiguous())
+        weights = dict(zip(leaves, grads[1:], strict=True))
+        return BlockGradients(outputs_PD=y_PD.detach(), inputs_PD=grads[0], weights=weights, touched_G=touched_G)
+
+    @torch.no_grad()
+    def step(self, gradients: BlockGradients, lr: float, config: OptimizerConfig) -> None:
+        """Clip and apply; an expert whose gradient is not finite keeps its weights, and is counted."""
+        finite_G = clip_per_expert(gradients.weights, config.expert_grad_clip)
+        touched_G, weights = gradients.touched_G, gradients.weights
+        if not bool(finite_G.all()):
+            self.skipped_steps += int((~finite_G).sum())
+            touched_G = touched_G[finite_G]
+            weights = {name: g[finite_G] for name, g in weights.items()}
+        if len(touched_G):
+            adam_step(self.params, self.adam, weights, touched_G, lr, config)
+            self.version += 1
+
+
+@dataclass(frozen=True)
+class BlockGradients:
+    """What one backward over a block yields; `weights` [G, ...] belong to experts `touched_G`."""
+
+    outputs_PD: torch.Tensor
+    inputs_PD: torch.Tensor
+    weights: dict[str, torch.Tensor]
+    touched_G: torch.Tensor
+
+
+def new_block(manifest: Manifest, block_id: BlockId, device: torch.device) -> Block:
+    """Block as it is before any training: the same on every peer, from the run's seed and the block's place."""
+    model = manifest.model
+    kind = expert_kind(model.expert_kind)
+    experts = model.block_experts(block_id.block)
+    text = f"{manifest.seed}/{block_id.layer}/{block_id.block}".encode()
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))
+    std = kind.init_std(model)
+    params = {
+        name: torch.randn(len(experts), *shape, generator=generator, dtype=torch.float32)
+        .mul_(std[name])
+        .to(device=device, dtype=DTYPES[manifest.dtype])
+        for name, shape in kind.shapes(model).items()
+    }
+    return Block(id=block_id, experts=experts, kind=kind, params=params, adam=zero_state(params))

@@ -1,0 +1,68 @@
+"""Expert kinds: what one expert computes. Adding a kind is one class here and its name in `protocol/manifest.py`.
+
+Shapes: P pairs sorted by expert, G experts, D model width, H expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Protocol
+
+from torch.nn import functional
+
+from node.experts.grouped import grouped_product
+from protocol.errors import ManifestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from protocol.manifest import ModelConfig
+
+    Params = dict[str, torch.Tensor]
+
+
+class ExpertKind(Protocol):
+    """Stateless arithmetic of a kind; the weights of G experts come stacked, by name."""
+
+    def shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter of one expert."""
+
+    def init_std(self, model: ModelConfig) -> dict[str, float]:
+        """Standard deviation of each parameter's normal initialisation."""
+
+    def apply(self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
+        """Outputs [P, D] of each pair's expert."""
+
+
+class FfnKind:
+    """D-H-D feed-forward with GELU and no biases; H may be 1 (a single neuron, as in PEER, arXiv 2407.04153)."""
+
+    def shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """`w_in` [D, H] and `w_out` [H, D]."""
+        d_model, hidden = model.d_model, model.expert_hidden
+        return {"w_in": (d_model, hidden), "w_out": (hidden, d_model)}
+
+    def init_std(self, model: ModelConfig) -> dict[str, float]:
+        """Unit variance through both products."""
+        return {"w_in": model.d_model**-0.5, "w_out": model.expert_hidden**-0.5}
+
+    def apply(self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
+        """`w_out(gelu(w_in(x)))` of each pair's expert."""
+        h_PH = functional.gelu(grouped_product(x_PD, params["w_in"], ends_G))
+        return grouped_product(h_PH, params["w_out"], ends_G)
+
+
+_KINDS: dict[str, ExpertKind] = {"ffn": FfnKind()}
+
+
+def expert_kind(name: str) -> ExpertKind:
+    """Kind by its name in the manifest."""
+    if name not in _KINDS:
+        raise ManifestError(f"model.expert_kind: {name!r} is not known here; known: {', '.join(_KINDS)}")
+    return _KINDS[name]
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Parameters of all experts of all layers."""
+    per_expert = sum(math.prod(shape) for shape in expert_kind(model.expert_kind).shapes(model).values())
+    return per_expert * model.experts_per_layer * model.n_layers

@@ -1,0 +1,201 @@
+"""One training step of the trunk: micro-batches in flight, gradients summed in order, clipped, applied. No sockets.
+
+The same code trains over a swarm (`Dispatcher`) and in one process (`LocalExperts`). Experts are stepped by whoever
+holds them, during each micro-batch's backward; the trunk steps once per step.
+
+Shapes: B sequences, T positions, V vocabulary, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch.nn import functional
+
+from node.moe import MoE
+from node.transformer import Transformer, bits_per_byte
+from protocol.errors import TooFewExpertsError
+from protocol.schedule import learning_rate_factor
+from protocol.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from node.data import ByteDataset
+    from node.moe import Experts
+    from protocol.manifest import Manifest
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Which data a trainer reads, and how much at once."""
+
+    batch: int = 16
+    micro_batches: int = 2
+    shard: int = 0
+    n_shards: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One step. `loss` in nats per byte; `overflow` pairs dropped by the gate's capacity."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    n_tokens: int
+    overflow: int
+    seconds: float
+
+
+class Training:
+    """Owns the trunk's optimizer and place in the data. Not thread-safe, but runs its micro-batches on threads.
+
+    `on_too_few` is called, in a compute thread, when too few experts answer: it waits (or raises, to give up), after
+    which the micro-batch starts again. Nothing has stepped by then, as that only happens in a forward.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        model: Transformer,
+        experts: Experts,
+        dataset: ByteDataset,
+        config: StepConfig,
+        on_too_few: Callable[[TooFewExpertsError], None],
+    ) -> None:
+        self.manifest, self.model, self.dataset, self.config = manifest, model, dataset, config
+        self.moe_layers = [module for module in model.modules() if isinstance(module, MoE)]
+        self._experts, self._on_too_few = experts, on_too_few
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        adam = manifest.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+        )
+        self._pool = ThreadPoolExecutor(config.micro_batches, thread_name_prefix="kilohive-micro-batch")
+        self.steps_done = 0
+        self.run_tokens = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step, all micro-batches together."""
+        return self.config.batch * self.config.micro_batches * self.manifest.model.context
+
+    def step(self) -> StepResult:
+        """Train on the next micro-batches."""
+        started = time.perf_counter()
+        self.model.train()
+        self._experts.run_tokens = self.run_tokens
+        first = self.steps_done * self.config.micro_batches
+        results = self._in_flight(self._micro_batch, range(first, first + self.config.micro_batches))
+        grad_norm, lr = self._apply([gradients for _, gradients in results])
+        overflow = self._balance()
+        self.steps_done += 1
+        self.run_tokens += self.tokens_per_step
+        return StepResult(
+            loss=sum(loss for loss, _ in results) / len(results),
+            grad_norm=grad_norm,
+            lr=lr,
+            n_tokens=self.tokens_per_step,
+            overflow=overflow,
+            seconds=time.perf_counter() - started,
+        )
+
+    def evaluate(self, max_bytes: int) -> float:
+        """Held-out bits per byte over the first `max_bytes` of the held-out text."""
+        self.model.eval()
+        context = self.manifest.model.context
+        batches = self.dataset.held_out_batches(self.config.batch, context, max_bytes)
+        results = self._in_flight(self._held_out, batches)
+        n_bytes = sum(n for _, n in results)
+        return bits_per_byte(sum(nats for nats, _ in results) / n_bytes)
+
+    def close(self) -> None:
+        """End the threads; a micro-batch that still waits must have been released by `on_too_few` or its calls."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _in_flight(self, function: Callable[[A], R], items: Iterable[A]) -> list[R]:
+        """Results in the order of `items`, at most `micro_batches` of them running."""
+        futures = [self._pool.submit(self.until_enough, function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def until_enough(self, function: Callable[[A], R], item: A) -> R:
+        """`function(item)`, again and again while too few experts answer."""
+        while True:
+            try:
+                return function(item)
+            except TooFewExpertsError as error:
+                self._on_too_few(error)
+
+    def _micro_batch(self, index: int) -> tuple[float, Sequence[torch.Tensor | None]]:
+        config = self.config
+        ids = self.dataset.train_batch(
+            index,
+            shard=config.shard,
+            n_shards=config.n_shards,
+            batch=config.batch,
+            context=self.manifest.model.context,
+            seed=config.seed,
+        )
+        loss = next_byte_loss(self.model, ids, self.device)
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return float(loss.detach()), gradients
+
+    @torch.no_grad()
+    def _held_out(self, ids: torch.Tensor) -> tuple[float, int]:
+        n_bytes = ids[:, 1:].numel()
+        return float(next_byte_loss(self.model, ids, self.device)) * n_bytes, n_bytes
+
+    def _apply(self, per_micro_batch: Sequence[Sequence[torch.Tensor | None]]) -> tuple[float, float]:
+        for index, parameter in enumerate(self.parameters):
+            parts = [gradients[index] for gradients in per_micro_batch]
+            known = [part for part in parts if part is not None]
+            parameter.grad = torch.stack(known).sum(0).div_(len(parts)) if known else None
+        adam = self.manifest.optimizer
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, adam.grad_clip)
+        lr = adam.lr * learning_rate_factor(adam, self.run_tokens)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if bool(torch.isfinite(norm)):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm), lr
+
+    def _balance(self) -> int:
+        return sum(layer.balance() for layer in self.moe_layers)
+
+
+def next_byte_loss(model: Transformer, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Mean cross-entropy, in nats per byte, of windows [B, T + 1]."""
+    ids = ids.to(device)
+    logits_BTV = model(ids[:, :-1])
+    return functional.cross_entropy(logits_BTV.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def mean_nats(model: Transformer, batches: Iterable[torch.Tensor], device: torch.device) -> float:
+    """Nats per byte over windows [B, T + 1], one batch after the other."""
+    sums = [(float(next_byte_loss(model, ids, device)) * ids[:, 1:].numel(), ids[:, 1:].numel()) for ids in batches]
+    return sum(nats for nats, _ in sums) / sum(n for _, n in sums)
+
+
+def build_trunk(manifest: Manifest, layers: Sequence[MoE], generator: torch.Generator) -> Transformer:
+    """The trunk around `layers`, in the run's dtype."""
+    return Transformer(manifest.model, layers, generator).to(DTYPES[manifest.dtype])

@@ -1,0 +1,188 @@
+"""The stacked, grouped, sparse arithmetic of a block against the plain thing: one expert, one token, one torch Adam."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch.nn import functional
+
+from node.experts.block import new_block
+from node.experts.grouped import grouped_product
+from node.experts.layer import Pairs, check_hosted, layer_backward, layer_forward
+from node.experts.state import block_metadata, block_tensors, restore_block
+from protocol.errors import CheckpointError, NotHostedError
+from protocol.manifest import BlockId
+from tests.support.swarm_parts import CPU, small_manifest
+
+if TYPE_CHECKING:
+    from node.experts.block import Block
+    from protocol.manifest import Manifest
+
+
+def layer_blocks(manifest: Manifest, layer: int = 0) -> list[Block]:
+    return [new_block(manifest, BlockId(layer, b), CPU) for b in range(manifest.model.blocks_per_layer)]
+
+
+def random_pairs(n_tokens: int, n_experts: int, per_token: int, dtype: torch.dtype) -> Pairs:
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(n_tokens, n_experts, generator=generator)
+    return Pairs(
+        token_P=torch.arange(n_tokens).repeat_interleave(per_token),
+        expert_P=scores.topk(per_token).indices.reshape(-1),
+        weight_P=torch.rand(n_tokens * per_token, generator=generator, dtype=dtype),
+    )
+
+
+def plain_layer(weights: dict[str, torch.Tensor], x_TD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    rows = [torch.zeros_like(x_TD[0]) for _ in x_TD]
+    for token, expert, weight in zip(*pairs, strict=True):
+        h_H = functional.gelu(x_TD[token] @ weights["w_in"][expert])
+        rows[token] = rows[token] + weight * (h_H @ weights["w_out"][expert])
+    return torch.stack(rows)
+
+
+def stacked(blocks: list[Block]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([b.params[name] for b in blocks]).clone().requires_grad_() for name in blocks[0].params}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-12), ("fp32", 2e-5)])
+def test_a_layer_computes_and_differentiates_like_a_loop_over_experts(dtype: str, tolerance: float) -> None:
+    manifest = small_manifest(dtype=dtype)
+    blocks = layer_blocks(manifest)
+    weights = stacked(blocks)
+    real = torch.float64 if dtype == "fp64" else torch.float32
+    x_TD = torch.randn(12, 16, dtype=real, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    grad_TD = torch.randn(12, 16, dtype=real, generator=torch.Generator().manual_seed(2))
+    pairs = random_pairs(12, 16, 2, real)
+    weight_P = pairs.weight_P.clone().requires_grad_()
+    wanted = plain_layer(weights, x_TD, pairs._replace(weight_P=weight_P))
+    names = list(weights)
+    grads = torch.autograd.grad(wanted, (x_TD, weight_P, *weights.values()), grad_TD)
+
+    torch.testing.assert_close(layer_forward(blocks, x_TD.detach(), pairs), wanted.detach(), rtol=0, atol=tolerance)
+    got = layer_backward(blocks, x_TD.detach(), pairs, grad_TD)
+    torch.testing.assert_close(got.tokens_TD, grads[0], rtol=0, atol=tolerance)
+    torch.testing.assert_close(got.weight_P, grads[1], rtol=0, atol=tolerance)
+    for block, gradients in got.blocks:
+        for name in names:
+            wanted_G = grads[2 + names.index(name)][block.experts.start : block.experts.stop][gradients.touched_G]
+            torch.testing.assert_close(gradients.weights[name], wanted_G, rtol=0, atol=tolerance)
+
+
+def test_touched_experts_step_like_torchs_adam_and_the_others_stay_bit_equal() -> None:
+    manifest = small_manifest(dtype="fp64", optimizer={"weight_decay": 0.1, "expert_grad_clip": 1e9})
+    block = new_block(manifest, BlockId(0, 0), CPU)
+    before = copy.deepcopy(block.params)
+    touched = [[0, 2], [2, 3], [0, 2]]
+    per_expert = {
+        expert: {name: p[expert].clone().requires_grad_() for name, p in before.items()} for expert in range(4)
+    }
+    adam = {
+        expert: torch.optim.AdamW(list(params.values()), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        for expert, params in per_expert.items()
+    }
+    for step, experts in enumerate(touched):
+        generator = torch.Generator().manual_seed(step)
+        x_PD = torch.randn(len(experts) * 3, 16, dtype=torch.float64, generator=generator)
+        grad_PD = torch.randn(len(experts) * 3, 16, dtype=torch.float64, generator=generator)
+        expert_P = torch.tensor(experts).repeat_interleave(3)
+        block.step(block.backward(x_PD, expert_P, grad_PD), 1e-3, manifest.optimizer)
+        for index, expert in enumerate(experts):
+            rows = slice(3 * index, 3 * index + 3)
+            params = per_expert[expert]
+            y = functional.gelu(x_PD[rows] @ params["w_in"]) @ params["w_out"]
+            for p, g in zip(params.values(), torch.autograd.grad(y, list(params.values()), grad_PD[rows]), strict=True):
+                p.grad = g
+            adam[expert].step()
+    for expert, params in per_expert.items():
+        for name, p in params.items():
+            torch.testing.assert_close(block.params[name][expert], p.detach(), rtol=0, atol=1e-12)
+    assert torch.equal(block.params["w_in"][1], before["w_in"][1])
+    assert block.adam.steps_E.tolist() == [2, 0, 3, 1]
+    assert block.version == 3
+
+
+def test_an_experts_gradient_is_clipped_by_its_own_norm() -> None:
+    manifest = small_manifest(dtype="fp64", optimizer={"expert_grad_clip": 0.5})
+    block = new_block(manifest, BlockId(0, 0), CPU)
+    gradients = block.backward(
+        torch.randn(4, 16, dtype=torch.float64),
+        torch.tensor([0, 0, 1, 1]),
+        torch.full((4, 16), 1e3, dtype=torch.float64),
+    )
+    block.step(gradients, 1e-3, manifest.optimizer)
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.weights.values()]).norm(dim=0)
+    torch.testing.assert_close(norms, torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_an_expert_with_a_gradient_that_is_not_finite_is_left_alone_and_counted() -> None:
+    manifest = small_manifest()
+    block = new_block(manifest, BlockId(0, 0), CPU)
+    before = copy.deepcopy(block.params)
+    gradients = block.backward(torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16))
+    gradients.weights["w_in"][0, 0, 0] = float("nan")
+    block.step(gradients, 1e-3, manifest.optimizer)
+    assert torch.equal(block.params["w_in"][0], before["w_in"][0])
+    assert not torch.equal(block.params["w_in"][1], before["w_in"][1])
+    assert block.skipped_steps == 1
+    assert bool(torch.isfinite(block.params["w_in"]).all())
+
+
+@pytest.mark.parametrize("hidden", [1, 3, 8])
+def test_the_grouped_product_equals_a_loop_for_aligned_and_other_widths(hidden: int) -> None:
+    x_PN, w_GNM = torch.randn(10, 8), torch.randn(4, 8, hidden)
+    ends_G = torch.tensor([3, 3, 7, 10], dtype=torch.int32)
+    wanted = torch.cat([x_PN[:3] @ w_GNM[0], x_PN[3:7] @ w_GNM[2], x_PN[7:] @ w_GNM[3]])
+    torch.testing.assert_close(grouped_product(x_PN, w_GNM, ends_G), wanted)
+
+
+def test_a_block_starts_the_same_on_every_peer_and_differs_from_its_neighbours() -> None:
+    manifest = small_manifest()
+    one, same, other = (new_block(manifest, BlockId(0, b), CPU) for b in (0, 0, 1))
+    assert torch.equal(one.params["w_in"], same.params["w_in"])
+    assert not torch.equal(one.params["w_in"], other.params["w_in"])
+
+
+def test_an_expert_that_is_not_hosted_is_named() -> None:
+    blocks = [new_block(small_manifest(), BlockId(0, b), CPU) for b in (0, 2)]
+    check_hosted(blocks, torch.tensor([0, 3, 8, 11]), layer=0)
+    with pytest.raises(NotHostedError, match="expert 5 of layer 0 is not hosted here"):
+        check_hosted(blocks, torch.tensor([0, 5, 8]), layer=0)
+
+
+def trained_block(manifest: Manifest) -> Block:
+    block = new_block(manifest, BlockId(0, 1), CPU)
+    block.step(block.backward(torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16)), 1e-3, manifest.optimizer)
+    return block
+
+
+def test_a_restored_block_is_bit_equal() -> None:
+    manifest = small_manifest()
+    block = trained_block(manifest)
+    back = restore_block(manifest, block.id, block_tensors(block), block_metadata(block, manifest.run_id), CPU)
+    assert back.version == 1
+    for name, tensor in block_tensors(block).items():
+        assert torch.equal(block_tensors(back)[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda t, m: m.update(run_id="other"), "its run_id is 'other'"),
+        (lambda t, m: m.update(block="0/2"), "its block is '0/2'"),
+        (lambda t, m: m.update(version="-1"), "its version"),
+        (lambda t, m: t.pop("steps_E"), "must have"),
+        (lambda t, m: t.update({"params.w_in": t["params.w_in"][:2]}), "params.w_in: is"),
+        (lambda t, m: t["params.w_in"].fill_(float("nan")), "params.w_in: holds NaN"),
+    ],
+)
+def test_a_block_state_that_does_not_fit_is_refused(spoil: object, problem: str) -> None:
+    manifest = small_manifest()
+    block = trained_block(manifest)
+    tensors, metadata = block_tensors(block), block_metadata(block, manifest.run_id)
+    spoil(tensors, metadata)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=problem):
+        restore_block(manifest, block.id, tensors, metadata, CPU)

@@ -1,0 +1,137 @@
+"""What a person can set on a host or a trainer. Light: no torch here, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwarmConfig:
+    """Which swarm to join: a file that the coordinator wrote, or the run id and initial peers that it printed."""
+
+    swarm: Path | None = None
+    """File swarm.toml that the coordinator wrote."""
+    run_id: str = ""
+    """Run to join, as the coordinator printed it."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddresses of peers in the swarm, parted by blanks."""
+    listen: str = "127.0.0.1"
+    """Address to listen on and to announce. Calls are not encrypted yet: stay on loopback or a private network."""
+    dht_port: int = 0
+    """Port of the DHT node; 0 takes a free one."""
+    join_timeout_s: float = 60.0
+    """Seconds to wait for the swarm at the start."""
+    stop_on_stdin_eof: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave when standard input ends. For a parent process that starts this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostConfig(SwarmConfig):
+    """Host blocks of experts for a run."""
+
+    state: Path = Path("state/host")
+    """Folder for key, checkpoints, event log."""
+    blocks: str = "auto"
+    """Blocks to host, such as 0/0-3,1/7 (layer/block); auto takes those with the fewest replicas."""
+    max_blocks: int = 8
+    """Most blocks to take with --blocks auto."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int = 1
+    """CPU threads for the experts' arithmetic."""
+    port: int = 0
+    """Port of the gRPC server; 0 takes a free one."""
+    metrics_port: int = 0
+    """Port for Prometheus metrics; 0 turns them off."""
+    max_queue_tokens: int = 65_536
+    """Tokens that may wait for this host; more are refused with a retry delay."""
+    keep_inputs_mb: int = 256
+    """Memory for the inputs kept between a forward and its backward, in MB."""
+    keep_inputs_s: float = 120.0
+    """Seconds for which a forward's inputs are kept."""
+    checkpoint_every_s: float = 60.0
+    """Seconds between checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(SwarmConfig):
+    """Train the run's trunk and gate over the swarm's experts."""
+
+    out: Path = Path("runs/train")
+    """Folder for checkpoint, event log, summary, plot."""
+    data: Path | None = None
+    """Text, JSON-lines or folder of them; else Wikipedia."""
+    steps: int = 0
+    """Steps to train to; 0: until the run's last token."""
+    batch: int = 8
+    """Sequences per micro-batch."""
+    micro_batches: int = 2
+    """Micro-batches per step, all in flight at once."""
+    shard: int = 0
+    """Shard of the corpus to read, from 0."""
+    n_shards: int = 1
+    """Number of shards: one per trainer."""
+    wait_for_blocks_s: float = 15.0
+    """Seconds at the start for every block to find a host; then training begins with those that did."""
+    k_min: int = 1
+    """Fewest experts that must answer for each token."""
+    call_timeout_s: float = 20.0
+    """Deadline of one call to a host."""
+    eval_every: int = 50
+    """Steps between held-out evaluations; 0: only at the start and the end."""
+    eval_bytes: int = 16_384
+    """Held-out bytes per evaluation on the way; start and end use four times as many."""
+    save_every: int = 100
+    """Steps between checkpoints of the trunk."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on from the trunk's checkpoint in --out."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int = 1
+    """CPU threads for the trunk's arithmetic."""
+    seed: int = 0
+    """Seed of the order of the data and of the sample."""
+    plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print lines instead of the live display."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SwarmConfig):
+    """Measure held-out bits per byte of a run, with the trunk from a checkpoint and the swarm's experts."""
+
+    out: Path = Path("runs/local")
+    """Folder with the trunk's checkpoint."""
+    data: Path | None = None
+    """Text, JSON-lines or folder of them; else Wikipedia."""
+    n_bytes: int = 65_536
+    """Held-out bytes to score."""
+    batch: int = 16
+    """Sequences at once."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int = 1
+    """CPU threads for the trunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SwarmConfig):
+    """Let a run's model write text, with the trunk from a checkpoint and the swarm's experts."""
+
+    out: Path = Path("runs/local")
+    """Folder with the trunk's checkpoint."""
+    prompt: str = "The "
+    """Text to go on from."""
+    n_bytes: int = 256
+    """Bytes to write."""
+    temperature: float = 0.8
+    """0 always takes the likeliest byte; higher is wilder."""
+    seed: int = 0
+    """Seed of the draws."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int = 1
+    """CPU threads for the trunk."""

@@ -1,0 +1,103 @@
+"""gRPC calls to hosts: one channel per endpoint, a deadline on every call, typed errors back. On the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from protocol import expert_pb2 as pb
+from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, error_from_status
+from protocol.limits import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Res = TypeVar("Res", bound=Message)
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A host that comes back on the same endpoint is tried again soon.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+CLOSE_GRACE_S = 0.5
+
+
+class ExpertClient:
+    """Calls hosts by endpoint. `wire_bytes` counts messages' bytes, both ways."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self.wire_bytes = 0
+
+    async def forward(self, endpoint: str, request: pb.ForwardRequest, timeout_s: float) -> pb.ForwardResponse:
+        """Forward at `endpoint`; raises the host's error, or UnavailableError, DeadlineError."""
+        return await self._call(endpoint, "Forward", request, pb.ForwardResponse, timeout_s)
+
+    async def backward(self, endpoint: str, request: pb.BackwardRequest, timeout_s: float) -> pb.BackwardResponse:
+        """Backward at `endpoint`; raises like `forward`."""
+        return await self._call(endpoint, "Backward", request, pb.BackwardResponse, timeout_s)
+
+    async def describe(self, endpoint: str, request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeResponse:
+        """What the host at `endpoint` holds; raises like `forward`."""
+        return await self._call(endpoint, "Describe", request, pb.DescribeResponse, timeout_s)
+
+    async def close(self) -> None:
+        """Close every channel; calls in flight are cancelled."""
+        channels, self._channels = list(self._channels.values()), {}
+        await asyncio.gather(*(channel.close(CLOSE_GRACE_S) for channel in channels))
+
+    async def forget(self, endpoint: str) -> None:
+        """Close the channel to `endpoint`, if there is one."""
+        channel = self._channels.pop(endpoint, None)
+        if channel is not None:
+            await channel.close(CLOSE_GRACE_S)
+
+    async def _call(
+        self, endpoint: str, method: str, request: Message, response_type: type[Res], timeout_s: float
+    ) -> Res:
+        """One call, repeated after the host's own delay while it says that it is overloaded and time is left."""
+        raw = request.SerializeToString()
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            left_s = deadline - asyncio.get_running_loop().time()
+            try:
+                return _parsed(response_type, await self._send(endpoint, method, raw, left_s))
+            except OverloadedError as error:
+                if left_s <= error.retry_after_s:
+                    raise
+                await asyncio.sleep(error.retry_after_s)
+
+    async def _send(self, endpoint: str, method: str, raw: bytes, timeout_s: float) -> bytes:
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+        call = self._channel(endpoint).unary_unary(f"/{pb.DESCRIPTOR.package}.Expert/{method}")
+        try:
+            answer: bytes = await call(raw, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _rebuilt(error) from None
+        self.wire_bytes += len(raw) + len(answer)
+        return answer
+
+    def _channel(self, endpoint: str) -> grpc.aio.Channel:
+        if endpoint not in self._channels:
+            self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
+        return self._channels[endpoint]
+
+
+def _rebuilt(error: grpc.aio.AioRpcError) -> KilohiveError:
+    metadata: Mapping[str, str] = {k: v for k, v in error.trailing_metadata() or () if isinstance(v, str)}
+    return error_from_status(error.code(), error.details() or "", metadata)
+
+
+def _parsed(response_type: type[Res], raw: bytes) -> Res:
+    response = response_type()
+    try:
+        response.ParseFromString(raw)
+    except DecodeError:
+        raise InvalidInputError("response", f"{len(raw)} bytes are not a whole {response_type.__name__}") from None
+    return response

@@ -1,0 +1,63 @@
+"""Prometheus metrics of a host: read from the runtime when scraped."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from node.serving.runtime import Runtime
+    from node.serving.service import ExpertService
+
+JOIN_TIMEOUT_S = 2.0
+
+
+class HostCollector(Collector):
+    """Counters and gauges of one host."""
+
+    def __init__(self, runtime: Runtime, service: ExpertService) -> None:
+        self._runtime, self._service = runtime, service
+
+    def collect(self) -> Iterator[Metric]:
+        """Current values."""
+        runtime, service = self._runtime, self._service
+        yield GaugeMetricFamily("kilohive_queue_tokens", "Tokens waiting for the runtime", runtime.queue_tokens)
+        yield GaugeMetricFamily("kilohive_kept_inputs_bytes", "Memory kept for backward", runtime.kept_bytes)
+        yield GaugeMetricFamily("kilohive_tokens_per_second", "Recent forward tokens per second", runtime.tokens_per_s)
+        yield CounterMetricFamily("kilohive_tokens", "Forward tokens since the start", runtime.tokens_total)
+        yield CounterMetricFamily("kilohive_calls_ok", "Calls answered", service.calls_ok)
+        yield CounterMetricFamily("kilohive_calls_refused", "Calls refused with an error", service.calls_refused)
+        versions = GaugeMetricFamily("kilohive_block_version", "Optimizer steps of a block", labels=["layer", "block"])
+        for block_id, block in runtime.blocks.items():
+            versions.add_metric([str(block_id.layer), str(block_id.block)], block.version)
+        yield versions
+
+
+@contextmanager
+def start_metrics(runtime: Runtime, service: ExpertService, address: str, port: int) -> Iterator[None]:
+    """Serve `/metrics` while the context lasts; port 0 serves nothing."""
+    if not port:
+        yield
+        return
+    registry = CollectorRegistry()
+    registry.register(HostCollector(runtime, service))
+    try:
+        server, thread = start_http_server(port, address, registry)
+    except OSError as error:
+        raise ConfigError(f"--metrics-port: cannot listen on {address}:{port}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(JOIN_TIMEOUT_S)

@@ -1,0 +1,86 @@
+"""What a trainer tells after each step: the `step` event, for the display, for programs, for the plot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from node.transformer import bits_per_byte
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Sequence
+
+    from dht.directory import Directory
+    from dht.view import DirectoryView
+    from node.gate import Gate
+    from node.training import StepResult
+    from node.trunk_state import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step with the run's totals; `calls` are (answered, failed)."""
+
+    result: StepResult
+    progress: Progress
+    steps: int
+    calls: tuple[int, int]
+    wire_bytes: int
+    experts_total: int
+
+
+def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, pairs: Counter[str]) -> dict[str, Any]:
+    """Fields of the `step` event; `pairs` counts those that each peer answered in this step."""
+    usable, known = directory.snapshot(), directory.snapshot(with_avoided=True)
+    result, progress = report.result, report.progress
+    seconds_per_step = progress.train_seconds / max(1, progress.step)
+    return {
+        "step": progress.step,
+        "steps": report.steps,
+        "loss": round(result.loss, 5),
+        "bits_per_byte": round(bits_per_byte(result.loss), 5),
+        "run_tokens": progress.run_tokens,
+        "tokens_per_s": round(result.n_tokens / result.seconds, 1),
+        "experts_alive": sum(replicas[0].n_experts for replicas in usable.replicas.values() if replicas),
+        "experts_total": report.experts_total,
+        "calls_ok": report.calls[0],
+        "calls_failed": report.calls[1],
+        "wire_bytes": report.wire_bytes,
+        "time_left_s": round((report.steps - progress.step) * seconds_per_step, 1),
+        "grad_norm": round(result.grad_norm, 4),
+        "lr": result.lr,
+        "gate": _gate_fields(gates, result.overflow),
+        "hosts": _host_rows(known, usable, pairs),
+    }
+
+
+def _gate_fields(gates: Sequence[Gate], overflow: int) -> dict[str, float]:
+    stats = [gate.stats() for gate in gates]
+    n = len(stats)
+    return {
+        "dead_fraction": round(sum(s.dead_fraction for s in stats) / n, 4),
+        "load_cv": round(sum(s.load_cv for s in stats) / n, 4),
+        "entropy_bits": round(sum(s.load_entropy_bits for s in stats) / n, 4),
+        "overflow": overflow,
+    }
+
+
+def _host_rows(known: DirectoryView, usable: DirectoryView, pairs_by_peer: Counter[str]) -> list[dict[str, Any]]:
+    """Every live host, those that are avoided for now included; `share` is of this step's pairs."""
+    total = sum(pairs_by_peer.values()) or 1
+    usable_peers = usable.load_by_peer()
+    endpoints = {r.peer_id: r.endpoint for replicas in known.replicas.values() for r in replicas}
+    peers = {peer.peer_id: peer for peer in known.peers}
+    return [
+        {
+            "peer_id": peer_id,
+            "endpoint": endpoints[peer_id],
+            "n_blocks": load.n_blocks,
+            "queue_tokens": peers[peer_id].queue_tokens if peer_id in peers else 0,
+            "tokens_per_s": round(peers[peer_id].tokens_per_s if peer_id in peers else 0.0, 1),
+            "avoided": peer_id not in usable_peers,
+            "share": round(pairs_by_peer[peer_id] / total, 4),
+        }
+        for peer_id, load in sorted(known.load_by_peer().items())
+    ]

@@ -1,0 +1,56 @@
+"""The gRPC server of a host: the expert service, standard health and reflection, bounded."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from node.serving.service import SERVICE_NAME, ExpertService
+from protocol.errors import ConfigError
+from protocol.limits import MAX_MESSAGE_BYTES
+
+MAX_CONCURRENT_CALLS = 512
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Two hosts on one port would share its calls without a word.
+    ("grpc.so_reuseport", 0),
+)
+
+
+class ExpertServer:
+    """Owns the gRPC server; `endpoint` is host:port once started."""
+
+    def __init__(self, service: ExpertService, address: str, port: int) -> None:
+        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
+        self._health = health.aio.HealthServicer()
+        self._server.add_generic_rpc_handlers((service.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._address, self._port = address, port
+        self.endpoint = ""
+
+    async def start(self) -> None:
+        """Listen; raises ConfigError when the port is taken."""
+        where = f"{_bracketed(self._address)}:{self._port}"
+        try:
+            port = self._server.add_insecure_port(where)
+        except RuntimeError:
+            raise ConfigError(
+                f"cannot listen on {where}: the port is in use or the address is not this machine's; "
+                "choose another with --port or --listen"
+            ) from None
+        await self._server.start()
+        self.endpoint = f"{_bracketed(self._address)}:{port}"
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self, grace_s: float) -> None:
+        """Say NOT_SERVING, refuse new calls, give the running ones `grace_s` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

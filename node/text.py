@@ -1,0 +1,56 @@
+"""Numbers and trends as short texts for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BARS = "▁▂▃▄▅▆▇█"
+SHORT_ID_CHARS = 6
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def sparkline(points: Sequence[float], width: int) -> str:
+    """At most `width` block characters, each the mean of its share of `points`, scaled from lowest to highest."""
+    n = min(width, len(points))
+    cells = [_mean(points[i * len(points) // n : (i + 1) * len(points) // n]) for i in range(n)]
+    if not cells:
+        return ""
+    low, span = min(cells), (max(cells) - min(cells)) or 1.0
+    return "".join(BARS[round((cell - low) / span * (len(BARS) - 1))] for cell in cells)
+
+
+def _mean(points: Sequence[float]) -> float:
+    return sum(points) / len(points)
+
+
+def short_id(peer_id: str) -> str:
+    """The end of a peer id: every Ed25519 id begins alike."""
+    return f"…{peer_id[-SHORT_ID_CHARS:]}" if len(peer_id) > SHORT_ID_CHARS else peer_id
+
+
+def clock_text(seconds: float) -> str:
+    """m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def bytes_text(n_bytes: float) -> str:
+    """Decimal units, three digits."""
+    index = 0
+    while n_bytes >= 1000 and index < len(BYTE_UNITS) - 1:  # noqa: PLR2004 - decimal units
+        n_bytes, index = n_bytes / 1000, index + 1
+    return f"{n_bytes:.3g} {BYTE_UNITS[index]}"
+
+
+def count_text(n: float) -> str:
+    """Thousands parted by commas; three digits for millions and more."""
+    return f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n:,.0f}"  # noqa: PLR2004 - a million
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may show it: peers and a byte-level model can emit any control character."""
+    return "".join(char if char.isprintable() or char == "\n" else "·" for char in text)

@@ -1,0 +1,202 @@
+"""What a person can set on a coordinator, a local swarm or `status`. Light: no hivemind, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from protocol.errors import ConfigError, ManifestError
+from protocol.manifest import Codec, GateKind, Manifest, ModelConfig, OptimizerConfig
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a new run trains. A run that exists keeps what its manifest says."""
+
+    name: str = "local"
+    """Name of the run: letters, digits, - or _."""
+    seed: int = 0
+    """Seed of the weights, and of a local trainer's data."""
+    layers: int = ModelConfig.n_layers
+    """Transformer layers, each with its own experts."""
+    experts: int = ModelConfig.n_layers * ModelConfig.experts_per_layer
+    """Experts in all layers together."""
+    experts_per_block: int = ModelConfig.experts_per_block
+    """Experts that are hosted together."""
+    experts_per_token: int = ModelConfig.experts_per_token
+    """Experts that each token uses in each layer."""
+    expert_hidden: int = ModelConfig.expert_hidden
+    """Hidden width of an expert."""
+    d_model: int = ModelConfig.d_model
+    """Width of the model."""
+    heads: int = ModelConfig.n_heads
+    """Attention heads."""
+    context: int = ModelConfig.context
+    """Bytes of text in one sequence."""
+    gate: GateKind = ModelConfig.gate
+    """How experts are chosen."""
+    capacity_factor: float = ModelConfig.capacity_factor
+    """Tokens per expert over the mean; 0: no limit."""
+    codec: Codec = Manifest.codec
+    """On the wire."""
+    lr: float = OptimizerConfig.lr
+    """Peak learning rate of the trunk."""
+    expert_lr: float = OptimizerConfig.expert_lr
+    """Peak learning rate of the experts."""
+    warmup_tokens: int = OptimizerConfig.warmup_tokens
+    """Tokens until the peak rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinatorConfig(RunConfig):
+    """Create a run, or open it again, and be its first peer."""
+
+    name: str = "run"
+    """Name of the run: letters, digits, - or _."""
+    out: Path = Path("runs/run")
+    """Folder for manifest, swarm.toml, owner.key."""
+    manifest: Path | None = None
+    """TOML file that describes the run, instead of flags."""
+    total_tokens: int = OptimizerConfig.total_tokens
+    """Tokens over which the learning rate decays."""
+    listen: str = "127.0.0.1"
+    """Address to listen on and to announce."""
+    dht_port: int = 0
+    """Port of the DHT node; 0: last time's, or a free one."""
+    initial_peers: tuple[str, ...] = ()
+    """Peers of a swarm that already runs."""
+    stop_on_stdin_eof: Flag = False
+    """Leave when standard input ends. For a parent process that starts this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig(RunConfig):
+    """Train a whole swarm on this machine: a coordinator, hosts and a trainer, each a process of its own."""
+
+    hosts: int = 4
+    """Host processes."""
+    steps: int = 400
+    """Optimizer steps."""
+    batch: int = 8
+    """Sequences per micro-batch."""
+    micro_batches: int = 2
+    """Micro-batches per step, all in flight at once."""
+    out: Path | None = None
+    """Folder of the run [runs/NAME]."""
+    data: Path | None = None
+    """Text, JSON-lines or folder of them; else Wikipedia."""
+    resume: Flag = False
+    """Go on with the run in --out."""
+    plain: Flag = False
+    """Print lines instead of the live display."""
+    eval_every: int = 50
+    """Steps between held-out evaluations."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N, for hosts and trainer."""
+    threads: int = 1
+    """CPU threads of each process."""
+    stop_on_stdin_eof: Flag = False
+    """Stop when standard input ends."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        return self.out if self.out is not None else Path("runs") / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Show a swarm as its DHT describes it."""
+
+    swarm: Path | None = None
+    """File swarm.toml that the coordinator wrote."""
+    run_id: str = ""
+    """Run to show, as the coordinator printed it."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddresses of peers in the swarm, parted by blanks."""
+    json: Flag = False
+    """Print JSON, for programs."""
+    listen: str = "127.0.0.1"
+    """Address for this command's own DHT node."""
+    timeout_s: float = 15.0
+    """Seconds to wait for the swarm."""
+
+
+def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest:
+    """The manifest that the flags describe; raises ConfigError naming what cannot be."""
+    if config.layers < 1 or config.experts < 1 or config.experts % config.layers:
+        raise ConfigError(
+            f"--experts {config.experts}: must be a multiple of --layers {config.layers}, the same number in each"
+        )
+    model = ModelConfig(
+        d_model=config.d_model,
+        n_layers=config.layers,
+        n_heads=config.heads,
+        context=config.context,
+        expert_hidden=config.expert_hidden,
+        experts_per_layer=config.experts // config.layers,
+        experts_per_block=config.experts_per_block,
+        experts_per_token=config.experts_per_token,
+        gate=config.gate,
+        capacity_factor=config.capacity_factor,
+    )
+    optimizer = OptimizerConfig(
+        lr=config.lr, expert_lr=config.expert_lr, warmup_tokens=config.warmup_tokens, total_tokens=total_tokens
+    )
+    try:
+        return Manifest(
+            name=config.name, seed=config.seed, owner=owner, codec=config.codec, model=model, optimizer=optimizer
+        )
+    except ManifestError as error:
+        raise ConfigError(str(error)) from None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a file that a person wrote or kept; raises ConfigError naming the file."""
+    try:
+        return Manifest.from_toml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ManifestError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def owned_by(manifest: Manifest, owner: str, where: str) -> Manifest:
+    """`manifest` with `owner` filled in; raises ConfigError if it names somebody else."""
+    if manifest.owner not in {"", owner}:
+        raise ConfigError(
+            f"{where}: belongs to {manifest.owner}, but owner.key in this folder is {owner}; "
+            "put the owner's key there, or choose another --out"
+        )
+    return replace(manifest, owner=owner)
+
+
+def check_same_run(config: RunConfig, manifest: Manifest, where: str) -> None:
+    """Raise ConfigError if a flag that was given says otherwise than the run that `where` holds already."""
+    asked = _settings(manifest_of(config, owner="", total_tokens=1))
+    default = _settings(manifest_of(type(config)(), owner="", total_tokens=1))
+    held = _settings(manifest)
+    for name, value in asked.items():
+        if value not in {default[name], held[name]} and name not in {"name", "owner", "optimizer.total_tokens"}:
+            raise ConfigError(
+                f"{name}: is {value}, but the run in {where} has {held[name]}, which cannot change; "
+                "leave that flag out, or choose another --out"
+            )
+
+
+def _settings(manifest: Manifest) -> dict[str, object]:
+    """The manifest's fields, flat: model.d_model and so on."""
+    table = asdict(manifest)
+    flat = {f"{part}.{name}": value for part in ("model", "optimizer") for name, value in table.pop(part).items()}
+    return {**table, **flat}
+
+
+def program_name() -> str:
+    """What a person types to get to the subcommands."""
+    return "python run_node.py" if sys.argv[0].endswith("run_node.py") else "kilohive"

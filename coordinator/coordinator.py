@@ -1,0 +1,123 @@
+"""Composition root of a coordinator: creates or opens a run, is its first peer, publishes its manifest.
+
+It is off the training path: kill it and training goes on. Started again in the same folder it has the same run, the
+same peer id and, if that is still free, the same port.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from coordinator.config import CoordinatorConfig, check_same_run, manifest_of, owned_by, program_name, read_manifest
+from dht.announcer import Announcement, Announcer
+from dht.join import publish_manifest
+from dht.node import DhtConfig, DhtNode
+from protocol.atomic_file import write_atomically
+from protocol.errors import ConfigError, UnavailableError
+from protocol.events import EventLog
+from protocol.identity import Identity
+from protocol.records import PeerRecord
+from protocol.swarm_file import SwarmFile
+from protocol.version import SOFTWARE
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from protocol.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+
+async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> None:
+    """Open the run and be its first peer until `stop`. Raises a KilohiveError if that cannot start."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    identity = Identity.load_or_create(config.out / "owner.key")
+    manifest = open_run(config, identity.peer_id)
+    async with AsyncExitStack() as stack:
+        events = EventLog(config.out / "coordinator" / "events.jsonl")
+        stack.callback(events.close)
+        dht = await _start_dht(config, identity)
+        stack.push_async_callback(dht.stop)
+        dht.serve_only(manifest)
+        await publish_manifest(dht, identity, manifest)
+        announcer = Announcer(dht, identity, manifest.run_id, describe=_describer())
+        await announcer.start()
+        stack.push_async_callback(announcer.withdraw)
+        swarm = SwarmFile(
+            run_id=manifest.run_id, initial_peers=(*dht.addresses, *config.initial_peers), owner=manifest.owner
+        )
+        swarm.write(config.out / "swarm.toml")
+        events.emit("start", run_id=manifest.run_id, peer_id=dht.peer_id, addresses=dht.addresses)
+        Console().print(how_to_join(config.out / "swarm.toml", swarm), soft_wrap=True)
+        await stop.wait()
+        events.emit("leave")
+
+
+def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
+    """The run in `config.out`, or a new one that is written there. Raises ConfigError."""
+    path = config.out / "manifest.toml"
+    given = read_manifest(config.manifest) if config.manifest is not None else None
+    if not path.exists():
+        wanted = given or manifest_of(config, owner=owner, total_tokens=config.total_tokens)
+        manifest = owned_by(wanted, owner, str(config.manifest))
+        write_atomically(path, manifest.to_toml().encode())
+        logger.info("Created run %s", manifest.run_id)
+        return manifest
+    manifest = owned_by(read_manifest(path), owner, str(path))
+    if given is not None and replace(given, owner=owner) != manifest:
+        raise ConfigError(f"{config.out} holds run {manifest.run_id} already, not the one in {config.manifest}")
+    if given is None:
+        check_same_run(config, manifest, str(config.out))
+    logger.info("Opened run %s again", manifest.run_id)
+    return manifest
+
+
+async def _start_dht(config: CoordinatorConfig, identity: Identity) -> DhtNode:
+    dht_config = DhtConfig(
+        identity=identity, initial_peers=config.initial_peers, host=config.listen, port=config.dht_port
+    )
+    last_port = _last_port(config.out / "swarm.toml") if config.dht_port == 0 else 0
+    if last_port:
+        try:
+            return await DhtNode.start(replace(dht_config, port=last_port))
+        except UnavailableError as error:
+            logger.warning("Last time's port is not to be had, taking another: %s", error)
+    return await DhtNode.start(dht_config)
+
+
+def _last_port(path: Path) -> int:
+    """Port of the first address in an earlier swarm file: nodes that are still up look for this peer there."""
+    try:
+        parts = SwarmFile.read(path).initial_peers[0].split("/")
+    except ConfigError:
+        return 0
+    port = parts[parts.index("tcp") + 1] if "tcp" in parts[:-1] else ""
+    return int(port) if port.isascii() and port.isdigit() else 0
+
+
+def _describer() -> Callable[[], Announcement]:
+    peer = PeerRecord(role="coordinator", software=SOFTWARE, started_s=time.time())
+    return lambda: Announcement(peer=peer)
+
+
+def how_to_join(path: Path, swarm: SwarmFile) -> Text:
+    """What to type, here and on another machine."""
+    text = Text.assemble("run ", (swarm.run_id, "bold"), " is up\n\n")
+    for purpose, command in (
+        ("host experts", f"host --swarm {path} --state state/host"),
+        ("train", f"train --swarm {path} --out runs/train"),
+        ("look at it", f"status --swarm {path}"),
+    ):
+        text.append(f"  {purpose:<14}").append(f"{program_name()} {command}\n", style="cyan")
+    text.append("\nelsewhere, in place of --swarm:\n\n  ")
+    text.append(f"--run-id {swarm.run_id} --initial-peers {' '.join(swarm.initial_peers)}\n", style="cyan")
+    return text

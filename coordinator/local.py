@@ -1,0 +1,246 @@
+"""`local`: a whole swarm on one machine. Starts a coordinator, hosts and a trainer as processes and ends them together.
+
+A host that dies is an event, not the end: training goes on with the experts that are left. All state is in one folder,
+from which `--resume` goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from coordinator.blocks import block_list_text, split_blocks
+from coordinator.children import Child, ChildSpec, end_all, exit_words
+from coordinator.config import LocalConfig, RunConfig, check_same_run, manifest_of, program_name, read_manifest
+from protocol.errors import ConfigError, UnavailableError
+from protocol.events import EventLog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from protocol.manifest import BlockId, Manifest
+
+logger = logging.getLogger(__name__)
+
+PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "run_node.py"))
+SWARM_FILE_TIMEOUT_S = 60.0
+WATCH_PERIOD_S = 0.1
+FINISH_PATIENCE_S = 15.0
+"""For hosts to save after the last step."""
+
+STOP_PATIENCE_S = 2.3
+"""The same after Ctrl+C: all is over within three seconds."""
+
+EXIT_INTERRUPTED = 130
+
+
+async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
+    """Train to the last step or `stop`; returns the trainer's exit code, or 130 if stopped. Raises a KilohiveError."""
+    check(config)
+    with _only_one(config.folder):
+        return await LocalSwarm(config, stop, PROGRAM).run()
+
+
+def check(config: LocalConfig) -> None:
+    """Find every mistake that can be found before a process is started; raises ConfigError."""
+    for name in ("hosts", "steps", "batch", "micro_batches", "threads"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be 1 or more, is {getattr(config, name)}")
+    if config.eval_every < 0:
+        raise ConfigError(f"--eval-every: must be 0 (only at the start and the end) or more, is {config.eval_every}")
+    stored = config.folder / "manifest.toml"
+    if config.resume:
+        if not stored.exists():
+            raise ConfigError(f"{config.folder} holds no run to go on with: leave out --resume, or name its --out")
+        manifest = read_manifest(stored)
+        check_same_run(config, manifest, str(config.folder))
+        _check_hosts_of_resumed(config)
+    else:
+        if stored.exists():
+            raise ConfigError(f"{config.folder} holds a run already: add --resume to go on, or choose another --out")
+        manifest = manifest_of(config, owner="", total_tokens=total_tokens(config))
+    split_blocks(manifest.model, config.hosts)
+
+
+def total_tokens(config: LocalConfig) -> int:
+    """Tokens that the run will have trained on, over which its learning rate decays."""
+    return config.steps * config.batch * config.micro_batches * config.context
+
+
+def _check_hosts_of_resumed(config: LocalConfig) -> None:
+    """Each host's folder holds its blocks' weights: another number of hosts would look for them in the wrong place."""
+    before = len(list(config.folder.glob("host-*")))
+    if before not in {0, config.hosts}:
+        raise ConfigError(f"--hosts {config.hosts}: the run in {config.folder} has {before} hosts; go on with as many")
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel releases it however this process ends. Raises ConfigError if it is held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "local.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is in use by another `local`: stop that one, or choose another --out"
+            ) from None
+        yield
+
+
+class LocalSwarm:
+    """The processes of one local swarm. `program`: the command line up to the subcommand."""
+
+    def __init__(self, config: LocalConfig, stop: asyncio.Event, program: tuple[str, ...]) -> None:
+        self._config, self._stop, self._program = config, stop, program
+        self._out = config.folder
+        self._children: list[Child] = []
+        self._dead: dict[str, int] = {}
+        self._trainer_log_start = 0
+
+    async def run(self) -> int:
+        """Start all, watch until the trainer has ended or `stop`, end all. Raises UnavailableError, OSError."""
+        self._events = EventLog(self._out / "local.jsonl")
+        try:
+            code = await self._start_and_watch()
+        finally:
+            killed = await end_all(
+                self._children, self._stop, patience_s=FINISH_PATIENCE_S, stop_patience_s=STOP_PATIENCE_S
+            )
+            Console().show_cursor()  # a trainer that had to be killed could not
+            self._events.emit("end", dead=self._dead, killed=killed)
+            self._events.close()
+        self._tell_end(code)
+        return code
+
+    async def _start_and_watch(self) -> int:
+        coordinator = await self._start_coordinator()
+        if self._stop.is_set():
+            return EXIT_INTERRUPTED
+        manifest = read_manifest(self._out / "manifest.toml")
+        logger.info("Run %s is up in %s with %d hosts", manifest.run_id, self._out, self._config.hosts)
+        logger.info("See it from outside: %s status --swarm %s", program_name(), self._out / "swarm.toml")
+        hosts = [self._spawn(self._host_spec(i, blocks)) for i, blocks in enumerate(self._shares(manifest))]
+        events = self._out / "events.jsonl"
+        self._trainer_log_start = events.stat().st_size if events.exists() else 0
+        trainer = self._spawn(self._trainer_spec())
+        self._events.emit("start", run_id=manifest.run_id, hosts=len(hosts))
+        return await self._watch(coordinator, hosts, trainer)
+
+    def _shares(self, manifest: Manifest) -> list[list[BlockId]]:
+        return split_blocks(manifest.model, self._config.hosts)
+
+    async def _start_coordinator(self) -> Child:
+        """Start it and wait until it has written how to join."""
+        swarm_file = self._out / "swarm.toml"
+        swarm_file.unlink(missing_ok=True)
+        coordinator = self._spawn(self._coordinator_spec())
+        deadline = time.monotonic() + SWARM_FILE_TIMEOUT_S
+        while not swarm_file.exists() and not self._stop.is_set():
+            if coordinator.ended():
+                raise self._death("coordinator", coordinator, "before the run was open")
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"the coordinator did not open the run within {SWARM_FILE_TIMEOUT_S:.0f} s; "
+                    f"the end of its log, {coordinator.spec.log}:\n{coordinator.log_tail()}"
+                )
+            await asyncio.sleep(WATCH_PERIOD_S / 2)
+        return coordinator
+
+    async def _watch(self, coordinator: Child, hosts: list[Child], trainer: Child) -> int:
+        while not self._stop.is_set():
+            if trainer.ended():
+                code = trainer.bury()
+                if code < 0:
+                    raise UnavailableError(f"the trainer {exit_words(code)}; the same command with --resume goes on")
+                return code
+            self._notice_deaths([coordinator, *hosts])
+            if all(host.name in self._dead for host in hosts):
+                raise self._death("every host, the last one", hosts[-1], "so that no expert is left")
+            await asyncio.sleep(WATCH_PERIOD_S)
+        return EXIT_INTERRUPTED
+
+    def _notice_deaths(self, children: list[Child]) -> None:
+        for child in children:
+            if child.name in self._dead or not child.ended():
+                continue
+            if not self._training_began():
+                raise self._death(child.name, child, "before training began")
+            self._dead[child.name] = child.bury()
+            self._events.emit("ended", name=child.name, exit_code=self._dead[child.name])
+
+    def _training_began(self) -> bool:
+        events = self._out / "events.jsonl"
+        if not events.exists():
+            return False
+        with events.open("rb") as file:
+            file.seek(self._trainer_log_start)
+            return b'"event":"start"' in file.read()
+
+    @staticmethod
+    def _death(who: str, child: Child, when: str) -> UnavailableError:
+        how = exit_words(child.bury())
+        return UnavailableError(f"{who} {how} {when}; the end of its log, {child.spec.log}:\n{child.log_tail()}")
+
+    def _tell_end(self, code: int) -> None:
+        for name, exit_code in self._dead.items():
+            logger.warning("%s %s during the run; see %s", name, exit_words(exit_code), self._out / name / "log.txt")
+        if code == EXIT_INTERRUPTED:
+            logger.warning("Stopped; the same command with --resume goes on from %s", self._out)
+
+    def _spawn(self, spec: ChildSpec) -> Child:
+        child = Child(spec)
+        self._children.append(child)
+        return child
+
+    def _spec(self, name: str, *arguments: str, log: Path | None) -> ChildSpec:
+        threads = str(self._config.threads)
+        return ChildSpec(
+            name=name,
+            argv=(*self._program, *arguments, "--stop-on-stdin-eof"),
+            log=log,
+            environment={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
+        )
+
+    def _coordinator_spec(self) -> ChildSpec:
+        config = self._config
+        flags = _flags({field.name: getattr(config, field.name) for field in fields(RunConfig)})
+        flags += _flags({"out": self._out, "total_tokens": total_tokens(config)})
+        return self._spec("coordinator", "coordinator", *flags, log=self._out / "coordinator" / "log.txt")
+
+    def _host_spec(self, index: int, blocks: list[BlockId]) -> ChildSpec:
+        config, state = self._config, self._out / f"host-{index}"
+        flags = _flags(
+            {
+                "swarm": self._out / "swarm.toml",
+                "state": state,
+                "blocks": block_list_text(blocks),
+                "device": config.device,
+                "threads": config.threads,
+            }
+        )
+        return self._spec(f"host-{index}", "host", *flags, log=state / "log.txt")
+
+    def _trainer_spec(self) -> ChildSpec:
+        config = self._config
+        names = ("steps", "batch", "micro_batches", "eval_every", "device", "threads", "seed", "data")
+        flags = _flags({"swarm": self._out / "swarm.toml", "out": self._out})
+        flags += _flags({name: getattr(config, name) for name in names})
+        flags += ["--resume"] * config.resume + ["--plain"] * config.plain
+        # Its own settings were shown with ours already.
+        return self._spec("trainer", "train", *flags, "--log-level", "warning", log=None)
+
+
+def _flags(values: dict[str, object]) -> list[str]:
+    """Command-line flags for the settings that are not None."""
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None]
+    return [word for pair in pairs for word in pair]

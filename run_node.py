@@ -1,0 +1,256 @@
+"""The command `kilohive`: one subcommand per role, and what they share (signals, logging, exit codes).
+
+    python run_node.py local --hosts 4 --experts 1024      a whole swarm on this machine
+    python run_node.py host --swarm runs/local/swarm.toml  host experts for a run
+
+Exit codes: 0 done (for host and coordinator: left cleanly), 1 failed, 2 a mistake on the command line or in a file,
+130 interrupted before its work was done, after a clean stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.config import CoordinatorConfig, LocalConfig, StatusConfig, program_name
+from node.cli import Page, parse, print_help, resolved_text
+from node.config import EvaluateConfig, HostConfig, SampleConfig, TrainConfig
+from protocol.errors import ConfigError, KilohiveError
+from protocol.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    Role = Callable[[Any, asyncio.Event], Awaitable[int | None]]
+
+logger = logging.getLogger("kilohive")
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 a mistake on the command line or in a file, 130 interrupted."
+SHOW_CURSOR = "\x1b[?25h"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Page[Any]):
+    """A subcommand: its help page and, as "module:function", its role.
+
+    The module is imported when the command is run: torch and hivemind take seconds, `--help` should not.
+    `endless`: its work has no end, so a clean stop is its success.
+    """
+
+    entry: str
+    endless: bool = False
+
+    def load(self) -> Role:
+        """Import the role."""
+        module, _, function = self.entry.partition(":")
+        role: Role = getattr(importlib.import_module(module), function)
+        return role
+
+
+COMMANDS = (
+    Command(
+        name="local",
+        summary="train a whole swarm on this machine, each node a process of its own.",
+        config=LocalConfig,
+        examples=("local", "local --hosts 2 --experts 256 --steps 100 --out runs/small", "local --resume"),
+        entry="coordinator.local:run_local",
+    ),
+    Command(
+        name="host",
+        summary="host blocks of experts for a run.",
+        config=HostConfig,
+        examples=("host --swarm runs/run/swarm.toml", "host --swarm swarm.toml --blocks 0/0-3,1/7 --state state/b"),
+        entry="node.host:run_host",
+        endless=True,
+    ),
+    Command(
+        name="train",
+        summary="train a run's trunk over the swarm's experts.",
+        config=TrainConfig,
+        examples=("train --swarm runs/run/swarm.toml --steps 500", "train --swarm runs/run/swarm.toml --resume"),
+        entry="node.trainer:run_trainer",
+    ),
+    Command(
+        name="coordinator",
+        summary="create a run, or open it again, and be its first peer.",
+        config=CoordinatorConfig,
+        examples=("coordinator --out runs/run --experts 256", "coordinator --out runs/run --dht-port 4001"),
+        entry="coordinator.coordinator:run_coordinator",
+        endless=True,
+    ),
+    Command(
+        name="status",
+        summary="show a swarm's peers, blocks and load, from its DHT alone.",
+        config=StatusConfig,
+        examples=("status --swarm runs/local/swarm.toml", "status --swarm runs/local/swarm.toml --json"),
+        entry="coordinator.status:run_status",
+    ),
+    Command(
+        name="evaluate",
+        summary="measure held-out bits per byte of a run that is up.",
+        config=EvaluateConfig,
+        examples=("evaluate --swarm runs/local/swarm.toml --out runs/local",),
+        entry="node.evaluation:run_evaluate",
+    ),
+    Command(
+        name="sample",
+        summary="let the model of a run that is up write text.",
+        config=SampleConfig,
+        examples=('sample --swarm runs/local/swarm.toml --prompt "The city "',),
+        entry="node.evaluation:run_sample",
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    # Until a role is up there is nothing to stop, and an interrupt inside an import of torch would be a long trace.
+    signal.signal(signal.SIGINT, _exit_now)
+    try:
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    except KilohiveError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        _print_error(f"{error.filename or 'system'}: {error.strerror or error}")
+        return EXIT_FAILED
+    except BaseExceptionGroup as group:
+        user_errors, bugs = group.split(KilohiveError)
+        if user_errors is None or bugs is not None:
+            raise
+        for leaf in _leaves(user_errors):
+            _print_error(str(leaf))
+        return EXIT_FAILED
+
+
+def _main(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in {"-h", "--help", "help"}:
+        _print_overview(Console())
+        return EXIT_OK if arguments else EXIT_USAGE
+    if name == "--version":
+        sys.stdout.write(f"kilohive {VERSION}\n")
+        return EXIT_OK
+    command = next((command for command in COMMANDS if command.name == name), None)
+    if command is None:
+        raise ConfigError(f"no command {name!r}; it is one of {', '.join(command.name for command in COMMANDS)}")
+    if {"-h", "--help"} & set(arguments[1:]):
+        print_help(command, Console(), program_name())
+        return EXIT_OK
+    return _run(command, arguments[1:])
+
+
+def _run(command: Command, arguments: list[str]) -> int:
+    parsed = parse(command, arguments, program_name())
+    console = Console(stderr=True)
+    _set_up_logging(parsed.log_level, console)
+    if logger.isEnabledFor(logging.INFO):
+        console.print(resolved_text(command, parsed), soft_wrap=not console.is_terminal)
+    import uvloop  # noqa: PLC0415 - not needed for help
+
+    role = command.load()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code, stopped = runner.run(_until_done(role, parsed.config))
+    signal.signal(signal.SIGINT, _exit_now)
+    if code is not None:
+        return code
+    return EXIT_INTERRUPTED if stopped and not command.endless else EXIT_OK
+
+
+async def _until_done(role: Role, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - each role has its own
+    """Run the role with a `stop` event that signals and, if asked for, the end of standard input set."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, _stop_or_exit, stop)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    if getattr(config, "stop_on_stdin_eof", False):
+        watcher = threading.Thread(target=_watch_stdin, args=(loop, stop), name="stdin", daemon=True)
+        watcher.start()
+    return await role(config, stop), stop.is_set()
+
+
+def _stop_or_exit(stop: asyncio.Event) -> None:
+    """The first Ctrl+C asks, the second one does not."""
+    if stop.is_set():
+        _exit_now()
+    stop.set()
+
+
+def _exit_now(*_signal: object) -> None:
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """A thread, as an event loop cannot wait for a file or a terminal without changing it for its other users."""
+    with contextlib.suppress(OSError):  # standard input was closed: its end too
+        while os.read(0, 4096):
+            pass
+    with contextlib.suppress(RuntimeError):  # the role has ended and so has its loop
+        loop.call_soon_threadsafe(stop.set)
+
+
+def _set_up_logging(level: str, console: Console) -> None:
+    """Colours on a terminal; one whole line per record in a file."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, log_time_format="[%X]", omit_repeated_times=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _print_error(message: str) -> None:
+    text = Text.assemble(("error: ", "bold red"), message)
+    Console(stderr=True).print(text, soft_wrap=True)
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    return [leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e])]
+
+
+def _print_overview(console: Console) -> None:
+    program = program_name()
+    console.print(f"[bold]kilohive {VERSION}[/]: train a mixture-of-experts model over volunteers' machines\n")
+    console.print(Text(f"  {program} COMMAND [FLAGS]", style="cyan"), "\n")
+    grid = Table.grid(padding=(0, 2))
+    for command in COMMANDS:
+        grid.add_row(Text(f"  {command.name}", style="bold"), command.summary.rstrip("."))
+    console.print(grid)
+    console.print(f"\nEach command has a page of its own: [cyan]{program} local --help[/]")
+    console.print(EXIT_CODES, style="dim")
+
+
+def run_process() -> NoReturn:
+    """Entry point of the process. Taking torch down takes half a second of CPU per process; nothing is left to save."""
+    code = main()
+    logging.shutdown()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run_process()

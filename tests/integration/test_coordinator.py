@@ -1,0 +1,156 @@
+"""A coordinator as a process: what it writes, who finds it, how it leaves, and that it comes back as the same peer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from coordinator.config import CoordinatorConfig, StatusConfig, read_manifest
+from coordinator.coordinator import open_run
+from coordinator.status import run_status
+from protocol.errors import ConfigError, UnavailableError
+from protocol.identity import Identity
+from protocol.swarm_file import SwarmFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROGRAM = [sys.executable, str(ROOT / "run_node.py")]
+PATIENCE_S = 30.0
+
+
+@contextlib.contextmanager
+def coordinator(out: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A coordinator that is up; it is killed at the end if it is still there."""
+    (out / "swarm.toml").unlink(missing_ok=True)
+    arguments = [*PROGRAM, "coordinator", "--out", str(out), *flags]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (out / "swarm.toml").exists():
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    """Below the range from which the kernel gives ports to other programs' connections."""
+    for port in range(20_000 + os.getpid() % 5000, 30_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port between 20000 and 30000")
+
+
+def status(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, "status", *flags], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+
+
+def test_status_shows_a_run_that_has_no_host_and_the_coordinator_leaves_cleanly(tmp_path: Path) -> None:
+    with coordinator(tmp_path, "--name", "demo", "--experts", "8", "--experts-per-block", "2") as process:
+        swarm = SwarmFile.read(tmp_path / "swarm.toml")
+        shown = status("--swarm", str(tmp_path / "swarm.toml"))
+        by_hand = status("--run-id", swarm.run_id, "--initial-peers", swarm.initial_peers[0], "--json")
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        assert time.monotonic() - started < 3.0
+    assert process.returncode == 0
+    assert "Traceback" not in stderr
+    assert f"--run-id {swarm.run_id} --initial-peers {swarm.initial_peers[0]}" in stdout
+    assert shown.returncode == 0
+    assert f"run {swarm.run_id}" in shown.stdout
+    assert "4 of 4 blocks have no live replica: 0/0-1,1/0-1" in shown.stdout
+    found = json.loads(by_hand.stdout)
+    assert found["run_id"] == swarm.run_id
+    assert [(peer["role"], peer["peer_id"]) for peer in found["peers"]] == [("coordinator", swarm.owner)]
+    assert found["blocks_lost"] == ["0/0", "0/1", "1/0", "1/1"]
+    assert read_manifest(tmp_path / "manifest.toml").run_id == swarm.run_id
+
+
+def test_a_coordinator_that_was_killed_comes_back_as_the_same_peer_of_the_same_run(tmp_path: Path) -> None:
+    port = str(free_port())
+    with coordinator(tmp_path, "--dht-port", port) as process:
+        before = SwarmFile.read(tmp_path / "swarm.toml")
+        process.kill()
+        process.wait()
+    with coordinator(tmp_path, "--dht-port", port):
+        assert SwarmFile.read(tmp_path / "swarm.toml") == before
+
+
+def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = [*PROGRAM, "coordinator", "--out", str(tmp_path), "--dht-port", str(port), "--log-level", "error"]
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
+
+
+def test_the_last_port_is_taken_again_if_it_is_free(tmp_path: Path) -> None:
+    with coordinator(tmp_path, "--dht-port", str(free_port())) as process:
+        before = SwarmFile.read(tmp_path / "swarm.toml")
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE_S)
+    kept = (tmp_path / "swarm.toml").read_bytes()
+    arguments = [*PROGRAM, "coordinator", "--out", str(tmp_path), "--stop-on-stdin-eof"]
+    # Standard input has ended already: it opens the run, writes the swarm file anew and leaves.
+    subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=PATIENCE_S)
+    assert (tmp_path / "swarm.toml").read_bytes() == kept
+    assert SwarmFile.read(tmp_path / "swarm.toml") == before
+
+
+async def test_status_of_a_swarm_that_is_gone_is_one_sentence() -> None:
+    peer = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{Identity.generate().peer_id}"
+    config = StatusConfig(run_id="demo-0123456789ab", initial_peers=(peer,), timeout_s=10.0)
+    with pytest.raises(UnavailableError, match="initial peers: none answered"):
+        await run_status(config, asyncio.Event())
+
+
+def config_in(out: Path, **changes: Any) -> CoordinatorConfig:
+    return CoordinatorConfig(out=out, experts=8, experts_per_block=2, **changes)
+
+
+def test_a_run_keeps_its_manifest_and_its_owner(tmp_path: Path) -> None:
+    first = open_run(config_in(tmp_path), "12D3KooWowner")
+    assert open_run(config_in(tmp_path), "12D3KooWowner") == first
+    assert open_run(CoordinatorConfig(out=tmp_path), "12D3KooWowner") == first
+    with pytest.raises(ConfigError, match=r"belongs to 12D3KooWowner, but owner\.key in this folder is 12D3KooWother"):
+        open_run(config_in(tmp_path), "12D3KooWother")
+    with pytest.raises(ConfigError, match=r"model\.d_model: is 64, but the run in"):
+        open_run(config_in(tmp_path, d_model=64), "12D3KooWowner")
+
+
+def test_a_manifest_from_a_file_becomes_the_owners(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine"\n[model]\nd_model = 64\n', encoding="utf-8")
+    manifest = open_run(CoordinatorConfig(out=tmp_path / "a", manifest=path), "12D3KooWowner")
+    assert (manifest.name, manifest.owner, manifest.model.d_model) == ("mine", "12D3KooWowner", 64)
+    path.write_text('name = "mine"\n[model]\nd_model = 32\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"holds run mine-.* already, not the one in"):
+        open_run(CoordinatorConfig(out=tmp_path / "a", manifest=path), "12D3KooWowner")
+    path.write_text('name = "mine"\nowner = "12D3KooWother"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="belongs to 12D3KooWother"):
+        open_run(CoordinatorConfig(out=tmp_path / "b", manifest=path), "12D3KooWowner")
+    path.write_text("name = 3\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"mine\.toml: name: must be str"):
+        open_run(CoordinatorConfig(out=tmp_path / "c", manifest=path), "12D3KooWowner")

@@ -1,0 +1,80 @@
+"""Stands in for run_node.py under the supervisor of a local swarm: same subcommands, no DHT, no torch, quick.
+
+What each child does comes from the environment, KILOHIVE_FAKE: JSON of {child: behaviour}, where a child is
+"coordinator", "host-0", ... or "trainer", and its behaviour is one of
+
+    wait            (default) until SIGTERM or the end of standard input
+    exit N          at once with exit code N, after a line in its log
+    stubborn        ignore SIGTERM and the end of standard input, with a grandchild in a session of its own
+    begin exit N    the trainer: write the `start` event, then exit with N when the file `go` is there
+    begin wait      the trainer: write the `start` event, then wait
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from protocol.manifest import Manifest, ModelConfig
+from protocol.swarm_file import SwarmFile
+
+PEER = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
+POLL_S = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--state", type=Path)
+    arguments, _ = parser.parse_known_args()
+    name = {"host": arguments.state.name if arguments.state else "", "train": "trainer"}.get(
+        arguments.command, arguments.command
+    )
+    out = arguments.out or arguments.state.parent
+    behaviour = json.loads(os.environ.get("KILOHIVE_FAKE", "{}")).get(name, "wait")
+    if behaviour == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        grandchild = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True)
+        note(out, f"{name}-grandchild", grandchild.pid)
+    if name == "coordinator" and not behaviour.startswith("exit"):
+        manifest = Manifest(name="fake", owner="", model=ModelConfig(experts_per_layer=8, experts_per_block=2))
+        (out / "manifest.toml").write_text(manifest.to_toml(), encoding="utf-8")
+        SwarmFile(run_id=manifest.run_id, initial_peers=(PEER,)).write(out / "swarm.toml")
+    (out / f"{name}.argv").write_text(json.dumps(sys.argv[1:]), encoding="utf-8")
+    note(out, name, os.getpid())
+    print(f"{name} says something before it ends", flush=True)
+    if behaviour.startswith("begin"):
+        with (out / "events.jsonl").open("a", encoding="utf-8") as events:
+            events.write('{"t":0,"event":"start"}\n')
+        behaviour = behaviour.removeprefix("begin ")
+        while behaviour.startswith("exit") and not (out / "go").exists():
+            time.sleep(POLL_S)
+    if behaviour.startswith("exit"):
+        os._exit(int(behaviour.split()[1]))
+    wait(stubborn=behaviour == "stubborn")
+
+
+def note(out: Path, name: str, pid: int) -> None:
+    """A line per process, so that a test knows whom to look for."""
+    with (out / "pids").open("a", encoding="utf-8") as file:
+        file.write(f"{name} {pid}\n")
+
+
+def wait(*, stubborn: bool) -> None:
+    while stubborn:
+        time.sleep(1)
+    while os.read(0, 1024):  # SIGTERM ends this process by default
+        pass
+
+
+if __name__ == "__main__":
+    main()

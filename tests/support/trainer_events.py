@@ -1,0 +1,92 @@
+"""A trainer's events as its display and report get them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PEERS = tuple(f"12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3VdZ{i:02}" for i in range(64))
+
+
+def start(**changes: Any) -> dict[str, Any]:
+    event = {
+        "t": 1000.0,
+        "event": "start",
+        "run_id": "demo-0123456789ab",
+        "experts": 1024,
+        "hosts": 4,
+        "steps": 400,
+        "tokens_total": 1_638_400,
+        "parameters_trunk": 330_000,
+        "parameters_experts": 8_400_000,
+        "documents": 9000,
+        "bytes_train": 4_900_000,
+    }
+    return {**event, **changes}
+
+
+def host(index: int, **changes: Any) -> dict[str, Any]:
+    row = {
+        "peer_id": PEERS[index],
+        "endpoint": f"127.0.0.1:{40000 + index}",
+        "n_blocks": 8,
+        "queue_tokens": 2048,
+        "tokens_per_s": 1300.4,
+        "avoided": False,
+        "share": 0.25,
+    }
+    return {**row, **changes}
+
+
+def step(number: int, *, n_hosts: int = 4, **changes: Any) -> dict[str, Any]:
+    event = {
+        "t": 1000.0 + 0.5 * number,
+        "event": "step",
+        "step": number,
+        "steps": 400,
+        "loss": 2.356,
+        "bits_per_byte": 3.4,
+        "run_tokens": 4096 * number,
+        "tokens_per_s": 5123.2,
+        "experts_alive": 1024,
+        "experts_total": 1024,
+        "calls_ok": 32 * number,
+        "calls_failed": 0,
+        "wire_bytes": 8_400_000 * number,
+        "time_left_s": 0.5 * (400 - number),
+        "grad_norm": 1.2,
+        "lr": 1e-3,
+        "gate": {"dead_fraction": 0.012, "load_cv": 0.43, "entropy_bits": 8.31, "overflow": 14_968},
+        "hosts": [host(i) for i in range(n_hosts)],
+    }
+    return {**event, **changes}
+
+
+def evaluation(number: int, bits_per_byte: float) -> dict[str, Any]:
+    row = {"t": 1000.0 + 0.5 * number, "event": "eval", "step": number}
+    return {**row, "bits_per_byte": bits_per_byte, "run_tokens": 4096 * number}
+
+
+def waiting(what: str = "hosts: 12 of 32 blocks have no live replica", t: float = 1000.0) -> dict[str, Any]:
+    return {"t": t, "event": "waiting", "for": what}
+
+
+def done(**changes: Any) -> dict[str, Any]:
+    event = {
+        "t": 1200.0,
+        "event": "done",
+        "run_id": "demo-0123456789ab",
+        "experts": 1024,
+        "hosts": 4,
+        "trainers": 1,
+        "steps": 400,
+        "tokens": 1_638_400,
+        "bits_per_byte_start": 8.01,
+        "bits_per_byte_end": 3.05,
+        "tokens_per_s": 5123.4,
+        "calls_failed": 2,
+        "wall_s": 171.0,
+        "sample": "The city of the \x1b[31mnorth",
+        "attribution": "Wikipedia, CC BY-SA 4.0",
+        "files": ["runs/demo/summary.json", "runs/demo/loss.png"],
+    }
+    return {**event, **changes}

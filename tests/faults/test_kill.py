@@ -1,0 +1,129 @@
+"""Power cuts: a host's, the coordinator's, every host's. Real processes, SIGKILL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from node.checkpoint import read_checkpoint
+from node.host import block_path
+from protocol.manifest import BlockId
+from tests.support.processes import ProcessSwarm, process_swarm, wait_until
+from tests.support.swarm_parts import small_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.processes import Node
+
+# 32 experts a layer, 4 of them for each token, over three hosts: a kill takes some of nearly every token's experts.
+MANIFEST = small_manifest(
+    model={"experts_per_layer": 32, "experts_per_token": 4, "d_model": 32, "expert_hidden": 16, "context": 32},
+    optimizer={"lr": 5e-3, "expert_lr": 5e-3, "total_tokens": 60 * 8 * 32, "warmup_tokens": 500},
+)
+HOSTS = {"host-0": "0/0-2,1/0-1", "host-1": "0/3-5,1/2-4", "host-2": "0/6-7,1/5-7"}
+TRAIN = ("--steps", "60", "--batch", "4", "--eval-every", "0", "--eval-bytes", "2048", "--save-every", "1000")
+
+
+@pytest.fixture
+def swarm(tmp_path: Path) -> Iterator[ProcessSwarm]:
+    with process_swarm(tmp_path, MANIFEST) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"Sentence {n} says that {n} plus {n} is {n + n}." for n in range(3000)))
+    return path
+
+
+def start_hosts(swarm: ProcessSwarm) -> dict[str, Node]:
+    hosts = {name: swarm.host(name, blocks) for name, blocks in HOSTS.items()}
+    for host in hosts.values():
+        host.wait_for("announced")
+    return hosts
+
+
+def finish(trainer: Node) -> dict[str, Any]:
+    done = trainer.wait_for("done", timeout_s=100)
+    wait_until(trainer.child.ended, "the trainer left")
+    assert trainer.stop() == 0, trainer.child.log_tail()
+    log = (trainer.folder / "log.txt").read_text()
+    assert "Traceback" not in log, log
+    return done
+
+
+def test_a_host_killed_at_step_20_of_60_costs_its_experts_and_nothing_else(swarm: ProcessSwarm, text: Path) -> None:
+    hosts = start_hosts(swarm)
+    trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
+    trainer.wait_for("step", count=20)
+    hosts["host-1"].kill()
+    killed_at = len(trainer.events("step"))
+    done = finish(trainer)
+
+    steps = trainer.events("step")
+    assert [step["step"] for step in steps] == list(range(1, 61))
+    assert steps[-1]["experts_alive"] < steps[0]["experts_total"]
+    assert done["calls_failed"] >= 1
+    losses = [step["loss"] for step in steps]
+    assert sum(losses[-5:]) < sum(losses[killed_at - 5 : killed_at]), "the loss still falls after the kill"
+    assert done["bits_per_byte_end"] < done["bits_per_byte_start"] - 1
+
+    # Records of the dead host expire 20 s after its last word.
+    wait_until(lambda: len(swarm.status()["blocks_lost"]) == 6, "status shows the lost blocks", 40)
+    assert swarm.status()["blocks_lost"] == ["0/3", "0/4", "0/5", "1/2", "1/3", "1/4"]
+
+
+def test_a_killed_host_started_again_resumes_its_blocks_versions(swarm: ProcessSwarm, text: Path) -> None:
+    start_hosts(swarm)
+    host = swarm.start(
+        "host-again", "host", "--swarm", str(swarm.swarm_file), "--state", str(swarm.folder / "host-again"),
+        "--blocks", "0/0", "--checkpoint-every-s", "0.2",
+    )  # fmt: skip
+    host.wait_for("announced")
+    trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
+    trainer.wait_for("step", count=5)
+    host.wait_for("checkpoint", count=2)
+    host.kill()
+    stored = read_checkpoint(block_path(host.folder, BlockId(0, 0)))
+    assert stored is not None
+    again = swarm.host("host-again", "0/0")
+    announced = again.wait_for("announced", count=2)
+    assert announced["versions"] == {"0/0": int(stored[1]["version"])}
+    assert int(stored[1]["version"]) >= 2
+    finish(trainer)
+
+
+def test_training_goes_on_without_the_coordinator_and_a_new_host_joins_through_another_peer(
+    swarm: ProcessSwarm, text: Path
+) -> None:
+    hosts = start_hosts(swarm)
+    trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
+    trainer.wait_for("step", count=5)
+    swarm.coordinator.kill()
+    late = swarm.host("late", "0/0-7", swarm.swarm_file_through(hosts["host-0"]))
+    late.wait_for("announced")
+    finish(trainer)
+    assert late.stop() == 0
+
+
+def test_without_any_host_the_trainer_waits_says_so_and_goes_on_when_one_appears(
+    swarm: ProcessSwarm, text: Path
+) -> None:
+    trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
+    waiting = trainer.wait_for("waiting")
+    assert "16 of 16 blocks have no live replica" in waiting["for"]
+    assert not trainer.events("step")
+    hosts = start_hosts(swarm)
+    trainer.wait_for("step", count=10)
+    for host in hosts.values():
+        host.kill()
+    before = len(trainer.events("waiting"))
+    trainer.wait_for("waiting", count=before + 1)
+    for name, blocks in HOSTS.items():
+        swarm.host(name, blocks)
+    done = finish(trainer)
+    assert done["steps"] == 60

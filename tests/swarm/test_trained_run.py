@@ -1,0 +1,69 @@
+"""`status`, `evaluate` and `sample` on a swarm that is up and a trunk that was trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.processes import RUN_NODE, ProcessSwarm, process_swarm, wait_until
+from tests.support.swarm_parts import small_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Line {n} of the log says {n % 9}."}) + "\n" for n in range(2000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[ProcessSwarm]:
+    manifest = small_manifest(optimizer={"lr": 1e-2, "expert_lr": 1e-2, "total_tokens": 10_000})
+    with process_swarm(tmp_path_factory.mktemp("swarm"), manifest) as swarm:
+        for name, blocks in (("host-0", "0/0-3,1/0"), ("host-1", "1/1-3")):
+            swarm.host(name, blocks).wait_for("announced")
+        trainer = swarm.trainer("trainer", "--data", str(text), "--steps", "40", "--eval-every", "0")
+        trainer.wait_for("done")
+        wait_until(trainer.child.ended, "the trainer left")
+        yield swarm
+
+
+def run(swarm: ProcessSwarm, *arguments: str) -> str:
+    command = [sys.executable, RUN_NODE, *arguments, "--swarm", str(swarm.swarm_file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_evaluate_prints_the_bits_per_byte_that_training_ended_with(trained: ProcessSwarm, text: Path) -> None:
+    done = next(node for node in trained.nodes if node.folder.name == "trainer").events("done")[-1]
+    out = trained.folder / "trainer"
+    printed = run(trained, "evaluate", "--out", str(out), "--data", str(text), "--n-bytes", str(4 * 16_384))
+    assert float(printed.split()[0]) == pytest.approx(done["bits_per_byte_end"], abs=0.02)
+    assert "step 40" in printed
+
+
+def test_sample_continues_the_prompt_and_repeats_with_the_seed(trained: ProcessSwarm) -> None:
+    arguments = ("sample", "--out", str(trained.folder / "trainer"), "--prompt", "Line ", "--n-bytes", "40")
+    first = run(trained, *arguments)
+    assert first.startswith("Line ")
+    assert run(trained, *arguments) == first
+    assert run(trained, *arguments, "--seed", "1") != first
+
+
+def test_status_shows_peers_and_blocks_from_the_dht_alone(trained: ProcessSwarm) -> None:
+    printed = run(trained, "status")
+    for word in ("host", "coordinator", "127.0.0.1:"):
+        assert word in printed
+    answer = trained.status()
+    assert answer["blocks_lost"] == []

@@ -49,6 +49,7 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 MIN_CALL_S = 0.05
+MAX_DOUBLINGS = 6
 
 
 class ReplicaSource(Protocol):
@@ -78,6 +79,7 @@ class DispatchConfig:
     call_timeout_s: float = 20.0
     k_min: int = 1
     avoid_failed_s: float = 5.0
+    """After a peer's first failure; doubled by each further one in a row."""
     seed: int = 0
 
 
@@ -123,6 +125,7 @@ class Dispatcher:
         self.calls_ok = 0
         self.calls_failed = 0
         self._pairs_by_peer: Counter[str] = Counter()
+        self._failures_in_a_row: Counter[str] = Counter()
 
     def live_experts(self, layer: int) -> torch.Tensor:
         """`live_E` (bool): experts of `layer` whose block has a replica that is not avoided."""
@@ -330,13 +333,19 @@ class Dispatcher:
     def _succeeded(self, replica: Replica) -> None:
         with self._lock:
             self.calls_ok += 1
+            self._failures_in_a_row.pop(replica.peer_id, None)
         self._directory.report_success(replica.peer_id)
 
     def _failed(self, replica: Replica, error: KilohiveError) -> None:
         with self._lock:
             self.calls_failed += 1
+            self._failures_in_a_row[replica.peer_id] += 1
+            doublings = min(self._failures_in_a_row[replica.peer_id] - 1, MAX_DOUBLINGS)
         logger.info("Peer %s at %s failed: %s", replica.peer_id, replica.endpoint, error)
-        retry_after_s = error.retry_after_s if isinstance(error, OverloadedError) else self._config.avoid_failed_s
+        # A frozen peer costs a step its whole deadline at every try: tries become rare.
+        retry_after_s = self._config.avoid_failed_s * 2**doublings
+        if isinstance(error, OverloadedError):
+            retry_after_s = error.retry_after_s
         self._directory.report_failure(replica.peer_id, retry_after_s)
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:

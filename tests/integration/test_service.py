@@ -252,7 +252,8 @@ def check_refused(channel: grpc.Channel, method: str, raw: bytes, wanted: tuple[
         call(channel, method, raw)
     error = caught.value
     assert error.code().name == status
-    assert ("kilohive-field", field) in [(row.key, row.value) for row in error.trailing_metadata()]
+    metadata: list[Any] = list(error.trailing_metadata() or ())
+    assert ("kilohive-field", field) in [(row.key, row.value) for row in metadata]
     assert problem in str(error.details())
     assert "Traceback" not in str(error.details())
     assert_serves(channel)

@@ -54,6 +54,7 @@ class FakeDirectory:
 
     table: dict[BlockId, tuple[Replica, ...]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    retry_after_s: list[float] = field(default_factory=list)
     avoided: set[str] = field(default_factory=set)
     generation: int = 0
 
@@ -73,6 +74,7 @@ class FakeDirectory:
 
     def report_failure(self, peer_id: str, retry_after_s: float) -> None:
         self.failures.append(peer_id)
+        self.retry_after_s.append(retry_after_s)
         self.avoided.add(peer_id)
         self.generation += 1
 

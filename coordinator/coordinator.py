@@ -19,11 +19,12 @@ from coordinator.config import CoordinatorConfig, check_same_run, manifest_of, o
 from dht.announcer import Announcement, Announcer
 from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
+from dht.periodic import Periodic
+from protocol.announcements import PeerRecord
 from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
-from protocol.records import PeerRecord
 from protocol.swarm_file import SwarmFile
 from protocol.version import SOFTWARE
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
+
+PUBLISH_PERIOD_S = 86_400
+"""The manifest's record lives for 30 days after the owner's last word."""
 
 
 async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> None:
@@ -49,6 +53,9 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         stack.push_async_callback(dht.stop)
         dht.serve_only(manifest)
         await publish_manifest(dht, identity, manifest)
+        publishing = Periodic("manifest", PUBLISH_PERIOD_S, lambda: _publish_again(dht, identity, manifest))
+        publishing.start()
+        stack.push_async_callback(publishing.stop)
         announcer = Announcer(dht, identity, manifest.run_id, describe=_describer())
         await announcer.start()
         stack.push_async_callback(announcer.withdraw)
@@ -60,6 +67,13 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         Console().print(how_to_join(config.out / "swarm.toml", swarm), soft_wrap=True)
         await stop.wait()
         events.emit("leave")
+
+
+async def _publish_again(dht: DhtNode, identity: Identity, manifest: Manifest) -> None:
+    try:
+        await publish_manifest(dht, identity, manifest)
+    except UnavailableError as error:
+        logger.warning("%s; trying again in %d hours", error, PUBLISH_PERIOD_S // 3600)
 
 
 def open_run(config: CoordinatorConfig, owner: str) -> Manifest:

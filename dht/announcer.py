@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dht.periodic import Periodic
 from dht.store import Entry
+from protocol.announcements import encode_block, encode_peer
 from protocol.errors import KilohiveError
-from protocol.records import block_key, encode_block, encode_peer, max_ttl_s, peers_key, sign_record
+from protocol.records import block_key, max_ttl_s, peers_key, sign_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dht.store import RecordStore
+    from protocol.announcements import BlockRecord, PeerRecord
     from protocol.identity import Identity
-    from protocol.records import BlockRecord, PeerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +63,16 @@ class Announcer:
         self._problem = ""
         self._expiration_s = 0.0
         self._one_at_a_time = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
+        self._announcing = Periodic("announcer", period_s, self._announce_or_log)
 
     async def start(self) -> None:
         """Announce once, then again every `period_s` until `stop`. A DHT that does not answer is tried again."""
         await self._announce_or_log()
-        self._task = asyncio.create_task(self._announce_forever(), name="announcer")
+        self._announcing.start()
 
     async def stop(self) -> None:
         """End the announcements; what was said expires by itself."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._announcing.stop()
 
     async def announce_now(self) -> bool:
         """Say it all now, and withdraw blocks that are no longer hosted; whether every record was taken by some peer.
@@ -124,11 +121,6 @@ class Announcer:
         return sign_record(
             self._identity, key=key, version=self._version, expiration_s=self._expiration_s, payload=payload
         )
-
-    async def _announce_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self._period_s)
-            await self._announce_or_log()
 
     async def _announce_or_log(self) -> None:
         problem = ""

@@ -15,7 +15,8 @@ from protocol.records import max_ttl_s, open_record, read_payload
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from protocol.records import BlockRecord, PeerRecord, SignedRecord
+    from protocol.announcements import BlockRecord, PeerRecord
+    from protocol.records import SignedRecord
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dht.book import RecordBook
+from dht.periodic import Periodic
 from dht.view import DirectoryView, PeerInfo, Replica
+from protocol.announcements import BlockRecord, PeerRecord
 from protocol.errors import KilohiveError
 from protocol.manifest import all_blocks
-from protocol.records import BlockRecord, PeerRecord, block_key, peers_key
+from protocol.records import block_key, peers_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,7 +42,6 @@ class Directory:
     def __init__(self, dht: RecordStore, run_id: str, model: ModelConfig, refresh_s: float = REFRESH_S) -> None:
         self._dht = dht
         self._model = model
-        self._refresh_s = refresh_s
         self._keys = (peers_key(run_id), *(block_key(run_id, block) for block in all_blocks(model)))
         self._book = RecordBook()
         self._known = DirectoryView(replicas=MappingProxyType(dict.fromkeys(all_blocks(model), ())))
@@ -52,21 +53,17 @@ class Directory:
         self._subscribers: list[Callable[[DirectoryView], None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._refreshing = Periodic("directory refresh", refresh_s, self._refresh_or_log)
 
     async def start(self) -> None:
         """Look everything up, then again every `refresh_s` until `stop`. A DHT that does not answer is no error."""
         self._loop = asyncio.get_running_loop()
         await self._refresh_or_log()
-        self._task = asyncio.create_task(self._refresh_forever(), name="directory refresh")
+        self._refreshing.start()
 
     async def stop(self) -> None:
         """End the background task; the last view stays readable."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._refreshing.stop()
 
     async def refresh_now(self) -> None:
         """Look all keys up and swap the new view in. Raises UnavailableError: what was known stays until it expires."""
@@ -126,11 +123,6 @@ class Directory:
                 while self._generation == start:
                     await self._changed.wait()
         return self._generation != start
-
-    async def _refresh_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self._refresh_s)
-            await self._refresh_or_log()
 
     async def _refresh_or_log(self) -> None:
         try:

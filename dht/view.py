@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from protocol.announcements import Role
     from protocol.manifest import BlockId
-    from protocol.records import Role
 
 
 @dataclass(frozen=True, kw_only=True)

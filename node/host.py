@@ -22,11 +22,11 @@ from node.serving.server import ExpertServer
 from node.serving.service import ExpertService
 from node.swarm import Swarm, until_stopped
 from protocol import expert_pb2 as pb
+from protocol.announcements import BlockRecord, PeerRecord
 from protocol.errors import CheckpointError
 from protocol.events import EventLog
 from protocol.identity import Identity
 from protocol.manifest import BlockId
-from protocol.records import BlockRecord, PeerRecord
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from node.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
 from node.swarm import Swarm, until_stopped, wait_for_blocks
 from node.training import StepConfig, Training, build_trunk
 from node.trunk_state import Progress, load_trunk, save_trunk
+from protocol.announcements import PeerRecord
 from protocol.errors import CheckpointError, ConfigError, DrainingError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
 from protocol.manifest import all_blocks
-from protocol.records import PeerRecord
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:

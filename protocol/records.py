@@ -7,22 +7,30 @@ way in: it checks size, encoding, signature, owner, time and payload, in that or
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import struct
 import tomllib
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, TypeVar, get_args
-
-from google.protobuf.message import DecodeError, Message
+from typing import Literal, NamedTuple
 
 from protocol import limits, records_pb2
+from protocol.announcements import (
+    MAX_ANNOUNCE_PAYLOAD_BYTES,
+    MAX_RECORD_VERSION,
+    MAX_TIME_S,
+    BlockRecord,
+    PeerRecord,
+    check_length,
+    check_range,
+    decode_block,
+    decode_peer,
+    parse_message,
+)
 from protocol.errors import IdentityError, ManifestError, RecordError
 from protocol.identity import Identity, peer_id_of, verify
 from protocol.manifest import HASH_CHARS, MAX_TOML_BYTES, BlockId, Manifest
 
 MAX_MANIFEST_PAYLOAD_BYTES = MAX_TOML_BYTES + 8
-MAX_ANNOUNCE_PAYLOAD_BYTES = 512
 MAX_RECORD_BYTES = MAX_MANIFEST_PAYLOAD_BYTES + 512
 """Any signed record; refused by its length before a byte of it is parsed."""
 
@@ -32,28 +40,11 @@ MAX_ANNOUNCE_TTL_S = 300.0
 MAX_MANIFEST_TTL_S = 30 * 86_400.0
 """A run outlives its owner's last signature by this time."""
 
-MAX_RECORD_VERSION = (1 << 63) - 1
-MAX_ENDPOINT_CHARS = 261
-"""255 characters of host name, brackets, colon, port."""
-
-MAX_SOFTWARE_CHARS = 64
-MAX_TOKENS_PER_S = 1e15
-MAX_TIME_S = 1e11
-MAX_UINT32 = (1 << 32) - 1
-
-Role = Literal["host", "trainer", "coordinator"]
-ROLES: Final = get_args(Role)
-
 _DOMAIN = b"record/1"
 _KEY = re.compile(
     rf"(?P<run>[A-Za-z0-9_-]{{1,{limits.MAX_RUN_ID_CHARS}}})/(?:(?P<topic>peers|manifest)|"
     r"(?P<layer>0|[1-9][0-9]{0,4})/(?P<block>0|[1-9][0-9]{0,8}))"
 )
-_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
-_PORT = re.compile(r"[1-9][0-9]{0,4}")
-_MAX_PORT = 65_535
-
-M = TypeVar("M", bound=Message)
 
 
 class RecordKey(NamedTuple):
@@ -78,60 +69,6 @@ class SignedRecord:
     def withdrawn(self) -> bool:
         """The owner takes back what it said under this key."""
         return not self.payload
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockRecord:
-    """One replica of one block, as its owner describes it; `version` counts its optimizer steps.
-
-    Queue and rates are the whole peer's: its blocks share one runtime.
-    """
-
-    block: BlockId
-    version: int
-    endpoint: str
-    queue_tokens: int = 0
-    tokens_per_s: float = 0.0
-    tokens_total: int = 0
-    n_experts: int = 0
-
-    def __post_init__(self) -> None:
-        _check_endpoint(self.endpoint)
-        _check_range("layer", self.block.layer, limits.MAX_LAYERS - 1)
-        _check_range("block", self.block.block, limits.MAX_EXPERTS_PER_LAYER - 1)
-        _check_range("version", self.version, MAX_RECORD_VERSION)
-        _check_range("queue_tokens", self.queue_tokens, MAX_UINT32)
-        _check_range("tokens_per_s", self.tokens_per_s, MAX_TOKENS_PER_S)
-        _check_range("tokens_total", self.tokens_total, limits.MAX_RUN_TOKENS)
-        _check_range("n_experts", self.n_experts, limits.MAX_EXPERTS_PER_LAYER)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerRecord:
-    """One peer of a run, as it describes itself; an empty endpoint means that nothing listens."""
-
-    role: Role
-    endpoint: str = ""
-    software: str = ""
-    started_s: float = 0.0
-    n_blocks: int = 0
-    tokens_per_s: float = 0.0
-    run_tokens: int = 0
-    queue_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise RecordError(f"role: must be one of {', '.join(ROLES)}, is {self.role[:40]!r}")
-        if self.endpoint:
-            _check_endpoint(self.endpoint)
-        # Printable only: these words end up in people's terminals.
-        if len(self.software) > MAX_SOFTWARE_CHARS or not self.software.isprintable():
-            raise RecordError(f"software: must be at most {MAX_SOFTWARE_CHARS} printable characters")
-        _check_range("started_s", self.started_s, MAX_TIME_S)
-        _check_range("n_blocks", self.n_blocks, MAX_UINT32)
-        _check_range("tokens_per_s", self.tokens_per_s, MAX_TOKENS_PER_S)
-        _check_range("run_tokens", self.run_tokens, limits.MAX_RUN_TOKENS)
-        _check_range("queue_tokens", self.queue_tokens, MAX_UINT32)
 
 
 def block_key(run_id: str, block: BlockId) -> str:
@@ -159,8 +96,8 @@ def parse_key(key: str) -> RecordKey:
     if match["topic"] == "manifest":
         return RecordKey(match["run"], "manifest", None)
     block = BlockId(int(match["layer"]), int(match["block"]))
-    _check_range("key: layer", block.layer, limits.MAX_LAYERS - 1)
-    _check_range("key: block", block.block, limits.MAX_EXPERTS_PER_LAYER - 1)
+    check_range("key: layer", block.layer, limits.MAX_LAYERS - 1)
+    check_range("key: block", block.block, limits.MAX_EXPERTS_PER_LAYER - 1)
     return RecordKey(match["run"], "block", block)
 
 
@@ -197,7 +134,7 @@ def verify_record(raw: bytes) -> SignedRecord:
     """Everything that `open_record` checks but the expected key and the time: true once, true for ever."""
     if len(raw) > MAX_RECORD_BYTES:
         raise RecordError(f"record: is {len(raw)} bytes, but the limit is {MAX_RECORD_BYTES}")
-    message = _parse(records_pb2.SignedRecord, raw)
+    message = parse_message(records_pb2.SignedRecord, raw)
     record = SignedRecord(
         key=message.key,
         owner=message.subkey,
@@ -235,65 +172,6 @@ def read_payload(record: SignedRecord) -> BlockRecord | PeerRecord | None:
     return said
 
 
-def encode_block(record: BlockRecord) -> bytes:
-    """Payload of a block's record."""
-    return records_pb2.BlockRecord(
-        layer=record.block.layer,
-        block=record.block.block,
-        version=record.version,
-        endpoint=record.endpoint,
-        queue_tokens=record.queue_tokens,
-        tokens_per_s=record.tokens_per_s,
-        tokens_total=record.tokens_total,
-        n_experts=record.n_experts,
-    ).SerializeToString(deterministic=True)
-
-
-def decode_block(payload: bytes) -> BlockRecord:
-    """Raises RecordError naming the first field that is wrong."""
-    _check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
-    message = _parse(records_pb2.BlockRecord, payload)
-    return BlockRecord(
-        block=BlockId(message.layer, message.block),
-        version=message.version,
-        endpoint=message.endpoint,
-        queue_tokens=message.queue_tokens,
-        tokens_per_s=message.tokens_per_s,
-        tokens_total=message.tokens_total,
-        n_experts=message.n_experts,
-    )
-
-
-def encode_peer(record: PeerRecord) -> bytes:
-    """Payload of a peer's record."""
-    return records_pb2.PeerRecord(
-        role=record.role,
-        endpoint=record.endpoint,
-        software=record.software,
-        started_s=record.started_s,
-        n_blocks=record.n_blocks,
-        tokens_per_s=record.tokens_per_s,
-        run_tokens=record.run_tokens,
-        queue_tokens=record.queue_tokens,
-    ).SerializeToString(deterministic=True)
-
-
-def decode_peer(payload: bytes) -> PeerRecord:
-    """Raises RecordError naming the first field that is wrong."""
-    _check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
-    message = _parse(records_pb2.PeerRecord, payload)
-    return PeerRecord(
-        role=message.role,  # type: ignore[arg-type]  # checked by PeerRecord itself
-        endpoint=message.endpoint,
-        software=message.software,
-        started_s=message.started_s,
-        n_blocks=message.n_blocks,
-        tokens_per_s=message.tokens_per_s,
-        run_tokens=message.run_tokens,
-        queue_tokens=message.queue_tokens,
-    )
-
-
 def encode_manifest(manifest: Manifest) -> bytes:
     """Payload of a manifest's record."""
     return records_pb2.ManifestRecord(toml=manifest.to_toml()).SerializeToString(deterministic=True)
@@ -314,7 +192,7 @@ def decode_manifest(record: SignedRecord) -> Manifest:
 
 def _manifest_text(record: SignedRecord) -> str:
     """The text, proven by the hash in the run id and signed by the owner that it names, if nothing else about it."""
-    toml = _parse(records_pb2.ManifestRecord, record.payload).toml
+    toml = parse_message(records_pb2.ManifestRecord, record.payload).toml
     run_id = parse_key(record.key).run_id
     name, _, digest = run_id.rpartition("-")
     if hashlib.sha256(toml.encode()).hexdigest()[:HASH_CHARS] != digest:
@@ -330,10 +208,10 @@ def _manifest_text(record: SignedRecord) -> str:
 
 def _check_envelope(record: SignedRecord) -> None:
     key = parse_key(record.key)
-    _check_range("record version", record.version, MAX_RECORD_VERSION)
-    _check_range("expiration_s", record.expiration_s, MAX_TIME_S)
+    check_range("record version", record.version, MAX_RECORD_VERSION)
+    check_range("expiration_s", record.expiration_s, MAX_TIME_S)
     limit = MAX_MANIFEST_PAYLOAD_BYTES if key.topic == "manifest" else MAX_ANNOUNCE_PAYLOAD_BYTES
-    _check_length(record.payload, limit)
+    check_length(record.payload, limit)
 
 
 def _check_payload(record: SignedRecord) -> None:
@@ -373,27 +251,3 @@ def _encode(record: SignedRecord, public_key: bytes, signature: bytes) -> bytes:
         public_key=public_key,
         signature=signature,
     ).SerializeToString(deterministic=True)
-
-
-def _parse(kind: type[M], raw: bytes) -> M:
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise RecordError(f"{kind.DESCRIPTOR.name}: cannot be parsed") from None
-
-
-def _check_length(payload: bytes, limit: int) -> None:
-    if len(payload) > limit:
-        raise RecordError(f"payload: is {len(payload)} bytes, but the limit is {limit}")
-
-
-def _check_range(field: str, value: float, high: float) -> None:
-    if not math.isfinite(value) or not 0 <= value <= high:
-        raise RecordError(f"{field}: must be from 0 to {high}, is {value}")
-
-
-def _check_endpoint(endpoint: str) -> None:
-    host, _, port = endpoint.rpartition(":")
-    well_formed = len(endpoint) <= MAX_ENDPOINT_CHARS and _HOST_NAME.fullmatch(host) and _PORT.fullmatch(port)
-    if not well_formed or int(port) > _MAX_PORT:
-        raise RecordError(f"endpoint: must be host:port such as 192.0.2.1:4000, is {endpoint[:80]!r}")

@@ -15,9 +15,9 @@ import pytest_asyncio
 from dht.announcer import Announcement, Announcer
 from dht.directory import Directory
 from dht.join import fetch_manifest, publish_manifest
+from protocol.announcements import BlockRecord, PeerRecord
 from protocol.identity import Identity
 from protocol.manifest import BlockId
-from protocol.records import BlockRecord, PeerRecord
 from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by, eventually, running_nodes
 
 if TYPE_CHECKING:

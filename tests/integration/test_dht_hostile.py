@@ -11,9 +11,10 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
 from dht.store import Entry
+from protocol.announcements import BlockRecord, encode_block
 from protocol.identity import Identity
 from protocol.manifest import BlockId
-from protocol.records import BlockRecord, block_key, encode_block, peers_key, sign_record
+from protocol.records import block_key, peers_key, sign_record
 from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by, running_nodes
 
 if TYPE_CHECKING:

@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING
 
 from dht.announcer import Announcement, Announcer
 from dht.store import Entry
+from protocol.announcements import BlockRecord, PeerRecord, encode_block
 from protocol.identity import Identity
 from protocol.manifest import BlockId, Manifest, ModelConfig
-from protocol.records import (
-    BlockRecord,
-    PeerRecord,
-    block_key,
-    encode_block,
-    sign_record,
-)
+from protocol.records import block_key, sign_record
 
 if TYPE_CHECKING:
     from tests.support.fake_dht import FakeDht

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from dht.node import DhtConfig, DhtNode
 from dht.store import Entry
+from protocol.announcements import PeerRecord, encode_peer
 from protocol.identity import Identity
 from protocol.manifest import Manifest, ModelConfig
-from protocol.records import PeerRecord, encode_peer, peers_key, sign_record
+from protocol.records import peers_key, sign_record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -10,14 +10,10 @@ import pytest
 from dht.announcer import Announcement, Announcer
 from dht.directory import Directory
 from dht.join import RETRY_S, fetch_manifest, publish_manifest
+from protocol.announcements import BlockRecord
 from protocol.errors import ManifestError, RecordError, UnavailableError
 from protocol.identity import Identity
-from protocol.records import (
-    BlockRecord,
-    block_key,
-    manifest_key,
-    peers_key,
-)
+from protocol.records import block_key, manifest_key, peers_key
 from tests.support.announcing import FIRST, MANIFEST, MODEL, OWNER, RUN, Host
 from tests.support.fake_dht import FakeDht
 

@@ -14,10 +14,7 @@ from dht.view import PeerLoad
 from protocol.errors import UnavailableError
 from protocol.identity import Identity
 from protocol.manifest import BlockId, all_blocks
-from protocol.records import (
-    MAX_ANNOUNCE_TTL_S,
-    block_key,
-)
+from protocol.records import MAX_ANNOUNCE_TTL_S, block_key
 from tests.support.announcing import FIRST, MODEL, RUN, Host, entry_of
 from tests.support.fake_dht import START_S, FakeDht
 

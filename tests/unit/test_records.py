@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import records_pb2
+from protocol.announcements import BlockRecord, PeerRecord, decode_block, decode_peer, encode_block, encode_peer
 from protocol.errors import ManifestError, RecordError
 from protocol.identity import Identity
 from protocol.manifest import HASH_CHARS, BlockId, Manifest
@@ -19,17 +20,11 @@ from protocol.records import (
     MAX_ANNOUNCE_TTL_S,
     MAX_MANIFEST_TTL_S,
     MAX_RECORD_BYTES,
-    BlockRecord,
-    PeerRecord,
     SignedRecord,
     _signed_bytes,
     block_key,
-    decode_block,
     decode_manifest,
-    decode_peer,
-    encode_block,
     encode_manifest,
-    encode_peer,
     manifest_key,
     open_record,
     parse_key,

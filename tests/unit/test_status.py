@@ -17,7 +17,7 @@ from protocol.manifest import BlockId, Manifest, ModelConfig, all_blocks
 from tests.support.trainer_events import PEERS
 
 if TYPE_CHECKING:
-    from protocol.records import Role
+    from protocol.announcements import Role
 
 MANIFEST = Manifest(name="demo", model=ModelConfig())
 

@@ -1,0 +1,176 @@
+"""What a host, trainer or coordinator says about itself: payloads of block and peer records, checked field by field.
+
+`records.py` signs them and proves whose they are; here every field gets its range.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar, get_args
+
+from google.protobuf.message import DecodeError, Message
+
+from protocol import limits, records_pb2
+from protocol.errors import RecordError
+from protocol.manifest import BlockId
+
+MAX_ANNOUNCE_PAYLOAD_BYTES = 512
+MAX_RECORD_VERSION = (1 << 63) - 1
+MAX_ENDPOINT_CHARS = 261
+"""255 characters of host name, brackets, colon, port."""
+
+MAX_SOFTWARE_CHARS = 64
+MAX_TOKENS_PER_S = 1e15
+MAX_TIME_S = 1e11
+MAX_UINT32 = (1 << 32) - 1
+
+Role = Literal["host", "trainer", "coordinator"]
+ROLES: Final = get_args(Role)
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+_MAX_PORT = 65_535
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRecord:
+    """One replica of one block, as its owner describes it; `version` counts its optimizer steps.
+
+    Queue and rates are the whole peer's: its blocks share one runtime.
+    """
+
+    block: BlockId
+    version: int
+    endpoint: str
+    queue_tokens: int = 0
+    tokens_per_s: float = 0.0
+    tokens_total: int = 0
+    n_experts: int = 0
+
+    def __post_init__(self) -> None:
+        _check_endpoint(self.endpoint)
+        check_range("layer", self.block.layer, limits.MAX_LAYERS - 1)
+        check_range("block", self.block.block, limits.MAX_EXPERTS_PER_LAYER - 1)
+        check_range("version", self.version, MAX_RECORD_VERSION)
+        check_range("queue_tokens", self.queue_tokens, MAX_UINT32)
+        check_range("tokens_per_s", self.tokens_per_s, MAX_TOKENS_PER_S)
+        check_range("tokens_total", self.tokens_total, limits.MAX_RUN_TOKENS)
+        check_range("n_experts", self.n_experts, limits.MAX_EXPERTS_PER_LAYER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerRecord:
+    """One peer of a run, as it describes itself; an empty endpoint means that nothing listens."""
+
+    role: Role
+    endpoint: str = ""
+    software: str = ""
+    started_s: float = 0.0
+    n_blocks: int = 0
+    tokens_per_s: float = 0.0
+    run_tokens: int = 0
+    queue_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise RecordError(f"role: must be one of {', '.join(ROLES)}, is {self.role[:40]!r}")
+        if self.endpoint:
+            _check_endpoint(self.endpoint)
+        # Printable only: these words end up in people's terminals.
+        if len(self.software) > MAX_SOFTWARE_CHARS or not self.software.isprintable():
+            raise RecordError(f"software: must be at most {MAX_SOFTWARE_CHARS} printable characters")
+        check_range("started_s", self.started_s, MAX_TIME_S)
+        check_range("n_blocks", self.n_blocks, MAX_UINT32)
+        check_range("tokens_per_s", self.tokens_per_s, MAX_TOKENS_PER_S)
+        check_range("run_tokens", self.run_tokens, limits.MAX_RUN_TOKENS)
+        check_range("queue_tokens", self.queue_tokens, MAX_UINT32)
+
+
+def encode_block(record: BlockRecord) -> bytes:
+    """Payload of a block's record."""
+    return records_pb2.BlockRecord(
+        layer=record.block.layer,
+        block=record.block.block,
+        version=record.version,
+        endpoint=record.endpoint,
+        queue_tokens=record.queue_tokens,
+        tokens_per_s=record.tokens_per_s,
+        tokens_total=record.tokens_total,
+        n_experts=record.n_experts,
+    ).SerializeToString(deterministic=True)
+
+
+def decode_block(payload: bytes) -> BlockRecord:
+    """Raises RecordError naming the first field that is wrong."""
+    check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
+    message = parse_message(records_pb2.BlockRecord, payload)
+    return BlockRecord(
+        block=BlockId(message.layer, message.block),
+        version=message.version,
+        endpoint=message.endpoint,
+        queue_tokens=message.queue_tokens,
+        tokens_per_s=message.tokens_per_s,
+        tokens_total=message.tokens_total,
+        n_experts=message.n_experts,
+    )
+
+
+def encode_peer(record: PeerRecord) -> bytes:
+    """Payload of a peer's record."""
+    return records_pb2.PeerRecord(
+        role=record.role,
+        endpoint=record.endpoint,
+        software=record.software,
+        started_s=record.started_s,
+        n_blocks=record.n_blocks,
+        tokens_per_s=record.tokens_per_s,
+        run_tokens=record.run_tokens,
+        queue_tokens=record.queue_tokens,
+    ).SerializeToString(deterministic=True)
+
+
+def decode_peer(payload: bytes) -> PeerRecord:
+    """Raises RecordError naming the first field that is wrong."""
+    check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
+    message = parse_message(records_pb2.PeerRecord, payload)
+    return PeerRecord(
+        role=message.role,  # type: ignore[arg-type]  # checked by PeerRecord itself
+        endpoint=message.endpoint,
+        software=message.software,
+        started_s=message.started_s,
+        n_blocks=message.n_blocks,
+        tokens_per_s=message.tokens_per_s,
+        run_tokens=message.run_tokens,
+        queue_tokens=message.queue_tokens,
+    )
+
+
+def parse_message(kind: type[M], raw: bytes) -> M:
+    """A message of `kind`; raises RecordError naming it."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise RecordError(f"{kind.DESCRIPTOR.name}: cannot be parsed") from None
+
+
+def check_length(payload: bytes, limit: int) -> None:
+    """Raise RecordError for a payload over `limit` bytes."""
+    if len(payload) > limit:
+        raise RecordError(f"payload: is {len(payload)} bytes, but the limit is {limit}")
+
+
+def check_range(field: str, value: float, high: float) -> None:
+    """Raise RecordError unless `value` is finite and from 0 to `high`."""
+    if not math.isfinite(value) or not 0 <= value <= high:
+        raise RecordError(f"{field}: must be from 0 to {high}, is {value}")
+
+
+def _check_endpoint(endpoint: str) -> None:
+    host, _, port = endpoint.rpartition(":")
+    well_formed = len(endpoint) <= MAX_ENDPOINT_CHARS and _HOST_NAME.fullmatch(host) and _PORT.fullmatch(port)
+    if not well_formed or int(port) > _MAX_PORT:
+        raise RecordError(f"endpoint: must be host:port such as 192.0.2.1:4000, is {endpoint[:80]!r}")

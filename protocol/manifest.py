@@ -10,6 +10,7 @@ import hashlib
 import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import tomli_w
@@ -104,9 +105,9 @@ class Manifest:
     def __post_init__(self) -> None:
         _check_manifest(self)
 
-    @property
+    @cached_property
     def run_id(self) -> str:
-        """Name and hash: the same manifest has the same id everywhere."""
+        """Name and hash: the same manifest has the same id everywhere. Every request carries it, so it is kept."""
         return f"{self.name}-{hashlib.sha256(self.to_toml().encode()).hexdigest()[:HASH_CHARS]}"
 
     def to_toml(self) -> str:

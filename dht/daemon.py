@@ -123,9 +123,12 @@ def listen_address(host: str, port: int) -> str:
     if not 0 <= port <= 65_535:  # noqa: PLR2004
         raise ConfigError(f"port: must be from 0 (any) to 65535, is {port}")
     try:
-        version = ipaddress.ip_address(host).version
+        address = ipaddress.ip_address(host)
     except ValueError:
-        raise ConfigError(f"host: must be an IP address such as 127.0.0.1 or 0.0.0.0, is {host[:80]!r}") from None
+        raise ConfigError(f"listen: must be an IP address such as 127.0.0.1, is {host[:80]!r}") from None
+    if address.is_unspecified:
+        raise ConfigError(f"listen: {host} is announced to others, who cannot call it; give this machine's own address")
+    version = address.version
     _check_free(host, port, socket.AF_INET if version == 4 else socket.AF_INET6)  # noqa: PLR2004
     return f"/ip{version}/{host}/tcp/{port}"
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from node.report import final_panel
-from node.text import bytes_text, clock_text, count_text, printable, short_id, sparkline
+from node.text import bytes_text, clock_text, count_text, hosts_text, printable, short_id, sparkline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -129,7 +129,7 @@ def render(state: DisplayState, width: int, height: int) -> RenderableType:
 
 def _start_text(start: Event) -> str:
     # The trainer may be here before the first host.
-    where = f" on {start['hosts']} hosts" if start["hosts"] else ""
+    where = f" on {hosts_text(start['hosts'])}" if start["hosts"] else ""
     return (
         f"{start['experts']:,} experts{where}, {count_text(start['parameters_experts'])} parameters in them, "
         f"{count_text(start['parameters_trunk'])} in the trunk"

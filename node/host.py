@@ -7,6 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from dht.announcer import Announcement, Announcer
@@ -45,7 +46,8 @@ RUNTIME_STOP_S = 1.0
 
 async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then drain, save, withdraw. Raises a KilohiveError if the start fails."""
-    started = time.time()
+    # From the command itself: imports take seconds, and a person waits for them too.
+    started = psutil.Process().create_time()
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     prepare_folder(config.state)

@@ -9,7 +9,6 @@ Shapes: T tokens, K experts per token, D model width, E experts.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -47,15 +46,6 @@ class Experts(Protocol):
         """Gradients for tokens [T, D] and choices [T * K]; steps the experts once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GateLoad:
-    """Pairs per expert of one training forward, which experts were live, and the pairs dropped over capacity."""
-
-    load_E: torch.Tensor
-    live_E: torch.Tensor
-    overflow: int
-
-
 class MoE(nn.Module):
     """One layer of gated experts. Safe to call from several threads at once: one per micro-batch in flight."""
 
@@ -65,7 +55,8 @@ class MoE(nn.Module):
         self.layer = layer
         self._experts = experts
         self._lock = threading.Lock()
-        self._loads: list[GateLoad] = []
+        self._load_E: torch.Tensor | None = None
+        self._overflow = 0
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]. Raises TooFewExpertsError when no expert is live or too few answer."""
@@ -81,17 +72,18 @@ class MoE(nn.Module):
         )
         if self.training:
             with self._lock:
-                self._loads.append(GateLoad(load_E=choice.load_E, live_E=live_E, overflow=choice.overflow))
+                self._load_E = choice.load_E if self._load_E is None else self._load_E + choice.load_E
+                self._overflow += choice.overflow
         return _renormalise(combined_TD, choice.weights_TK, answered_TK).view(shape)
 
     def balance(self) -> int:
         """Move the gate's biases by the loads since the last call (once per step); returns the pairs over capacity."""
         with self._lock:
-            loads, self._loads = self._loads, []
-        if not loads:
+            load_E, overflow = self._load_E, self._overflow
+            self._load_E, self._overflow = None, 0
+        if load_E is None:
             return 0
-        load_E = torch.stack([load.load_E for load in loads]).sum(0)
-        overflow, live_E = sum(load.overflow for load in loads), loads[-1].live_E
+        live_E = self._experts.live_experts(self.layer)
         self.gate.update_balance(load_E, live_E)
         self.gate.observe(load_E, overflow, live_E)
         return overflow

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from node.text import clock_text, count_text, printable
+from node.text import clock_text, count_text, hosts_text, printable
 from protocol.atomic_file import write_atomically
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def write_report(
     files = [out / name for name in ("summary.json", "loss.png", "events.jsonl")]
     table = {**asdict(summary), **extras, "sample": sample, "attribution": attribution, "files": list(map(str, files))}
     write_atomically(files[0], (json.dumps(table, indent=2) + "\n").encode())
-    title = f"{summary.run_id}: {summary.experts:,} experts on {summary.hosts} hosts"
+    title = f"{summary.run_id}: {summary.experts:,} experts on {hosts_text(summary.hosts)}"
     plot_loss(read_curve(files[2]), files[1], title)
     return table
 
@@ -194,7 +194,7 @@ def final_panel(done: Event) -> RenderableType:
     grid.add_row("trained", f"{done['steps']:,} steps, {done['tokens']:,} tokens in {clock_text(done['wall_s'])}")
     grid.add_row("speed", f"{count_text(done['tokens_per_s'])} tokens/s")
     grid.add_row(
-        "swarm", f"{done['experts']:,} experts on {done['hosts']} hosts, {done['calls_failed']:,} calls failed"
+        "swarm", f"{done['experts']:,} experts on {hosts_text(done['hosts'])}, {done['calls_failed']:,} calls failed"
     )
     grid.add_row()
     grid.add_row("sample", Text(printable(str(done.get("sample", "")))[:SAMPLE_CHARS], style="italic"))

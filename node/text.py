@@ -51,6 +51,11 @@ def count_text(n: float) -> str:
     return f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n:,.0f}"  # noqa: PLR2004 - a million
 
 
+def hosts_text(n_hosts: int) -> str:
+    """`1 host`, `4 hosts`."""
+    return f"{n_hosts} host" if n_hosts == 1 else f"{n_hosts} hosts"
+
+
 def printable(text: str) -> str:
     """`text` as a terminal may show it: peers and a byte-level model can emit any control character."""
     return "".join(char if char.isprintable() or char == "\n" else "·" for char in text)

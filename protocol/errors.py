@@ -197,7 +197,8 @@ def trailing_metadata_of(error: KilohiveError) -> tuple[tuple[str, str], ...]:
 
 def error_from_status(status: grpc.StatusCode, message: str, metadata: Mapping[str, str]) -> KilohiveError:
     """Rebuild the peer's error; nothing that it sent is believed beyond its bounds."""
-    message = message[:MAX_MESSAGE_CHARS]
+    # Printable only: these words end up in people's terminals.
+    message = "".join(char if char.isprintable() else "?" for char in message[:MAX_MESSAGE_CHARS])
     cls = _BY_NAME.get(metadata.get(ERROR_KEY, ""))
     if cls is None:
         return _from_bare_status(status, message)

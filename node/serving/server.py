@@ -10,7 +10,8 @@ from node.serving.service import SERVICE_NAME, ExpertService
 from protocol.errors import ConfigError
 from protocol.limits import MAX_MESSAGE_BYTES
 
-MAX_CONCURRENT_CALLS = 512
+MAX_CONCURRENT_CALLS = 64
+"""gRPC holds a whole message before we see it: this many times MAX_MESSAGE_BYTES is the most that callers can take."""
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -64,6 +64,7 @@ def test_a_hostile_retry_delay_is_bounded(delay: str) -> None:
 
 def test_a_hostile_message_is_cut() -> None:
     assert len(str(error_from_status(grpc.StatusCode.INTERNAL, "x" * 10_000, {}))) == 500
+    assert str(error_from_status(grpc.StatusCode.INTERNAL, "\x1b[2Jboo\n", {})) == "?[2Jboo?"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""The pure parts of tests/benchmarks: what a row says, who runs when, what is compared with whom."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from functools import partial
+
+import pytest
+from rich.console import Console
+
+from tests.benchmarks import density, dispatch, report
+from tests.benchmarks.contenders import LAYER, Case, shares
+
+SMALL, MEDIUM, LARGE = dispatch.CASES
+
+
+def test_a_row_compares_medians_not_means() -> None:
+    row = report.compare("case", "tokens/s", [1.0, 100.0, 10.0], "hivemind", [2.0, 2.0, 90.0])
+    assert (row.ours, row.theirs, row.ratio, row.runs) == (10.0, 2.0, 5.0, 3)
+    assert row.ours_runs == (1.0, 100.0, 10.0)
+
+
+def test_the_document_has_the_shape_that_the_docs_quote() -> None:
+    rows = [
+        report.compare("case", "tokens/s", [3.0], "LocalMoE", [2.0]),
+        report.not_compared("c", "m", [1.0], "x", "y"),
+    ]
+    content = json.loads(json.dumps(report.document("dispatch", rows, ["quiet machine"])))
+    assert set(content) == {"benchmark", "commit", "machine", "rows"}
+    assert content["machine"]["notes"] == ["quiet machine"]
+    assert content["machine"]["torch"]
+    for row in content["rows"]:
+        assert row.keys() >= {"case", "metric", "ours", "against", "theirs", "ratio", "runs"}
+    assert content["rows"][0]["ratio"] == 1.5
+    assert content["rows"][1]["theirs"] is None
+    assert content["rows"][1]["note"] == "y"
+
+
+def test_the_table_shows_every_row_and_its_note() -> None:
+    rows = [
+        report.compare("case-1", "tokens/s", [12345.0], "LocalMoE", [2.0]),
+        report.not_compared("c", "m", [1], "x", "why"),
+    ]
+    console = Console(file=io.StringIO(), width=160)
+    console.print(report.table(report.document("dispatch", rows, [])))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for text in ("case-1", "12,340", "6,172", "why"):
+        assert text in shown
+
+
+def test_contenders_take_turns_after_one_warm_up_each() -> None:
+    assert report.schedule(["ours", "local", "theirs"], 2) == [
+        ("ours", 0),
+        ("local", 0),
+        ("theirs", 0),
+        ("ours", 1),
+        ("local", 1),
+        ("theirs", 1),
+        ("ours", 2),
+        ("local", 2),
+        ("theirs", 2),
+    ]
+
+
+def test_the_warm_up_is_run_and_not_counted() -> None:
+    order: list[str] = []
+
+    def contender(name: str) -> float:
+        order.append(name)
+        return float(order.count(name))
+
+    told: list[str] = []
+    figures = report.alternate({name: partial(contender, name) for name in "ab"}, 3, told.append)
+    assert order == ["a", "b"] * 4
+    assert figures == {"a": [2.0, 3.0, 4.0], "b": [2.0, 3.0, 4.0]}
+    assert told[0].startswith("warm-up: a")
+    assert told[2].startswith("round 1 of 3: a")
+
+
+@pytest.mark.parametrize("n_blocks", [2, 8, 32])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_hosts_share_every_block_once(n_blocks: int, hosts: int) -> None:
+    ranges = [share.removeprefix(f"{LAYER}/").split("-") for share in shares(n_blocks, hosts)]
+    blocks = [block for start, stop in ranges for block in range(int(start), int(stop) + 1)]
+    assert blocks == list(range(n_blocks))
+    assert len(ranges) == hosts
+
+
+def test_the_line_of_the_issue_is_measured_against_hivemind() -> None:
+    assert (SMALL.experts, SMALL.d_model, SMALL.hidden, SMALL.experts_per_token, SMALL.tokens) == (64, 64, 256, 4, 256)
+    assert dispatch.hivemind_can(SMALL)
+    figures = {dispatch.OURS: [60.0], dispatch.LOCAL: [120.0], dispatch.HIVEMIND: [1.0]}
+    rows = dispatch.rows_of(SMALL, SMALL.name(1), figures)
+    assert [(row.against, row.ratio, row.note) for row in rows] == [
+        (dispatch.LOCAL, 0.5, ""),
+        (dispatch.HIVEMIND, 60.0, ""),
+    ]
+
+
+@pytest.mark.parametrize("case", [MEDIUM, LARGE], ids=lambda case: case.key)
+def test_where_hivemind_was_not_run_the_row_says_so_and_holds_no_figure(case: Case) -> None:
+    rows = dispatch.rows_of(case, case.name(2), {dispatch.OURS: [2.0], dispatch.LOCAL: [1.0]})
+    assert [(row.against, row.theirs, row.ratio) for row in rows] == [
+        (dispatch.LOCAL, 1.0, 2.0),
+        (dispatch.HIVEMIND, None, None),
+    ]
+    assert rows[1].note == dispatch.HIVEMIND_FAILS
+
+
+def test_unknown_cases_are_named_with_those_that_are_known() -> None:
+    assert dispatch.chosen_cases("large,small") == [LARGE, SMALL]
+    with pytest.raises(SystemExit, match=r"tiny.*small, medium, large"):
+        dispatch.chosen_cases("small,tiny")
+
+
+def test_memory_limit_is_that_of_the_issue() -> None:
+    parameters = 1024 * 2 * 128 * 64
+    assert density.memory_limit_bytes(density.CASE.manifest().model) == 1.25 * (parameters * 4 * 3) + 450e6
+
+
+def test_density_rows_hold_the_limits() -> None:
+    memory = density.Memory(pss=int(500e6), rss=int(600e6))
+    start = density.Start(seconds=5.0, host_seconds=1.0, rest=memory, trained=memory)
+    rows = {row.metric: row for row in density.rows_of([start] * 5)}
+    assert (rows["announced, seconds"].ratio, rows["announced, seconds"].runs) == (0.5, 5)
+    assert rows["at rest, PSS MB"].ours == 500.0
+    assert rows["at rest, PSS MB"].theirs == pytest.approx(701.7)
+    assert all(row.against == "limit" for row in rows.values())
+
+
+def test_a_process_tree_has_memory() -> None:
+    memory = density.tree_memory(os.getpid())
+    assert 0 < memory.pss <= memory.rss

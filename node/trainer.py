@@ -61,7 +61,7 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
 
 
 def _open_data(config: TrainConfig, seed: int) -> ByteDataset:
-    return open_dataset(config.data, cache_dir=data_cache(), held_out_fraction=0.05, seed=seed)
+    return open_dataset(config.data, cache_dir=data_cache(), seed=seed)
 
 
 class Trainer:
@@ -70,7 +70,6 @@ class Trainer:
     def __init__(self, config: TrainConfig, swarm: Swarm, dataset: ByteDataset, events: EventLog) -> None:
         self._config, self._swarm, self._events = config, swarm, events
         self._manifest = swarm.manifest
-        self._loop = asyncio.get_running_loop()
         self._dispatcher = swarm.dispatch(
             DispatchConfig(call_timeout_s=config.call_timeout_s, k_min=config.k_min, seed=config.seed)
         )
@@ -85,7 +84,7 @@ class Trainer:
         self._resume()
         announcer = Announcer(self._swarm.dht, self._swarm.identity, self._manifest.run_id, describe=self._describe)
         await announcer.start()
-        work = asyncio.create_task(self._work(), name="training")
+        work = asyncio.create_task(self._work(stop), name="training")
         stopping = asyncio.create_task(stop.wait(), name="stop")
         try:
             await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -107,9 +106,9 @@ class Trainer:
             self._events.emit("stopped", step=self._progress.step)
             logger.info("Stopped after step %d; the same command with --resume goes on", self._progress.step)
 
-    async def _work(self) -> None:
+    async def _work(self, stop: asyncio.Event) -> None:
         config, progress = self._config, self._progress
-        await self._wait_for_all_blocks()
+        await self._wait_for_all_blocks(stop)
         self._emit_start()
         if progress.bits_per_byte_start is None:
             progress.bits_per_byte_start = await self._evaluate(FINAL_EVALUATION_FACTOR)
@@ -239,13 +238,13 @@ class Trainer:
             bytes_train=dataset.index.train_bytes,
         )
 
-    async def _wait_for_all_blocks(self) -> None:
+    async def _wait_for_all_blocks(self, stop: asyncio.Event) -> None:
         """Give every block the time to find a host; then begin with those that did."""
         directory = self._swarm.directory
         if directory.snapshot().lost_blocks():
             self._emit_waiting("")
             with contextlib.suppress(UnavailableError):
-                await wait_for_blocks(directory, self._config.wait_for_blocks_s)
+                await until_stopped(wait_for_blocks(directory, self._config.wait_for_blocks_s), stop)
 
     def _emit_waiting(self, why: str) -> None:
         lost = len(self._swarm.directory.snapshot().lost_blocks())

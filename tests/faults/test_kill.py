@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -127,3 +128,11 @@ def test_without_any_host_the_trainer_waits_says_so_and_goes_on_when_one_appears
         swarm.host(name, blocks)
     done = finish(trainer)
     assert done["steps"] == 60
+
+
+def test_a_trainer_that_waits_for_hosts_leaves_at_once_when_asked(swarm: ProcessSwarm, text: Path) -> None:
+    trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
+    trainer.wait_for("waiting")
+    asked = time.monotonic()
+    assert trainer.stop() == 130
+    assert time.monotonic() - asked < 3

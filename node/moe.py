@@ -142,9 +142,9 @@ class LocalExperts:
         optimizer = self.manifest.optimizer
         lr = optimizer.expert_lr * learning_rate_factor(optimizer, self.run_tokens)
         with self._lock:
-            gradients = layer_backward(self.blocks[layer], x_TD, pairs, grad_TD)
-            for block, block_gradients in gradients.blocks:
-                block.step(block_gradients, lr, optimizer)
+            gradients = layer_backward(
+                self.blocks[layer], x_TD, pairs, grad_TD, lambda block, own: block.step(own, lr, optimizer)
+            )
         grad_weight = grad_TD.new_zeros(len(x_TD) * self.manifest.model.experts_per_token)
         grad_weight[flat] = gradients.weight_P
         return gradients.tokens_TD, grad_weight

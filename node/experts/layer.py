@@ -13,7 +13,7 @@ import torch
 from protocol.errors import NotHostedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from node.experts.block import Block, BlockGradients
 
@@ -40,11 +40,10 @@ class _Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """`tokens_TD`, one number per pair, and what each touched block needs for its step."""
+    """`tokens_TD`, and one number per pair."""
 
     tokens_TD: torch.Tensor
     weight_P: torch.Tensor
-    blocks: list[tuple[Block, BlockGradients]]
 
 
 def check_hosted(blocks: Sequence[Block], expert_P: torch.Tensor, layer: int) -> None:
@@ -68,20 +67,29 @@ def layer_forward(blocks: Sequence[Block], x_TD: torch.Tensor, pairs: Pairs) -> 
     return y_TD
 
 
-def layer_backward(blocks: Sequence[Block], x_TD: torch.Tensor, pairs: Pairs, grad_TD: torch.Tensor) -> LayerGradients:
-    """Gradients of `sum(grad_TD * layer_forward(...))`; the blocks' weights are not changed here."""
+def layer_backward(
+    blocks: Sequence[Block],
+    x_TD: torch.Tensor,
+    pairs: Pairs,
+    grad_TD: torch.Tensor,
+    on_block: Callable[[Block, BlockGradients], None],
+) -> LayerGradients:
+    """Gradients of `sum(grad_TD * layer_forward(...))`.
+
+    `on_block` gets each touched block's as soon as they are known, to step it or to let them go: a layer's weight
+    gradients are never held all at once.
+    """
     order_P = torch.argsort(pairs.expert_P, stable=True)
     token_P, weight_P = pairs.token_P[order_P], pairs.weight_P[order_P]
     grad_x_TD = torch.zeros_like(x_TD)
     grad_weight_P = torch.zeros_like(pairs.weight_P)
-    per_block: list[tuple[Block, BlockGradients]] = []
     for block, rows, expert_P in _slices(blocks, pairs.expert_P[order_P]):
         grad_PD = grad_TD[token_P[rows]]
         gradients = block.backward(x_TD[token_P[rows]], expert_P, grad_PD * weight_P[rows, None])
         grad_x_TD.index_add_(0, token_P[rows], gradients.inputs_PD)
         grad_weight_P[order_P[rows]] = (gradients.outputs_PD * grad_PD).sum(-1)
-        per_block.append((block, gradients))
-    return LayerGradients(tokens_TD=grad_x_TD, weight_P=grad_weight_P, blocks=per_block)
+        on_block(block, gradients)
+    return LayerGradients(tokens_TD=grad_x_TD, weight_P=grad_weight_P)
 
 
 def _slices(blocks: Sequence[Block], sorted_expert_P: torch.Tensor) -> Iterator[_Slice]:

@@ -27,7 +27,7 @@ from protocol.schedule import learning_rate_factor
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from node.experts.block import Block
+    from node.experts.block import Block, BlockGradients
     from protocol.manifest import BlockId, OptimizerConfig
 
 R = TypeVar("R")
@@ -270,20 +270,19 @@ class Runtime:
             return
         merged = _merge([inputs for _, inputs in ready])
         grad_TD = torch.cat([job.grad_TD for job, _ in ready]) if len(ready) > 1 else ready[0][0].grad_TD
-        gradients = layer_backward(self._layers.get(jobs[0].key.layer, []), merged.x_TD, merged.pairs, grad_TD)
-        stepped = self._step_once([job for job, _ in ready], gradients)
-        self._answer(ready, gradients, stepped=stepped)
+        stepper = self._stepper([job for job, _ in ready])
+        blocks = self._layers.get(jobs[0].key.layer, [])
+        gradients = layer_backward(blocks, merged.x_TD, merged.pairs, grad_TD, stepper or _no_step)
+        self._answer(ready, gradients, stepped=stepper is not None)
 
-    def _step_once(self, jobs: list[BackwardJob], gradients: LayerGradients) -> bool:
-        # All jobs of a batch have stepped before, or none has: see _mergeable.
+    def _stepper(self, jobs: list[BackwardJob]) -> Callable[[Block, BlockGradients], None] | None:
+        """How to step the blocks for these jobs; None if they have stepped before (all of a batch have, or none)."""
         if jobs[0].key in self._stepped:
-            return False
+            return None
         for job in jobs:
             self._stepped.add(job.key)
         factor = learning_rate_factor(self._optimizer, max(job.run_tokens for job in jobs))
-        for block, block_gradients in gradients.blocks:
-            block.step(block_gradients, self._optimizer.expert_lr * factor, self._optimizer)
-        return True
+        return lambda block, gradients: block.step(gradients, self._optimizer.expert_lr * factor, self._optimizer)
 
     def _answer(self, ready: list[tuple[BackwardJob, Inputs]], gradients: LayerGradients, *, stepped: bool) -> None:
         tokens = gradients.tokens_TD.split([job.n_tokens for job, _ in ready])
@@ -316,6 +315,10 @@ class _Rate:
         now = self._clock()
         self._mass *= math.exp2(-(now - self._last) / RATE_HALF_LIFE_S)
         self._last = now
+
+
+def _no_step(_block: Block, _gradients: BlockGradients) -> None:
+    """A retry gets its gradients; the weights have had theirs."""
 
 
 def _merge(parts: list[Inputs]) -> Inputs:

@@ -1,0 +1,239 @@
+"""The three that `dispatch.py` lets take turns: a swarm of processes, one process, hivemind. Figures are tokens/s.
+
+Shapes: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from node.config import SwarmConfig
+from node.dispatch.dispatcher import DispatchConfig
+from node.moe import LocalExperts, LocalMoE
+from node.swarm import SwarmClient
+from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
+from tests.benchmarks.report import ROOT
+from tests.support.processes import process_swarm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from node.moe import MoE
+
+START_TIMEOUT_S = 120.0
+STEP_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 30.0
+POLL_S = 0.05
+TRAINER_THREADS = 1
+"""Of the swarm's trainer; its hosts have one each too."""
+LAYER = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One size. A run is `steps` steps, enough for about a second; hivemind's is one step."""
+
+    key: str
+    experts: int
+    d_model: int
+    hidden: int
+    tokens: int
+    hosts: tuple[int, ...]
+    steps: int
+    experts_per_token: int = 4
+
+    def name(self, hosts: int) -> str:
+        """As it stands in the rows."""
+        size = f"{self.experts}x{self.d_model}x{self.hidden}, K={self.experts_per_token}"
+        return f"{size}, {self.tokens} tokens, {hosts} host{'s' if hosts > 1 else ''}"
+
+    def manifest(self) -> Manifest:
+        """One layer, fp32 on the wire as hivemind has it, no warm-up."""
+        model = ModelConfig(
+            d_model=self.d_model,
+            n_layers=1,
+            expert_hidden=self.hidden,
+            experts_per_layer=self.experts,
+            experts_per_token=self.experts_per_token,
+        )
+        return Manifest(name="bench", model=model, optimizer=OptimizerConfig(warmup_tokens=0, total_tokens=10**9))
+
+
+class LayerRun:
+    """Times steps of one MoE layer: forward, backward to tokens and gate; the experts step inside the backward."""
+
+    def __init__(self, layer: MoE, case: Case, threads: int) -> None:
+        self._layer, self._case, self._threads = layer, case, threads
+        self._generator = torch.Generator().manual_seed(1)
+
+    def __call__(self) -> float:
+        """Tokens per second over one run of fresh tokens."""
+        case = self._case
+        shape = (2 * case.steps, case.tokens, case.d_model)
+        rows_STD = torch.randn(shape, generator=self._generator)
+        with _threads(self._threads):
+            started = time.perf_counter()
+            for step in range(case.steps):
+                self._step(rows_STD[2 * step], rows_STD[2 * step + 1])
+            return case.steps * case.tokens / (time.perf_counter() - started)
+
+    def _step(self, x_TD: torch.Tensor, grad_TD: torch.Tensor) -> None:
+        x_TD.requires_grad_()
+        self._layer(x_TD).backward(grad_TD)
+        self._layer.zero_grad()
+        self._layer.balance()
+
+
+@contextlib.contextmanager
+def ours(case: Case, hosts: int, folder: Path) -> Iterator[Callable[[], float]]:
+    """A coordinator, `hosts` hosts and a client that are up and know each other."""
+    manifest = case.manifest()
+    with process_swarm(folder, manifest) as swarm:
+        for index, blocks in enumerate(shares(manifest.model.blocks_per_layer, hosts)):
+            swarm.host(f"host-{index}", blocks)
+        with SwarmClient(SwarmConfig(swarm=swarm.swarm_file), DispatchConfig(call_timeout_s=60)) as client:
+            client.wait_for_all_blocks(START_TIMEOUT_S)
+            run = LayerRun(client.moe_layer(LAYER), case, TRAINER_THREADS)
+
+            def checked() -> float:
+                figure = run()
+                if client.dispatcher.calls_failed:
+                    raise RuntimeError(f"{client.dispatcher.calls_failed} calls failed: the figure would be a lie")
+                return figure
+
+            yield checked
+
+
+def shares(n_blocks: int, hosts: int) -> list[str]:
+    """Blocks of each host, as `--blocks` takes them; every host has at least one."""
+    edges = [n_blocks * index // hosts for index in range(hosts + 1)]
+    return [f"{LAYER}/{start}-{stop - 1}" for start, stop in itertools.pairwise(edges)]
+
+
+def local(case: Case, threads: int) -> LayerRun:
+    """The same layer in this process."""
+    manifest = case.manifest()
+    layer = LocalMoE(LocalExperts(manifest), LAYER, torch.Generator().manual_seed(manifest.seed))
+    return LayerRun(layer, case, threads)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def theirs(case: Case, log: Path) -> Iterator[Callable[[], float]]:
+    """hivemind in its own process, up and declared. Whatever happens, none of its processes is left after.
+
+    The caller must have called `adopt_orphans`, or those that hivemind abandons would be out of reach.
+    """
+    peer = HivemindPeer(case, log)
+    try:
+        peer.answer(START_TIMEOUT_S)
+        yield lambda: case.tokens / peer.step_seconds()
+    finally:
+        peer.close()
+
+
+class HivemindPeer:
+    """`hivemind_peer.py`, one line per command and answer. Raises RuntimeError with its last words when it fails."""
+
+    def __init__(self, case: Case, log: Path) -> None:
+        arguments = {
+            "--experts": case.experts,
+            "--d-model": case.d_model,
+            "--tokens": case.tokens,
+            "--experts-per-token": case.experts_per_token,
+        }
+        flags = [str(part) for pair in arguments.items() for part in pair]
+        self._log = log
+        with log.open("wb") as stderr:
+            self._popen = subprocess.Popen(
+                (sys.executable, "-m", "tests.benchmarks.hivemind_peer", *flags),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def step_seconds(self) -> float:
+        """Take one step."""
+        if self._popen.stdin is None:
+            raise RuntimeError("hivemind's process has no input")
+        self._popen.stdin.write(b"run\n")
+        self._popen.stdin.flush()
+        return float(self.answer(STEP_TIMEOUT_S))
+
+    def answer(self, timeout_s: float) -> str:
+        """The next line; each is short and written at once."""
+        if self._popen.stdout is None:
+            raise RuntimeError("hivemind's process has no output")
+        line = self._read(self._popen.stdout.fileno(), time.monotonic() + timeout_s)
+        if not line:
+            what = "ended" if _has_ended(self._popen.pid) else f"did not answer within {timeout_s:.0f} s"
+            raise RuntimeError(f"hivemind's process {what}; its log {self._log} ends:\n{self._last_words()}")
+        return line.strip()
+
+    def _read(self, pipe: int, deadline: float) -> str:
+        """Empty when the process has ended or the time is up. Its children hold the pipe too: no end of file tells."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                if selector.select(POLL_S):
+                    return os.read(pipe, 4096).decode()
+                if _has_ended(self._popen.pid):
+                    break
+        return ""
+
+    def close(self) -> None:
+        """End of input, time to leave, then SIGKILL to its whole process group; reap every one."""
+        with contextlib.suppress(BrokenPipeError):
+            if self._popen.stdin is not None:
+                self._popen.stdin.close()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while not _has_ended(self._popen.pid) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        # Not reaped yet, so the group's number is still its own; the orphans become this process's children.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait(STOP_TIMEOUT_S)
+        if self._popen.stdout is not None:
+            self._popen.stdout.close()
+        _reap_group(self._popen.pid)
+
+    def _last_words(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-8:])
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def _reap_group(group: int) -> None:
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            pid, _ = os.waitpid(-group, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            time.sleep(POLL_S)

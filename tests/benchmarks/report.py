@@ -1,0 +1,195 @@
+"""What every benchmark shares: alternating runs, medians, rows as JSON, a table, lines that tell what is going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "grpcio", "hivemind", "uvloop")
+GIT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison. `theirs` and `ratio` are None where there is nothing to compare with; `note` says why."""
+
+    case: str
+    metric: str
+    ours: float
+    against: str
+    theirs: float | None
+    ratio: float | None
+    runs: int
+    ours_runs: tuple[float, ...]
+    theirs_runs: tuple[float, ...] = ()
+    note: str = ""
+
+
+def compare(case: str, metric: str, ours: Sequence[float], against: str, theirs: Sequence[float]) -> Row:
+    """Medians of both and their ratio."""
+    mine, other = statistics.median(ours), statistics.median(theirs)
+    return Row(
+        case=case,
+        metric=metric,
+        ours=_rounded(mine),
+        against=against,
+        theirs=_rounded(other),
+        ratio=_rounded(mine / other),
+        runs=len(ours),
+        ours_runs=tuple(map(_rounded, ours)),
+        theirs_runs=tuple(map(_rounded, theirs)),
+    )
+
+
+def not_compared(case: str, metric: str, ours: Sequence[float], against: str, why: str) -> Row:
+    """A row for a contender that was not run."""
+    return Row(
+        case=case,
+        metric=metric,
+        ours=_rounded(statistics.median(ours)),
+        against=against,
+        theirs=None,
+        ratio=None,
+        runs=len(ours),
+        ours_runs=tuple(map(_rounded, ours)),
+        note=why,
+    )
+
+
+def schedule(names: Sequence[str], runs: int) -> list[tuple[str, int]]:
+    """Who runs when: round 0 warms each up, then they take turns, so that a slow minute of the machine hits all."""
+    return [(name, round_) for round_ in range(runs + 1) for name in names]
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], float]], runs: int, tell: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Each contender's figures of `runs` rounds, without the warm-up's."""
+    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    for name, round_ in schedule(list(contenders), runs):
+        figure = contenders[name]()
+        tell(f"{'warm-up' if not round_ else f'round {round_} of {runs}'}: {name} {figure:,.1f}")
+        if round_:
+            figures[name].append(figure)
+    return figures
+
+
+class Teller:
+    """Lines on standard error with the seconds since the start; standard output is for the table."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._started = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        self._console.print(f"{time.monotonic() - self._started:6.1f} s  {text}")
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Say `text` and, on a terminal, show that something moves until the block ends."""
+        self(text)
+        with self._console.status(text):
+            yield
+
+
+def document(benchmark: str, rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]:
+    """The JSON of one benchmark."""
+    return {
+        "benchmark": benchmark,
+        "commit": commit(),
+        "machine": {**machine(), "notes": list(notes)},
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def publish(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the JSON to `path` and the table to standard output."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    console = Console()
+    console.print(table(content))
+    console.print(f"Rows: {path}", soft_wrap=True)
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """Rows as people read them."""
+    what = Table("case", "metric", title=f"{content['benchmark']} at {content['commit']}")
+    for name in ("ours", "against", "theirs", "ratio", "runs"):
+        what.add_column(name, justify="left" if name == "against" else "right")
+    for row in content["rows"]:
+        what.add_row(
+            row["case"],
+            row["metric"],
+            _number(row["ours"]),
+            row["against"],
+            _number(row["theirs"]),
+            _number(row["ratio"]),
+            str(row["runs"]),
+        )
+        if row["note"]:
+            what.add_row("", "", "", f"[dim]{row['note']}[/dim]", "", "", "")
+    return what
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "load_average_at_end": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def commit() -> str:
+    """Checked-out commit, with `+changes` if the tree differs from it; `unknown` outside a repository."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    return f"{head}+changes" if _git("status", "--porcelain") else head
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ("git", "-C", str(ROOT), *arguments), capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits: more would be noise."""
+    return float(f"{value:.4g}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.10g}"

@@ -215,10 +215,12 @@ class HivemindPeer:
         # Not reaped yet, so the group's number is still its own; the orphans become this process's children.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        self._popen.wait(STOP_TIMEOUT_S)
         if self._popen.stdout is not None:
             self._popen.stdout.close()
-        _reap_group(self._popen.pid)
+        try:
+            self._popen.wait(STOP_TIMEOUT_S)
+        finally:
+            _reap_group(self._popen.pid)
 
     def _last_words(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-8:])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Teller:
         self._started = time.monotonic()
 
     def __call__(self, text: str) -> None:
-        self._console.print(f"{time.monotonic() - self._started:6.1f} s  {text}")
+        self._console.print(f"{time.monotonic() - self._started:6.1f} s  {text}", soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
@@ -128,8 +128,8 @@ def publish(path: Path, content: Mapping[str, Any]) -> None:
     console.print(f"Rows: {path}", soft_wrap=True)
 
 
-def table(content: Mapping[str, Any]) -> Table:
-    """Rows as people read them."""
+def table(content: Mapping[str, Any]) -> Group:
+    """Rows as people read them, and below them their notes."""
     what = Table("case", "metric", title=f"{content['benchmark']} at {content['commit']}")
     for name in ("ours", "against", "theirs", "ratio", "runs"):
         what.add_column(name, justify="left" if name == "against" else "right")
@@ -143,9 +143,9 @@ def table(content: Mapping[str, Any]) -> Table:
             _number(row["ratio"]),
             str(row["runs"]),
         )
-        if row["note"]:
-            what.add_row("", "", "", f"[dim]{row['note']}[/dim]", "", "", "")
-    return what
+    # One line for a note that several rows share.
+    notes = dict.fromkeys(f"{row['against']}: {row['note']}" for row in content["rows"] if row["note"])
+    return Group(what, *notes)
 
 
 def machine() -> dict[str, Any]:

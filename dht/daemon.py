@@ -60,12 +60,12 @@ class Daemon:
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # mode 0700
         try:
             daemon = cls(await _launch(identity, listen, folder), folder)
-        except BaseException:
+        except BaseException:  # cancelled, too: no folder stays
             shutil.rmtree(folder, ignore_errors=True)
             raise
         try:
             await daemon._wait_until_ready(timeout_s)
-        except BaseException:
+        except BaseException:  # cancelled, too: no process stays
             await daemon.stop()
             raise
         return daemon

@@ -7,12 +7,12 @@ which a reader falls back to when the newest is damaged.
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from protocol.atomic_file import write_atomically
 from protocol.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,19 +28,10 @@ SUFFIX = ".safetensors"
 
 def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` and `metadata`; raises CheckpointError in one sentence, leaving the old file as it was."""
-    temporary = path.with_name(path.name + ".tmp")
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata)))
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            path.replace(previous_path(path))
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        write_atomically(path, data, keep=previous_path(path))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         reason = error.strerror or type(error).__name__
         raise CheckpointError(f"cannot write checkpoint {path}: {reason}; the previous one is untouched") from error
 
@@ -74,11 +65,3 @@ def previous_path(path: Path) -> Path:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -128,7 +128,7 @@ class SwarmClient:
         self._thread.start()
         try:
             self.call(self._open(), self._config.join_timeout_s + STOP_TIMEOUT_S)
-        except BaseException:
+        except BaseException:  # interrupted, too: `with` does not call __exit__ when __enter__ raises
             self.__exit__(None, None, None)
             raise
         return self

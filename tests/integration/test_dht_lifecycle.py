@@ -188,7 +188,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(start: Start) -> None:
 
 
 KILLED_NODE = """
-import asyncio, uvloop
+import asyncio, signal, uvloop
 from dht.node import DhtConfig, DhtNode
 from protocol.identity import Identity
 
@@ -197,6 +197,8 @@ async def main():
     print(node.daemon_pid, flush=True)
     await asyncio.Event().wait()
 
+# A shell's background job starts with SIGINT ignored, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 asyncio.Runner(loop_factory=uvloop.new_event_loop).run(main())
 """
 
@@ -214,6 +216,10 @@ def test_p2pd_ends_with_its_node_however_the_node_ends(number: signal.Signals) -
         assert node.stdout is not None
         daemon = psutil.Process(int(node.stdout.readline()))
         node.send_signal(number)
+        try:
+            node.wait(15.0)
+        finally:
+            node.kill()
     deadline_s = time.monotonic() + 15.0
     while is_running(daemon) and time.monotonic() < deadline_s:
         time.sleep(0.02)

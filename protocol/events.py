@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Event = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 class EventLog:
@@ -23,7 +26,9 @@ class EventLog:
         self._subscribers: list[Callable[[Event], None]] = []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1, encoding="utf-8") if path is not None else None
+        # Unbuffered: a line that could not be written leaves nothing behind that fails again at the next one.
+        self._file = path.open("ab", buffering=0) if path is not None else None
+        self._lost_lines = 0
 
     def subscribe(self, callback: Callable[[Event], None]) -> None:
         """Call `callback` with every later event, in the emitting thread."""
@@ -33,10 +38,24 @@ class EventLog:
         """Write {"t": seconds since 1970, "event": ..., fields}."""
         row = {"t": round(self._clock(), 3), "event": event, **fields}
         with self._lock:
-            if self._file is not None and not self._file.closed:
-                self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            self._write(json.dumps(row, separators=(",", ":")).encode())
         for callback in self._subscribers:
             callback(row)
+
+    def _write(self, line: bytes) -> None:
+        """A full disk costs lines, not the node; a person is told when that begins."""
+        if self._file is None or self._file.closed:
+            return
+        # After a failure half a line may be there: end it, so that only that one is spoilt.
+        data = (b"\n" if self._lost_lines else b"") + line + b"\n"
+        try:
+            complete = self._file.write(data) == len(data)
+            reason = "the disk took a part of a line"
+        except OSError as error:
+            complete, reason = False, error.strerror or type(error).__name__
+        if not complete and not self._lost_lines:
+            logger.error("cannot write the event log %s: %s; going on without it", self._file.name, reason)
+        self._lost_lines = 0 if complete else self._lost_lines + 1
 
     def close(self) -> None:
         """Close the file; later events still reach the subscribers."""

@@ -185,6 +185,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(start: Start) -> None:
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await (await starting).stop()
+    assert {child.pid for child in psutil.Process().children() if is_running(child)} == {first.daemon_pid}
 
 
 KILLED_NODE = """
@@ -220,7 +221,7 @@ def test_p2pd_ends_with_its_node_however_the_node_ends(number: signal.Signals) -
             node.wait(15.0)
         finally:
             node.kill()
-    deadline_s = time.monotonic() + 15.0
+    deadline_s = time.monotonic() + 5.0
     while is_running(daemon) and time.monotonic() < deadline_s:
         time.sleep(0.02)
     assert not is_running(daemon)

@@ -107,7 +107,7 @@ def test_where_hivemind_was_not_run_the_row_says_so_and_holds_no_figure(case: Ca
         (dispatch.LOCAL, 1.0, 2.0),
         (dispatch.HIVEMIND, None, None),
     ]
-    assert rows[1].note == dispatch.HIVEMIND_FAILS
+    assert rows[1].note == dispatch.HIVEMIND_NOT_RUN
 
 
 def test_unknown_cases_are_named_with_those_that_are_known() -> None:

@@ -23,6 +23,7 @@ from coordinator.children import Child, ChildSpec, end_all, exit_words
 from coordinator.config import LocalConfig, RunConfig, check_same_run, manifest_of, program_name, read_manifest
 from protocol.errors import ConfigError, UnavailableError
 from protocol.events import EventLog
+from protocol.settings import check_minimums
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,9 +53,7 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 
 def check(config: LocalConfig) -> None:
     """Find every mistake that can be found before a process is started; raises ConfigError."""
-    for name in ("hosts", "steps", "batch", "micro_batches", "threads"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: must be 1 or more, is {getattr(config, name)}")
+    check_minimums(config, dict.fromkeys(("hosts", "steps", "batch", "micro_batches", "threads"), 1))
     if config.eval_every < 0:
         raise ConfigError(f"--eval-every: must be 0 (only at the start and the end) or more, is {config.eval_every}")
     stored = config.folder / "manifest.toml"

@@ -23,6 +23,7 @@ from node.training import build_trunk, mean_nats
 from node.transformer import bits_per_byte
 from node.trunk_state import Progress, load_trunk_weights
 from protocol.identity import Identity
+from protocol.settings import check_minimums
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -46,6 +47,7 @@ class TrainedModel:
 
 async def run_evaluate(config: EvaluateConfig, stop: asyncio.Event) -> None:
     """Print held-out bits per byte."""
+    check_minimums(config, {"n_bytes": 1, "batch": 1, "threads": 1, "join_timeout_s": 0.1})
     async with _trained_model(config, stop) as trained:
         seed, context = trained.manifest.seed, trained.manifest.model.context
         dataset = await asyncio.to_thread(open_dataset, config.data, cache_dir=data_cache(), seed=seed)
@@ -56,6 +58,7 @@ async def run_evaluate(config: EvaluateConfig, stop: asyncio.Event) -> None:
 
 async def run_sample(config: SampleConfig, stop: asyncio.Event) -> None:
     """Print the prompt and what the model writes after it."""
+    check_minimums(config, {"n_bytes": 0, "temperature": 0, "threads": 1, "join_timeout_s": 0.1})
     async with _trained_model(config, stop) as trained:
         prompt = config.prompt.encode()
         writing = asyncio.to_thread(sample_text, trained.model, prompt, config.n_bytes, config.temperature, config.seed)

@@ -28,6 +28,7 @@ from protocol.errors import CheckpointError
 from protocol.events import EventLog
 from protocol.identity import Identity
 from protocol.manifest import BlockId
+from protocol.settings import check_minimums
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -39,6 +40,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MINIMUMS = {
+    "max_blocks": 1,
+    "threads": 1,
+    "port": 0,
+    "metrics_port": 0,
+    "max_queue_tokens": 1,
+    "keep_inputs_mb": 0,
+    "keep_inputs_s": 0,
+    "checkpoint_every_s": 0.1,
+    "join_timeout_s": 0.1,
+}
+
 LOAD_EVENT_PERIOD_S = 2.0
 DRAIN_GRACE_S = 0.5
 RUNTIME_STOP_S = 1.0
@@ -48,6 +61,7 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then drain, save, withdraw. Raises a KilohiveError if the start fails."""
     # From the command itself: imports take seconds, and a person waits for them too.
     started = psutil.Process().create_time()
+    check_minimums(config, MINIMUMS)
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     prepare_folder(config.state)

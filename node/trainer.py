@@ -29,6 +29,7 @@ from protocol.errors import CheckpointError, ConfigError, DrainingError, Unavail
 from protocol.events import EventLog
 from protocol.identity import Identity
 from protocol.manifest import all_blocks
+from protocol.settings import check_minimums
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -38,12 +39,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MINIMUMS = {
+    "steps": 0,
+    "batch": 1,
+    "micro_batches": 1,
+    "shard": 0,
+    "n_shards": 1,
+    "wait_for_blocks_s": 0,
+    "k_min": 1,
+    "call_timeout_s": 0.1,
+    "eval_every": 0,
+    "eval_bytes": 1,
+    "save_every": 1,
+    "threads": 1,
+    "join_timeout_s": 0.1,
+}
 FINAL_EVALUATION_FACTOR = 4
 WAIT_FOR_CHANGE_S = 1.0
 
 
 async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
     """Train until the last step or `stop`; saves the trunk either way. Raises a KilohiveError if it cannot start."""
+    check_minimums(config, MINIMUMS)
+    if config.shard >= config.n_shards:
+        raise ConfigError(f"--shard: must be below --n-shards {config.n_shards}, is {config.shard}")
     torch.set_num_threads(config.threads)
     prepare_folder(config.out)
     identity = Identity.load_or_create(config.out / "identity.key")

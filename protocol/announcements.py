@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from protocol import limits, records_pb2
 from protocol.errors import RecordError
-from protocol.manifest import BlockId
+from protocol.manifest import TRUNK, BlockId
 
 MAX_ANNOUNCE_PAYLOAD_BYTES = 512
 MAX_RECORD_VERSION = (1 << 63) - 1
@@ -28,6 +28,12 @@ MAX_UINT32 = (1 << 32) - 1
 
 Role = Literal["host", "trainer", "coordinator"]
 ROLES: Final = get_args(Role)
+ReplicaState = Literal["serving", "joining", "stored"]
+REPLICA_STATES: Final = get_args(ReplicaState)
+"""In the order of the numbers that the proto gives them."""
+
+MAX_DIVERGENCE = 1e9
+MAX_STALENESS = 1e15
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
@@ -38,9 +44,11 @@ M = TypeVar("M", bound=Message)
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecord:
-    """One replica of one block, as its owner describes it; `version` counts its optimizer steps.
+    """One replica of one block, or of `TRUNK`, as its owner describes it; `version` counts its optimizer steps.
 
-    Queue and rates are the whole peer's: its blocks share one runtime.
+    Queue and rates are the whole peer's: its blocks share one runtime. Only a `serving` replica is called; one that is
+    `joining` is still downloaded, one that is `stored` is a checkpoint that can be downloaded. `divergence`: relative
+    L2 distance to the partner of the last exchange, before it. The trunk has no experts.
     """
 
     block: BlockId
@@ -50,16 +58,22 @@ class BlockRecord:
     tokens_per_s: float = 0.0
     tokens_total: int = 0
     n_experts: int = 0
+    state: ReplicaState = "serving"
+    divergence: float = 0.0
 
     def __post_init__(self) -> None:
         _check_endpoint(self.endpoint)
-        check_range("layer", self.block.layer, limits.MAX_LAYERS - 1)
-        check_range("block", self.block.block, limits.MAX_EXPERTS_PER_LAYER - 1)
+        if self.state not in REPLICA_STATES:
+            raise RecordError(f"state: must be one of {', '.join(REPLICA_STATES)}, is {self.state[:40]!r}")
+        if self.block != TRUNK:
+            check_range("layer", self.block.layer, limits.MAX_LAYERS - 1)
+            check_range("block", self.block.block, limits.MAX_EXPERTS_PER_LAYER - 1)
+        check_range("divergence", self.divergence, MAX_DIVERGENCE)
         check_range("version", self.version, MAX_RECORD_VERSION)
         check_range("queue_tokens", self.queue_tokens, MAX_UINT32)
         check_range("tokens_per_s", self.tokens_per_s, MAX_TOKENS_PER_S)
         check_range("tokens_total", self.tokens_total, limits.MAX_RUN_TOKENS)
-        check_range("n_experts", self.n_experts, limits.MAX_EXPERTS_PER_LAYER)
+        check_range("n_experts", self.n_experts, 0 if self.block == TRUNK else limits.MAX_EXPERTS_PER_LAYER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +88,9 @@ class PeerRecord:
     tokens_per_s: float = 0.0
     run_tokens: int = 0
     queue_tokens: int = 0
+    own_tokens: int = 0
+    staleness: float = 0.0
+    exchanged_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -88,13 +105,20 @@ class PeerRecord:
         check_range("tokens_per_s", self.tokens_per_s, MAX_TOKENS_PER_S)
         check_range("run_tokens", self.run_tokens, limits.MAX_RUN_TOKENS)
         check_range("queue_tokens", self.queue_tokens, MAX_UINT32)
+        check_range("own_tokens", self.own_tokens, limits.MAX_RUN_TOKENS)
+        check_range("staleness", self.staleness, MAX_STALENESS)
+        check_range("exchanged_bytes", self.exchanged_bytes, MAX_RECORD_VERSION)
 
 
 def encode_block(record: BlockRecord) -> bytes:
     """Payload of a block's record."""
+    trunk = record.block == TRUNK
     return records_pb2.BlockRecord(
-        layer=record.block.layer,
-        block=record.block.block,
+        layer=0 if trunk else record.block.layer,
+        block=0 if trunk else record.block.block,
+        trunk=trunk,
+        state=REPLICA_STATES.index(record.state),  # type: ignore[arg-type]  # protobuf's stubs want its own enum
+        divergence=record.divergence,
         version=record.version,
         endpoint=record.endpoint,
         queue_tokens=record.queue_tokens,
@@ -108,8 +132,13 @@ def decode_block(payload: bytes) -> BlockRecord:
     """Raises RecordError naming the first field that is wrong."""
     check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
     message = parse_message(records_pb2.BlockRecord, payload)
+    if message.trunk and (message.layer or message.block):
+        raise RecordError(f"layer: the trunk has none, is {message.layer}/{message.block}")
+    check_range("state", message.state, len(REPLICA_STATES) - 1)
     return BlockRecord(
-        block=BlockId(message.layer, message.block),
+        block=TRUNK if message.trunk else BlockId(message.layer, message.block),
+        state=REPLICA_STATES[message.state],
+        divergence=message.divergence,
         version=message.version,
         endpoint=message.endpoint,
         queue_tokens=message.queue_tokens,
@@ -130,6 +159,9 @@ def encode_peer(record: PeerRecord) -> bytes:
         tokens_per_s=record.tokens_per_s,
         run_tokens=record.run_tokens,
         queue_tokens=record.queue_tokens,
+        own_tokens=record.own_tokens,
+        staleness=record.staleness,
+        exchanged_bytes=record.exchanged_bytes,
     ).SerializeToString(deterministic=True)
 
 
@@ -146,6 +178,9 @@ def decode_peer(payload: bytes) -> PeerRecord:
         tokens_per_s=message.tokens_per_s,
         run_tokens=message.run_tokens,
         queue_tokens=message.queue_tokens,
+        own_tokens=message.own_tokens,
+        staleness=message.staleness,
+        exchanged_bytes=message.exchanged_bytes,
     )
 
 

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protocol/expert.proto\x12\x0bkilohive.v1\"X\n\x06Tensor\x12!\n\x05\x63odec\x18\x01 \x01(\x0e\x32\x12.kilohive.v1.Codec\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x01(\x0c\"{\n\x05Pairs\x12$\n\x07token_P\x18\x01 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12%\n\x08\x65xpert_P\x18\x02 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12%\n\x08weight_P\x18\x03 \x01(\x0b\x32\x13.kilohive.v1.Tensor\"S\n\x06Inputs\x12&\n\ttokens_TD\x18\x01 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12!\n\x05pairs\x18\x02 \x01(\x0b\x32\x12.kilohive.v1.Pairs\"}\n\x0e\x46orwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\r\n\x05layer\x18\x03 \x01(\r\x12#\n\x06inputs\x18\x04 \x01(\x0b\x32\x13.kilohive.v1.Inputs\x12\x13\n\x0bkeep_inputs\x18\x05 \x01(\x08\"Q\n\x0f\x46orwardResponse\x12(\n\x0b\x63ombined_TD\x18\x01 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12\x14\n\x0cqueue_tokens\x18\x02 \x01(\r\"\xac\x01\n\x0f\x42\x61\x63kwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\r\n\x05layer\x18\x03 \x01(\r\x12-\n\x10grad_combined_TD\x18\x04 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12#\n\x06inputs\x18\x05 \x01(\x0b\x32\x13.kilohive.v1.Inputs\x12\x12\n\nrun_tokens\x18\x06 \x01(\x04\"|\n\x10\x42\x61\x63kwardResponse\x12+\n\x0egrad_tokens_TD\x18\x01 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12*\n\rgrad_weight_P\x18\x02 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12\x0f\n\x07stepped\x18\x03 \x01(\x08\"!\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"T\n\x10\x42lockDescription\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x11\n\tn_experts\x18\x04 \x01(\r\"\xa0\x01\n\x10\x44\x65scribeResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x10\n\x08software\x18\x03 \x01(\t\x12-\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x1d.kilohive.v1.BlockDescription\x12\x14\n\x0cqueue_tokens\x18\x05 \x01(\r\x12\x14\n\x0ctokens_total\x18\x06 \x01(\x04*\x7f\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_FP64\x10\x01\x12\x0e\n\nCODEC_FP32\x10\x02\x12\x0e\n\nCODEC_BF16\x10\x03\x12\x0e\n\nCODEC_FP16\x10\x04\x12\x0e\n\nCODEC_INT8\x10\x05\x12\x0f\n\x0b\x43ODEC_INT32\x10\x06\x32\xe0\x01\n\x06\x45xpert\x12\x44\n\x07\x46orward\x12\x1b.kilohive.v1.ForwardRequest\x1a\x1c.kilohive.v1.ForwardResponse\x12G\n\x08\x42\x61\x63kward\x12\x1c.kilohive.v1.BackwardRequest\x1a\x1d.kilohive.v1.BackwardResponse\x12G\n\x08\x44\x65scribe\x12\x1c.kilohive.v1.DescribeRequest\x1a\x1d.kilohive.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protocol/expert.proto\x12\x0bkilohive.v1\"X\n\x06Tensor\x12!\n\x05\x63odec\x18\x01 \x01(\x0e\x32\x12.kilohive.v1.Codec\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x01(\x0c\"{\n\x05Pairs\x12$\n\x07token_P\x18\x01 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12%\n\x08\x65xpert_P\x18\x02 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12%\n\x08weight_P\x18\x03 \x01(\x0b\x32\x13.kilohive.v1.Tensor\"S\n\x06Inputs\x12&\n\ttokens_TD\x18\x01 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12!\n\x05pairs\x18\x02 \x01(\x0b\x32\x12.kilohive.v1.Pairs\"}\n\x0e\x46orwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\r\n\x05layer\x18\x03 \x01(\r\x12#\n\x06inputs\x18\x04 \x01(\x0b\x32\x13.kilohive.v1.Inputs\x12\x13\n\x0bkeep_inputs\x18\x05 \x01(\x08\"b\n\x0f\x46orwardResponse\x12(\n\x0b\x63ombined_TD\x18\x01 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12\x14\n\x0cqueue_tokens\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\xce\x01\n\x0f\x42\x61\x63kwardRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\r\n\x05layer\x18\x03 \x01(\r\x12-\n\x10grad_combined_TD\x18\x04 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12#\n\x06inputs\x18\x05 \x01(\x0b\x32\x13.kilohive.v1.Inputs\x12\x12\n\nrun_tokens\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\x04\x12\x0f\n\x07no_step\x18\x08 \x01(\x08\"\x8f\x01\n\x10\x42\x61\x63kwardResponse\x12+\n\x0egrad_tokens_TD\x18\x01 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12*\n\rgrad_weight_P\x18\x02 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12\x0f\n\x07stepped\x18\x03 \x01(\x08\x12\x11\n\tstaleness\x18\x04 \x01(\x04\"!\n\x0f\x44\x65scribeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"T\n\x10\x42lockDescription\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x11\n\tn_experts\x18\x04 \x01(\r\"\xa0\x01\n\x10\x44\x65scribeResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x10\n\x08software\x18\x03 \x01(\t\x12-\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x1d.kilohive.v1.BlockDescription\x12\x14\n\x0cqueue_tokens\x18\x05 \x01(\r\x12\x14\n\x0ctokens_total\x18\x06 \x01(\x04*\x7f\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_FP64\x10\x01\x12\x0e\n\nCODEC_FP32\x10\x02\x12\x0e\n\nCODEC_BF16\x10\x03\x12\x0e\n\nCODEC_FP16\x10\x04\x12\x0e\n\nCODEC_INT8\x10\x05\x12\x0f\n\x0b\x43ODEC_INT32\x10\x06\x32\xe0\x01\n\x06\x45xpert\x12\x44\n\x07\x46orward\x12\x1b.kilohive.v1.ForwardRequest\x1a\x1c.kilohive.v1.ForwardResponse\x12G\n\x08\x42\x61\x63kward\x12\x1c.kilohive.v1.BackwardRequest\x1a\x1d.kilohive.v1.BackwardResponse\x12G\n\x08\x44\x65scribe\x12\x1c.kilohive.v1.DescribeRequest\x1a\x1d.kilohive.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protocol.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CODEC']._serialized_start=1133
-  _globals['_CODEC']._serialized_end=1260
+  _globals['_CODEC']._serialized_start=1204
+  _globals['_CODEC']._serialized_end=1331
   _globals['_TENSOR']._serialized_start=38
   _globals['_TENSOR']._serialized_end=126
   _globals['_PAIRS']._serialized_start=128
@@ -42,17 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDREQUEST']._serialized_start=338
   _globals['_FORWARDREQUEST']._serialized_end=463
   _globals['_FORWARDRESPONSE']._serialized_start=465
-  _globals['_FORWARDRESPONSE']._serialized_end=546
-  _globals['_BACKWARDREQUEST']._serialized_start=549
-  _globals['_BACKWARDREQUEST']._serialized_end=721
-  _globals['_BACKWARDRESPONSE']._serialized_start=723
-  _globals['_BACKWARDRESPONSE']._serialized_end=847
-  _globals['_DESCRIBEREQUEST']._serialized_start=849
-  _globals['_DESCRIBEREQUEST']._serialized_end=882
-  _globals['_BLOCKDESCRIPTION']._serialized_start=884
-  _globals['_BLOCKDESCRIPTION']._serialized_end=968
-  _globals['_DESCRIBERESPONSE']._serialized_start=971
-  _globals['_DESCRIBERESPONSE']._serialized_end=1131
-  _globals['_EXPERT']._serialized_start=1263
-  _globals['_EXPERT']._serialized_end=1487
+  _globals['_FORWARDRESPONSE']._serialized_end=563
+  _globals['_BACKWARDREQUEST']._serialized_start=566
+  _globals['_BACKWARDREQUEST']._serialized_end=772
+  _globals['_BACKWARDRESPONSE']._serialized_start=775
+  _globals['_BACKWARDRESPONSE']._serialized_end=918
+  _globals['_DESCRIBEREQUEST']._serialized_start=920
+  _globals['_DESCRIBEREQUEST']._serialized_end=953
+  _globals['_BLOCKDESCRIPTION']._serialized_start=955
+  _globals['_BLOCKDESCRIPTION']._serialized_end=1039
+  _globals['_DESCRIBERESPONSE']._serialized_start=1042
+  _globals['_DESCRIBERESPONSE']._serialized_end=1202
+  _globals['_EXPERT']._serialized_start=1334
+  _globals['_EXPERT']._serialized_end=1558
 # @@protoc_insertion_point(module_scope)

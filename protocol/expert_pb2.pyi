@@ -69,38 +69,46 @@ class ForwardRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., layer: _Optional[int] = ..., inputs: _Optional[_Union[Inputs, _Mapping]] = ..., keep_inputs: _Optional[bool] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("combined_TD", "queue_tokens")
+    __slots__ = ("combined_TD", "queue_tokens", "version")
     COMBINED_TD_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     combined_TD: Tensor
     queue_tokens: int
-    def __init__(self, combined_TD: _Optional[_Union[Tensor, _Mapping]] = ..., queue_tokens: _Optional[int] = ...) -> None: ...
+    version: int
+    def __init__(self, combined_TD: _Optional[_Union[Tensor, _Mapping]] = ..., queue_tokens: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class BackwardRequest(_message.Message):
-    __slots__ = ("run_id", "request_id", "layer", "grad_combined_TD", "inputs", "run_tokens")
+    __slots__ = ("run_id", "request_id", "layer", "grad_combined_TD", "inputs", "run_tokens", "version", "no_step")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     GRAD_COMBINED_TD_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NO_STEP_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     request_id: bytes
     layer: int
     grad_combined_TD: Tensor
     inputs: Inputs
     run_tokens: int
-    def __init__(self, run_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., layer: _Optional[int] = ..., grad_combined_TD: _Optional[_Union[Tensor, _Mapping]] = ..., inputs: _Optional[_Union[Inputs, _Mapping]] = ..., run_tokens: _Optional[int] = ...) -> None: ...
+    version: int
+    no_step: bool
+    def __init__(self, run_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., layer: _Optional[int] = ..., grad_combined_TD: _Optional[_Union[Tensor, _Mapping]] = ..., inputs: _Optional[_Union[Inputs, _Mapping]] = ..., run_tokens: _Optional[int] = ..., version: _Optional[int] = ..., no_step: _Optional[bool] = ...) -> None: ...
 
 class BackwardResponse(_message.Message):
-    __slots__ = ("grad_tokens_TD", "grad_weight_P", "stepped")
+    __slots__ = ("grad_tokens_TD", "grad_weight_P", "stepped", "staleness")
     GRAD_TOKENS_TD_FIELD_NUMBER: _ClassVar[int]
     GRAD_WEIGHT_P_FIELD_NUMBER: _ClassVar[int]
     STEPPED_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     grad_tokens_TD: Tensor
     grad_weight_P: Tensor
     stepped: bool
-    def __init__(self, grad_tokens_TD: _Optional[_Union[Tensor, _Mapping]] = ..., grad_weight_P: _Optional[_Union[Tensor, _Mapping]] = ..., stepped: _Optional[bool] = ...) -> None: ...
+    staleness: int
+    def __init__(self, grad_tokens_TD: _Optional[_Union[Tensor, _Mapping]] = ..., grad_weight_P: _Optional[_Union[Tensor, _Mapping]] = ..., stepped: _Optional[bool] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ("run_id",)

@@ -27,3 +27,11 @@ MAX_VALUE = 1e18
 MAX_RUN_TOKENS = 1 << 62
 MAX_DEADLINE_S = 300.0
 """A caller that asks for more gets this."""
+
+MAX_PIECE_BYTES = 1 << 20
+"""Of a tensor's values in its own type: averaging and downloads cut tensors into pieces of at most this."""
+
+MAX_OFFERED_BLOCKS = 4096
+"""In one exchange of a pair; the rest waits for the next."""
+
+MAX_PEER_ID_CHARS = 128

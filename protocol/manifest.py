@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -18,7 +19,7 @@ import tomli_w
 from protocol import limits
 from protocol.errors import ManifestError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_TOML_BYTES = 8192
 MAX_NAME_CHARS = 48
 MAX_INTEGER = 1 << 63
@@ -27,20 +28,29 @@ HASH_CHARS = 32
 
 T = TypeVar("T")
 
+_BLOCK = re.compile(r"(0|[1-9][0-9]{0,4})/(0|[1-9][0-9]{0,8})")
+
 Codec = Literal["fp64", "fp32", "bf16", "fp16", "int8"]
 Dtype = Literal["fp32", "fp64"]
 GateKind = Literal["topk", "product_key"]
 ExpertKindName = Literal["ffn"]
+AveragingCodec = Literal["fp32", "bf16", "int8"]
+StaleAction = Literal["scale", "refuse"]
 
 
 class BlockId(NamedTuple):
-    """A contiguous range of experts of one layer: the unit of hosting."""
+    """A contiguous range of experts of one layer: the unit of hosting. `TRUNK` is the one that trainers hold."""
 
     layer: int
     block: int
 
     def __str__(self) -> str:
-        return f"{self.layer}/{self.block}"
+        return TRUNK_NAME if self.layer < 0 else f"{self.layer}/{self.block}"
+
+
+TRUNK_NAME = "trunk"
+TRUNK = BlockId(-1, 0)
+"""The dense part of the model as a block: its replicas live on trainers, and it is averaged like any other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +100,23 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AveragingConfig:
+    """How replicas are kept in sync, and how old a gradient may be.
+
+    `period_s` seconds between the exchanges that a node begins; `clip_radius` how far one exchange may move an expert
+    (or the trunk), relative to the L2 norm of its weights; `max_staleness` optimizer steps between a gradient's forward
+    and its backward (0: no limit), beyond which the step is scaled down or refused.
+    """
+
+    target_replicas: int = 2
+    period_s: float = 2.0
+    codec: AveragingCodec = "fp32"
+    clip_radius: float = 0.5
+    max_staleness: int = 64
+    stale_action: StaleAction = "scale"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that defines a run. `owner` is the peer id of the key that signs it."""
 
@@ -101,6 +128,7 @@ class Manifest:
     dtype: Dtype = "fp32"
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
 
     def __post_init__(self) -> None:
         _check_manifest(self)
@@ -126,7 +154,18 @@ class Manifest:
             raise ManifestError(f"manifest: not TOML: {str(error)[:200]}") from None
         model = _build(ModelConfig, table.pop("model", {}), "model.")
         optimizer = _build(OptimizerConfig, table.pop("optimizer", {}), "optimizer.")
-        return _build(cls, {**table, "model": model, "optimizer": optimizer}, "")
+        averaging = _build(AveragingConfig, table.pop("averaging", {}), "averaging.")
+        return _build(cls, {**table, "model": model, "optimizer": optimizer, "averaging": averaging}, "")
+
+
+def parse_block_id(text: str) -> BlockId:
+    """The block that `str` of a block id names; ValueError for anything else. Its place in the grid is not checked."""
+    if text == TRUNK_NAME:
+        return TRUNK
+    match = _BLOCK.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text[:40]!r} is not LAYER/BLOCK or {TRUNK_NAME}")
+    return BlockId(int(match[1]), int(match[2]))
 
 
 def all_blocks(model: ModelConfig) -> list[BlockId]:
@@ -181,6 +220,7 @@ def _check_manifest(manifest: Manifest) -> None:
         raise ManifestError(f"seed: must be from 0 to 2**53 - 1, is {manifest.seed}")
     _check_ranges(manifest.model, _MODEL_RANGES, "model.")
     _check_ranges(manifest.optimizer, _OPTIMIZER_RANGES, "optimizer.")
+    _check_ranges(manifest.averaging, _AVERAGING_RANGES, "averaging.")
     _check_model(manifest.model)
 
 
@@ -210,6 +250,13 @@ _OPTIMIZER_RANGES: dict[str, tuple[float, float]] = {
     "warmup_tokens": (0, limits.MAX_RUN_TOKENS),
     "total_tokens": (1, limits.MAX_RUN_TOKENS),
     "final_lr_fraction": (0, 1),
+}
+
+_AVERAGING_RANGES: dict[str, tuple[float, float]] = {
+    "target_replicas": (1, 64),
+    "period_s": (0.05, 86_400),
+    "clip_radius": (1e-6, 10),
+    "max_staleness": (0, limits.MAX_RUN_TOKENS),
 }
 
 

@@ -28,7 +28,7 @@ from protocol.announcements import (
 )
 from protocol.errors import IdentityError, ManifestError, RecordError
 from protocol.identity import Identity, peer_id_of, verify
-from protocol.manifest import HASH_CHARS, MAX_TOML_BYTES, BlockId, Manifest
+from protocol.manifest import HASH_CHARS, MAX_TOML_BYTES, TRUNK, BlockId, Manifest
 
 MAX_MANIFEST_PAYLOAD_BYTES = MAX_TOML_BYTES + 8
 MAX_RECORD_BYTES = MAX_MANIFEST_PAYLOAD_BYTES + 512
@@ -42,7 +42,7 @@ MAX_MANIFEST_TTL_S = 30 * 86_400.0
 
 _DOMAIN = b"record/1"
 _KEY = re.compile(
-    rf"(?P<run>[A-Za-z0-9_-]{{1,{limits.MAX_RUN_ID_CHARS}}})/(?:(?P<topic>peers|manifest)|"
+    rf"(?P<run>[A-Za-z0-9_-]{{1,{limits.MAX_RUN_ID_CHARS}}})/(?:(?P<topic>peers|manifest|trunk)|"
     r"(?P<layer>0|[1-9][0-9]{0,4})/(?P<block>0|[1-9][0-9]{0,8}))"
 )
 
@@ -73,7 +73,7 @@ class SignedRecord:
 
 def block_key(run_id: str, block: BlockId) -> str:
     """Key of a block's replicas: one sub-key per owner."""
-    return f"{run_id}/{block.layer}/{block.block}"
+    return f"{run_id}/{block}"
 
 
 def peers_key(run_id: str) -> str:
@@ -90,11 +90,13 @@ def parse_key(key: str) -> RecordKey:
     """Take a key apart; raises RecordError for one that no builder above makes."""
     match = _KEY.fullmatch(key)
     if match is None:
-        raise RecordError(f"key: {key[:80]!r} is not RUN/LAYER/BLOCK, RUN/peers or RUN/manifest")
+        raise RecordError(f"key: {key[:80]!r} is not RUN/LAYER/BLOCK, RUN/trunk, RUN/peers or RUN/manifest")
     if match["topic"] == "peers":
         return RecordKey(match["run"], "peers", None)
     if match["topic"] == "manifest":
         return RecordKey(match["run"], "manifest", None)
+    if match["topic"] == "trunk":
+        return RecordKey(match["run"], "block", TRUNK)
     block = BlockId(int(match["layer"]), int(match["block"]))
     check_range("key: layer", block.layer, limits.MAX_LAYERS - 1)
     check_range("key: block", block.block, limits.MAX_EXPERTS_PER_LAYER - 1)

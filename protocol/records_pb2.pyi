@@ -1,8 +1,18 @@
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import ClassVar as _ClassVar, Optional as _Optional
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SERVING: _ClassVar[ReplicaState]
+    JOINING: _ClassVar[ReplicaState]
+    STORED: _ClassVar[ReplicaState]
+SERVING: ReplicaState
+JOINING: ReplicaState
+STORED: ReplicaState
 
 class SignedRecord(_message.Message):
     __slots__ = ("key", "subkey", "version", "expiration_s", "payload", "public_key", "signature")
@@ -23,7 +33,7 @@ class SignedRecord(_message.Message):
     def __init__(self, key: _Optional[str] = ..., subkey: _Optional[str] = ..., version: _Optional[int] = ..., expiration_s: _Optional[float] = ..., payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class BlockRecord(_message.Message):
-    __slots__ = ("layer", "block", "version", "endpoint", "queue_tokens", "tokens_per_s", "tokens_total", "n_experts")
+    __slots__ = ("layer", "block", "version", "endpoint", "queue_tokens", "tokens_per_s", "tokens_total", "n_experts", "trunk", "state", "divergence")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +42,9 @@ class BlockRecord(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     N_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     layer: int
     block: int
     version: int
@@ -40,10 +53,13 @@ class BlockRecord(_message.Message):
     tokens_per_s: float
     tokens_total: int
     n_experts: int
-    def __init__(self, layer: _Optional[int] = ..., block: _Optional[int] = ..., version: _Optional[int] = ..., endpoint: _Optional[str] = ..., queue_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., n_experts: _Optional[int] = ...) -> None: ...
+    trunk: bool
+    state: ReplicaState
+    divergence: float
+    def __init__(self, layer: _Optional[int] = ..., block: _Optional[int] = ..., version: _Optional[int] = ..., endpoint: _Optional[str] = ..., queue_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., n_experts: _Optional[int] = ..., trunk: _Optional[bool] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., divergence: _Optional[float] = ...) -> None: ...
 
 class PeerRecord(_message.Message):
-    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens")
+    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +68,9 @@ class PeerRecord(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGED_BYTES_FIELD_NUMBER: _ClassVar[int]
     role: str
     endpoint: str
     software: str
@@ -60,7 +79,10 @@ class PeerRecord(_message.Message):
     tokens_per_s: float
     run_tokens: int
     queue_tokens: int
-    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ...) -> None: ...
+    own_tokens: int
+    staleness: float
+    exchanged_bytes: int
+    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ...) -> None: ...
 
 class ManifestRecord(_message.Message):
     __slots__ = ("toml",)

@@ -19,7 +19,7 @@ from dht.periodic import Periodic
 from dht.view import DirectoryView, PeerInfo, Replica
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.errors import KilohiveError
-from protocol.manifest import all_blocks
+from protocol.manifest import TRUNK, all_blocks
 from protocol.records import block_key, peers_key
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ class Directory:
     def __init__(self, dht: RecordStore, run_id: str, model: ModelConfig, refresh_s: float = REFRESH_S) -> None:
         self._dht = dht
         self._model = model
-        self._keys = (peers_key(run_id), *(block_key(run_id, block) for block in all_blocks(model)))
+        self._keys = (peers_key(run_id), *(block_key(run_id, block) for block in (TRUNK, *all_blocks(model))))
         self._book = RecordBook()
         self._known = DirectoryView(replicas=MappingProxyType(dict.fromkeys(all_blocks(model), ())))
         self._avoided: Mapping[str, float] = MappingProxyType({})
-        self._usable: frozenset[tuple[BlockId, str, str]] = frozenset()
+        self._usable: frozenset[tuple[BlockId, str, str, str]] = frozenset()
         self._generation = 0
         self._failing = False
         self._writing = threading.Lock()
@@ -75,16 +75,18 @@ class Directory:
 
     @property
     def generation(self) -> int:
-        """Grows whenever a replica appears, moves, vanishes, is avoided or no longer is; not with versions and load."""
+        """Grows when a replica appears, moves, vanishes, changes state, is avoided or no longer is; not with load."""
         return self._generation
 
     def replicas(self, block: BlockId) -> tuple[Replica, ...]:
-        """Live replicas of a block whose peers are not avoided, ordered by peer id."""
-        now_s, avoided = self._dht.now_s(), self._avoided
+        """Live, serving replicas of a block (or of `TRUNK`) whose peers are not avoided, ordered by peer id."""
+        now_s, avoided, known = self._dht.now_s(), self._avoided, self._known
         return tuple(
             replica
-            for replica in self._known.replicas.get(block, ())
-            if replica.expiration_s > now_s and avoided.get(replica.peer_id, 0.0) <= now_s
+            for replica in (known.trunk if block == TRUNK else known.replicas.get(block, ()))
+            if replica.state == "serving"
+            and replica.expiration_s > now_s
+            and avoided.get(replica.peer_id, 0.0) <= now_s
         )
 
     def peers(self) -> tuple[PeerInfo, ...]:
@@ -137,15 +139,21 @@ class Directory:
     def _view_of_book(self) -> DirectoryView:
         now_s = self._dht.now_s()
         replicas: dict[BlockId, list[Replica]] = {block: [] for block in self._known.replicas}
+        others: list[Replica] = []
+        trunk: list[Replica] = []
         peers: list[PeerInfo] = []
         for record, said in sorted(self._book.live(now_s), key=lambda item: item[0].owner):
-            if isinstance(said, BlockRecord) and said.n_experts == len(self._model.block_experts(said.block.block)):
-                replicas[said.block].append(_replica(record, said))
-            elif isinstance(said, PeerRecord):
+            if isinstance(said, PeerRecord):
                 peers.append(_peer(record, said))
+            elif said.block == TRUNK:
+                trunk.append(_replica(record, said))
+            elif said.n_experts == len(self._model.block_experts(said.block.block)):
+                (replicas[said.block] if said.state == "serving" else others).append(_replica(record, said))
         return DirectoryView(
             taken_s=now_s,
             replicas=MappingProxyType({block: tuple(found) for block, found in replicas.items()}),
+            others=tuple(others),
+            trunk=tuple(trunk),
             peers=tuple(peers),
         )
 
@@ -163,7 +171,8 @@ class Directory:
     def _bump_if_changed(self) -> None:
         """Called with the lock held, from any thread."""
         view = self.snapshot()
-        usable = frozenset((r.block, r.peer_id, r.endpoint) for replicas in view.replicas.values() for r in replicas)
+        found = (*(r for replicas in view.replicas.values() for r in replicas), *view.others, *view.trunk)
+        usable = frozenset((r.block, r.peer_id, r.endpoint, r.state) for r in found)
         if usable != self._usable:
             self._usable = usable
             self._generation += 1
@@ -188,6 +197,8 @@ def _replica(record: SignedRecord, said: BlockRecord) -> Replica:
         tokens_per_s=said.tokens_per_s,
         tokens_total=said.tokens_total,
         n_experts=said.n_experts,
+        state=said.state,
+        divergence=said.divergence,
         expiration_s=record.expiration_s,
     )
 
@@ -203,5 +214,8 @@ def _peer(record: SignedRecord, said: PeerRecord) -> PeerInfo:
         tokens_per_s=said.tokens_per_s,
         run_tokens=said.run_tokens,
         queue_tokens=said.queue_tokens,
+        own_tokens=said.own_tokens,
+        staleness=said.staleness,
+        exchanged_bytes=said.exchanged_bytes,
         expiration_s=record.expiration_s,
     )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from protocol.announcements import Role
+    from protocol.announcements import ReplicaState, Role
     from protocol.manifest import BlockId
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """One peer's copy of a block, as the peer last announced it; `version` counts its optimizer steps."""
+    """One peer's copy of a block, as the peer last announced it; `version` counts its optimizer steps.
+
+    `divergence`: relative L2 distance to the partner of its last exchange, before it.
+    """
 
     block: BlockId
     peer_id: str
@@ -27,11 +30,17 @@ class Replica:
     tokens_total: int
     n_experts: int
     expiration_s: float
+    state: ReplicaState = "serving"
+    divergence: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerInfo:
-    """One peer of the run, as it last announced itself."""
+    """One peer of the run, as it last announced itself.
+
+    `own_tokens`: what this trainer itself has trained on, of the run's `run_tokens` as it knows them. `staleness`: mean
+    optimizer steps between forward and backward at this host, lately. `exchanged_bytes`: averaging and downloads.
+    """
 
     peer_id: str
     role: Role
@@ -43,6 +52,9 @@ class PeerInfo:
     run_tokens: int
     queue_tokens: int
     expiration_s: float
+    own_tokens: int = 0
+    staleness: float = 0.0
+    exchanged_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +68,16 @@ class PeerLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class DirectoryView:
-    """Replicas and peers that were live at `taken_s`. Every block of the run is a key of `replicas`."""
+    """Replicas and peers that were live at `taken_s`. Every block of experts of the run is a key of `replicas`.
+
+    `replicas` can be called; `others` are those of the same blocks that are still downloaded, or only stored; `trunk`
+    are the trainers' copies of the trunk, in any state.
+    """
 
     taken_s: float = 0.0
     replicas: Mapping[BlockId, tuple[Replica, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    others: tuple[Replica, ...] = ()
+    trunk: tuple[Replica, ...] = ()
     peers: tuple[PeerInfo, ...] = ()
 
     def live_blocks(self) -> tuple[BlockId, ...]:
@@ -89,12 +107,9 @@ class DirectoryView:
         """The same without what has expired by `now_s`."""
         return DirectoryView(
             taken_s=now_s,
-            replicas=MappingProxyType(
-                {
-                    block: tuple(replica for replica in replicas if replica.expiration_s > now_s)
-                    for block, replicas in self.replicas.items()
-                }
-            ),
+            replicas=MappingProxyType({block: _alive(replicas, now_s) for block, replicas in self.replicas.items()}),
+            others=_alive(self.others, now_s),
+            trunk=_alive(self.trunk, now_s),
             peers=tuple(peer for peer in self.peers if peer.expiration_s > now_s),
         )
 
@@ -102,13 +117,17 @@ class DirectoryView:
         """The same without these peers' replicas; the peers themselves stay listed."""
         if not peer_ids:
             return self
-        return DirectoryView(
-            taken_s=self.taken_s,
-            replicas=MappingProxyType(
-                {
-                    block: tuple(replica for replica in replicas if replica.peer_id not in peer_ids)
-                    for block, replicas in self.replicas.items()
-                }
-            ),
-            peers=self.peers,
+        return replace(
+            self,
+            replicas=MappingProxyType({block: _but(replicas, peer_ids) for block, replicas in self.replicas.items()}),
+            others=_but(self.others, peer_ids),
+            trunk=_but(self.trunk, peer_ids),
         )
+
+
+def _alive(replicas: tuple[Replica, ...], now_s: float) -> tuple[Replica, ...]:
+    return tuple(replica for replica in replicas if replica.expiration_s > now_s)
+
+
+def _but(replicas: tuple[Replica, ...], peer_ids: frozenset[str]) -> tuple[Replica, ...]:
+    return tuple(replica for replica in replicas if replica.peer_id not in peer_ids)

@@ -13,7 +13,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from dht.store import Entry
 from protocol.announcements import BlockRecord, encode_block
 from protocol.identity import Identity
-from protocol.manifest import BlockId
+from protocol.manifest import TRUNK, BlockId
 from protocol.records import block_key, peers_key, sign_record
 from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by, running_nodes
 
@@ -87,10 +87,14 @@ async def test_a_node_that_serves_one_run_stores_no_other(start: Start) -> None:
     node.serve_only(MANIFEST)
     mine, owner = entry_by(Identity.generate()), Identity.generate()
     assert await node.store_many([mine]) == (True,)
+    assert await node.store_many([block_entry(owner, TRUNK)]) == (True,)
     assert await node.store_many([entry_by(owner, key=peers_key("other-0123456789ab"))]) == (False,)
     no_such = BlockId(0, MODEL.blocks_per_layer)
-    payload = encode_block(BlockRecord(block=no_such, version=0, endpoint="127.0.0.1:1"))
-    expiration_s = time.time() + 10
-    key = block_key(RUN, no_such)
+    assert await node.store_many([block_entry(owner, no_such)]) == (False,)
+
+
+def block_entry(owner: Identity, block: BlockId) -> Entry:
+    payload = encode_block(BlockRecord(block=block, version=0, endpoint="127.0.0.1:1"))
+    key, expiration_s = block_key(RUN, block), time.time() + 10
     raw = sign_record(owner, key=key, version=1, expiration_s=expiration_s, payload=payload)
-    assert await node.store_many([Entry(key, owner.peer_id, raw, expiration_s)]) == (False,)
+    return Entry(key, owner.peer_id, raw, expiration_s)

@@ -13,6 +13,7 @@ from dht.join import RETRY_S, fetch_manifest, publish_manifest
 from protocol.announcements import BlockRecord
 from protocol.errors import ManifestError, RecordError, UnavailableError
 from protocol.identity import Identity
+from protocol.manifest import TRUNK
 from protocol.records import block_key, manifest_key, peers_key
 from tests.support.announcing import FIRST, MANIFEST, MODEL, OWNER, RUN, Host
 from tests.support.fake_dht import FakeDht
@@ -75,6 +76,33 @@ async def test_a_restarted_host_is_heard_although_it_counts_anew(dht: FakeDht, d
     assert await again.announce_now()
     await directory.refresh_now()
     assert directory.replicas(FIRST)[0].endpoint == "127.0.0.1:4009"
+
+
+async def test_a_block_that_is_dropped_is_withdrawn_again_until_someone_has_heard(
+    dht: FakeDht, directory: Directory
+) -> None:
+    host = Host(dht, FIRST, TRUNK)
+    await host.announcer.announce_now()
+    host.blocks = (FIRST,)
+    dht.down = True
+    with pytest.raises(UnavailableError):
+        await host.announcer.announce_now()
+    dht.down = False
+    await host.announcer.announce_now()
+    await directory.refresh_now()
+    assert directory.snapshot().trunk == ()
+    assert directory.replicas(FIRST)
+    renewed = dht.stored[block_key(RUN, TRUNK)][host.peer_id]
+    await host.announcer.announce_now()
+    assert dht.stored[block_key(RUN, TRUNK)][host.peer_id] == renewed  # once it was heard, no more is said
+
+
+async def test_a_block_that_comes_back_is_announced_over_its_withdrawal(dht: FakeDht, directory: Directory) -> None:
+    host = Host(dht, FIRST)
+    for host.blocks in ((FIRST,), (), (FIRST,)):
+        assert await host.announcer.announce_now()
+        await directory.refresh_now()
+        assert bool(directory.replicas(FIRST)) == bool(host.blocks)
 
 
 async def test_a_withdrawal_that_nobody_hears_is_told_and_ends(dht: FakeDht, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol.errors import ManifestError
-from protocol.manifest import BlockId, Manifest, ModelConfig, OptimizerConfig, all_blocks
+from protocol.manifest import (
+    TRUNK,
+    AveragingConfig,
+    BlockId,
+    Manifest,
+    ModelConfig,
+    OptimizerConfig,
+    all_blocks,
+    parse_block_id,
+)
 from protocol.schedule import learning_rate_factor
 
 
@@ -15,8 +28,11 @@ def test_a_manifest_survives_its_own_toml() -> None:
 
 
 def test_the_run_id_changes_with_any_field() -> None:
-    ids = {Manifest(name="a").run_id, Manifest(name="a", seed=1).run_id, Manifest(name="a", codec="bf16").run_id}
-    assert len(ids) == 3
+    manifest = Manifest(name="a")
+    others = [replace(manifest, seed=1), replace(manifest, codec="bf16")]
+    others += [replace(manifest, averaging=AveragingConfig(clip_radius=0.25))]
+    ids = {manifest.run_id, *(other.run_id for other in others)}
+    assert len(ids) == 4
     assert all(run_id.startswith("a-") for run_id in ids)
 
 
@@ -41,6 +57,18 @@ def test_the_run_id_changes_with_any_field() -> None:
         ('name = "a"\n[model]\ngate = "product_key"\nexperts_per_layer = 500', "model.experts_per_layer"),
         ('name = "a"\n[optimizer]\nlr = nan', "optimizer.lr"),
         ('name = "a"\n[optimizer]\nbeta1 = 1.0', "optimizer.beta1"),
+        ('name = "a"\naveraging = 3', "averaging: must be a table"),
+        ('name = "a"\n[averaging]\ntypo = 1', "averaging.typo: unknown field"),
+        ('name = "a"\n[averaging]\ntarget_replicas = 0', "averaging.target_replicas: must be from 1 to 64"),
+        ('name = "a"\n[averaging]\ntarget_replicas = 65', "averaging.target_replicas"),
+        ('name = "a"\n[averaging]\nperiod_s = 0.01', "averaging.period_s"),
+        ('name = "a"\n[averaging]\nperiod_s = inf', "averaging.period_s"),
+        ('name = "a"\n[averaging]\ncodec = "fp64"', "averaging.codec: is 'fp64', must be one of fp32, bf16, int8"),
+        ('name = "a"\n[averaging]\nclip_radius = 0.0', "averaging.clip_radius"),
+        ('name = "a"\n[averaging]\nclip_radius = nan', "averaging.clip_radius"),
+        ('name = "a"\n[averaging]\nclip_radius = 11', "averaging.clip_radius"),
+        ('name = "a"\n[averaging]\nmax_staleness = -1', "averaging.max_staleness"),
+        ('name = "a"\n[averaging]\nstale_action = "drop"', "averaging.stale_action: is 'drop', must be one of scale"),
         ('name = "a"\n[model]\nd_model = 1' + "0" * 400, "model.d_model"),
         ('name = "a"\n[optimizer]\nlr = 1' + "0" * 400, "optimizer.lr"),
         ("x = " + "9" * 5000, "manifest"),
@@ -52,6 +80,46 @@ def test_the_run_id_changes_with_any_field() -> None:
 def test_a_bad_field_is_refused_by_name(toml: str, field: str) -> None:
     with pytest.raises(ManifestError, match=rf"^{field}"):
         Manifest.from_toml(toml)
+
+
+def test_how_replicas_are_averaged_is_written_and_read_whole() -> None:
+    averaging = AveragingConfig(
+        target_replicas=3, period_s=0.5, codec="bf16", clip_radius=0.125, max_staleness=0, stale_action="refuse"
+    )
+    manifest = Manifest(name="a", averaging=averaging)
+    text = manifest.to_toml()
+    assert Manifest.from_toml(text).averaging == averaging
+    assert Manifest.from_toml(text).to_toml() == text
+    assert Manifest.from_toml('name = "a"\n[averaging]\nperiod_s = 3').averaging == AveragingConfig(period_s=3.0)
+    assert Manifest.from_toml('name = "a"').averaging == AveragingConfig()
+
+
+def test_a_run_of_another_version_says_which_versions_and_what_to_do() -> None:
+    with pytest.raises(ManifestError) as caught:
+        Manifest.from_toml('name = "a"\nprotocol_version = 1')
+    assert str(caught.value) == (
+        "protocol_version: this run speaks 1, this kilohive speaks 2; install the version that the run's owner names"
+    )
+
+
+@given(st.builds(BlockId, st.integers(0, 99_999), st.integers(0, 999_999_999)) | st.just(TRUNK))
+def test_a_block_id_is_read_as_it_is_written(block: BlockId) -> None:
+    assert parse_block_id(str(block)) == block
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "0/", "/0", "-1/0", "0/-1", "00/1", "0/01", "0/1/2", "0/1\n", " 0/1", "0/٢", "Trunk", "trunk ", "9" * 50],
+)
+def test_no_other_text_is_a_block_id(text: str) -> None:
+    with pytest.raises(ValueError, match="is not LAYER/BLOCK or trunk") as caught:
+        parse_block_id(text)
+    assert len(str(caught.value)) < 80
+
+
+def test_the_trunk_is_no_block_of_the_grid() -> None:
+    assert str(TRUNK) == "trunk"
+    assert TRUNK not in all_blocks(ModelConfig())
 
 
 def test_blocks_cover_every_expert_once() -> None:

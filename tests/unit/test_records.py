@@ -11,17 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import records_pb2
-from protocol.announcements import BlockRecord, PeerRecord, decode_block, decode_peer, encode_block, encode_peer
+from protocol.announcements import encode_block
 from protocol.errors import ManifestError, RecordError
 from protocol.identity import Identity
 from protocol.manifest import HASH_CHARS, BlockId, Manifest
 from protocol.records import (
-    _DOMAIN,
     MAX_ANNOUNCE_TTL_S,
     MAX_MANIFEST_TTL_S,
     MAX_RECORD_BYTES,
-    SignedRecord,
-    _signed_bytes,
     block_key,
     decode_manifest,
     encode_manifest,
@@ -30,61 +27,8 @@ from protocol.records import (
     parse_key,
     peers_key,
     read_payload,
-    sign_record,
 )
-
-NOW_S = 1_800_000_000.0
-RUN = "demo-0123456789ab"
-KEY = block_key(RUN, BlockId(1, 3))
-OWNER = Identity(
-    bytes([8, 1, 18, 64])
-    + bytes(range(32))
-    + bytes.fromhex("03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8")
-)
-BLOCK = BlockRecord(
-    block=BlockId(1, 3),
-    version=7,
-    endpoint="192.0.2.1:4000",
-    queue_tokens=5,
-    tokens_per_s=12.5,
-    tokens_total=99,
-    n_experts=32,
-)
-PEER = PeerRecord(
-    role="host",
-    endpoint="[2001:db8::1]:4000",
-    software="kilohive 0.1.0",
-    started_s=NOW_S - 60,
-    n_blocks=8,
-    tokens_per_s=1e4,
-    run_tokens=123,
-    queue_tokens=4,
-)
-
-
-def signed(**changes: object) -> bytes:
-    fields = {"key": KEY, "version": 3, "expiration_s": NOW_S + 20.0, "payload": encode_block(BLOCK), **changes}
-    return sign_record(OWNER, **fields)  # type: ignore[arg-type]
-
-
-def forged(message: records_pb2.SignedRecord, signer: Identity = OWNER) -> bytes:
-    """What an attacker gets who signs fields that `sign_record` would refuse."""
-    record = SignedRecord(
-        key=message.key,
-        owner=message.subkey,
-        version=message.version,
-        expiration_s=message.expiration_s,
-        payload=message.payload,
-    )
-    message.public_key, message.signature = signer.public_key, signer.sign(_DOMAIN, _signed_bytes(record))
-    return message.SerializeToString(deterministic=True)
-
-
-def unsigned(**changes: object) -> records_pb2.SignedRecord:
-    message = records_pb2.SignedRecord.FromString(signed())
-    for name, value in changes.items():
-        setattr(message, name, value)
-    return message
+from tests.support.signing import BLOCK, KEY, NOW_S, OWNER, RUN, forged, signed, unsigned
 
 
 def test_a_record_opens_as_it_was_signed() -> None:
@@ -187,104 +131,6 @@ def test_a_time_that_is_none_is_refused(expiration_s: float) -> None:
         signed(expiration_s=expiration_s)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("tokens_per_s", math.nan),
-        ("tokens_per_s", math.inf),
-        ("tokens_per_s", -1.0),
-        ("version", 1 << 63),
-        ("tokens_total", 1 << 63),
-        ("n_experts", 1 << 31),
-        ("layer", 256),
-        ("block", 1 << 31),
-        ("endpoint", ""),
-        ("endpoint", "192.0.2.1"),
-        ("endpoint", "192.0.2.1:0"),
-        ("endpoint", "192.0.2.1:65536"),
-        ("endpoint", "192.0.2.1:+80"),
-        ("endpoint", "\x1b[31mred:80"),
-        ("endpoint", "a b:80"),
-        ("endpoint", "unix:/etc/passwd:80"),
-        ("endpoint", f"{'a' * 256}:80"),
-    ],
-)
-def test_a_block_with_a_wrong_field_is_refused_by_name(field: str, value: float | str) -> None:
-    message = records_pb2.BlockRecord.FromString(encode_block(BLOCK))
-    setattr(message, field, value)
-    payload = message.SerializeToString()
-    with pytest.raises(RecordError, match=field):
-        decode_block(payload)
-    with pytest.raises(RecordError, match=field):
-        open_record(forged(unsigned(payload=payload)), key=KEY, now_s=NOW_S)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("role", "router"),
-        ("role", ""),
-        ("endpoint", "nowhere"),
-        ("software", "x" * 65),
-        ("software", "kilohive\n\x1b[2J"),
-        ("started_s", math.nan),
-        ("started_s", -1.0),
-        ("tokens_per_s", math.inf),
-        ("run_tokens", 1 << 63),
-    ],
-)
-def test_a_peer_with_a_wrong_field_is_refused_by_name(field: str, value: float | str) -> None:
-    message = records_pb2.PeerRecord.FromString(encode_peer(PEER))
-    setattr(message, field, value)
-    with pytest.raises(RecordError, match=field):
-        decode_peer(message.SerializeToString())
-
-
-def test_our_own_mistakes_are_caught_before_they_are_signed() -> None:
-    with pytest.raises(RecordError, match="tokens_per_s"):
-        replace(BLOCK, tokens_per_s=math.nan)
-    with pytest.raises(RecordError, match="queue_tokens"):
-        replace(BLOCK, queue_tokens=1 << 32)
-    with pytest.raises(RecordError, match="role"):
-        PeerRecord(role="router")  # type: ignore[arg-type]
-
-
-finite = st.floats(0, 1e15, allow_nan=False)
-
-
-@given(
-    st.builds(
-        BlockRecord,
-        block=st.builds(BlockId, st.integers(0, 255), st.integers(0, (1 << 20) - 1)),
-        version=st.integers(0, (1 << 63) - 1),
-        endpoint=st.sampled_from(["127.0.0.1:1", "host-1.example.org:65535", "[::1]:4000"]),
-        queue_tokens=st.integers(0, (1 << 32) - 1),
-        tokens_per_s=finite,
-        tokens_total=st.integers(0, 1 << 62),
-        n_experts=st.integers(0, 1 << 20),
-    )
-)
-def test_every_block_record_survives_the_wire(record: BlockRecord) -> None:
-    assert decode_block(encode_block(record)) == record
-
-
-@given(
-    st.builds(
-        PeerRecord,
-        role=st.sampled_from(["host", "trainer", "coordinator"]),
-        endpoint=st.sampled_from(["", "127.0.0.1:1"]),
-        software=st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=64),
-        started_s=st.floats(0, 1e11),
-        n_blocks=st.integers(0, (1 << 32) - 1),
-        tokens_per_s=finite,
-        run_tokens=st.integers(0, 1 << 62),
-        queue_tokens=st.integers(0, (1 << 32) - 1),
-    )
-)
-def test_every_peer_record_survives_the_wire(record: PeerRecord) -> None:
-    assert decode_peer(encode_peer(record)) == record
-
-
 @given(st.builds(BlockId, st.integers(0, 255), st.integers(0, (1 << 20) - 1)))
 def test_a_key_taken_apart_is_the_key_that_was_built(block: BlockId) -> None:
     assert parse_key(block_key(RUN, block)) == (RUN, "block", block)
@@ -299,6 +145,8 @@ def test_a_key_taken_apart_is_the_key_that_was_built(block: BlockId) -> None:
         RUN,
         f"{RUN}/",
         f"{RUN}/other",
+        f"{RUN}/trunk/0",
+        f"{RUN}/Trunk",
         f"{RUN}/1",
         f"{RUN}/01/2",
         f"{RUN}/1/02",

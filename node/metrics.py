@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
@@ -23,10 +23,12 @@ JOIN_TIMEOUT_S = 2.0
 
 
 class HostCollector(Collector):
-    """Counters and gauges of one host."""
+    """Counters and gauges of one host; `exchanged_bytes` counts what averaging and downloads moved, both ways."""
 
-    def __init__(self, runtime: Runtime, service: ExpertService) -> None:
-        self._runtime, self._service = runtime, service
+    def __init__(
+        self, runtime: Runtime, service: ExpertService, exchanged_bytes: Callable[[], int] | None = None
+    ) -> None:
+        self._runtime, self._service, self._exchanged_bytes = runtime, service, exchanged_bytes
 
     def collect(self) -> Iterator[Metric]:
         """Current values."""
@@ -37,6 +39,11 @@ class HostCollector(Collector):
         yield CounterMetricFamily("kilohive_tokens", "Forward tokens since the start", runtime.tokens_total)
         yield CounterMetricFamily("kilohive_calls_ok", "Calls answered", service.calls_ok)
         yield CounterMetricFamily("kilohive_calls_refused", "Calls refused with an error", service.calls_refused)
+        staleness = "Recent mean of the optimizer steps between forward and backward"
+        yield GaugeMetricFamily("kilohive_gradient_staleness", staleness, runtime.staleness)
+        yield CounterMetricFamily("kilohive_steps_refused", "Gradients too late to step", runtime.steps_refused)
+        n_bytes = self._exchanged_bytes() if self._exchanged_bytes else 0
+        yield CounterMetricFamily("kilohive_exchanged_bytes", "Bytes of averaging and downloads, both ways", n_bytes)
         versions = GaugeMetricFamily("kilohive_block_version", "Optimizer steps of a block", labels=["layer", "block"])
         for block_id, block in runtime.blocks.items():
             versions.add_metric([str(block_id.layer), str(block_id.block)], block.version)
@@ -44,13 +51,19 @@ class HostCollector(Collector):
 
 
 @contextmanager
-def start_metrics(runtime: Runtime, service: ExpertService, address: str, port: int) -> Iterator[None]:
+def start_metrics(
+    runtime: Runtime,
+    service: ExpertService,
+    address: str,
+    port: int,
+    exchanged_bytes: Callable[[], int] | None = None,
+) -> Iterator[None]:
     """Serve `/metrics` while the context lasts; port 0 serves nothing."""
     if not port:
         yield
         return
     registry = CollectorRegistry()
-    registry.register(HostCollector(runtime, service))
+    registry.register(HostCollector(runtime, service, exchanged_bytes))
     try:
         server, thread = start_http_server(port, address, registry)
     except OSError as error:

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Block:
-    """Weights, moments and counters of one block. `version` counts optimizer steps that touched any of its experts."""
+    """Weights, moments and counters of one block. `version` counts optimizer steps that touched any of its experts.
+
+    `learnt_E` (float64): tokens that each expert has learnt from here; averaging weighs replicas by them.
+    """
 
     id: BlockId
     experts: range
     kind: ExpertKind
     params: dict[str, torch.Tensor]
     adam: AdamState
+    learnt_E: torch.Tensor
     version: int = 0
     skipped_steps: int = field(default=0)
     """Expert steps not taken because their gradient was not finite."""
@@ -52,30 +56,38 @@ class Block:
             y_PD = self.kind.apply(leaves, x_PD, ends_G)
         grads = torch.autograd.grad(y_PD, (x_PD, *leaves.values()), grad_PD.contiguous())
         weights = dict(zip(leaves, grads[1:], strict=True))
-        return BlockGradients(outputs_PD=y_PD.detach(), inputs_PD=grads[0], weights=weights, touched_G=touched_G)
+        return BlockGradients(
+            outputs_PD=y_PD.detach(),
+            inputs_PD=grads[0],
+            weights=weights,
+            touched_G=touched_G,
+            tokens_G=counts_G,
+        )
 
     @torch.no_grad()
     def step(self, gradients: BlockGradients, lr: float, config: OptimizerConfig) -> None:
         """Clip and apply; an expert whose gradient is not finite keeps its weights, and is counted."""
         finite_G = clip_per_expert(gradients.weights, config.expert_grad_clip)
-        touched_G, weights = gradients.touched_G, gradients.weights
+        touched_G, weights, tokens_G = gradients.touched_G, gradients.weights, gradients.tokens_G
         if not bool(finite_G.all()):
             self.skipped_steps += int((~finite_G).sum())
-            touched_G = touched_G[finite_G]
+            touched_G, tokens_G = touched_G[finite_G], tokens_G[finite_G]
             weights = {name: g[finite_G] for name, g in weights.items()}
         if len(touched_G):
             adam_step(self.params, self.adam, weights, touched_G, lr, config)
+            self.learnt_E.index_add_(0, touched_G, tokens_G.to(self.learnt_E.dtype))
             self.version += 1
 
 
 @dataclass(frozen=True)
 class BlockGradients:
-    """What one backward over a block yields; `weights` [G, ...] belong to experts `touched_G`."""
+    """What one backward over a block yields; `weights` [G, ...] belong to experts `touched_G`, of `tokens_G` tokens."""
 
     outputs_PD: torch.Tensor
     inputs_PD: torch.Tensor
     weights: dict[str, torch.Tensor]
     touched_G: torch.Tensor
+    tokens_G: torch.Tensor
 
 
 def new_block(manifest: Manifest, block_id: BlockId, device: torch.device) -> Block:
@@ -92,4 +104,5 @@ def new_block(manifest: Manifest, block_id: BlockId, device: torch.device) -> Bl
         .to(device=device, dtype=DTYPES[manifest.dtype])
         for name, shape in kind.shapes(model).items()
     }
-    return Block(id=block_id, experts=experts, kind=kind, params=params, adam=zero_state(params))
+    learnt_E = torch.zeros(len(experts), dtype=torch.float64, device=device)
+    return Block(id=block_id, experts=experts, kind=kind, params=params, adam=zero_state(params), learnt_E=learnt_E)

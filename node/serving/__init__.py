@@ -1,4 +1,5 @@
-"""What a host serves: the runtime that owns the weights, inputs kept for backward, the gRPC service.
+"""What a host serves: the runtime that owns the weights, inputs kept for backward, the gRPC service and server.
 
-Imported by node/host.py; nothing here knows of the DHT.
+Imported by node/host.py; the guard and the server are also what node/averaging and node/trainer.py serve with. Nothing
+here knows of the DHT.
 """

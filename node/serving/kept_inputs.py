@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from node.experts.layer import Pairs
+    from protocol.manifest import BlockId
 
 MAX_STEPPED_IDS = 100_000
 
@@ -28,7 +29,7 @@ class RequestKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tokens and pairs of one request, on the host's device."""
+    """Tokens and pairs of one request."""
 
     x_TD: torch.Tensor
     pairs: Pairs
@@ -39,15 +40,22 @@ class Inputs:
         return sum(t.numel() * t.element_size() for t in (self.x_TD, *self.pairs))
 
 
+@dataclass(frozen=True)
+class CheckedInputs(Inputs):
+    """Inputs on the host's device, and the blocks that their pairs touch, each of which was hosted at the check."""
+
+    blocks: frozenset[BlockId]
+
+
 class KeptInputs:
     """Oldest out first, when `max_bytes` are kept or `max_age_s` have passed."""
 
     def __init__(self, max_bytes: int, max_age_s: float, clock: Callable[[], float]) -> None:
         self._max_bytes, self._max_age_s, self._clock = max_bytes, max_age_s, clock
-        self._kept: OrderedDict[RequestKey, tuple[float, Inputs]] = OrderedDict()
+        self._kept: OrderedDict[RequestKey, tuple[float, CheckedInputs]] = OrderedDict()
         self.n_bytes = 0
 
-    def put(self, key: RequestKey, inputs: Inputs) -> None:
+    def put(self, key: RequestKey, inputs: CheckedInputs) -> None:
         """Keep `inputs`, dropping older ones to stay within bounds; what alone is too big is not kept."""
         self.take(key)
         self._expire()
@@ -58,13 +66,13 @@ class KeptInputs:
         self._kept[key] = (self._clock(), inputs)
         self.n_bytes += inputs.n_bytes
 
-    def get(self, key: RequestKey) -> Inputs | None:
+    def get(self, key: RequestKey) -> CheckedInputs | None:
         """Inputs of `key`, still kept afterwards: a retry may need them again."""
         self._expire()
         entry = self._kept.get(key)
         return entry[1] if entry else None
 
-    def take(self, key: RequestKey) -> Inputs | None:
+    def take(self, key: RequestKey) -> CheckedInputs | None:
         """Inputs of `key`, no longer kept."""
         entry = self._kept.pop(key, None)
         if entry is None:

@@ -1,34 +1,41 @@
-"""The gRPC server of a host: the expert service, standard health and reflection, bounded."""
+"""The gRPC server of a node: its services, standard health and reflection, bounded."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from node.serving.service import SERVICE_NAME, ExpertService
 from protocol.errors import ConfigError
 from protocol.limits import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_CONCURRENT_CALLS = 64
 """gRPC holds a whole message before we see it: this many times MAX_MESSAGE_BYTES is the most that callers can take."""
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Two hosts on one port would share its calls without a word.
+    # Two nodes on one port would share its calls without a word.
     ("grpc.so_reuseport", 0),
 )
 
 
-class ExpertServer:
-    """Owns the gRPC server; `endpoint` is host:port once started."""
+class NodeServer:
+    """Owns the gRPC server of one node and the health of its services; `endpoint` is host:port once started."""
 
-    def __init__(self, service: ExpertService, address: str, port: int) -> None:
+    def __init__(
+        self, handlers: Sequence[grpc.GenericRpcHandler], service_names: Sequence[str], address: str, port: int
+    ) -> None:
         self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
         self._health = health.aio.HealthServicer()
-        self._server.add_generic_rpc_handlers((service.handler(),))
+        self._server.add_generic_rpc_handlers(tuple(handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._names = tuple(service_names)
+        reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._address, self._port = address, port
         self.endpoint = ""
 
@@ -44,7 +51,7 @@ class ExpertServer:
             ) from None
         await self._server.start()
         self.endpoint = f"{_bracketed(self._address)}:{port}"
-        for name in ("", SERVICE_NAME):
+        for name in ("", *self._names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self, grace_s: float) -> None:

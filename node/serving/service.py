@@ -7,44 +7,30 @@ Shapes: T tokens, D model width.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+import torch
 
 from node.experts.layer import check_hosted
-from node.serving.kept_inputs import Inputs, RequestKey
-from node.serving.runtime import BackwardJob, ForwardJob, Runtime
+from node.serving.guard import CallCounts, unary
+from node.serving.jobs import BackwardJob, ForwardJob
+from node.serving.kept_inputs import CheckedInputs, RequestKey
 from node.wire import decode_inputs, decode_rows
 from protocol import expert_pb2 as pb
-from protocol.errors import (
-    MAX_MESSAGE_CHARS,
-    DeadlineError,
-    InvalidInputError,
-    KilohiveError,
-    NotHostedError,
-    UnknownRunError,
-    status_of,
-    trailing_metadata_of,
-)
-from protocol.limits import MAX_DEADLINE_S, MAX_RUN_TOKENS, REQUEST_ID_BYTES
+from protocol.errors import DeadlineError, InvalidInputError, NotHostedError, UnknownRunError
+from protocol.limits import MAX_RUN_TOKENS, REQUEST_ID_BYTES
+from protocol.manifest import BlockId
 from protocol.tensors import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from concurrent.futures import Future
 
-    import torch
-
+    from node.serving.runtime import Runtime
     from protocol.manifest import Manifest
 
-    Context = grpc.aio.ServicerContext[bytes, Message]
-
-Req = TypeVar("Req", bound=Message)
 R = TypeVar("R")
-logger = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Expert"].full_name
 
@@ -57,15 +43,24 @@ class ExpertService:
     ) -> None:
         self._manifest, self._runtime, self._device = manifest, runtime, device
         self._identity = describe
-        self.calls_ok = 0
-        self.calls_refused = 0
+        self._calls = CallCounts()
+
+    @property
+    def calls_ok(self) -> int:
+        """Calls answered."""
+        return self._calls.ok
+
+    @property
+    def calls_refused(self) -> int:
+        """Calls refused with an error."""
+        return self._calls.refused
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Handlers for `grpc.aio.Server.add_generic_rpc_handlers`."""
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            "Forward": grpc.unary_unary_rpc_method_handler(self._guarded(pb.ForwardRequest, self.forward)),
-            "Backward": grpc.unary_unary_rpc_method_handler(self._guarded(pb.BackwardRequest, self.backward)),
-            "Describe": grpc.unary_unary_rpc_method_handler(self._guarded(pb.DescribeRequest, self.describe)),
+            "Forward": grpc.unary_unary_rpc_method_handler(unary(pb.ForwardRequest, self.forward, self._calls)),
+            "Backward": grpc.unary_unary_rpc_method_handler(unary(pb.BackwardRequest, self.backward, self._calls)),
+            "Describe": grpc.unary_unary_rpc_method_handler(unary(pb.DescribeRequest, self.describe, self._calls)),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
@@ -75,12 +70,15 @@ class ExpertService:
         inputs = self._inputs(request.inputs, request.layer)
         job = ForwardJob(key=key, inputs=inputs, keep=request.keep_inputs, deadline=time.monotonic() + timeout_s)
         self._runtime.submit(job)
-        y_TD = await _result(job.future, timeout_s)
-        combined = encode(y_TD, self._manifest.codec)
-        return pb.ForwardResponse(combined_TD=combined, queue_tokens=self._runtime.queue_tokens)
+        result = await _result(job.future, timeout_s)
+        return pb.ForwardResponse(
+            combined_TD=encode(result.combined_TD, self._manifest.codec),
+            queue_tokens=self._runtime.queue_tokens,
+            version=result.version,
+        )
 
     async def backward(self, request: pb.BackwardRequest, timeout_s: float) -> pb.BackwardResponse:
-        """Gradients for tokens and pair weights; at most one optimizer step per request id."""
+        """Gradients for tokens and pair weights; at most one optimizer step per request id, smaller or none if late."""
         key = self._request_key(request.run_id, request.request_id, request.layer)
         if request.run_tokens > MAX_RUN_TOKENS:
             raise InvalidInputError("run_tokens", f"is {request.run_tokens}, the limit is {MAX_RUN_TOKENS}")
@@ -93,6 +91,8 @@ class ExpertService:
             inputs=inputs,
             run_tokens=request.run_tokens,
             deadline=time.monotonic() + timeout_s,
+            version=request.version,
+            no_step=request.no_step,
         )
         self._runtime.submit(job)
         result = await _result(job.future, timeout_s)
@@ -100,6 +100,7 @@ class ExpertService:
             grad_tokens_TD=encode(result.tokens_TD, self._manifest.codec),
             grad_weight_P=encode(result.weight_P, "fp64" if self._manifest.codec == "fp64" else "fp32"),
             stepped=result.stepped,
+            staleness=result.staleness,
         )
 
     async def describe(self, request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeResponse:  # noqa: ARG002 - one signature for all calls
@@ -116,10 +117,14 @@ class ExpertService:
             )
         return answer
 
-    def _inputs(self, message: pb.Inputs, layer: int) -> Inputs:
+    def _inputs(self, message: pb.Inputs, layer: int) -> CheckedInputs:
         inputs = decode_inputs(message, self._manifest)
-        check_hosted(self._runtime.layer_blocks(layer), inputs.pairs.expert_P, layer)
-        return Inputs(inputs.x_TD.to(self._device), inputs.pairs.to(self._device))
+        expert_P = inputs.pairs.expert_P
+        check_hosted(self._runtime.layer_blocks(layer), expert_P, layer)
+        # Here, where the indices still lie on the CPU: on a GPU each look at them would wait for its queue.
+        touched = torch.bincount(expert_P // self._manifest.model.experts_per_block).nonzero().flatten().tolist()
+        blocks = frozenset(BlockId(layer, block) for block in touched)
+        return CheckedInputs(inputs.x_TD.to(self._device), inputs.pairs.to(self._device), blocks)
 
     def _request_key(self, run_id: str, request_id: bytes, layer: int) -> RequestKey:
         self._check_run(run_id)
@@ -132,44 +137,6 @@ class ExpertService:
     def _check_run(self, run_id: str) -> None:
         if run_id != self._manifest.run_id:
             raise UnknownRunError("run_id", f"is {run_id[:100]!r}, this host serves {self._manifest.run_id!r}")
-
-    def _guarded(
-        self, request_type: type[Req], call: Callable[[Req, float], Awaitable[Message]]
-    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
-        async def handle(raw: bytes, context: Context) -> bytes:
-            try:
-                answer = await call(_parse(request_type, raw), _timeout_s(context))
-                self.calls_ok += 1
-                return answer.SerializeToString()
-            except KilohiveError as error:
-                failure = error
-            except Exception as error:
-                # Task boundary: a bug of ours must not end the host or show the peer its inside.
-                logger.exception("A %s call failed", request_type.__name__)
-                failure = KilohiveError(f"the host failed: {type(error).__name__}")
-            self.calls_refused += 1
-            await context.abort(status_of(failure), str(failure)[:MAX_MESSAGE_CHARS], trailing_metadata_of(failure))
-            raise failure
-
-        return handle
-
-
-def _parse(request_type: type[Req], raw: bytes) -> Req:
-    request = request_type()
-    try:
-        request.ParseFromString(raw)
-    except DecodeError:
-        name = request_type.DESCRIPTOR.full_name
-        raise InvalidInputError("message", f"{len(raw)} bytes are not a whole {name}") from None
-    return request
-
-
-def _timeout_s(context: Context) -> float:
-    remaining = context.time_remaining()
-    timeout_s = MAX_DEADLINE_S if remaining is None else min(remaining, MAX_DEADLINE_S)
-    if timeout_s <= 0:
-        raise DeadlineError("the deadline had passed when the request arrived")
-    return timeout_s
 
 
 async def _result(future: Future[R], timeout_s: float) -> R:

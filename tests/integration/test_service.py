@@ -12,17 +12,19 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from node.experts.layer import Pairs
-from node.serving.server import ExpertServer
+from node.serving.guard import CallCounts, unary
+from node.serving.server import NodeServer
+from node.serving.service import SERVICE_NAME
 from node.wire import encode_inputs
 from protocol import expert_pb2 as pb
 from protocol.errors import ConfigError
 from protocol.limits import MAX_MESSAGE_BYTES
-from protocol.manifest import all_blocks
+from protocol.manifest import BlockId, all_blocks
 from protocol.tensors import encode
 from tests.support.swarm_parts import LoopThread, TestSwarm, running_swarm, small_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
 MANIFEST = small_manifest()
 ID = b"0123456789abcdef"
@@ -227,13 +229,123 @@ def test_health_and_reflection_answer(channel: grpc.Channel) -> None:
     assert "kilohive.v1.Expert" in [service.name for service in listed.service]
 
 
+def test_a_backward_is_told_its_age_and_the_forward_its_version(swarm: TestSwarm, channel: grpc.Channel) -> None:
+    versions = {block_id.block: block.version for block_id, block in swarm.hosts[0].blocks.items()}
+    # Experts 0, 1 and 2: all of block 0.
+    answer = pb.ForwardResponse.FromString(call(channel, "Forward", forward().SerializeToString()))
+    assert answer.version == versions[0]
+    for age, request_id in enumerate((b"age 0 1234567890", b"age 1 1234567890")):
+        raw = backward(request_id=request_id, version=versions[0]).SerializeToString()
+        result = pb.BackwardResponse.FromString(call(channel, "Backward", raw))
+        assert (result.stepped, result.staleness) == (True, age)
+    # Whoever claims to come from the future is not old.
+    raw = backward(request_id=b"age ? 1234567890", version=2**64 - 1).SerializeToString()
+    assert pb.BackwardResponse.FromString(call(channel, "Backward", raw)).staleness == 0
+
+
+def test_gradients_only_are_answered_and_step_nothing(swarm: TestSwarm, channel: grpc.Channel) -> None:
+    block = swarm.hosts[0].blocks[BlockId(0, 0)]
+    before = block.version
+    raw = backward(request_id=b"quiet 1234567890", version=before, no_step=True).SerializeToString()
+    quiet = pb.BackwardResponse.FromString(call(channel, "Backward", raw))
+    assert (quiet.stepped, block.version) == (False, before)
+    assert list(quiet.grad_tokens_TD.shape) == [3, 16]
+    raw = backward(request_id=b"quiet 1234567890", version=before).SerializeToString()
+    loud = pb.BackwardResponse.FromString(call(channel, "Backward", raw))
+    assert (loud.stepped, block.version) == (True, before + 1)
+    assert loud.grad_tokens_TD == quiet.grad_tokens_TD
+
+
+def test_a_block_that_left_is_refused_until_it_comes_back(swarm: TestSwarm, channel: grpc.Channel) -> None:
+    runtime = swarm.hosts[0].runtime
+    block = runtime.remove_block(BlockId(0, 0)).result(TIMEOUT_S)
+    try:
+        with pytest.raises(grpc.RpcError) as caught:
+            call(channel, "Forward", forward().SerializeToString())
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert "expert 0 of layer 0 is not hosted here" in str(caught.value.details())
+    finally:
+        runtime.add_block(block).result(TIMEOUT_S)
+    assert_serves(channel)
+
+
+def test_a_host_without_blocks_answers_and_refuses() -> None:
+    with running_swarm(MANIFEST, n_hosts=0) as swarm:
+        empty = swarm.add_host("empty", [])
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(empty.server.endpoint, options=options) as channel:
+            assert not pb.DescribeResponse.FromString(call(channel, "Describe", b"")).blocks
+            with pytest.raises(grpc.RpcError) as caught:
+                call(channel, "Forward", forward().SerializeToString())
+    assert "no block of layer 0 is hosted here" in str(caught.value.details())
+
+
+async def test_one_server_serves_several_services_each_with_its_health() -> None:
+    names = ("kilohive.test.One", "kilohive.test.Two")
+    handlers = [echo_handler(name) for name in names]
+    server = NodeServer(handlers, names, "127.0.0.1", 0)
+    await server.start()
+    try:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(server.endpoint, options=options) as channel:
+            for name in names:
+                request = pb.DescribeRequest(run_id=name)
+                answer = await ask(channel, f"/{name}/Echo", request.SerializeToString())
+                assert pb.DescribeRequest.FromString(answer) == request
+                check = health_pb2.HealthCheckRequest(service=name).SerializeToString()
+                raw = await ask(channel, "/grpc.health.v1.Health/Check", check)
+                assert health_pb2.HealthCheckResponse.FromString(raw).status == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        await server.drain(0)
+
+
+async def test_a_bug_in_a_handler_is_logged_and_named_by_its_type_alone(caplog: pytest.LogCaptureFixture) -> None:
+    counts = CallCounts()
+
+    async def broken(request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeResponse:
+        raise ZeroDivisionError("a secret of ours")
+
+    server = NodeServer(
+        [handler_of("kilohive.test.One", unary(pb.DescribeRequest, broken, counts))], [], "127.0.0.1", 0
+    )
+    await server.start()
+    try:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(server.endpoint, options=options) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask(channel, "/kilohive.test.One/Echo", b"")
+    finally:
+        await server.drain(0)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert caught.value.details() == "the node failed: ZeroDivisionError"
+    assert "a secret of ours" in caplog.text
+    assert (counts.ok, counts.refused) == (0, 1)
+
+
+def echo_handler(name: str) -> grpc.GenericRpcHandler:
+    async def echo(request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeRequest:
+        return request
+
+    return handler_of(name, unary(pb.DescribeRequest, echo, CallCounts()))
+
+
+def handler_of(name: str, call: Callable[[bytes, Any], Awaitable[bytes]]) -> grpc.GenericRpcHandler:
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Echo": grpc.unary_unary_rpc_method_handler(call)}
+    return grpc.method_handlers_generic_handler(name, methods)
+
+
+async def ask(channel: grpc.aio.Channel, method: str, raw: bytes) -> bytes:
+    answer: bytes = await channel.unary_unary(method, bytes, bytes)(raw, timeout=TIMEOUT_S)
+    return answer
+
+
 def test_a_port_in_use_is_one_clear_sentence(swarm: TestSwarm) -> None:
     host = swarm.hosts[0]
     port = int(host.server.endpoint.rsplit(":", 1)[1])
     loop = LoopThread()
 
     async def start() -> None:
-        server = ExpertServer(host.service, "127.0.0.1", port)
+        server = NodeServer((host.service.handler(),), (SERVICE_NAME,), "127.0.0.1", port)
         try:
             await server.start()
         finally:

@@ -16,13 +16,13 @@ from node.dispatch.client import ExpertClient
 from node.dispatch.dispatcher import DispatchConfig, Dispatcher
 from node.experts.block import Block, new_block
 from node.serving.runtime import Runtime, RuntimeConfig
-from node.serving.server import ExpertServer
-from node.serving.service import ExpertService
+from node.serving.server import NodeServer
+from node.serving.service import SERVICE_NAME, ExpertService
 from protocol import expert_pb2 as pb
 from protocol.manifest import BlockId, Manifest, ModelConfig, OptimizerConfig, all_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
 R = TypeVar("R")
 CPU = torch.device("cpu")
@@ -123,12 +123,12 @@ class TestHost:
 
     peer_id: str
     runtime: Runtime
-    server: ExpertServer
+    server: NodeServer
     service: ExpertService
     loop: LoopThread
 
     @property
-    def blocks(self) -> dict[BlockId, Block]:
+    def blocks(self) -> Mapping[BlockId, Block]:
         return self.runtime.blocks
 
     def stop(self) -> None:
@@ -139,9 +139,9 @@ class TestHost:
 async def _serve(
     manifest: Manifest, block_ids: Sequence[BlockId], peer_id: str, config: RuntimeConfig, loop: LoopThread
 ) -> TestHost:
-    runtime = Runtime([new_block(manifest, block_id, CPU) for block_id in block_ids], manifest.optimizer, config)
+    runtime = Runtime([new_block(manifest, block_id, CPU) for block_id in block_ids], manifest, config)
     service = ExpertService(manifest, runtime, CPU, pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id))
-    server = ExpertServer(service, "127.0.0.1", 0)
+    server = NodeServer((service.handler(),), (SERVICE_NAME,), "127.0.0.1", 0)
     runtime.start()
     await server.start()
     return TestHost(peer_id, runtime, server, service, loop)

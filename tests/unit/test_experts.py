@@ -12,12 +12,22 @@ from torch.nn import functional
 from node.experts.block import new_block
 from node.experts.grouped import grouped_product
 from node.experts.layer import Pairs, check_hosted, layer_backward, layer_forward
-from node.experts.state import block_metadata, block_tensors, restore_block
-from protocol.errors import CheckpointError, NotHostedError
+from node.experts.state import (
+    MAX_STEPS,
+    block_from_state,
+    block_metadata,
+    block_state,
+    block_tensors,
+    restore_block,
+)
+from protocol.errors import CheckpointError, InvalidInputError, NotHostedError
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import CPU, small_manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from node.averaging.replica import ReplicaState
     from node.experts.block import Block, BlockGradients
     from protocol.manifest import Manifest
 
@@ -176,8 +186,11 @@ def test_a_restored_block_is_bit_equal() -> None:
         (lambda t, m: m.update(run_id="other"), "its run_id is 'other'"),
         (lambda t, m: m.update(block="0/2"), "its block is '0/2'"),
         (lambda t, m: m.update(version="-1"), "its version"),
+        (lambda t, m: m.update(version="9" * 5000), "its version is '9{40}', must be a number"),
         (lambda t, m: t.pop("steps_E"), "must have"),
         (lambda t, m: t.update({"params.w_in": t["params.w_in"][:2]}), "params.w_in: is"),
+        (lambda t, m: t.update(learnt=t["steps_E"]), "'learnt' belongs to no block"),
+        (lambda t, m: t.pop("second.w_out"), "tensors: are .* must be"),
         (lambda t, m: t["params.w_in"].fill_(float("nan")), "params.w_in: holds NaN"),
     ],
 )
@@ -188,3 +201,49 @@ def test_a_block_state_that_does_not_fit_is_refused(spoil: object, problem: str)
     spoil(tensors, metadata)  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=problem):
         restore_block(manifest, block.id, tensors, metadata, CPU)
+
+
+def test_a_block_counts_the_tokens_that_each_expert_has_learnt_from() -> None:
+    manifest = small_manifest()
+    block = new_block(manifest, BlockId(0, 0), CPU)
+    for _ in range(2):
+        expert_P = torch.tensor([0, 0, 0, 2])
+        block.step(block.backward(torch.randn(4, 16), expert_P, torch.randn(4, 16)), 1e-3, manifest.optimizer)
+    assert block.learnt_E.tolist() == [6, 0, 2, 0]
+
+
+def test_an_expert_that_was_not_stepped_has_learnt_nothing() -> None:
+    manifest = small_manifest()
+    block = new_block(manifest, BlockId(0, 0), CPU)
+    gradients = block.backward(torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16))
+    gradients.weights["w_in"][0, 0, 0] = float("nan")
+    block.step(gradients, 1e-3, manifest.optimizer)
+    assert block.learnt_E.tolist() == [0, 1, 0, 0]
+
+
+BAD_STATES: dict[str, tuple[Callable[[ReplicaState], object], str]] = {
+    "a tensor too few": (lambda s: s.first.pop("w_in"), "tensors: are"),
+    "a tensor too many": (lambda s: s.params.update(w_mid=s.params["w_in"]), "tensors: are"),
+    "another shape": (lambda s: s.params.update(w_in=s.params["w_in"][:2]), "params.w_in: is"),
+    "another type": (lambda s: s.first.update(w_in=s.first["w_in"].double()), "first.w_in: is"),
+    "an infinity": (lambda s: s.params["w_out"].view(-1)[3].fill_(float("inf")), "params.w_out: holds NaN or infinity"),
+    "a moment whose root Adam could not take": (
+        lambda s: s.second["w_in"].view(-1)[0].fill_(-1e-9),
+        "second.w_in: holds a negative number",
+    ),
+    "steps of too few rows": (lambda s: setattr(s, "steps_R", s.steps_R[:2]), "steps: is"),
+    "steps below none": (lambda s: s.steps_R[1].fill_(-1), "steps: holds -1"),
+    "steps that would overflow": (lambda s: s.steps_R[1].fill_(2**63 - 1), f"steps: is .* the limit is {MAX_STEPS}"),
+    "a version that would overflow": (lambda s: setattr(s, "version", 2**64 - 1), "version: is .* the limit is"),
+    "a version below none": (lambda s: setattr(s, "version", -1), "version: is -1"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_STATES))
+def test_a_joiner_takes_no_state_that_does_not_fit_the_run(name: str) -> None:
+    spoil, problem = BAD_STATES[name]
+    manifest = small_manifest()
+    state = block_state(trained_block(manifest)).copy()
+    spoil(state)
+    with pytest.raises(InvalidInputError, match=problem):
+        block_from_state(manifest, BlockId(0, 1), state, CPU)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import threading
+import dataclasses
 from concurrent.futures import wait
 from typing import TYPE_CHECKING
 
@@ -8,77 +8,44 @@ import pytest
 import torch
 
 from node.experts.block import new_block
-from node.experts.layer import Pairs, layer_backward, layer_forward
-from node.serving.kept_inputs import Inputs, KeptInputs, RequestKey, SteppedIds
-from node.serving.runtime import BackwardJob, ForwardJob, Runtime, RuntimeConfig
-from protocol.errors import DeadlineError, DrainingError, KilohiveError, OverloadedError, UnknownRequestError
-from protocol.manifest import BlockId, all_blocks
-from tests.support.swarm_parts import CPU, small_manifest
+from node.experts.layer import layer_backward, layer_forward
+from node.serving.jobs import BackwardJob
+from node.serving.kept_inputs import KeptInputs, SteppedIds
+from node.serving.runtime import Runtime, RuntimeConfig
+from protocol.errors import (
+    DeadlineError,
+    DrainingError,
+    InvalidInputError,
+    KilohiveError,
+    NotHostedError,
+    OverloadedError,
+    UnknownRequestError,
+)
+from protocol.manifest import BlockId
+from tests.support.runtime_jobs import (
+    MANIFEST,
+    NEVER,
+    TIMEOUT_S,
+    Held,
+    backward,
+    forward,
+    inputs,
+    key,
+    make_runtime,
+    step_alone,
+)
+from tests.support.swarm_parts import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MANIFEST = small_manifest(dtype="fp64")
-NEVER = float("inf")
-TIMEOUT_S = 10.0
-
-
-def inputs(seed: int, n_tokens: int = 6) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-    return Inputs(
-        x_TD=torch.randn(n_tokens, 16, dtype=torch.float64, generator=generator),
-        pairs=Pairs(
-            token_P=torch.arange(n_tokens).repeat_interleave(2),
-            expert_P=torch.randint(0, 16, (2 * n_tokens,), generator=generator),
-            weight_P=torch.rand(2 * n_tokens, dtype=torch.float64, generator=generator),
-        ),
-    )
-
-
-def key(number: int, layer: int = 0) -> RequestKey:
-    return RequestKey(layer, number.to_bytes(16, "big"))
-
-
-def forward(number: int, *, keep: bool = True, deadline: float = NEVER, layer: int = 0) -> ForwardJob:
-    return ForwardJob(key=key(number, layer), inputs=inputs(number), keep=keep, deadline=deadline)
-
-
-def backward(number: int, *, resend: bool = False, deadline: float = NEVER) -> BackwardJob:
-    grad_TD = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(100 + number))
-    return BackwardJob(
-        key=key(number), grad_TD=grad_TD, inputs=inputs(number) if resend else None, run_tokens=0, deadline=deadline
-    )
-
-
-def make(config: RuntimeConfig | None = None) -> Runtime:
-    blocks = [new_block(MANIFEST, block, CPU) for block in all_blocks(MANIFEST.model)]
-    return Runtime(blocks, MANIFEST.optimizer, config or RuntimeConfig())
-
 
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
-    running = make()
+    running = make_runtime()
     running.start()
     yield running
     running.stop(TIMEOUT_S)
-
-
-class Held:
-    """Keeps the runtime's thread busy, so that jobs pile up behind it."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._release = threading.Event()
-        entered = threading.Event()
-
-        def hold() -> None:
-            entered.set()
-            self._release.wait(TIMEOUT_S)
-
-        runtime.call(hold)
-        entered.wait(TIMEOUT_S)
-
-    def release(self) -> None:
-        self._release.set()
 
 
 def versions(runtime: Runtime) -> int:
@@ -94,13 +61,13 @@ def test_requests_merged_into_one_batch_get_what_each_would_get_alone(runtime: R
     blocks = runtime.layer_blocks(0)
     for job in jobs:
         alone_TD = layer_forward(blocks, job.inputs.x_TD, job.inputs.pairs)
-        torch.testing.assert_close(job.future.result(TIMEOUT_S), alone_TD, rtol=0, atol=1e-12)
+        torch.testing.assert_close(job.future.result(TIMEOUT_S).combined_TD, alone_TD, rtol=0, atol=1e-12)
 
 
 def test_a_merged_backward_steps_once_on_the_sum_and_answers_each_its_own(runtime: Runtime) -> None:
     for n in range(2):
         runtime.submit(forward(n))
-    reference = make()
+    reference = make_runtime()
     held = Held(runtime)
     jobs = [backward(n) for n in range(2)]
     for job in jobs:
@@ -171,7 +138,7 @@ def test_a_request_past_its_deadline_is_dropped_and_steps_nothing(runtime: Runti
 
 
 def test_a_full_queue_refuses_with_a_delay_and_an_empty_one_takes_any_size() -> None:
-    runtime = make(RuntimeConfig(max_queue_tokens=10))
+    runtime = make_runtime(RuntimeConfig(max_queue_tokens=10))
     runtime.start()
     try:
         held = Held(runtime)
@@ -183,15 +150,15 @@ def test_a_full_queue_refuses_with_a_delay_and_an_empty_one_takes_any_size() -> 
         assert runtime.refused == 1
         held.release()
         first.future.result(TIMEOUT_S)
-        big = ForwardJob(key=key(2), inputs=inputs(2, n_tokens=50), keep=False, deadline=NEVER)
+        big = forward(2, keep=False, n_tokens=50)
         runtime.submit(big)
-        assert big.future.result(TIMEOUT_S).shape == (50, 16)
+        assert big.future.result(TIMEOUT_S).combined_TD.shape == (50, 16)
     finally:
         runtime.stop(TIMEOUT_S)
 
 
 def test_a_batch_stays_within_its_bound_and_layers_are_not_mixed() -> None:
-    runtime = make(RuntimeConfig(max_batch_tokens=12))
+    runtime = make_runtime(RuntimeConfig(max_batch_tokens=12))
     runtime.start()
     try:
         held = Held(runtime)
@@ -202,13 +169,13 @@ def test_a_batch_stays_within_its_bound_and_layers_are_not_mixed() -> None:
         for job in jobs:
             blocks = runtime.layer_blocks(job.key.layer)
             wanted_TD = layer_forward(blocks, job.inputs.x_TD, job.inputs.pairs)
-            torch.testing.assert_close(job.future.result(TIMEOUT_S), wanted_TD, rtol=0, atol=1e-12)
+            torch.testing.assert_close(job.future.result(TIMEOUT_S).combined_TD, wanted_TD, rtol=0, atol=1e-12)
     finally:
         runtime.stop(TIMEOUT_S)
 
 
 def test_stopping_finishes_what_is_queued_and_refuses_what_comes_later() -> None:
-    runtime = make()
+    runtime = make_runtime()
     runtime.start()
     held = Held(runtime)
     jobs = [forward(n) for n in range(3)]
@@ -217,24 +184,21 @@ def test_stopping_finishes_what_is_queued_and_refuses_what_comes_later() -> None
     held.release()
     runtime.stop(TIMEOUT_S)
     wait([job.future for job in jobs], TIMEOUT_S)
-    assert all(job.future.result(0).shape == (6, 16) for job in jobs)
+    assert all(job.future.result(0).combined_TD.shape == (6, 16) for job in jobs)
     with pytest.raises(DrainingError):
         runtime.submit(forward(9))
 
 
 def test_a_batch_that_fails_does_not_end_the_runtime(runtime: Runtime) -> None:
-    broken = ForwardJob(
-        key=key(0),
-        inputs=Inputs(torch.zeros(1, 5, dtype=torch.float64), inputs(0, 1).pairs),
-        keep=False,
-        deadline=NEVER,
-    )
+    good = forward(0, keep=False)
+    narrow = dataclasses.replace(good.inputs, x_TD=torch.zeros(6, 5, dtype=torch.float64))
+    broken = dataclasses.replace(good, inputs=narrow)
     runtime.submit(broken)
     with pytest.raises(KilohiveError, match="the host failed on this batch"):
         broken.future.result(TIMEOUT_S)
     good = forward(1)
     runtime.submit(good)
-    assert good.future.result(TIMEOUT_S).shape == (6, 16)
+    assert good.future.result(TIMEOUT_S).combined_TD.shape == (6, 16)
 
 
 def test_merged_requests_do_not_leave_each_others_tokens_behind_in_the_count(runtime: Runtime) -> None:
@@ -278,4 +242,96 @@ def test_stepped_ids_are_bounded() -> None:
 
 def test_blocks_of_a_layer_come_in_order() -> None:
     blocks = [new_block(MANIFEST, BlockId(0, b), CPU) for b in (2, 0, 1)]
-    assert [b.id.block for b in Runtime(blocks, MANIFEST.optimizer, RuntimeConfig()).layer_blocks(0)] == [0, 1, 2]
+    assert [b.id.block for b in Runtime(blocks, MANIFEST, RuntimeConfig()).layer_blocks(0)] == [0, 1, 2]
+
+
+def test_a_host_may_start_with_no_block_and_is_given_one_while_it_runs() -> None:
+    runtime = Runtime([], MANIFEST, RuntimeConfig())
+    runtime.start()
+    try:
+        assert not runtime.blocks
+        late = forward(1, experts=range(4))
+        runtime.submit(late)
+        with pytest.raises(NotHostedError, match="0/0 is not hosted here"):
+            late.future.result(TIMEOUT_S)
+        block = new_block(MANIFEST, BlockId(0, 0), CPU)
+        runtime.add_block(block).result(TIMEOUT_S)
+        assert dict(runtime.blocks) == {block.id: block}
+        served = forward(2, experts=range(4))
+        runtime.submit(served)
+        wanted_TD = layer_forward([block], served.inputs.x_TD, served.inputs.pairs)
+        torch.testing.assert_close(served.future.result(TIMEOUT_S).combined_TD, wanted_TD, rtol=0, atol=1e-12)
+    finally:
+        runtime.stop(TIMEOUT_S)
+
+
+def test_a_block_is_added_once_and_removed_once(runtime: Runtime) -> None:
+    block_id = BlockId(0, 2)
+    with pytest.raises(InvalidInputError, match="0/2 is hosted here already"):
+        runtime.add_block(new_block(MANIFEST, block_id, CPU)).result(TIMEOUT_S)
+    before = runtime.blocks
+    removed = runtime.remove_block(block_id).result(TIMEOUT_S)
+    assert removed is before[block_id]
+    assert block_id not in runtime.blocks
+    assert [block.id.block for block in runtime.layer_blocks(0)] == [0, 1, 3]
+    with pytest.raises(NotHostedError, match="0/2 is not hosted here"):
+        runtime.remove_block(block_id).result(TIMEOUT_S)
+    runtime.add_block(removed).result(TIMEOUT_S)
+    assert [block.id.block for block in runtime.layer_blocks(0)] == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def waiting() -> Iterator[Runtime]:
+    """A runtime whose thread the test starts, once everything is queued."""
+    runtime = make_runtime()
+    yield runtime
+    runtime.stop(TIMEOUT_S)
+
+
+def test_forwards_that_wait_for_a_removed_block_fail_alone(waiting: Runtime) -> None:
+    gone, kept = forward(1, experts=range(4, 8)), forward(2, experts=range(4))
+    waiting.submit(gone)
+    waiting.submit(kept)
+    removal = waiting.remove_block(BlockId(0, 1))
+    waiting.start()
+    assert removal.result(TIMEOUT_S).id == BlockId(0, 1)
+    with pytest.raises(NotHostedError, match="0/1 is not hosted here"):
+        gone.future.result(TIMEOUT_S)
+    wanted_TD = layer_forward(waiting.layer_blocks(0), kept.inputs.x_TD, kept.inputs.pairs)
+    torch.testing.assert_close(kept.future.result(TIMEOUT_S).combined_TD, wanted_TD, rtol=0, atol=1e-12)
+
+
+def test_backwards_that_wait_for_a_removed_block_fail_alone_and_step_nothing(waiting: Runtime) -> None:
+    # Both touch block 0: what the failed one wants of it must not come about either.
+    gone, kept = backward(1, resend=True, experts=range(8)), backward(2, resend=True, experts=range(4))
+    waiting.submit(gone)
+    waiting.submit(kept)
+    removal = waiting.remove_block(BlockId(0, 1))
+    waiting.start()
+    removed = removal.result(TIMEOUT_S)
+    with pytest.raises(NotHostedError, match="0/1 is not hosted here"):
+        gone.future.result(TIMEOUT_S)
+    assert kept.future.result(TIMEOUT_S).stepped
+    assert removed.version == 0
+    reference = new_block(MANIFEST, BlockId(0, 0), CPU)
+    step_alone(reference, kept, MANIFEST)
+    torch.testing.assert_close(waiting.layer_blocks(0)[0].params, reference.params, rtol=0, atol=1e-15)
+
+
+def test_inputs_kept_for_a_block_that_has_left_do_not_bring_it_back(runtime: Runtime) -> None:
+    asked = forward(1, experts=range(4, 8))
+    runtime.submit(asked)
+    asked.future.result(TIMEOUT_S)
+    runtime.remove_block(BlockId(0, 1)).result(TIMEOUT_S)
+    late = backward(1)
+    runtime.submit(late)
+    with pytest.raises(NotHostedError, match="0/1 is not hosted here"):
+        late.future.result(TIMEOUT_S)
+
+
+def test_readers_of_the_blocks_see_them_before_or_after_a_change_never_between(runtime: Runtime) -> None:
+    before, of_layer = runtime.blocks, runtime.layer_blocks(1)
+    runtime.remove_block(BlockId(1, 0)).result(TIMEOUT_S)
+    assert len(before) == 8
+    assert len(of_layer) == 4
+    assert len(runtime.blocks) == 7

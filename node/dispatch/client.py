@@ -9,7 +9,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from protocol import expert_pb2 as pb
-from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, error_from_status
+from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError, error_from_status
 from protocol.limits import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ OPTIONS = (
 )
 CLOSE_GRACE_S = 0.5
 
+_NOT_CONNECTED = "failed to connect to all addresses"
+"""How gRPC's status begins when a call found no connection to leave on."""
+
+
+class NotConnectedError(UnavailableError):
+    """No connection was made: the peer has seen nothing of the call."""
+
 
 class ExpertClient:
     """Calls hosts by endpoint. `wire_bytes` counts messages' bytes, both ways."""
@@ -35,17 +42,24 @@ class ExpertClient:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self.wire_bytes = 0
 
-    async def forward(self, endpoint: str, request: pb.ForwardRequest, timeout_s: float) -> pb.ForwardResponse:
-        """Forward at `endpoint`; raises the host's error, or UnavailableError, DeadlineError."""
-        return await self._call(endpoint, "Forward", request, pb.ForwardResponse, timeout_s)
+    async def forward(
+        self, endpoint: str, request: pb.ForwardRequest, timeout_s: float, *, patient: bool = True
+    ) -> pb.ForwardResponse:
+        """Forward at `endpoint`; raises the host's error, or UnavailableError, DeadlineError.
 
-    async def backward(self, endpoint: str, request: pb.BackwardRequest, timeout_s: float) -> pb.BackwardResponse:
-        """Backward at `endpoint`; raises like `forward`."""
-        return await self._call(endpoint, "Backward", request, pb.BackwardResponse, timeout_s)
+        A patient call that finds the host overloaded is repeated after the host's own delay while time is left.
+        """
+        return await self._call(endpoint, request, pb.ForwardResponse, timeout_s, patient=patient)
+
+    async def backward(
+        self, endpoint: str, request: pb.BackwardRequest, timeout_s: float, *, patient: bool = True
+    ) -> pb.BackwardResponse:
+        """Backward at `endpoint`; waits and raises like `forward`."""
+        return await self._call(endpoint, request, pb.BackwardResponse, timeout_s, patient=patient)
 
     async def describe(self, endpoint: str, request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeResponse:
-        """What the host at `endpoint` holds; raises like `forward`."""
-        return await self._call(endpoint, "Describe", request, pb.DescribeResponse, timeout_s)
+        """What the host at `endpoint` holds; waits and raises like a patient `forward`."""
+        return await self._call(endpoint, request, pb.DescribeResponse, timeout_s, patient=True)
 
     async def close(self) -> None:
         """Close every channel; calls in flight are cancelled."""
@@ -59,17 +73,17 @@ class ExpertClient:
             await channel.close(CLOSE_GRACE_S)
 
     async def _call(
-        self, endpoint: str, method: str, request: Message, response_type: type[Res], timeout_s: float
+        self, endpoint: str, request: Message, response_type: type[Res], timeout_s: float, *, patient: bool
     ) -> Res:
-        """One call, repeated after the host's own delay while it says that it is overloaded and time is left."""
-        raw = request.SerializeToString()
+        # A method is named like its request.
+        method, raw = request.DESCRIPTOR.name.removesuffix("Request"), request.SerializeToString()
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             left_s = deadline - asyncio.get_running_loop().time()
             try:
                 return _parsed(response_type, await self._send(endpoint, method, raw, left_s))
             except OverloadedError as error:
-                if left_s <= error.retry_after_s:
+                if not patient or left_s <= error.retry_after_s:
                     raise
                 await asyncio.sleep(error.retry_after_s)
 
@@ -91,7 +105,10 @@ class ExpertClient:
 
 def _rebuilt(error: grpc.aio.AioRpcError) -> KilohiveError:
     metadata: Mapping[str, str] = {k: v for k, v in error.trailing_metadata() or () if isinstance(v, str)}
-    return error_from_status(error.code(), error.details() or "", metadata)
+    rebuilt = error_from_status(error.code(), error.details() or "", metadata)
+    if isinstance(rebuilt, UnavailableError) and str(rebuilt).startswith(_NOT_CONNECTED):
+        return NotConnectedError(str(rebuilt))
+    return rebuilt
 
 
 def _parsed(response_type: type[Res], raw: bytes) -> Res:

@@ -24,11 +24,12 @@ NO_EXPERT = -1
 class Part:
     """One request: the pairs that go to `replica`'s peer.
 
-    `tokens` (int64, sorted, unique) are rows of x_TD; `flat` (int64) are positions in the flattened [T, K] choice;
-    `pairs` count tokens within the part.
+    `blocks` of the layer are those that the pairs touch; `tokens` (int64, sorted, unique) are rows of x_TD; `flat`
+    (int64, ascending) are positions in the flattened [T, K] choice; `pairs` count tokens within the part.
     """
 
     replica: Replica
+    blocks: tuple[int, ...]
     tokens: torch.Tensor
     flat: torch.Tensor
     pairs: Pairs
@@ -61,7 +62,6 @@ def split_by_peer(
     """
     peers = sorted({replica.peer_id: replica for replica in replicas.values()}.items())
     index_of = {peer_id: index for index, (peer_id, _) in enumerate(peers)}
-    width = expert_ids_TK.shape[1]
     expert_P = expert_ids_TK.reshape(-1)[flat]
     n_blocks = int(expert_P.max()) // experts_per_block + 1 if len(flat) else 0
     peer_of_B = torch.full((n_blocks,), NO_EXPERT)
@@ -73,12 +73,21 @@ def split_by_peer(
     for index, (_, replica) in enumerate(peers):
         mine = torch.nonzero(peer_P == index)[:, 0]
         if len(mine):
-            parts.append(_part(replica, flat[mine], expert_P[mine], weights_TK, width))
+            blocks = tuple(torch.unique(expert_P[mine] // experts_per_block).tolist())
+            parts.append(_part(replica, blocks, flat[mine], expert_P[mine], weights_TK))
     return parts, flat[peer_P == NO_EXPERT]
 
 
-def _part(replica: Replica, flat: torch.Tensor, expert_P: torch.Tensor, weights_TK: torch.Tensor, width: int) -> Part:
+def pairs_by_block(expert_ids_TK: torch.Tensor, flat: torch.Tensor, experts_per_block: int) -> dict[int, torch.Tensor]:
+    """The positions in `flat` by the block that they name, blocks ascending."""
+    block_P = expert_ids_TK.reshape(-1)[flat] // experts_per_block
+    return {block: flat[block_P == block] for block in torch.unique(block_P).tolist()}
+
+
+def _part(
+    replica: Replica, blocks: tuple[int, ...], flat: torch.Tensor, expert_P: torch.Tensor, weights_TK: torch.Tensor
+) -> Part:
     # `flat` ascends, so its tokens do too: each is sent once, however many of its experts the peer holds.
-    tokens, token_P = torch.unique_consecutive(flat // width, return_inverse=True)
+    tokens, token_P = torch.unique_consecutive(flat // weights_TK.shape[1], return_inverse=True)
     weight_P = weights_TK.reshape(-1)[flat]
-    return Part(replica=replica, tokens=tokens, flat=flat, pairs=Pairs(token_P, expert_P, weight_P))
+    return Part(replica=replica, blocks=blocks, tokens=tokens, flat=flat, pairs=Pairs(token_P, expert_P, weight_P))

@@ -122,6 +122,8 @@ def test_a_backward_goes_to_another_replica_when_the_first_is_gone() -> None:
         y_TD = layer(x_TD)
         other = swarm.add_host("replica", all_blocks(manifest.model))
         swarm.hosts[0].stop()
+        # Nobody to connect to proves that the first replica took no step; a connection that breaks would not.
+        swarm.loop.call(swarm.client.forget(swarm.hosts[0].server.endpoint))
         (grad_TD,) = torch.autograd.grad(y_TD.sum(), x_TD)
         assert bool((grad_TD.abs().sum(1) > 0).all())
         assert max(block.version for block in other.blocks.values()) == 1

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.dispatch.plan import flat_pairs, split_by_peer
+from node.dispatch.plan import flat_pairs, pairs_by_block, split_by_peer
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import make_replica
 
@@ -32,7 +32,14 @@ def test_every_pair_goes_to_one_peer_that_holds_it_or_is_an_orphan(
     for part in parts:
         expert_P = ids_TK.reshape(-1)[part.flat]
         assert all(owners[int(e) // 4] == part.replica.peer_id for e in expert_P)
+        assert part.blocks == tuple(sorted({int(e) // 4 for e in expert_P}))
         assert torch.equal(part.pairs.expert_P, expert_P)
         assert torch.equal(part.tokens[part.pairs.token_P], part.flat // width)
         assert torch.equal(part.pairs.weight_P, weights_TK.reshape(-1)[part.flat])
         assert len(torch.unique(part.tokens)) == len(part.tokens)
+
+
+def test_pairs_by_block_keep_their_order_and_leave_out_blocks_that_nobody_chose() -> None:
+    ids_TK = torch.tensor([[0, 9], [3, -1], [8, 1]])
+    by_block = pairs_by_block(ids_TK, flat_pairs(ids_TK), 4)
+    assert {block: flat.tolist() for block, flat in by_block.items()} == {0: [0, 2, 5], 2: [1, 4]}

@@ -1,0 +1,205 @@
+"""Begins exchanges: every so often one partner is dialled, beside training, and what came of it is counted and told.
+
+Belongs to the event loop. A partner that fails is left alone by averaging for a while; the directory is not told, as a
+host that cannot average may still answer tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from node.averaging.exchange import ExchangeResult
+from node.averaging.partners import History, candidates, choose_partner
+from protocol.errors import KilohiveError, OverloadedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from dht.view import Replica
+    from node.averaging.partners import Candidate
+    from node.averaging.replica import AveragedReplica
+    from protocol.events import EventLog
+    from protocol.manifest import BlockId
+
+logger = logging.getLogger(__name__)
+
+JITTER = 0.25
+STOP_TIMEOUT_S = 2.0
+
+
+class OwnReplicas(Protocol):
+    """What is averaged here."""
+
+    def ids(self) -> tuple[BlockId, ...]:
+        """Blocks held by this node."""
+
+    def get(self, block_id: BlockId) -> AveragedReplica | None:
+        """The replica of a block, if it is here."""
+
+
+class Exchanger(Protocol):
+    """Carries one exchange out."""
+
+    async def exchange(
+        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
+    ) -> ExchangeResult:
+        """Over these blocks, in this order, within `timeout_s`. Raises KilohiveError."""
+
+
+class Holders(Protocol):
+    """Who else holds a block."""
+
+    def replicas(self, block: BlockId) -> Sequence[Replica]:
+        """Live replicas of a block, read from memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragerConfig:
+    """When this node begins exchanges. `timeout_s` is for one exchange over all blocks that a pair shares."""
+
+    peer_id: str
+    period_s: float
+    timeout_s: float = 60.0
+    seed: int = 0
+
+
+class Averager:
+    """Exchanges with one partner at a time, about every `period_s` seconds between `start` and `stop`.
+
+    `on_result` also takes what the service answered, so that numbers and events cover both directions.
+    """
+
+    def __init__(
+        self,
+        replicas: OwnReplicas,
+        client: Exchanger,
+        directory: Holders,
+        config: AveragerConfig,
+        events: EventLog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._replicas, self._client, self._directory = replicas, client, directory
+        self._config, self._events, self._clock = config, events, clock
+        # Nodes of one seed must not choose in step: each draws for itself.
+        self._rng = random.Random(f"{config.seed}/{config.peer_id}")
+        self._history = History(clock())
+        self._divergence: dict[BlockId, float] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self.exchanged_bytes = 0
+
+    def start(self) -> None:
+        """Begin, with the first exchange about one period from now."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="averager")
+
+    async def stop(self) -> None:
+        """End it, in the middle of an exchange if need be, within STOP_TIMEOUT_S. Safe to call twice."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        _, late = await asyncio.wait({task}, timeout=STOP_TIMEOUT_S)
+        if late:
+            logger.error("An exchange of replicas does not end after %.0f s; leaving it", STOP_TIMEOUT_S)
+
+    async def exchange_once(self, block_ids: Collection[BlockId] | None = None) -> ExchangeResult | None:
+        """One exchange now (after the one under way), of all blocks or only some; None if nobody else has them.
+
+        A failed one is a result with a problem, never an error.
+        """
+        async with self._one_at_a_time:
+            partner = self._choose(block_ids)
+            return None if partner is None else await self._exchange_with(partner)
+
+    def divergence(self, block_id: BlockId) -> float:
+        """Relative distance to the partner at the block's last exchange; 0 before the first."""
+        return self._divergence.get(block_id, 0.0)
+
+    def on_result(self, result: ExchangeResult) -> None:
+        """Count and tell an exchange, whoever began it."""
+        now_s = self._clock()
+        self.exchanged_bytes += result.n_bytes
+        moved = {block.block: block.divergence for block in result.blocks}
+        held = set(self._replicas.ids())
+        merged = {**self._divergence, **moved}
+        self._divergence = {block_id: distance for block_id, distance in merged.items() if block_id in held}
+        # Refused blocks too, where this node asked: a partner that always refuses must not always be asked next.
+        for block_id in (*moved, *(result.refused if result.dialled else ())):
+            self._history.met(block_id, result.partner, now_s)
+        self._emit(result)
+
+    def _choose(self, block_ids: Collection[BlockId] | None) -> Candidate | None:
+        wanted = self._replicas.ids() if block_ids is None else block_ids
+        own = {block_id: replica.version for block_id in wanted if (replica := self._replicas.get(block_id))}
+        found = candidates(own, self._directory.replicas, self._config.peer_id, self._history, self._clock())
+        return choose_partner(found, self._rng) if found else None
+
+    async def _exchange_with(self, partner: Candidate) -> ExchangeResult:
+        begun_s = self._clock()
+        try:
+            result = await self._client.exchange(
+                partner.endpoint, partner.peer_id, partner.blocks, self._config.timeout_s
+            )
+        except KilohiveError as error:
+            result = _failure(partner.peer_id, self._clock() - begun_s, error)
+            if isinstance(error, OverloadedError):
+                self._history.busy(partner.peer_id, self._clock(), error.retry_after_s)
+            else:
+                self._history.failed(partner.peer_id, self._clock())
+        else:
+            self._remember(partner.peer_id, result)
+        self.on_result(result)
+        return result
+
+    def _remember(self, peer_id: str, result: ExchangeResult) -> None:
+        if result.problem and not result.blocks:
+            self._history.failed(peer_id, self._clock())
+        else:
+            self._history.answered(peer_id, result.seconds / max(1, len(result.blocks)))
+
+    def _emit(self, result: ExchangeResult) -> None:
+        distances = [block.divergence for block in result.blocks]
+        self._events.emit(
+            "exchange",
+            partner=result.partner,
+            dialled=result.dialled,
+            blocks=len(result.blocks),
+            divergence_max=max(distances, default=0.0),
+            divergence_mean=sum(distances) / max(1, len(distances)),
+            clipped=sum(block.clipped_rows for block in result.blocks),
+            refused=len(result.refused),
+            bytes=result.n_bytes,
+            seconds=round(result.seconds, 3),
+            problem=result.problem,
+        )
+
+    async def _run(self) -> None:
+        took_s = 0.0
+        while True:
+            await asyncio.sleep(pause_s(self._config.period_s, took_s, self._rng))
+            begun_s = self._clock()
+            try:
+                await self.exchange_once()
+            except Exception:  # the task's boundary: a mistake in one exchange must not end averaging unseen
+                logger.exception("An exchange of replicas failed")
+            took_s = self._clock() - begun_s
+
+
+def pause_s(period_s: float, took_s: float, rng: random.Random) -> float:
+    """Seconds to wait after an exchange that took `took_s`, so that the next begins a period after it began.
+
+    The period is up to JITTER longer or shorter: nodes started together are not to dial each other together.
+    """
+    return max(0.0, period_s * rng.uniform(1 - JITTER, 1 + JITTER) - took_s)
+
+
+def _failure(peer_id: str, seconds: float, error: KilohiveError) -> ExchangeResult:
+    return ExchangeResult(
+        partner=peer_id, dialled=True, blocks=(), refused={}, n_bytes=0, seconds=seconds, problem=str(error)
+    )

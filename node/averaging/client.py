@@ -1,0 +1,191 @@
+"""gRPC calls to other replicas' holders: exchanges that this node begins, and downloads. On the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import grpc
+
+from node.averaging.download import Download
+from node.averaging.pairing import Pairing, Tally
+from node.averaging.service import SERVICE_NAME
+from node.averaging.wire import Inbox, Wire, within
+from node.dispatch.client import CLOSE_GRACE_S, OPTIONS
+from protocol import averaging_pb2 as pb
+from protocol.errors import KilohiveError, OverloadedError, UnavailableError, error_from_status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from node.averaging.exchange import ExchangeConfig, ExchangeResult
+    from node.averaging.replica import ReplicaState, TensorSchema
+    from node.averaging.replica_set import ReplicaSet
+    from protocol.manifest import BlockId
+
+_CUT_IN_A_MESSAGE = "Internal error from Core"
+"""What grpc.aio makes of the status when the call ends while a message is on its way out."""
+
+
+class AveragingClient:
+    """Dials other nodes by endpoint, one exchange at a time. `wire_bytes` counts messages' bytes, both ways."""
+
+    def __init__(self, replicas: ReplicaSet, config: ExchangeConfig) -> None:
+        self._replicas, self._config = replicas, config
+        self._open: set[grpc.aio.Channel] = set()
+        self._dialling = False
+        self.wire_bytes = 0
+
+    async def exchange(
+        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
+    ) -> ExchangeResult:
+        """One exchange with `partner_id` over those of the blocks that both have, in this order.
+
+        Once the partner has answered the offer, what breaks the exchange is told in the result, beside what was done.
+
+        Raises:
+            KilohiveError: nothing was exchanged: the partner cannot be reached, refuses, or is of another run.
+            OverloadedError: the partner answers another exchange, or this node has dialled one already.
+        """
+        if self._dialling:
+            raise OverloadedError("this node has begun another exchange")
+        self._dialling = True
+        try:
+            return await self._exchange(endpoint, partner_id, block_ids, timeout_s)
+        finally:
+            self._dialling = False
+
+    async def download(
+        self,
+        endpoint: str,
+        block_id: BlockId,
+        wanted: Sequence[TensorSchema],
+        timeout_s: float,
+        *,
+        params_only: bool = False,
+        tell: Callable[[int], None] | None = None,
+    ) -> ReplicaState:
+        """A peer's replica, checked against `wanted`; `learnt_R` is zero. Waits while the peer has others to serve.
+
+        With `params_only` there are no moments. `tell` is called with the bytes that have come so far.
+
+        Raises:
+            KilohiveError: the peer's error, UnavailableError, DeadlineError, InvalidInputError for bytes that do not
+                fit. What came until then is forgotten.
+        """
+        request = pb.DownloadRequest(run_id=self._config.run_id, block=str(block_id), params_only=params_only)
+        async with within(timeout_s, f"the download of block {block_id}"):
+            while True:
+                download = Download(block_id, wanted, self._config, params_only=params_only)
+                try:
+                    return await self._download(endpoint, request, download, tell)
+                except OverloadedError as error:
+                    await asyncio.sleep(error.retry_after_s)
+
+    async def close(self) -> None:
+        """Close every channel; calls in flight end with UnavailableError."""
+        await asyncio.gather(*(channel.close(CLOSE_GRACE_S) for channel in self._open))
+
+    async def _exchange(
+        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
+    ) -> ExchangeResult:
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        tally = Tally(partner=partner_id, dialled=True)
+        async with self._channel(endpoint) as channel:
+            method: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
+            method = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")
+            call = method(timeout=timeout_s)
+            wire = Wire(_ClientStream(call))
+            try:
+                async with within(timeout_s, "the exchange"):
+                    await Pairing(wire, self._replicas, self._config, tally).dial(block_ids)
+                    if tally.agreed:
+                        await call.done_writing()
+                        await wire.receive_or_end()
+            except KilohiveError as error:
+                if not tally.agreed:
+                    raise
+                tally.problem = str(error)
+            finally:
+                self.wire_bytes += wire.n_bytes
+        return tally.result(wire.n_bytes, loop.time() - started_s)
+
+    async def _download(
+        self,
+        endpoint: str,
+        request: pb.DownloadRequest,
+        download: Download,
+        tell: Callable[[int], None] | None,
+    ) -> ReplicaState:
+        async with self._channel(endpoint) as channel:
+            method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
+            method = channel.unary_stream(f"/{SERVICE_NAME}/Download")
+            inbox = Inbox(_ClientReceiver(method(request.SerializeToString())))
+            try:
+                return await download.receive(inbox, tell)
+            finally:
+                self.wire_bytes += inbox.n_bytes
+
+    @asynccontextmanager
+    async def _channel(self, endpoint: str) -> AsyncIterator[grpc.aio.Channel]:
+        """A connection for one call: calls are seconds apart, and partners come and go."""
+        channel = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
+        self._open.add(channel)
+        try:
+            yield channel
+        finally:
+            self._open.discard(channel)
+            # Without grace: what is still running is cancelled.
+            await channel.close()
+
+
+class _ClientReceiver:
+    """The receiving half of a gRPC call."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes] | grpc.aio.UnaryStreamCall[bytes, bytes]) -> None:
+        self._call = call
+
+    async def receive(self) -> bytes | None:
+        """None at the end of a call that went well."""
+        async with self._errors():
+            raw = await self._call.read()
+            return raw if isinstance(raw, bytes) else None
+
+    @asynccontextmanager
+    async def _errors(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise _rebuilt(error.code(), error.details(), error.trailing_metadata()) from None
+        except asyncio.InvalidStateError:
+            # The call had ended before this message: its status says why.
+            call = self._call
+            raise _rebuilt(await call.code(), await call.details(), await call.trailing_metadata()) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not this task is cancelled but the call, by `close`.
+            raise UnavailableError("this node closed the call") from None
+
+
+class _ClientStream(_ClientReceiver):
+    """The calling end of a gRPC stream."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        super().__init__(call)
+        self._stream = call
+
+    async def send(self, raw: bytes) -> None:
+        """Raises the partner's error if that is known."""
+        async with self._errors():
+            await self._stream.write(raw)
+
+
+def _rebuilt(code: grpc.StatusCode, details: str | None, trailing: grpc.aio.Metadata | None) -> KilohiveError:
+    if code is grpc.StatusCode.OK or details == _CUT_IN_A_MESSAGE:
+        return UnavailableError("the partner ended the call")
+    metadata = {key: value for key, value in trailing or () if isinstance(value, str)}
+    return error_from_status(code, details or "", metadata)

@@ -1,0 +1,313 @@
+"""One block between two replicas: both sides' snapshots, the pieces that pass between them, the moves that follow.
+
+Pairwise gossip of differences: the dialler sends its weights as the codec leaves them (a_hat), the answerer what it has
+more than that (d = Q(b - a_hat)), and the dialler settles the difference that both then apply: Q(d + a_hat - a), about
+b - a. Small numbers lose little to quantisation, and what is lost stays in the replicas' difference, so that the next
+exchange corrects it: error feedback without memory (compare arXiv 1907.09356). Both apply the same difference, so where
+they go halves, the replicas' mean does not change, whatever the codec.
+
+Nothing is applied before everything has come and been checked. Memory: snapshot, differences and partner's moments of
+one block.
+
+Shapes: R rows, V values of one piece, flattened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from node.averaging.gossip import Move, apply_move, checked_moments, relative_distance, share_R
+from node.averaging.pieces import Incoming, Slot, Store, cut, flattened, piece_codec, piece_of, values_of
+from node.averaging.replica import ReplicaState, schema
+from node.averaging.wire import MAX_PIECE_MESSAGE_BYTES, Wire, both, require, unpack, within
+from protocol import averaging_pb2 as pb
+from protocol.errors import InvalidInputError, LimitExceededError
+from protocol.limits import MAX_RUN_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from node.averaging.gossip import GossipLimits
+    from node.averaging.replica import AveragedReplica
+    from protocol.manifest import AveragingCodec, BlockId, Dtype
+
+START_BYTES = 1024
+START_BYTES_PER_ROW = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """How a node exchanges. A block may take `block_timeout_s` and what its bytes take at the slowest rate."""
+
+    run_id: str
+    peer_id: str
+    codec: AveragingCodec
+    dtype: Dtype
+    limits: Callable[[BlockId], GossipLimits]
+    block_timeout_s: float = 20.0
+    offer_timeout_s: float = 10.0
+    slowest_bytes_per_s: int = 1 << 17
+    window_pieces: int = 8
+
+    def transfer_timeout_s(self, state: ReplicaState) -> float:
+        """For a replica to cross the slowest connection, both ways one after the other."""
+        n_bytes = sum(t.numel() * t.itemsize for t in state.named().values())
+        return self.block_timeout_s + 2 * n_bytes / self.slowest_bytes_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """What an exchange did to one block here; `divergence` was before it, relative to this replica's norm."""
+
+    block: BlockId
+    divergence: float
+    clipped_rows: int
+    version_gap: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeResult:
+    """One exchange as this node saw it. `blocks` have moved; `refused` says for each of the others why not.
+
+    `n_bytes` counts messages both ways; `problem` is why it ended early, if it did.
+    """
+
+    partner: str
+    dialled: bool
+    blocks: tuple[BlockResult, ...]
+    refused: Mapping[BlockId, str]
+    n_bytes: int
+    seconds: float
+    problem: str = ""
+
+
+class Side:
+    """One side of one block: its own snapshot, and the partner's tensors as they come. Its methods may run anywhere."""
+
+    def __init__(
+        self,
+        block_id: BlockId,
+        own: ReplicaState,
+        learnt_before_R: torch.Tensor | None,
+        config: ExchangeConfig,
+    ) -> None:
+        tensors = schema(own)
+        self.block_id, self.own, self.config = block_id, own, config
+        self.slots = cut(tensors)
+        self.weight_slots = tuple(slot for slot in self.slots if slot.is_weights)
+        self.work_R = own.learnt_R if learnt_before_R is None else (own.learnt_R - learnt_before_R).clamp(min=0)
+        self._flat = flattened(own.named())
+        self._store = Store(tensors)
+        self._incoming = Incoming(self.slots, config.codec, config.dtype)
+
+    def start(self) -> bytes:
+        """The message that begins the block."""
+        own = self.own
+        start = pb.Start(
+            block=str(self.block_id), version=own.version, work=self.work_R.tolist(), steps=own.steps_R.tolist()
+        )
+        return pb.ExchangeMessage(start=start).SerializeToString()
+
+    def meet(self, start: pb.Start) -> None:
+        """Check the partner's Start; raises InvalidInputError."""
+        if start.block != str(self.block_id):
+            raise InvalidInputError("block", f"is {start.block[:40]!r}, must be {str(self.block_id)!r}")
+        work_R, self._steps_R = counters_of(start, len(self.own.steps_R))
+        self._alpha_R = share_R(self.work_R, work_R)
+        self._version = start.version
+
+    def check(self) -> None:
+        """Check the partner's moments once they are whole; raises InvalidInputError. Runs before anything moves."""
+        limits = self.config.limits(self.block_id)
+        checked_moments(self._store.group("first"), self._store.group("second"), limits)
+
+    def move(self) -> tuple[Move, float]:
+        """What this side does now that both know the difference, and how far it was from the partner, relatively."""
+        delta = self._difference()
+        move = Move(
+            delta=delta,
+            alpha_R=self._alpha_R,
+            first=self._store.group("first"),
+            second=self._store.group("second"),
+            steps_R=self._steps_R,
+            version=self._version,
+        )
+        return move, relative_distance(delta, self.own.params)
+
+    def _difference(self) -> dict[str, torch.Tensor]:
+        return self._store.group("params")
+
+    def _piece(self, slot: Slot, values_V: torch.Tensor) -> pb.Piece:
+        return piece_of(slot, values_V, piece_codec(slot, self.config.codec, self.config.dtype))
+
+    def _as_read(self, piece: pb.Piece, slot: Slot) -> torch.Tensor:
+        """A piece of one's own as the partner will read it."""
+        return values_of(piece, slot, piece_codec(slot, self.config.codec, self.config.dtype))
+
+
+class DialledSide(Side):
+    """The side that dialled: sends first, settles, moves last."""
+
+    exact = True
+    """Whether the codec lost nothing of the weights, so that the answered difference is the settled one."""
+    _asked = 0
+
+    def ask(self, slot: Slot) -> bytes:
+        """The slot's piece. What its codec loses of weights waits in the store for the answer."""
+        own_V = slot.of(self._flat)
+        piece = self._piece(slot, own_V)
+        if slot.is_weights:
+            lost_V = self._as_read(piece, slot) - own_V
+            self.exact = self.exact and not bool(lost_V.any())
+            slot.of(self._store.flat).copy_(lost_V)
+        self._asked += 1
+        return _packed(piece)
+
+    def take_answer(self, raw: bytes) -> None:
+        """The partner's difference or moments; raises InvalidInputError."""
+        message = unpack(raw, MAX_PIECE_MESSAGE_BYTES)
+        require(message, "piece")
+        if self._incoming.taken >= self._asked:
+            raise InvalidInputError("message", "answers a piece that was not sent yet")
+        slot, values_V = self._incoming.take(message.piece)
+        there_V = slot.of(self._store.flat)
+        if slot.is_weights:
+            there_V.add_(values_V)
+        else:
+            there_V.copy_(values_V)
+
+    def settle(self, slot: Slot) -> bytes:
+        """The slot's settled difference, kept as the partner will read it."""
+        there_V = slot.of(self._store.flat)
+        piece = self._piece(slot, there_V)
+        there_V.copy_(self._as_read(piece, slot))
+        return _packed(piece)
+
+
+class AnsweringSide(Side):
+    """The side that was dialled: answers piece by piece, moves first."""
+
+    _settled: Incoming | None = None
+
+    def answer(self, raw: bytes) -> bytes:
+        """The answer to one piece: the difference of weights, or one's own moments; raises InvalidInputError."""
+        message = unpack(raw, MAX_PIECE_MESSAGE_BYTES)
+        require(message, "piece")
+        slot, values_V = self._incoming.take(message.piece)
+        own_V = slot.of(self._flat)
+        if not slot.is_weights:
+            slot.of(self._store.flat).copy_(values_V)
+            return _packed(self._piece(slot, own_V))
+        piece = self._piece(slot, own_V - values_V)
+        slot.of(self._store.flat).copy_(self._as_read(piece, slot))
+        return _packed(piece)
+
+    def take_settlement(self, raw: bytes) -> bool:
+        """One settled piece, or the end of them (True); raises InvalidInputError."""
+        message = unpack(raw, MAX_PIECE_MESSAGE_BYTES)
+        kind = require(message, "piece", "settle")
+        if self._settled is None:
+            self._settled = Incoming(self.weight_slots, self.config.codec, self.config.dtype)
+        if kind == "piece":
+            slot, values_V = self._settled.take(message.piece)
+            slot.of(self._store.flat).copy_(values_V)
+            return False
+        if message.settle.block != str(self.block_id):
+            raise InvalidInputError("block", f"is {message.settle.block[:40]!r}, must be {str(self.block_id)!r}")
+        if self._settled.taken if message.settle.exact else not self._settled.done:
+            raise InvalidInputError("exact", f"is {message.settle.exact} after {self._settled.taken} settled pieces")
+        return True
+
+    def _difference(self) -> dict[str, torch.Tensor]:
+        # What was settled is the dialler's.
+        return {name: delta.neg_() for name, delta in super()._difference().items()}
+
+
+async def dial_block(wire: Wire, replica: AveragedReplica, side: DialledSide) -> BlockResult:
+    """Exchange one block as its dialler. The replica has moved, whole, when this returns, and not at all if it raises.
+
+    Raises:
+        KilohiveError: the partner's, or of what it sent; DeadlineError; whatever the replica's `call` raises.
+    """
+    async with within(side.config.transfer_timeout_s(side.own), f"block {side.block_id}"):
+        await wire.send(side.start())
+        window = asyncio.Semaphore(side.config.window_pieces)
+        await both(_ask(wire, side, window), _take_answers(wire, side, window))
+        await asyncio.to_thread(side.check)
+        for slot in () if side.exact else side.weight_slots:
+            await wire.send(await asyncio.to_thread(side.settle, slot))
+        await wire.send(_settle(side, exact=side.exact))
+        require(unpack(await wire.receive(), START_BYTES), "settle")
+        return await _apply(replica, side)
+
+
+async def answer_block(wire: Wire, replica: AveragedReplica, side: AnsweringSide, start: pb.Start) -> BlockResult:
+    """Exchange one block as the one that was dialled; the same promises as `dial_block`.
+
+    The dialler waits for `settled` afterwards: if it never comes, this replica alone has moved.
+    """
+    async with within(side.config.transfer_timeout_s(side.own), f"block {side.block_id}"):
+        side.meet(start)
+        await wire.send(side.start())
+        for _ in side.slots:
+            await wire.send(await asyncio.to_thread(side.answer, await wire.receive()))
+        await asyncio.to_thread(side.check)
+        while not await asyncio.to_thread(side.take_settlement, await wire.receive()):
+            pass
+        return await _apply(replica, side)
+
+
+def settled(side: Side) -> bytes:
+    """What the answering side says once it has moved."""
+    return _settle(side, exact=False)
+
+
+def counters_of(start: pb.Start, n_rows: int, *, with_work: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """`work_R` (not checked further) and `steps_R` of `n_rows` rows; InvalidInputError for what does not fit."""
+    for field, values, wanted in (("work", start.work, n_rows * with_work), ("steps", start.steps, n_rows)):
+        if len(values) != wanted:
+            raise InvalidInputError(field, f"has {len(values)} values, must have {wanted}")
+    largest = max((start.version, *start.steps))
+    if largest > MAX_RUN_TOKENS:
+        raise LimitExceededError("version and steps", largest, MAX_RUN_TOKENS)
+    return torch.tensor(start.work, dtype=torch.float64), torch.tensor(start.steps, dtype=torch.int64)
+
+
+async def _ask(wire: Wire, side: DialledSide, window: asyncio.Semaphore) -> None:
+    for slot in side.slots:
+        await window.acquire()
+        await wire.send(await asyncio.to_thread(side.ask, slot))
+
+
+async def _take_answers(wire: Wire, side: DialledSide, window: asyncio.Semaphore) -> None:
+    """Never waits for a send, so that two full directions cannot wait for each other."""
+    message = unpack(await wire.receive(), START_BYTES + START_BYTES_PER_ROW * len(side.work_R))
+    require(message, "start")
+    side.meet(message.start)
+    for _ in side.slots:
+        await asyncio.to_thread(side.take_answer, await wire.receive())
+        window.release()
+
+
+async def _apply(replica: AveragedReplica, side: Side) -> BlockResult:
+    limits = side.config.limits(side.block_id)
+    move, divergence = await asyncio.to_thread(side.move)
+    clipped_rows = await asyncio.wrap_future(replica.call(lambda state: apply_move(state, move, limits)))
+    return BlockResult(
+        block=side.block_id,
+        divergence=divergence,
+        clipped_rows=clipped_rows,
+        version_gap=abs(side.own.version - move.version),
+    )
+
+
+def _packed(piece: pb.Piece) -> bytes:
+    return pb.ExchangeMessage(piece=piece).SerializeToString()
+
+
+def _settle(side: Side, *, exact: bool) -> bytes:
+    return pb.ExchangeMessage(settle=pb.Settle(block=str(side.block_id), exact=exact)).SerializeToString()

@@ -1,0 +1,64 @@
+"""Averaging as one node runs it: its replicas, the service that answers exchanges, the client and loop that begin them.
+
+Hosts put their blocks into `replicas`, trainers their trunk; the rest is the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from node.averaging.averager import Averager, AveragerConfig
+from node.averaging.client import AveragingClient
+from node.averaging.exchange import ExchangeConfig
+from node.averaging.gossip import GossipLimits
+from node.averaging.replica_set import ReplicaSet
+from node.averaging.service import AveragingService
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dht.directory import Directory
+    from node.averaging.replica import ReplicaState
+    from protocol.events import EventLog
+    from protocol.manifest import BlockId, Manifest
+
+
+class Averaging:
+    """The parts, wired. Belongs to the event loop; `service.handler()` goes into the node's gRPC server."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        peer_id: str,
+        directory: Directory,
+        events: EventLog,
+        seed: int = 0,
+        stored: Callable[[BlockId], ReplicaState | None] | None = None,
+    ) -> None:
+        self.replicas = ReplicaSet()
+        config = ExchangeConfig(
+            run_id=manifest.run_id,
+            peer_id=peer_id,
+            codec=manifest.averaging.codec,
+            dtype=manifest.dtype,
+            limits=partial(GossipLimits.from_manifest, manifest),
+        )
+        self.client = AveragingClient(self.replicas, config)
+        self.averager = Averager(
+            self.replicas,
+            self.client,
+            directory,
+            AveragerConfig(peer_id=peer_id, period_s=manifest.averaging.period_s, seed=seed),
+            events,
+        )
+        self.service = AveragingService(self.replicas, config, self.averager.on_result, stored=stored)
+
+    def start(self) -> None:
+        """Begin exchanges with other replicas' holders, until `stop`."""
+        self.averager.start()
+
+    async def stop(self) -> None:
+        """End the exchanges that this node began, and close its channels; safe without a `start`."""
+        await self.averager.stop()
+        await self.client.close()

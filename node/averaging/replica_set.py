@@ -1,0 +1,123 @@
+"""This node's replicas as averaging sees them: which there are, which exchange holds which, what each partner has seen.
+
+A block takes part in one exchange at a time. Belongs to the event loop; nothing here waits but `schema_hashes`.
+
+Shapes: R rows of a replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from node.averaging.replica import schema, schema_hash
+from protocol.errors import NotHostedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+    from node.averaging.replica import AveragedReplica
+    from protocol.manifest import BlockId
+
+MAX_PARTNERS = 128
+"""For each block; with whoever it met longest ago, an exchange counts as their first again."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Claim:
+    """One exchange's hold on blocks.
+
+    While it is `pending`, offered by this node and not answered yet, an offer of a dialler with a smaller peer id takes
+    blocks away: of two exchanges that cross, both sides let the same one go on.
+    """
+
+    dialler: str
+    pending: bool
+
+
+@dataclass(eq=False)
+class _Held:
+    replica: AveragedReplica
+    schema_hash: bytes = b""
+    learnt: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
+
+
+class ReplicaSet:
+    """Replicas by block."""
+
+    def __init__(self) -> None:
+        self._held: dict[BlockId, _Held] = {}
+        self._claims: dict[BlockId, Claim] = {}
+
+    def add(self, replica: AveragedReplica) -> None:
+        """Average this replica from now on; it replaces one of the same block."""
+        self._held[replica.id] = _Held(replica)
+
+    def remove(self, block_id: BlockId) -> None:
+        """Average it no more; an exchange of it that goes on is the replica's to refuse."""
+        self._held.pop(block_id, None)
+
+    def get(self, block_id: BlockId) -> AveragedReplica | None:
+        """The replica of a block, if it is here."""
+        held = self._held.get(block_id)
+        return held.replica if held else None
+
+    def ids(self) -> tuple[BlockId, ...]:
+        """Blocks that are averaged here, in order."""
+        return tuple(sorted(self._held))
+
+    async def schema_hashes(self, block_ids: Iterable[BlockId]) -> dict[BlockId, bytes]:
+        """Of each block's tensors, which never change; empty for one that is not here. DrainingError when leaving."""
+        wanted = list(block_ids)
+        return dict(zip(wanted, await asyncio.gather(*map(self._schema_hash, wanted)), strict=True))
+
+    def claim(self, block_id: BlockId, claim: Claim) -> bool:
+        """Hold a block for an exchange, unless another one does; True too if `claim` holds it already."""
+        holder = self._claims.get(block_id)
+        if block_id not in self._held or (holder not in {None, claim} and not _gives_way(holder, claim)):
+            return False
+        self._claims[block_id] = claim
+        return True
+
+    def release(self, block_id: BlockId, claim: Claim) -> None:
+        """End a hold; nothing happens if another exchange has the block by now."""
+        if self._claims.get(block_id) is claim:
+            del self._claims[block_id]
+
+    def release_all(self, claim: Claim) -> None:
+        """End every hold of an exchange."""
+        self._claims = {block_id: holder for block_id, holder in self._claims.items() if holder is not claim}
+
+    def learnt_before(self, block_id: BlockId, partner: str) -> torch.Tensor | None:
+        """What `learnt_R` was at the last exchange with this partner; None before the first."""
+        held = self._held.get(block_id)
+        return held.learnt.get(partner) if held else None
+
+    def exchanged(self, replica: AveragedReplica, partner: str, learnt_R: torch.Tensor) -> None:
+        """An exchange with a partner has moved the replica from a snapshot with this `learnt_R`."""
+        held = self._held.get(replica.id)
+        if held is None or held.replica is not replica:
+            return
+        held.learnt[partner] = learnt_R
+        held.learnt.move_to_end(partner)
+        if len(held.learnt) > MAX_PARTNERS:
+            held.learnt.popitem(last=False)
+
+    async def _schema_hash(self, block_id: BlockId) -> bytes:
+        held = self._held.get(block_id)
+        if held is None:
+            return b""
+        if not held.schema_hash:
+            try:
+                held.schema_hash = schema_hash(await asyncio.wrap_future(held.replica.call(schema)))
+            except NotHostedError:
+                return b""
+        return held.schema_hash
+
+
+def _gives_way(holder: Claim | None, claim: Claim) -> bool:
+    return holder is None or (holder.pending and claim.dialler < holder.dialler)

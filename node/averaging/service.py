@@ -1,0 +1,148 @@
+"""The gRPC service that answers exchanges and sends downloads, on a host or a trainer. Runs on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from node.averaging.download import send_state
+from node.averaging.pairing import Pairing, Tally
+from node.averaging.replica import ReplicaState
+from node.averaging.wire import Wire, within
+from node.serving.guard import abort_with, failure_of, parse, timeout_s
+from protocol import averaging_pb2 as pb
+from protocol.errors import InvalidInputError, KilohiveError, NotHostedError, OverloadedError, UnknownRunError
+from protocol.manifest import parse_block_id
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from node.averaging.exchange import ExchangeConfig, ExchangeResult
+    from node.averaging.replica_set import ReplicaSet
+    from protocol.manifest import BlockId
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Averaging"].full_name
+MAX_ANSWERED = 1
+MAX_DOWNLOADS = 2
+"""At once: each holds a copy of a block."""
+
+RETRY_AFTER_S = 1.0
+
+
+class AveragingService:
+    """Exchange and Download over one node's replicas.
+
+    `on_result` hears of every exchange that got as far as an answered offer. `stored` reads the checkpoint of a block
+    that is not held here, None if there is none; it is called in a thread.
+    """
+
+    def __init__(
+        self,
+        replicas: ReplicaSet,
+        config: ExchangeConfig,
+        on_result: Callable[[ExchangeResult], None],
+        *,
+        stored: Callable[[BlockId], ReplicaState | None] | None = None,
+    ) -> None:
+        self._replicas, self._config = replicas, config
+        self._on_result, self._stored = on_result, stored
+        self._running = {"exchange": 0, "download": 0}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Handlers for `grpc.aio.Server.add_generic_rpc_handlers`."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Exchange": grpc.stream_stream_rpc_method_handler(_guarded(self._exchange, "Exchange")),
+            "Download": grpc.unary_stream_rpc_method_handler(_guarded(self._download, "Download")),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    async def _exchange(self, _: object, context: Context) -> None:
+        tally = Tally(partner="", dialled=False)
+        wire = Wire(_ServerStream(context))
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        with self._slot("exchange", MAX_ANSWERED):
+            try:
+                async with within(timeout_s(context), "the exchange"):
+                    await Pairing(wire, self._replicas, self._config, tally).answer()
+            except KilohiveError as error:
+                tally.problem = str(error)
+                raise
+            except asyncio.CancelledError:
+                tally.problem = "the dialler broke off"
+                raise
+            finally:
+                if tally.agreed:
+                    self._on_result(tally.result(wire.n_bytes, loop.time() - started_s))
+
+    async def _download(self, raw: bytes, context: Context) -> None:
+        request = parse(pb.DownloadRequest, raw)
+        block_id = self._checked_block(request)
+        with self._slot("download", MAX_DOWNLOADS):
+            async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
+                state = await self._copy_of(block_id)
+            async with within(self._config.transfer_timeout_s(state), f"the download of block {block_id}"):
+                wire = Wire(_ServerStream(context))
+                await send_state(wire, block_id, state, self._config, params_only=request.params_only)
+
+    async def _copy_of(self, block_id: BlockId) -> ReplicaState:
+        replica = self._replicas.get(block_id)
+        if replica is not None:
+            return await asyncio.wrap_future(replica.call(ReplicaState.copy))
+        state = await asyncio.to_thread(self._stored, block_id) if self._stored else None
+        if state is None:
+            raise NotHostedError("block", f"{block_id} is neither hosted nor stored here")
+        return state
+
+    def _checked_block(self, request: pb.DownloadRequest) -> BlockId:
+        if request.run_id != self._config.run_id:
+            raise UnknownRunError("run_id", f"is {request.run_id[:100]!r}, this node serves {self._config.run_id!r}")
+        try:
+            return parse_block_id(request.block)
+        except ValueError as error:
+            raise InvalidInputError("block", str(error)) from None
+
+    @contextmanager
+    def _slot(self, what: str, most: int) -> Iterator[None]:
+        if self._running[what] >= most:
+            raise OverloadedError(f"this node already has {most} {what}(s) to answer", RETRY_AFTER_S)
+        self._running[what] += 1
+        try:
+            yield
+        finally:
+            self._running[what] -= 1
+
+
+class _ServerStream:
+    """The answering end of a gRPC stream."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def send(self, raw: bytes) -> None:
+        await self._context.write(raw)
+
+    async def receive(self) -> bytes | None:
+        raw = await self._context.read()
+        return raw if isinstance(raw, bytes) else None
+
+
+def _guarded(call: Callable[[Any, Context], Awaitable[None]], what: str) -> Callable[[Any, Context], Awaitable[None]]:
+    async def handle(request: object, context: Context) -> None:
+        try:
+            await call(request, context)
+        except Exception as error:  # noqa: BLE001 - task boundary: a bug of ours must not end the node
+            failure = failure_of(error, what)
+        else:
+            return
+        await abort_with(failure, context)
+
+    return handle

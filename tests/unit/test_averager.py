@@ -1,0 +1,383 @@
+"""The loop that begins exchanges: with whom, when, what it tells, how it ends. The client is a fake, time the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from dht.view import Replica
+from node.averaging.averager import JITTER, Averager, AveragerConfig, pause_s
+from node.averaging.exchange import BlockResult, ExchangeResult
+from node.averaging.partners import FIRST_AVOID_S
+from protocol.errors import OverloadedError, UnavailableError
+from protocol.events import EventLog
+from protocol.manifest import TRUNK, BlockId
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+    from node.averaging.replica import ReplicaState
+
+A, B = BlockId(0, 0), BlockId(0, 1)
+
+
+@dataclass
+class FakeReplica:
+    id: BlockId
+    version: int = 0
+
+    def call(self, function: Callable[[ReplicaState], Any]) -> Future[Any]:
+        raise AssertionError("the averager touches no tensors")
+
+
+@dataclass
+class FakeReplicas:
+    held: dict[BlockId, FakeReplica]
+
+    def ids(self) -> tuple[BlockId, ...]:
+        return tuple(self.held)
+
+    def get(self, block_id: BlockId) -> FakeReplica | None:
+        return self.held.get(block_id)
+
+
+@dataclass
+class FakeDirectory:
+    """Whoever the test lists; it has no way to be told of failures."""
+
+    listed: list[Replica] = field(default_factory=list)
+
+    def replicas(self, block: BlockId) -> list[Replica]:
+        return [replica for replica in self.listed if replica.block == block]
+
+
+class FakeClient:
+    """Answers with the next of `script` (an error is raised), else moves every block, or none with a `refuser`."""
+
+    def __init__(self) -> None:
+        self.script: deque[ExchangeResult | Exception] = deque()
+        self.refuser = ""
+        self.calls: list[tuple[str, str, tuple[BlockId, ...], float]] = []
+        self.called = asyncio.Condition()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.under_way = 0
+        self.cancelled = 0
+
+    async def exchange(
+        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
+    ) -> ExchangeResult:
+        self.under_way += 1
+        assert self.under_way == 1
+        self.calls.append((endpoint, partner_id, tuple(block_ids), timeout_s))
+        async with self.called:
+            self.called.notify_all()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            await self.end()
+            raise
+        finally:
+            self.under_way -= 1
+        return self._answer(partner_id, block_ids)
+
+    async def end(self) -> None:
+        """What a cancelled exchange still does."""
+
+    def _answer(self, partner_id: str, block_ids: Sequence[BlockId]) -> ExchangeResult:
+        if self.script:
+            said = self.script.popleft()
+            if isinstance(said, Exception):
+                raise said
+            return said
+        if partner_id == self.refuser:
+            return result(partner_id, refused=dict.fromkeys(block_ids, "SCHEMA"))
+        return result(partner_id, *block_ids)
+
+    async def wait_for_calls(self, n: int) -> None:
+        async with asyncio.timeout(30), self.called:
+            await self.called.wait_for(lambda: len(self.calls) >= n)
+
+
+def result(partner: str, *blocks: BlockId, **changes: Any) -> ExchangeResult:
+    moved = tuple(
+        BlockResult(block=block, divergence=0.25 * (i + 1), clipped_rows=i, version_gap=0)
+        for i, block in enumerate(blocks)
+    )
+    known: dict[str, Any] = {
+        "partner": partner,
+        "dialled": True,
+        "blocks": moved,
+        "refused": {},
+        "n_bytes": 1000,
+        "seconds": 0.12345,
+    }
+    return ExchangeResult(**{**known, **changes})
+
+
+def holder(peer_id: str, *blocks: BlockId) -> list[Replica]:
+    return [
+        Replica(
+            block=block,
+            peer_id=peer_id,
+            endpoint=f"{peer_id}:4000",
+            version=0,
+            queue_tokens=0,
+            tokens_per_s=0.0,
+            tokens_total=0,
+            n_experts=4,
+            expiration_s=100.0,
+        )
+        for block in blocks
+    ]
+
+
+class Swarm:
+    """An averager among fakes, with its events and its clock."""
+
+    def __init__(self, period_s: float = 1e-3) -> None:
+        self.now_s = 1000.0
+        self.client, self.directory = FakeClient(), FakeDirectory(holder("own", A, B))
+        self.replicas = FakeReplicas({A: FakeReplica(A), B: FakeReplica(B)})
+        self.events: list[dict[str, Any]] = []
+        log = EventLog()
+        log.subscribe(self.events.append)
+        config = AveragerConfig(peer_id="own", period_s=period_s, timeout_s=7.0)
+        self.averager = Averager(self.replicas, self.client, self.directory, config, log, lambda: self.now_s)
+
+
+@pytest.fixture
+async def swarm() -> Swarm:
+    return Swarm()
+
+
+async def test_an_exchange_is_of_all_shared_blocks_and_is_told_whole(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A, B)
+    assert swarm.averager.divergence(A) == 0.0
+    done = await swarm.averager.exchange_once()
+    assert done is not None
+    assert [block.block for block in done.blocks] == [A, B]
+    assert swarm.client.calls == [("p:4000", "p", (A, B), 7.0)]
+    assert (swarm.averager.divergence(A), swarm.averager.divergence(B)) == (0.25, 0.5)
+    assert swarm.averager.exchanged_bytes == 1000
+    (event,) = swarm.events
+    assert event.pop("t") > 0
+    assert event == {
+        "event": "exchange",
+        "partner": "p",
+        "dialled": True,
+        "blocks": 2,
+        "divergence_max": 0.5,
+        "divergence_mean": 0.375,
+        "clipped": 1,
+        "refused": 0,
+        "bytes": 1000,
+        "seconds": 0.123,
+        "problem": "",
+    }
+
+
+async def test_alone_or_without_replicas_there_is_nothing_to_do(swarm: Swarm) -> None:
+    assert await swarm.averager.exchange_once() is None
+    swarm.directory.listed += holder("p", A)
+    swarm.replicas.held.clear()
+    assert await swarm.averager.exchange_once() is None
+    assert swarm.client.calls == []
+    assert swarm.events == []
+
+
+async def test_a_joiner_can_name_the_blocks_it_wants(swarm: Swarm) -> None:
+    swarm.directory.listed += [*holder("p", A), *holder("q", A, B)]
+    for _ in range(5):
+        assert await swarm.averager.exchange_once({B})
+    assert {call[1:3] for call in swarm.client.calls} == {("q", (B,))}
+    assert await swarm.averager.exchange_once({TRUNK}) is None
+
+
+async def test_the_block_that_met_the_partner_longest_ago_comes_first(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A, B)
+    swarm.now_s += 1
+    swarm.averager.on_result(result("p", A, dialled=False))
+    await swarm.averager.exchange_once()
+    assert swarm.client.calls[0][2] == (B, A)
+
+
+async def test_what_others_began_is_counted_and_told_too(swarm: Swarm) -> None:
+    swarm.averager.on_result(result("p", A, dialled=False, n_bytes=50))
+    swarm.averager.on_result(result("p", dialled=False, n_bytes=7, problem="went away"))
+    assert swarm.averager.divergence(A) == 0.25
+    assert swarm.averager.exchanged_bytes == 57
+    assert [(event["dialled"], event["problem"]) for event in swarm.events] == [(False, ""), (False, "went away")]
+
+
+async def test_a_block_that_is_no_longer_here_has_no_divergence(swarm: Swarm) -> None:
+    swarm.averager.on_result(result("p", A, B))
+    del swarm.replicas.held[A]
+    swarm.averager.on_result(result("p", B))
+    assert (swarm.averager.divergence(A), swarm.averager.divergence(B)) == (0.0, 0.25)
+
+
+@pytest.mark.parametrize("as_result", [True, False], ids=["told", "raised"])
+async def test_a_failing_partner_is_an_event_and_left_alone_for_longer_each_time(
+    swarm: Swarm, *, as_result: bool
+) -> None:
+    swarm.directory.listed += holder("p", A)
+    error: ExchangeResult | Exception = result("p", problem="gone") if as_result else UnavailableError("gone")
+    for n in range(3):
+        swarm.client.script.append(error)
+        failed = await swarm.averager.exchange_once()
+        assert failed is not None
+        assert (failed.problem, failed.blocks) == ("gone", ())
+        swarm.now_s += FIRST_AVOID_S * 2**n - 0.01
+        assert await swarm.averager.exchange_once() is None
+        swarm.now_s += 0.01
+    assert [event["problem"] for event in swarm.events] == ["gone"] * 3
+    answered = await swarm.averager.exchange_once()
+    assert answered is not None
+    assert not answered.problem
+    assert await swarm.averager.exchange_once() is not None
+
+
+async def test_others_are_dialled_while_one_is_left_alone(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A)
+    swarm.client.script.append(UnavailableError("gone"))
+    await swarm.averager.exchange_once()
+    swarm.directory.listed += holder("q", A)
+    for _ in range(3):
+        await swarm.averager.exchange_once()
+    assert [call[1] for call in swarm.client.calls] == ["p", "q", "q", "q"]
+
+
+async def test_a_busy_partner_is_tried_again_when_it_says_each_time(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A)
+    for _ in range(4):
+        swarm.client.script.append(OverloadedError("in another exchange", 0.5))
+        assert await swarm.averager.exchange_once() is not None
+        assert await swarm.averager.exchange_once() is None
+        swarm.now_s += 0.5
+    assert len(swarm.client.calls) == 4
+
+
+async def test_an_exchange_that_ended_early_but_moved_something_is_no_failure(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A, B)
+    swarm.now_s += 1
+    swarm.client.script.append(result("p", A, problem="too late"))
+    assert await swarm.averager.exchange_once() is not None
+    assert await swarm.averager.exchange_once() is not None
+    assert [call[2] for call in swarm.client.calls] == [(A, B), (B, A)]
+    assert [event["problem"] for event in swarm.events] == ["too late", ""]
+
+
+async def test_a_partner_that_always_refuses_does_not_keep_others_waiting(swarm: Swarm) -> None:
+    swarm.directory.listed += [*holder("p", A), *holder("refuser", A)]
+    swarm.client.refuser = "refuser"
+    for _ in range(60):
+        swarm.now_s += 2.0
+        assert await swarm.averager.exchange_once() is not None
+    refused = sum(event["refused"] for event in swarm.events)
+    assert 15 < refused < 45
+    assert sum(event["blocks"] for event in swarm.events) == 60 - refused
+
+
+async def test_exchanges_of_one_node_never_overlap(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A)
+    swarm.client.gate.clear()
+    both = asyncio.gather(swarm.averager.exchange_once(), swarm.averager.exchange_once())
+    await swarm.client.wait_for_calls(1)
+    swarm.client.gate.set()
+    assert all(await both)
+    assert len(swarm.client.calls) == 2
+
+
+async def test_it_goes_on_by_itself_until_it_is_stopped(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A)
+    swarm.averager.start()
+    swarm.averager.start()
+    await swarm.client.wait_for_calls(5)
+    await swarm.averager.stop()
+    n_calls = len(swarm.client.calls)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(swarm.client.calls) == n_calls
+    await swarm.averager.stop()
+
+
+async def test_neither_a_failing_partner_nor_a_mistake_ends_the_loop(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+) -> None:
+    swarm.directory.listed += [*holder("p", A), *holder("q", A)]
+    swarm.client.script += [UnavailableError("gone"), RuntimeError("a mistake")]
+    swarm.averager.start()
+    await swarm.client.wait_for_calls(4)
+    await swarm.averager.stop()
+    assert swarm.events[0]["problem"] == "gone"
+    assert swarm.events[1]["problem"] == ""
+    assert "a mistake" in caplog.text
+
+
+async def test_stopping_in_the_middle_cancels_the_exchange(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A)
+    swarm.client.gate.clear()
+    swarm.averager.start()
+    await swarm.client.wait_for_calls(1)
+    await swarm.averager.stop()
+    assert swarm.client.cancelled == 1
+    assert swarm.events == []
+
+
+async def test_an_exchange_that_will_not_end_is_left_behind(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.averaging.averager.STOP_TIMEOUT_S", 0.01)
+    swarm.directory.listed += holder("p", A)
+    release, ended = asyncio.Event(), asyncio.Event()
+
+    async def end() -> None:
+        await release.wait()
+        ended.set()
+
+    swarm.client.end = end  # type: ignore[method-assign]
+    swarm.client.gate.clear()
+    swarm.averager.start()
+    await swarm.client.wait_for_calls(1)
+    await swarm.averager.stop()
+    assert not ended.is_set()
+    assert "does not end" in caplog.text
+    release.set()
+    await ended.wait()
+
+
+async def test_stopping_without_a_start_is_fine(swarm: Swarm) -> None:
+    await swarm.averager.stop()
+
+
+def test_exchanges_begin_about_a_period_apart_however_long_they_take() -> None:
+    rng = random.Random(1)
+    pauses_s = [pause_s(2.0, 0.5, rng) for _ in range(200)]
+    assert 2.0 * (1 - JITTER) - 0.5 <= min(pauses_s) < 1.1
+    assert 1.9 < max(pauses_s) <= 2.0 * (1 + JITTER) - 0.5
+    assert pause_s(2.0, 100.0, rng) == 0.0
+
+
+async def test_nodes_that_share_a_seed_do_not_choose_in_step(swarm: Swarm) -> None:
+    log = EventLog()
+    first, other, again = (
+        Averager(
+            swarm.replicas,
+            swarm.client,
+            swarm.directory,
+            AveragerConfig(peer_id=peer_id, period_s=1.0, seed=3),
+            log,
+        )
+        for peer_id in ("p", "q", "p")
+    )
+    pauses_s = [[pause_s(1.0, 0.0, averager._rng) for _ in range(5)] for averager in (first, other, again)]
+    assert pauses_s[0] != pauses_s[1]
+    assert pauses_s[0] == pauses_s[2]

@@ -1,0 +1,201 @@
+"""Whom averaging dials next: staler and nearer partners sooner, everyone some time, itself never."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dht.view import Replica
+from node.averaging.partners import (
+    FIRST_AVOID_S,
+    MAX_AVOID_S,
+    MAX_PAIRS,
+    MAX_PARTNERS,
+    Candidate,
+    History,
+    candidates,
+    choose_partner,
+    weight,
+)
+from protocol.manifest import TRUNK, BlockId
+
+A, B, C = BlockId(0, 0), BlockId(0, 1), BlockId(1, 0)
+OWN = "own"
+VERSIONS = {A: 10, B: 20, C: 30}
+
+seconds = st.floats(0, 1e9)
+some_candidate = st.builds(
+    Candidate,
+    peer_id=st.text(max_size=5),
+    endpoint=st.just("127.0.0.1:4000"),
+    blocks=st.just((A,)),
+    seconds_since=seconds,
+    version_gap=st.integers(0, 1 << 64),
+    latency_s=seconds,
+)
+
+
+def replica(peer_id: str, block: BlockId = A, **changes: Any) -> Replica:
+    known = Replica(
+        block=block,
+        peer_id=peer_id,
+        endpoint=f"{peer_id}:4000",
+        version=VERSIONS.get(block, 0),
+        queue_tokens=0,
+        tokens_per_s=0.0,
+        tokens_total=0,
+        n_experts=4,
+        expiration_s=100.0,
+    )
+    return replace(known, **changes)
+
+
+def found(history: History, now_s: float, *replicas: Replica) -> tuple[Candidate, ...]:
+    return candidates(VERSIONS, lambda block: [r for r in replicas if r.block == block], OWN, history, now_s)
+
+
+def test_a_peer_is_one_candidate_for_all_blocks_that_it_shares_and_this_node_is_none() -> None:
+    history = History(0.0)
+    (p, q) = found(history, 5.0, replica("q", C), replica("p"), replica(OWN), replica("p", C), replica("x", TRUNK))
+    assert (p.peer_id, p.endpoint, p.blocks) == ("p", "p:4000", (A, C))
+    assert (q.peer_id, q.blocks) == ("q", (C,))
+    assert p.seconds_since == q.seconds_since == 5.0
+
+
+def test_only_replicas_that_serve_are_partners() -> None:
+    assert found(History(0.0), 1.0, replica("p", state="joining"), replica("q", state="stored")) == ()
+
+
+def test_blocks_come_stalest_first_and_the_stalest_counts() -> None:
+    history = History(0.0)
+    history.met(A, "p", 30.0)
+    history.met(B, "p", 10.0)
+    history.met(B, "q", 39.0)
+    history.met(C, "p", 20.0)
+    (p,) = found(history, 40.0, *(replica("p", block) for block in VERSIONS))
+    assert p.blocks == (B, C, A)
+    assert p.seconds_since == 30.0
+
+
+def test_a_peer_that_moved_is_dialled_at_its_newest_address() -> None:
+    moved = replica("p", B, endpoint="new:4000", expiration_s=101.0)
+    (p,) = found(History(0.0), 0.0, replica("p"), moved, replica("p", C))
+    assert (p.endpoint, p.blocks) == ("new:4000", (A, B, C))
+
+
+def test_the_largest_gap_in_versions_counts_ahead_or_behind() -> None:
+    (p,) = found(History(0.0), 0.0, replica("p", version=3), replica("p", B, version=25), replica("p", C))
+    assert p.version_gap == 7
+
+
+@settings(deadline=None)
+@given(some_candidate, seconds, st.integers(0, 1 << 64), seconds)
+def test_staler_and_nearer_never_weigh_less_and_nobody_weighs_nothing(
+    candidate: Candidate, more_s: float, more_steps: int, farther_s: float
+) -> None:
+    known = weight(candidate)
+    assert known > 0
+    assert weight(replace(candidate, seconds_since=candidate.seconds_since + more_s)) >= known
+    assert weight(replace(candidate, version_gap=candidate.version_gap + more_steps)) >= known
+    assert weight(replace(candidate, latency_s=candidate.latency_s + farther_s)) <= known
+
+
+@settings(deadline=None)
+@given(st.lists(some_candidate, min_size=1, max_size=5), st.integers())
+def test_the_choice_is_one_of_the_candidates(some: list[Candidate], seed: int) -> None:
+    assert choose_partner(some, random.Random(seed)) in some
+
+
+def draws(*some: Candidate) -> Counter[str]:
+    rng = random.Random(1)
+    return Counter(choose_partner(some, rng).peer_id for _ in range(2000))
+
+
+def test_the_staler_the_further_apart_and_the_nearer_is_drawn_more_often() -> None:
+    plain = Candidate(peer_id="plain", endpoint="", blocks=(A,), seconds_since=10.0, version_gap=5, latency_s=0.5)
+    for other in (
+        replace(plain, peer_id="other", seconds_since=40.0),
+        replace(plain, peer_id="other", version_gap=500),
+        replace(plain, peer_id="other", latency_s=0.1),
+    ):
+        drawn = draws(plain, other)
+        assert drawn["other"] > 1.5 * drawn["plain"] > 0
+
+
+@settings(deadline=None)
+@given(st.integers())
+def test_nobody_starves_beside_faster_partners_and_forged_versions(seed: int) -> None:
+    rng, history, met = random.Random(seed), History(0.0), Counter[str]()
+    latencies_s = {"near": 0.0, "liar": 0.01, "far": 1.0, "farther": 3.0}
+    replicas = [replica(peer_id) for peer_id in latencies_s]
+    replicas[1] = replica("liar", version=(1 << 63) - 1)
+    now_s = 0.0
+    for _ in range(400):
+        now_s += 2.0
+        chosen = choose_partner(found(history, now_s, *replicas), rng).peer_id
+        met[chosen] += 1
+        history.met(A, chosen, now_s)
+        history.answered(chosen, latencies_s[chosen])
+    assert met.keys() == latencies_s.keys()
+    assert met["near"] > met["farther"]
+
+
+def test_a_failing_partner_is_avoided_for_twice_as_long_each_time_and_forgiven_when_it_answers() -> None:
+    history, now_s = History(0.0), 0.0
+    for n in range(8):
+        history.failed("p", now_s)
+        avoided_s = min(FIRST_AVOID_S * 2**n, MAX_AVOID_S)
+        assert found(history, now_s + avoided_s - 0.01, replica("p")) == ()
+        now_s += avoided_s
+        assert found(history, now_s, replica("p"))
+    history.answered("p", 0.1)
+    history.failed("p", now_s)
+    assert not history.avoids("p", now_s + FIRST_AVOID_S)
+
+
+def test_a_busy_partner_is_avoided_as_long_as_it_asks_and_that_is_no_failure() -> None:
+    history = History(0.0)
+    for _ in range(9):
+        history.busy("p", 0.0, 1.5)
+    assert history.avoids("p", 1.4)
+    assert not history.avoids("p", 1.5)
+    history.busy("p", 0.0, 1e9)
+    assert not history.avoids("p", MAX_AVOID_S)
+    history.failed("p", 0.0)
+    assert not history.avoids("p", FIRST_AVOID_S)
+
+
+def test_latency_follows_what_is_measured_and_outlives_a_failure() -> None:
+    history = History(0.0)
+    assert history.latency_s("p") == 0.0
+    history.answered("p", 1.0)
+    assert history.latency_s("p") == 1.0
+    history.answered("p", 2.0)
+    assert 1.0 < history.latency_s("p") < 2.0
+    measured_s = history.latency_s("p")
+    history.failed("p", 0.0)
+    assert history.latency_s("p") == measured_s
+    for _ in range(50):
+        history.answered("p", 2.0)
+    assert abs(history.latency_s("p") - 2.0) < 1e-6
+
+
+def test_dialling_in_under_many_names_fills_no_memory_and_forgets_the_oldest() -> None:
+    history = History(0.0)
+    history.met(A, "old", 5.0)
+    history.answered("old", 3.0)
+    for i in range(MAX_PAIRS):
+        history.met(A, f"name {i}", 6.0)
+    for i in range(MAX_PARTNERS):
+        history.failed(f"name {i}", 6.0)
+    assert history.seconds_since(A, "old", 7.0) == 7.0
+    assert history.latency_s("old") == 0.0
+    assert history.seconds_since(A, "name 0", 7.0) == 1.0
+    assert history.avoids("name 0", 6.1)
+    assert len(history._met_s) == MAX_PAIRS
+    assert len(history._partners) == MAX_PARTNERS

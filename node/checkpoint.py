@@ -57,6 +57,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     return None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata alone of the newest readable of `path` and its predecessor; empty if there is none."""
+    for candidate in (path, previous_path(path)):
+        try:
+            with safe_open(candidate, framework="pt") as file:
+                return file.metadata() or {}
+        except (SafetensorError, OSError, ValueError):
+            continue
+    return {}
+
+
 def previous_path(path: Path) -> Path:
     """Where the checkpoint that `path` replaced is kept."""
     return path.with_name(path.name.removesuffix(SUFFIX) + ".previous" + SUFFIX)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="DataclassInstance")
 MAX_CONFIG_BYTES = 65_536
-MAX_CHOICES_CHARS = 16
+MAX_CHOICES_CHARS = 12
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SHARED_FLAGS = (
     ("--config FILE", "TOML file with any of these settings; flags win over it"),

@@ -36,9 +36,11 @@ class HostConfig(SwarmConfig):
     state: Path = Path("state/host")
     """Folder for key, checkpoints, event log."""
     blocks: str = "auto"
-    """Blocks to host, such as 0/0-3,1/7 (layer/block); auto takes those with the fewest replicas."""
+    """Blocks to host, such as 0/0-3,1/7 (layer/block); auto takes those that the swarm needs most."""
     max_blocks: int = 8
     """Most blocks to take with --blocks auto."""
+    recheck_s: float = 10.0
+    """Seconds between looks at which blocks the swarm needs most, with --blocks auto; 0: never move."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     threads: int = 1
@@ -81,6 +83,10 @@ class TrainConfig(SwarmConfig):
     """Fewest experts that must answer for each token."""
     call_timeout_s: float = 20.0
     """Deadline of one call to a host."""
+    hedge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Ask a second replica as well when a call takes longer than most."""
+    port: int = 0
+    """Port of the gRPC server that averages the trunk; 0 takes a free one."""
     eval_every: int = 50
     """Steps between held-out evaluations; 0: only at the start and the end."""
     eval_bytes: int = 16_384

@@ -1,8 +1,9 @@
-"""Composition root of a host: key, DHT, blocks, runtime, server, announcer, checkpoints; started, stopped in order."""
+"""Composition root of a host: key, DHT, blocks, runtime, server, averaging, announcer; started, stopped in order."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -11,37 +12,40 @@ import psutil
 import torch
 
 from dht.announcer import Announcement, Announcer
-from node.checkpoint import read_checkpoint, write_checkpoint
+from node.averaging import service as averaging_service
+from node.averaging.node_averaging import Averaging
+from node.block_store import BlockStore
 from node.devices import pick_device
-from node.experts.block import Block, new_block
-from node.experts.state import block_metadata, block_tensors, restore_block
 from node.folders import prepare_folder
+from node.keeper import BlockKeeper, KeeperParts
 from node.metrics import start_metrics
-from node.placement import choose_blocks, parse_blocks
+from node.placement import PlacementConfig, parse_blocks
 from node.serving.runtime import Runtime, RuntimeConfig
-from node.serving.server import ExpertServer
-from node.serving.service import ExpertService
+from node.serving.server import NodeServer
+from node.serving.service import SERVICE_NAME, ExpertService
 from node.swarm import Swarm, until_stopped
 from protocol import expert_pb2 as pb
-from protocol.announcements import BlockRecord, PeerRecord
-from protocol.errors import CheckpointError
+from protocol.announcements import MAX_DIVERGENCE, MAX_STALENESS, BlockRecord, PeerRecord
+from protocol.errors import CheckpointError, DrainingError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
-from protocol.manifest import BlockId
 from protocol.settings import check_minimums
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from node.config import HostConfig
-    from protocol.manifest import Manifest
+    from node.experts.block import Block
+    from protocol.announcements import ReplicaState
+    from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"
 MINIMUMS = {
     "max_blocks": 1,
+    "recheck_s": 0,
     "threads": 1,
     "port": 0,
     "metrics_port": 0,
@@ -55,6 +59,8 @@ MINIMUMS = {
 LOAD_EVENT_PERIOD_S = 2.0
 DRAIN_GRACE_S = 0.5
 RUNTIME_STOP_S = 1.0
+MAX_STORED = 64
+"""Checkpoints of blocks that are not hosted here any more, announced for others to download."""
 
 
 async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
@@ -70,10 +76,9 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     swarm = Swarm(config, identity)
     try:
         await until_stopped(swarm.join(), stop)
-        block_ids = _pick_blocks(config, swarm)
-        blocks = await asyncio.to_thread(_load_blocks, config.state, swarm.manifest, block_ids, device)
-        host = Host(config, swarm, blocks, events, started)
-        await host.serve(device, stop)
+        if config.blocks != AUTO:
+            parse_blocks(config.blocks, swarm.manifest.model)
+        await Host(config, swarm, device, events, started).serve(stop)
     finally:
         await swarm.leave()
         events.close()
@@ -83,70 +88,121 @@ class Host:
     """The parts of a running host, wired."""
 
     def __init__(
-        self, config: HostConfig, swarm: Swarm, blocks: Sequence[Block], events: EventLog, started: float
+        self, config: HostConfig, swarm: Swarm, device: torch.device, events: EventLog, started: float
     ) -> None:
-        self._config, self._swarm, self._events, self._started = config, swarm, events, started
-        self._saved: dict[BlockId, int] = {block.id: -1 for block in blocks}
+        self._config, self._swarm, self._device, self._events = config, swarm, device, events
+        self._started = started
+        manifest, peer_id = swarm.manifest, swarm.identity.peer_id
+        self._saved: dict[BlockId, int] = {}
+        self._store = BlockStore(config.state, manifest, device)
         self.runtime = Runtime(
-            blocks,
-            swarm.manifest.optimizer,
+            (),
+            manifest,
             RuntimeConfig(
                 max_queue_tokens=config.max_queue_tokens,
                 keep_inputs_bytes=config.keep_inputs_mb << 20,
                 keep_inputs_s=config.keep_inputs_s,
             ),
         )
-        self._endpoint = ""
+        self.averaging = Averaging(manifest, peer_id, swarm.directory, events, stored=self._store.state)
+        self.keeper = self._build_keeper()
+        about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id, software=SOFTWARE)
+        self._service = ExpertService(manifest, self.runtime, device, about)
+        self._server = NodeServer(
+            (self._service.handler(), self.averaging.service.handler()),
+            (SERVICE_NAME, averaging_service.SERVICE_NAME),
+            config.listen,
+            config.port,
+        )
+        self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._describe)
+        self.keeper.announcer = self._announcer
 
-    async def serve(self, device: torch.device, stop: asyncio.Event) -> None:
-        """Start, announce, wait for `stop`, leave."""
-        manifest, config = self._swarm.manifest, self._config
-        about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=self._swarm.identity.peer_id, software=SOFTWARE)
-        service = ExpertService(manifest, self.runtime, device, about)
-        server = ExpertServer(service, config.listen, config.port)
-        announcer = Announcer(self._swarm.dht, self._swarm.identity, manifest.run_id, describe=self._describe)
+    def _build_keeper(self) -> BlockKeeper:
+        config, swarm = self._config, self._swarm
+        parts = KeeperParts(
+            manifest=swarm.manifest,
+            peer_id=swarm.identity.peer_id,
+            directory=swarm.directory,
+            runtime=self.runtime,
+            averaging=self.averaging,
+            store=self._store,
+            events=self._events,
+            device=self._device,
+            clock=time.monotonic,
+        )
+        placement = PlacementConfig(
+            max_blocks=config.max_blocks,
+            target_replicas=swarm.manifest.averaging.target_replicas,
+            check_s=config.recheck_s,
+        )
+        return BlockKeeper(parts, placement, swarm.identity.peer_id)
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Start, take blocks, announce them, wait for `stop`, leave."""
+        config = self._config
         self.runtime.start()
         try:
-            await server.start()
-            self._endpoint = server.endpoint
-            with start_metrics(self.runtime, service, config.listen, config.metrics_port):
-                await announcer.start()
-                self._tell_announced(device)
+            await self._server.start()
+            metrics = start_metrics(
+                self.runtime, self._service, config.listen, config.metrics_port, self._exchanged_bytes
+            )
+            with metrics, contextlib.suppress(DrainingError):
+                await until_stopped(self._first_blocks(), stop)
+                self.averaging.start()
+                self._tell_announced()
                 await self._until(stop)
-            await self._leave(announcer, server)
+            await self._leave()
         finally:
-            await announcer.stop()
-            await server.drain(0)
+            await asyncio.gather(self._announcer.stop(), self.averaging.stop(), self._server.drain(0))
             await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
 
-    def _tell_announced(self, device: torch.device) -> None:
+    async def _first_blocks(self) -> None:
+        config, swarm = self._config, self._swarm
+        self.keeper.stored = await asyncio.to_thread(self._store.versions)
+        await self._announcer.start()
+        # Others that start now are seen by their first word, and what they join by their second.
+        with contextlib.suppress(UnavailableError):
+            await swarm.directory.refresh_now()
+        auto = config.blocks == AUTO
+        await self.keeper.take(self.keeper.choose() if auto else parse_blocks(config.blocks, swarm.manifest.model))
+        self._saved = dict.fromkeys(self.runtime.blocks, -1)
+        try:
+            await self._announcer.announce_now()
+        except UnavailableError as error:
+            logger.warning("The DHT does not answer, announcing later: %s", error)
+
+    def _tell_announced(self) -> None:
         blocks = self.runtime.blocks
         seconds = round(time.time() - self._started, 2)
+        endpoint = self._server.endpoint
         self._events.emit(
             "announced",
             run_id=self._swarm.manifest.run_id,
             peer_id=self._swarm.identity.peer_id,
-            endpoint=self._endpoint,
+            endpoint=endpoint,
             addresses=list(self._swarm.dht.addresses),
-            versions={str(block_id): block.version for block_id, block in blocks.items()},
-            device=str(device),
+            versions={str(block_id): block.version for block_id, block in sorted(blocks.items())},
+            device=str(self._device),
             seconds_since_start=seconds,
         )
         n_experts = sum(len(block.experts) for block in blocks.values())
         what = f"{n_experts} experts in {len(blocks)} blocks"
-        logger.info("Hosting %s at %s on %s, announced after %.1f s", what, self._endpoint, device, seconds)
+        logger.info("Hosting %s at %s on %s, announced after %.1f s", what, endpoint, self._device, seconds)
 
     async def _until(self, stop: asyncio.Event) -> None:
+        work = [self._checkpoints(), self._load_events()]
+        if self._config.blocks == AUTO and self._config.recheck_s:
+            work.append(self.keeper.recheck_forever())
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._checkpoints()), group.create_task(self._load_events())]
+            tasks = [group.create_task(coroutine) for coroutine in work]
             await stop.wait()
             for task in tasks:
                 task.cancel()
 
-    async def _leave(self, announcer: Announcer, server: ExpertServer) -> None:
+    async def _leave(self) -> None:
         """Withdraw the records while running calls end, then save what they changed."""
         self._events.emit("leave")
-        await asyncio.gather(announcer.withdraw(), server.drain(DRAIN_GRACE_S))
+        await asyncio.gather(self._announcer.withdraw(), self.averaging.stop(), self._server.drain(DRAIN_GRACE_S))
         await self._save()
 
     async def _checkpoints(self) -> None:
@@ -157,7 +213,7 @@ class Host:
     async def _save(self) -> None:
         """Write the blocks that changed; a full disk is reported and does not stop the host."""
         started = time.monotonic()
-        changed = [block for block in self.runtime.blocks.values() if block.version != self._saved[block.id]]
+        changed = [block for block in self.runtime.blocks.values() if block.version != self._saved.get(block.id)]
         try:
             for block in changed:
                 version = await self._save_block(block)
@@ -170,10 +226,9 @@ class Host:
             self._events.emit("checkpoint", blocks=len(changed), seconds=round(time.monotonic() - started, 3))
 
     async def _save_block(self, block: Block) -> int:
-        run_id = self._swarm.manifest.run_id
-        copy = self.runtime.call(lambda: (block_tensors(block), block_metadata(block, run_id)))
+        copy = self.runtime.call(lambda: self._store.copy(block))
         tensors, metadata = await asyncio.wrap_future(copy)
-        await asyncio.to_thread(write_checkpoint, block_path(self._config.state, block.id), tensors, metadata)
+        await asyncio.to_thread(self._store.write, block.id, tensors, metadata)
         return int(metadata["version"])
 
     async def _load_events(self) -> None:
@@ -187,65 +242,48 @@ class Host:
                 queue_tokens=runtime.queue_tokens,
                 kept_inputs_bytes=runtime.kept_bytes,
                 refused=runtime.refused,
+                staleness=round(runtime.staleness, 3),
+                steps_refused=runtime.steps_refused,
+                exchanged_bytes=self._exchanged_bytes(),
             )
+
+    def _exchanged_bytes(self) -> int:
+        return self.averaging.averager.exchanged_bytes + self.keeper.downloaded_bytes
 
     def _describe(self) -> Announcement:
-        runtime = self.runtime
-        queue_tokens, tokens_per_s = runtime.queue_tokens, runtime.tokens_per_s
-        blocks = tuple(
-            BlockRecord(
-                block=block_id,
-                version=block.version,
-                endpoint=self._endpoint,
-                queue_tokens=queue_tokens,
-                tokens_per_s=tokens_per_s,
-                tokens_total=runtime.tokens_total,
-                n_experts=len(block.experts),
-            )
-            for block_id, block in runtime.blocks.items()
-        )
+        runtime, serving = self.runtime, self.keeper.serving
         peer = PeerRecord(
             role="host",
-            endpoint=self._endpoint,
+            endpoint=self._server.endpoint,
             software=SOFTWARE,
             started_s=self._started,
-            n_blocks=len(blocks),
-            queue_tokens=queue_tokens,
-            tokens_per_s=tokens_per_s,
+            n_blocks=len(serving),
+            queue_tokens=runtime.queue_tokens,
+            tokens_per_s=runtime.tokens_per_s,
+            staleness=min(runtime.staleness, MAX_STALENESS),
+            exchanged_bytes=self._exchanged_bytes(),
         )
-        return Announcement(peer=peer, blocks=blocks)
+        return Announcement(peer=peer, blocks=tuple(self._records()))
 
+    def _records(self) -> Iterator[BlockRecord]:
+        keeper = self.keeper
+        serving = keeper.serving
+        yield from (self._record(block_id, block.version, "serving") for block_id, block in serving.items())
+        yield from (self._record(block_id, 0, "joining") for block_id in keeper.joining - serving.keys())
+        left = [item for item in keeper.stored.items() if item[0] not in serving and item[0] not in keeper.joining]
+        newest = sorted(left, key=lambda item: -item[1])[:MAX_STORED]
+        yield from (self._record(block_id, version, "stored") for block_id, version in newest)
 
-def block_path(state: Path, block_id: BlockId) -> Path:
-    """Where a host keeps the checkpoint of a block."""
-    return state / "blocks" / f"{block_id.layer}-{block_id.block}.safetensors"
-
-
-def _pick_blocks(config: HostConfig, swarm: Swarm) -> list[BlockId]:
-    model = swarm.manifest.model
-    if config.blocks != "auto":
-        return parse_blocks(config.blocks, model)
-    view = swarm.directory.snapshot()
-    n_replicas = {block: len(replicas) for block, replicas in view.replicas.items()}
-    return choose_blocks(model, n_replicas, swarm.identity.peer_id, config.max_blocks, _own_blocks(config.state))
-
-
-def _own_blocks(state: Path) -> set[BlockId]:
-    found = set()
-    for path in (state / "blocks").glob("*.safetensors"):
-        layer, _, block = path.name.split(".")[0].partition("-")
-        if layer.isdecimal() and block.isdecimal():
-            found.add(BlockId(int(layer), int(block)))
-    return found
-
-
-def _load_blocks(state: Path, manifest: Manifest, block_ids: Sequence[BlockId], device: torch.device) -> list[Block]:
-    """From this host's checkpoints where there are any, else as the run's seed has them."""
-    blocks = []
-    for block_id in block_ids:
-        stored = read_checkpoint(block_path(state, block_id))
-        if stored is None:
-            blocks.append(new_block(manifest, block_id, device))
-        else:
-            blocks.append(restore_block(manifest, block_id, *stored, device))
-    return blocks
+    def _record(self, block_id: BlockId, version: int, state: ReplicaState) -> BlockRecord:
+        runtime = self.runtime
+        return BlockRecord(
+            block=block_id,
+            version=version,
+            endpoint=self._server.endpoint,
+            queue_tokens=runtime.queue_tokens,
+            tokens_per_s=runtime.tokens_per_s,
+            tokens_total=runtime.tokens_total,
+            n_experts=len(self._swarm.manifest.model.block_experts(block_id.block)),
+            state=state,
+            divergence=min(self.averaging.averager.divergence(block_id), MAX_DIVERGENCE),
+        )

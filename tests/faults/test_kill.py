@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from node.block_store import block_path
 from node.checkpoint import read_checkpoint
-from node.host import block_path
 from protocol.manifest import BlockId
 from tests.support.processes import ProcessSwarm, process_swarm, wait_until
 from tests.support.swarm_parts import small_manifest

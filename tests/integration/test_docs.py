@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from node.block_store import block_path
 from node.checkpoint import read_checkpoint
-from node.host import block_path
 from protocol.manifest import BlockId, all_blocks
 from tests.support.docs import ROOT, python_blocks
 from tests.support.processes import process_swarm

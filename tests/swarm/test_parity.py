@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from node.block_store import block_path
 from node.checkpoint import read_checkpoint
 from node.config import SwarmConfig
 from node.data import open_dataset
 from node.dispatch.dispatcher import DispatchConfig
 from node.experts.state import block_tensors
-from node.host import block_path
 from node.moe import LocalExperts, LocalMoE, RemoteMoE
 from node.swarm import SwarmClient
 from node.training import StepConfig, Training, build_trunk

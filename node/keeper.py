@@ -1,0 +1,233 @@
+"""Which blocks a host holds, over its life: taken from a replica, a checkpoint or the run's seed; given up; announced.
+
+A block is announced as `joining` while it is on its way, as `serving` once it is whole and has caught up by one
+exchange, as `stored` when only its checkpoint is left here. Nothing is served before it is whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_replica
+from node.averaging.replica import schema
+from node.experts.block import new_block
+from node.experts.state import block_from_state, block_state
+from node.placement import PlacementConfig, check_delay_s, joining_since, overdue, placement_view, plan
+from node.serving.block_replica import BlockReplica
+from protocol.errors import KilohiveError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import torch
+
+    from dht.announcer import Announcer
+    from dht.directory import Directory
+    from node.averaging.joining import Source
+    from node.averaging.node_averaging import Averaging
+    from node.block_store import BlockStore
+    from node.experts.block import Block
+    from node.placement import Joiner, Plan
+    from node.serving.runtime import Runtime
+    from protocol.events import EventLog
+    from protocol.manifest import BlockId, Manifest
+
+logger = logging.getLogger(__name__)
+
+MAX_DOWNLOADS = 2
+"""At once: each holds a block in memory that is not served yet."""
+
+CATCH_UP_TRIES = 3
+WITHDRAW_GRACE_S = 5.0
+"""A block that is given up is served for this long after its record says so: trainers look every 2 s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeeperParts:
+    """What a keeper works with; `clock` counts seconds."""
+
+    manifest: Manifest
+    peer_id: str
+    directory: Directory
+    runtime: Runtime
+    averaging: Averaging
+    store: BlockStore
+    events: EventLog
+    device: torch.device
+    clock: Callable[[], float]
+
+
+class BlockKeeper:
+    """Takes and gives up blocks. Belongs to the event loop; `announcer` is set before the first `take`."""
+
+    announcer: Announcer
+
+    def __init__(self, parts: KeeperParts, placement: PlacementConfig, seed: str) -> None:
+        self._parts, self._placement = parts, placement
+        self._rng = random.Random(seed)
+        self._since: dict[BlockId, float] = {}
+        self._joiners: dict[Joiner, float] = {}
+        self._leaving: set[BlockId] = set()
+        self._join_config = JoinConfig(max_distance=parts.manifest.averaging.clip_radius)
+        self.joining: set[BlockId] = set()
+        self.downloaded_bytes = 0
+        self.stored: dict[BlockId, int] = {}
+
+    @property
+    def serving(self) -> dict[BlockId, Block]:
+        """Blocks to announce as serving: whole, caught up, not given up."""
+        hidden = self.joining | self._leaving
+        return {block_id: block for block_id, block in self._parts.runtime.blocks.items() if block_id not in hidden}
+
+    def choose(self) -> tuple[BlockId, ...]:
+        """What the swarm needs most, most needed first, and this host has room for."""
+        return self._plan().take
+
+    async def take(self, block_ids: Iterable[BlockId]) -> None:
+        """Hold these blocks too, the first of them first. One that cannot be had now is logged and left out.
+
+        Raises CheckpointError if one of this host's own checkpoints cannot be read.
+        """
+        wanted = [block_id for block_id in dict.fromkeys(block_ids) if block_id not in self._parts.runtime.blocks]
+        self.joining |= set(wanted)
+        here, elsewhere = self._by_place(wanted)
+        try:
+            for block_id, source in here:
+                await self._add(await asyncio.to_thread(self._load, block_id, source))
+                self.joining.discard(block_id)
+            if elsewhere:
+                await self._download_all(elsewhere)
+        finally:
+            self.joining -= set(wanted)
+
+    async def give_up(self, block_id: BlockId) -> None:
+        """Say so, save, serve on until nobody asks any more, then let it go."""
+        parts, block = self._parts, self._parts.runtime.blocks[block_id]
+        self._leaving.add(block_id)
+        try:
+            await self._announce()
+            await asyncio.sleep(WITHDRAW_GRACE_S)
+            parts.averaging.replicas.remove(block_id)
+            removed = await asyncio.wrap_future(parts.runtime.remove_block(block_id))
+            await asyncio.to_thread(parts.store.write, block_id, *parts.store.copy(removed))
+            self.stored[block_id] = block.version
+            self._since.pop(block_id, None)
+        finally:
+            self._leaving.discard(block_id)
+
+    async def recheck_forever(self) -> None:
+        """Look again and again which blocks the swarm needs, and follow."""
+        while True:
+            await asyncio.sleep(check_delay_s(self._placement, self._rng))
+            try:
+                await self.recheck()
+            except KilohiveError as error:
+                logger.warning("This host's blocks stay as they are for now: %s", error)
+
+    async def recheck(self) -> None:
+        """Take what the swarm needs and there is room for; move a block if that is worth the transfer."""
+        moves = self._plan()
+        if not (moves.take or moves.drop):
+            return
+        self._parts.events.emit("placement", take=list(map(str, moves.take)), drop=list(map(str, moves.drop)))
+        self.joining |= set(moves.take)  # announced with the drop, so that others leave these to this host
+        try:
+            for block_id in moves.drop:
+                await self.give_up(block_id)
+            await self.take(moves.take)
+        finally:
+            self.joining -= set(moves.take)
+        await self._announce()
+
+    def _plan(self) -> Plan:
+        parts, directory = self._parts, self._parts.directory.snapshot(with_avoided=True)
+        self._joiners = joining_since(directory, self._joiners)
+        ignored = overdue(self._joiners, directory.taken_s, self._placement)
+        now = parts.clock()
+        own = {block_id: now - self._since.get(block_id, now) for block_id in (*parts.runtime.blocks, *self.joining)}
+        view = placement_view(directory, parts.peer_id, ignored)
+        return plan(view, own, self.stored, self._placement, self._rng)
+
+    def _by_place(
+        self, block_ids: Sequence[BlockId]
+    ) -> tuple[list[tuple[BlockId, Source]], list[tuple[BlockId, Source]]]:
+        view, own = self._parts.directory.snapshot(), self._parts.peer_id
+        sources = [
+            (
+                block_id,
+                choose_source(
+                    live=[r for r in view.replicas[block_id] if r.peer_id != own],
+                    stored=[r for r in view.others if r.block == block_id and r.state == "stored" and r.peer_id != own],
+                    own_version=self.stored.get(block_id),
+                ),
+            )
+            for block_id in block_ids
+        ]
+        here = [item for item in sources if item[1].origin in {Origin.SEED, Origin.OWN_CHECKPOINT}]
+        return here, [item for item in sources if item not in here]
+
+    def _load(self, block_id: BlockId, source: Source) -> Block:
+        parts = self._parts
+        if source.origin is Origin.OWN_CHECKPOINT:
+            return parts.store.load_or_new(block_id)
+        return new_block(parts.manifest, block_id, parts.device)
+
+    async def _download_all(self, wanted: Sequence[tuple[BlockId, Source]]) -> None:
+        await self._announce()
+        permits = asyncio.Semaphore(MAX_DOWNLOADS)
+        got = await asyncio.gather(*(self._download(block_id, source, permits) for block_id, source in wanted))
+        await self._catch_up([block_id for block_id in got if block_id is not None])
+
+    async def _download(self, block_id: BlockId, source: Source, permits: asyncio.Semaphore) -> BlockId | None:
+        parts = self._parts
+        template = await asyncio.to_thread(new_block, parts.manifest, block_id, parts.device)
+        started = parts.clock()
+        try:
+            async with permits:
+                state = await fetch_replica(
+                    parts.averaging.client,
+                    source.candidates,
+                    schema(block_state(template)),
+                    self._join_config,
+                    self._rng,
+                )
+            block = await asyncio.to_thread(block_from_state, parts.manifest, block_id, state, parts.device)
+        except KilohiveError as error:
+            logger.warning("Block %s is not taken now: %s", block_id, error)
+            parts.events.emit("join_failed", block=str(block_id), reason=str(error))
+            self.joining.discard(block_id)
+            return None
+        self.downloaded_bytes += sum(t.nbytes for t in state.named().values())
+        await self._add(block)
+        seconds = round(parts.clock() - started, 3)
+        parts.events.emit(
+            "joined", block=str(block_id), version=block.version, source=str(source.origin), seconds=seconds
+        )
+        return block_id
+
+    async def _add(self, block: Block) -> None:
+        parts = self._parts
+        await asyncio.wrap_future(parts.runtime.add_block(block))
+        parts.averaging.replicas.add(BlockReplica(parts.runtime, block.id))
+        self._since[block.id] = parts.clock()
+        self.stored.pop(block.id, None)
+
+    async def _catch_up(self, block_ids: Sequence[BlockId]) -> None:
+        """One exchange for each block, so that what was learnt during its download is not missed."""
+        left = set(block_ids)
+        for _ in range(CATCH_UP_TRIES):
+            if not left:
+                return
+            result = await self._parts.averaging.averager.exchange_once(sorted(left))
+            if result is not None:
+                left -= {moved.block for moved in result.blocks}
+
+    async def _announce(self) -> None:
+        try:
+            await self.announcer.announce_now()
+        except UnavailableError as error:
+            logger.warning("The DHT does not answer, announcing later: %s", error)

@@ -38,11 +38,11 @@ PLAIN_EVERY_STEPS = 10
 HISTORY = 2048
 """Points kept for the trends; older ones are thinned, so that the trend always spans the run."""
 
-PANEL_ROWS = 15
+PANEL_ROWS = 17
 """Lines of the panel beside the rows of its table of hosts."""
 
 MIN_BAR_WIDTH = 6
-LABEL_WIDTH = 8
+LABEL_WIDTH = 9
 VALUE_WIDTH = 20
 NOTICE_CHARS = 150
 MAX_WIDTH = 120
@@ -161,7 +161,7 @@ def _progress(step: Event, width: int) -> RenderableType:
 
 def _facts(state: DisplayState, width: int) -> RenderableType:
     step: dict[str, Any] = state.step or {}
-    trend = max(8, min(40, width - 51))
+    trend = max(8, min(40, width - 52))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True, width=LABEL_WIDTH)
     grid.add_column(no_wrap=True, width=VALUE_WIDTH)
@@ -175,10 +175,29 @@ def _facts(state: DisplayState, width: int) -> RenderableType:
         "speed", speed, f"{count_text(step['run_tokens'])} tokens, {bytes_text(step['wire_bytes'])} on the wire"
     )
     grid.add_row("experts", _experts(step), _calls(step))
+    _add_sync_rows(grid, step)
     gate = step["gate"]
     balance = f"{100 * gate['dead_fraction']:.0f} % idle, {gate['overflow']:,} dropped"
     grid.add_row("gate", f"load spread {gate['load_cv']:.2f}", f"entropy {gate['entropy_bits']:.1f} bits, {balance}")
     return grid
+
+
+def _add_sync_rows(grid: Table, step: Event) -> None:
+    """How many replicas there are, and how far they are in sync."""
+    replicas, versions, divergence = step["replicas"], step["versions"], step["divergence"]
+    fewest = (f"{replicas['min']} at least", "" if replicas["min"] else "bold red")
+    trainers = f"{step['trainers']} trainer" + "s" * (step["trainers"] != 1)
+    grid.add_row(
+        "replicas",
+        Text.assemble(f"{replicas['mean']:.1f} each, ", fewest),
+        f"versions {count_text(versions['min'])} to {count_text(versions['max'])}, {trainers}",
+    )
+    staleness, exchanged = step["staleness"], bytes_text(step["exchanged_bytes"])
+    grid.add_row(
+        "averaging",
+        f"{100 * max(divergence.values()):.1f} % divergence",
+        f"staleness {staleness['mean']:.1f} (max {staleness['max']:,}), {exchanged} exchanged",
+    )
 
 
 def _bits(value: float) -> Text:

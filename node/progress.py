@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One step with the run's totals; `calls` are (answered, failed)."""
+    """One step with totals so far, as one trainer has them.
+
+    `steps` is how many this trainer is expected to take in all, `trainers` how many are live; `staleness` is mean and
+    most of this step's backwards, in optimizer steps of the experts; `divergence` the trunk's; `exchanged_bytes` what
+    this trainer has sent and received to average it.
+    """
 
     result: StepResult
     progress: Progress
     steps: int
-    calls: tuple[int, int]
-    wire_bytes: int
     experts_total: int
+    trainers: int = 1
+    staleness: tuple[float, int] = (0.0, 0)
+    divergence: float = 0.0
+    exchanged_bytes: int = 0
 
 
 def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, pairs: Counter[str]) -> dict[str, Any]:
@@ -41,18 +48,44 @@ def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, 
         "loss": round(result.loss, 5),
         "bits_per_byte": round(bits_per_byte(result.loss), 5),
         "run_tokens": progress.run_tokens,
+        "own_tokens": progress.own_tokens,
+        "trainers": report.trainers,
         "tokens_per_s": round(result.n_tokens / result.seconds, 1),
         "experts_alive": sum(replicas[0].n_experts for replicas in usable.replicas.values() if replicas),
         "experts_total": report.experts_total,
-        "calls_ok": report.calls[0],
-        "calls_failed": report.calls[1],
-        "wire_bytes": report.wire_bytes,
+        "calls_ok": progress.calls_ok,
+        "calls_failed": progress.calls_failed,
+        "wire_bytes": progress.wire_bytes,
         "time_left_s": round((report.steps - progress.step) * seconds_per_step, 1),
         "grad_norm": round(result.grad_norm, 4),
         "lr": result.lr,
         "gate": _gate_fields(gates, result.overflow),
+        **_replica_fields(report, known),
         "hosts": _host_rows(known, usable, pairs),
     }
+
+
+def _replica_fields(report: StepReport, known: DirectoryView) -> dict[str, Any]:
+    """How far the replicas are in sync. Bytes are those of this trainer and, as they say, of the hosts."""
+    counts = [len(replicas) for replicas in known.replicas.values()] or [0]
+    replicas = [replica for replicas in known.replicas.values() for replica in replicas]
+    versions = [replica.version for replica in replicas] or [0]
+    mean, most = report.staleness
+    said_bytes = sum(peer.exchanged_bytes for peer in known.peers if peer.role == "host")
+    return {
+        "replicas": {"min": min(counts), "mean": round(sum(counts) / len(counts), 2)},
+        "versions": {"min": min(versions), "max": max(versions)},
+        "staleness": {"mean": round(mean, 2), "max": most},
+        "divergence": {
+            "trunk": _three_digits(report.divergence),
+            "blocks": _three_digits(max((replica.divergence for replica in replicas), default=0.0)),
+        },
+        "exchanged_bytes": report.exchanged_bytes + said_bytes,
+    }
+
+
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def _gate_fields(gates: Sequence[Gate], overflow: int) -> dict[str, float]:

@@ -34,7 +34,10 @@ SAMPLE_CHARS = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One training run in numbers; the fields of `summary.json`."""
+    """One training run in numbers; the fields of `summary.json`.
+
+    `tokens` are the whole run's, of all `trainers` that took part; `steps` and `tokens_per_s` are this trainer's.
+    """
 
     run_id: str
     experts: int
@@ -191,7 +194,9 @@ def final_panel(done: Event) -> RenderableType:
     start, end = done["bits_per_byte_start"], done["bits_per_byte_end"]
     better = Text(f"{end:.3f} bits/byte", style="bold green" if end < start else "bold red")
     grid.add_row("held-out", Text.assemble(f"{start:.3f} → ", better))
-    grid.add_row("trained", f"{done['steps']:,} steps, {done['tokens']:,} tokens in {clock_text(done['wall_s'])}")
+    whose = f" by {done['trainers']:,} trainers" if done["trainers"] > 1 else ""
+    trained = f"{done['steps']:,} steps, {done['tokens']:,} tokens{whose} in {clock_text(done['wall_s'])}"
+    grid.add_row("trained", trained)
     grid.add_row("speed", f"{count_text(done['tokens_per_s'])} tokens/s")
     grid.add_row(
         "swarm", f"{done['experts']:,} experts on {hosts_text(done['hosts'])}, {done['calls_failed']:,} calls failed"

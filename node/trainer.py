@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,21 +21,24 @@ from node.folders import data_cache, prepare_folder
 from node.moe import RemoteMoE
 from node.progress import StepReport, step_event
 from node.report import Summary, write_report
+from node.run_tokens import RunTokens
 from node.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
 from node.swarm import Swarm, until_stopped, wait_for_blocks
 from node.training import StepConfig, Training, build_trunk
+from node.trunk_sharing import TrunkSharing
 from node.trunk_state import Progress, load_trunk, save_trunk
 from protocol.announcements import PeerRecord
 from protocol.errors import CheckpointError, ConfigError, DrainingError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
-from protocol.manifest import all_blocks
+from protocol.manifest import TRUNK, all_blocks
 from protocol.settings import check_minimums
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
     from node.config import TrainConfig
     from node.data import ByteDataset
+    from node.training import StepResult
     from protocol.errors import TooFewExpertsError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ MINIMUMS = {
     "micro_batches": 1,
     "shard": 0,
     "n_shards": 1,
+    "port": 0,
     "wait_for_blocks_s": 0,
     "k_min": 1,
     "call_timeout_s": 0.1,
@@ -84,38 +89,48 @@ def _open_data(config: TrainConfig, seed: int) -> ByteDataset:
 
 
 class Trainer:
-    """The training loop over a swarm. The loop's thread never computes: steps run on their own threads."""
+    """One trainer, of several perhaps. The event loop's thread never computes: steps run on threads of their own."""
 
     def __init__(self, config: TrainConfig, swarm: Swarm, dataset: ByteDataset, events: EventLog) -> None:
         self._config, self._swarm, self._events = config, swarm, events
         self._manifest = swarm.manifest
         self._dispatcher = swarm.dispatch(
-            DispatchConfig(call_timeout_s=config.call_timeout_s, k_min=config.k_min, seed=config.seed)
+            DispatchConfig(
+                call_timeout_s=config.call_timeout_s, k_min=config.k_min, seed=config.seed, hedge=config.hedge
+            )
         )
         self._training = self._build(dataset)
+        self._sharing = TrunkSharing(config, swarm, self._training, events)
         self._progress = Progress()
-        self._steps = 0
+        self._tokens = RunTokens(swarm.identity.peer_id)
         self._n_experts = self._manifest.model.experts_per_layer * self._manifest.model.n_layers
         self._started, self._started_at = time.monotonic(), time.time()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Evaluate, train, evaluate, report; on `stop`, save and return."""
+        """Join the other trainers, evaluate, train, evaluate, report; on `stop`, save and return."""
         self._resume()
         announcer = Announcer(self._swarm.dht, self._swarm.identity, self._manifest.run_id, describe=self._describe)
-        await announcer.start()
-        work = asyncio.create_task(self._work(stop), name="training")
-        stopping = asyncio.create_task(stop.wait(), name="stop")
         try:
-            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                # Releases the compute threads: whatever they wait for raises DrainingError.
-                self._dispatcher.close()
+            # Announced only with a trunk that is worth averaging with.
+            await until_stopped(self._sharing.join(), stop)
+            await announcer.start()
+            work = asyncio.create_task(self._work(stop), name="training")
+            await self._until_done_or(stop, work)
             await self._finish(work)
         finally:
             self._dispatcher.close()
-            stopping.cancel()
-            await announcer.withdraw()
+            await asyncio.gather(announcer.withdraw(), self._sharing.stop())
             await asyncio.to_thread(self._training.close)
+
+    async def _until_done_or(self, stop: asyncio.Event, work: asyncio.Task[None]) -> None:
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        try:
+            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if not work.done():
+            # Releases the compute threads: whatever they wait for raises DrainingError.
+            self._dispatcher.close()
 
     async def _finish(self, work: asyncio.Task[None]) -> None:
         try:
@@ -127,15 +142,17 @@ class Trainer:
 
     async def _work(self, stop: asyncio.Event) -> None:
         config, progress = self._config, self._progress
+        await until_stopped(self._sharing.catch_up(), stop)
         await self._wait_for_all_blocks(stop)
+        self._observe_trainers()
         self._emit_start()
         if progress.bits_per_byte_start is None:
             progress.bits_per_byte_start = await self._evaluate(FINAL_EVALUATION_FACTOR)
-        while progress.step < self._steps:
+        while not self._trained:
             await self._step()
             if progress.step % config.save_every == 0:
                 await asyncio.to_thread(self._save)
-            if config.eval_every and progress.step % config.eval_every == 0 and progress.step < self._steps:
+            if config.eval_every and progress.step % config.eval_every == 0 and not self._trained:
                 await self._evaluate(1)
         bits_per_byte = await self._evaluate(FINAL_EVALUATION_FACTOR)
         text = await asyncio.to_thread(self._sample)
@@ -143,22 +160,50 @@ class Trainer:
         await asyncio.to_thread(self._save)
         await asyncio.to_thread(self._report, bits_per_byte, text)
 
+    @property
+    def _trained(self) -> bool:
+        if self._config.steps:
+            return self._progress.step >= self._config.steps
+        return self._progress.run_tokens >= self._manifest.optimizer.total_tokens
+
+    def _observe_trainers(self) -> int:
+        """Take in what the other trainers say; how many are live, this one included."""
+        peers = self._swarm.directory.peers()
+        self._tokens.observe(peers)
+        self._progress.run_tokens = self._training.run_tokens = self._tokens.total
+        own_id = self._swarm.identity.peer_id
+        return 1 + sum(peer.role == "trainer" and peer.peer_id != own_id for peer in peers)
+
     async def _step(self) -> None:
+        n_trainers = self._observe_trainers()
         result = await asyncio.to_thread(self._training.step)
-        progress, dispatcher = self._progress, self._dispatcher
-        progress.step, progress.run_tokens = self._training.steps_done, self._training.run_tokens
+        progress, training = self._progress, self._training
+        self._tokens.add(result.n_tokens)
+        progress.step, progress.run_tokens = training.steps_done, self._tokens.total
         progress.train_seconds += result.seconds
+        self._events.emit("step", **self._step_fields(result, n_trainers))
+
+    def _step_fields(self, result: StepResult, n_trainers: int) -> dict[str, object]:
+        dispatcher, averager = self._dispatcher, self._sharing.averaging.averager
         report = StepReport(
             result=result,
-            progress=progress,
-            steps=self._steps,
-            calls=(progress.calls_ok + dispatcher.calls_ok, progress.calls_failed + dispatcher.calls_failed),
-            wire_bytes=progress.wire_bytes + self._swarm.client.wire_bytes,
+            progress=self._totals(),
+            steps=self._expected_steps(n_trainers),
             experts_total=self._n_experts,
+            trainers=n_trainers,
+            staleness=dispatcher.take_staleness(),
+            divergence=averager.divergence(TRUNK),
+            exchanged_bytes=averager.exchanged_bytes,
         )
         gates = [layer.gate for layer in self._training.moe_layers]
-        pairs = dispatcher.take_pairs_by_peer()
-        self._events.emit("step", **step_event(report, gates, self._swarm.directory, pairs))
+        return step_event(report, gates, self._swarm.directory, dispatcher.take_pairs_by_peer())
+
+    def _expected_steps(self, n_trainers: int) -> int:
+        """Of this trainer, in all, if every trainer goes on as fast as this one."""
+        if self._config.steps:
+            return self._config.steps
+        left = max(0, self._manifest.optimizer.total_tokens - self._progress.run_tokens)
+        return self._progress.step - (-left // (self._training.tokens_per_step * n_trainers))
 
     async def _evaluate(self, factor: int) -> float:
         bits_per_byte = await asyncio.to_thread(self._training.evaluate, self._config.eval_bytes * factor)
@@ -185,54 +230,62 @@ class Trainer:
         stored = load_trunk(config.out, training) if config.resume else None
         if stored is None and not config.resume and (config.out / "trunk.safetensors").exists():
             raise ConfigError(f"{config.out} holds a trained trunk: add --resume to go on, or choose another --out")
-        self._progress = stored or Progress()
-        self._steps = config.steps or -(-self._manifest.optimizer.total_tokens // training.tokens_per_step)
+        self._progress = progress = stored or Progress()
+        own_id = self._swarm.identity.peer_id
+        self._tokens = RunTokens(own_id, progress.own_tokens, progress.trainers, progress.run_tokens)
 
-    def _save(self) -> None:
-        """A full disk is reported and does not stop the training."""
+    def _totals(self) -> Progress:
+        """Progress with what is counted elsewhere while this process runs."""
         dispatcher, progress = self._dispatcher, self._progress
-        totals = Progress(
-            step=progress.step,
-            run_tokens=progress.run_tokens,
-            bits_per_byte_start=progress.bits_per_byte_start,
+        return replace(
+            progress,
+            version=self._training.version,
+            own_tokens=self._tokens.own,
+            trainers=self._tokens.others,
             calls_ok=progress.calls_ok + dispatcher.calls_ok,
             calls_failed=progress.calls_failed + dispatcher.calls_failed,
             wire_bytes=progress.wire_bytes + self._swarm.client.wire_bytes,
-            train_seconds=progress.train_seconds,
             wall_s=progress.wall_s + time.monotonic() - self._started,
         )
+
+    def _save(self) -> None:
+        """A full disk is reported and does not stop the training."""
         try:
-            save_trunk(self._config.out, self._training, totals)
+            with self._training.turns.turn():
+                save_trunk(self._config.out, self._training, self._totals())
         except CheckpointError as error:
             logger.error("%s", error)  # noqa: TRY400 - the sentence says all, a stack trace would hide it
             self._events.emit("checkpoint_failed", reason=str(error))
 
     def _sample(self) -> str:
         model, seed = self._training.model, self._config.seed
-        model.eval()
-        return self._training.until_enough(
-            lambda prompt: sample_text(model, prompt, SAMPLE_BYTES, 0.8, seed), SAMPLE_PROMPT
-        )
+        with self._training.turns.turn():
+            model.eval()
+            return self._training.until_enough(
+                lambda prompt: sample_text(model, prompt, SAMPLE_BYTES, 0.8, seed), SAMPLE_PROMPT
+            )
 
     def _report(self, bits_per_byte: float, sample: str) -> None:
-        progress, swarm = self._progress, self._swarm
+        totals = self._totals()
         summary = Summary(
             run_id=self._manifest.run_id,
             experts=self._n_experts,
-            hosts=len(swarm.directory.snapshot().load_by_peer()),
-            trainers=1,
-            steps=progress.step,
-            tokens=progress.run_tokens,
-            bits_per_byte_start=round(progress.bits_per_byte_start or 0.0, 4),
+            hosts=len(self._swarm.directory.snapshot().load_by_peer()),
+            trainers=self._tokens.n_trainers,
+            steps=totals.step,
+            tokens=totals.run_tokens,
+            bits_per_byte_start=round(totals.bits_per_byte_start or 0.0, 4),
             bits_per_byte_end=round(bits_per_byte, 4),
-            tokens_per_s=round(progress.run_tokens / max(progress.train_seconds, 1e-9), 1),
-            calls_failed=progress.calls_failed + self._dispatcher.calls_failed,
-            wall_s=round(progress.wall_s + time.monotonic() - self._started, 1),
+            tokens_per_s=round(totals.own_tokens / max(totals.train_seconds, 1e-9), 1),
+            calls_failed=totals.calls_failed,
+            wall_s=round(totals.wall_s, 1),
         )
         extras: dict[str, object] = {
-            "calls_ok": progress.calls_ok + self._dispatcher.calls_ok,
-            "wire_bytes": progress.wire_bytes + swarm.client.wire_bytes,
-            "train_s": round(progress.train_seconds, 1),
+            "own_tokens": totals.own_tokens,
+            "calls_ok": totals.calls_ok,
+            "wire_bytes": totals.wire_bytes,
+            "exchanged_bytes": self._sharing.averaging.averager.exchanged_bytes,
+            "train_s": round(totals.train_seconds, 1),
         }
         corpus = self._training.dataset.corpus
         attribution = corpus.attribution or corpus.title
@@ -243,14 +296,16 @@ class Trainer:
     def _emit_start(self) -> None:
         model, dataset = self._manifest.model, self._training.dataset
         view = self._swarm.directory.snapshot()
+        steps = self._expected_steps(1)
+        own_total = self._config.steps * self._training.tokens_per_step
         self._events.emit(
             "start",
             run_id=self._manifest.run_id,
             experts=self._n_experts,
             hosts=len(view.load_by_peer()),
             step=self._progress.step,
-            steps=self._steps,
-            tokens_total=self._steps * self._training.tokens_per_step,
+            steps=steps,
+            tokens_total=own_total or self._manifest.optimizer.total_tokens,
             parameters_trunk=sum(p.numel() for p in self._training.parameters),
             parameters_experts=expert_parameters(model),
             documents=dataset.index.train_documents,
@@ -280,12 +335,15 @@ class Trainer:
         self._dispatcher.wait_for_change(WAIT_FOR_CHANGE_S)
 
     def _describe(self) -> Announcement:
-        seconds, tokens = self._progress.train_seconds, self._progress.run_tokens
+        seconds, tokens = self._progress.train_seconds, self._tokens.own
         peer = PeerRecord(
             role="trainer",
+            endpoint=self._sharing.endpoint,
             software=SOFTWARE,
             started_s=self._started_at,
             tokens_per_s=tokens / seconds if seconds else 0.0,
-            run_tokens=tokens,
+            run_tokens=self._tokens.total,
+            own_tokens=tokens,
+            exchanged_bytes=self._sharing.averaging.averager.exchanged_bytes,
         )
-        return Announcement(peer=peer)
+        return Announcement(peer=peer, blocks=(self._sharing.record(),))

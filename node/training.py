@@ -1,7 +1,7 @@
 """One training step of the trunk: micro-batches in flight, gradients summed in order, clipped, applied. No sockets.
 
 The same code trains over a swarm (`Dispatcher`) and in one process (`LocalExperts`). Experts are stepped by whoever
-holds them, during each micro-batch's backward; the trunk steps once per step.
+holds them, during each micro-batch's backward; the trunk steps once per step. Between steps, averaging may move it.
 
 Shapes: B sequences, T positions, V vocabulary, E experts of a layer.
 """
@@ -18,12 +18,14 @@ from torch.nn import functional
 
 from node.moe import MoE
 from node.transformer import Transformer, bits_per_byte
+from node.turns import Turns
 from protocol.errors import TooFewExpertsError
 from protocol.schedule import learning_rate_factor
 from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from concurrent.futures import Future
 
     from node.data import ByteDataset
     from node.moe import Experts
@@ -57,7 +59,11 @@ class StepResult:
 
 
 class Training:
-    """Owns the trunk's optimizer and place in the data. Not thread-safe, but runs its micro-batches on threads.
+    """Owns the trunk's optimizer and place in the data. Its micro-batches run on threads; steps come one at a time.
+
+    `run_tokens`, the place in the learning-rate schedule, is the whole run's: whoever knows of other trainers sets it
+    before a step. `own_tokens` are those that this training did itself; `version` counts the trunk's optimizer steps,
+    which averaging may move ahead of `steps_done`, the place in the data.
 
     `on_too_few` is called, in a compute thread, when too few experts answer: it waits (or raises, to give up), after
     which the micro-batch starts again. Nothing has stepped by then, as that only happens in a forward.
@@ -86,8 +92,11 @@ class Training:
             weight_decay=adam.weight_decay,
         )
         self._pool = ThreadPoolExecutor(config.micro_batches, thread_name_prefix="kilohive-micro-batch")
+        self.turns = Turns(self._pool)
         self.steps_done = 0
+        self.version = 0
         self.run_tokens = 0
+        self.own_tokens = 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -96,6 +105,17 @@ class Training:
 
     def step(self) -> StepResult:
         """Train on the next micro-batches."""
+        with self.turns.turn():
+            return self._step()
+
+    def call(self, function: Callable[[], R]) -> Future[R]:
+        """Run `function`, which may change parameters in place, while no step or evaluation runs; see `Turns.call`.
+
+        A step that waits for experts holds it up: autograd has saved the very weights that it may change.
+        """
+        return self.turns.call(function)
+
+    def _step(self) -> StepResult:
         started = time.perf_counter()
         self.model.train()
         self._experts.run_tokens = self.run_tokens
@@ -105,6 +125,7 @@ class Training:
         overflow = self._balance()
         self.steps_done += 1
         self.run_tokens += self.tokens_per_step
+        self.own_tokens += self.tokens_per_step
         return StepResult(
             loss=sum(loss for loss, _ in results) / len(results),
             grad_norm=grad_norm,
@@ -116,16 +137,18 @@ class Training:
 
     def evaluate(self, max_bytes: int) -> float:
         """Held-out bits per byte over the first `max_bytes` of the held-out text."""
-        self.model.eval()
         context = self.manifest.model.context
         batches = self.dataset.held_out_batches(self.config.batch, context, max_bytes)
-        results = self._in_flight(self._held_out, batches)
+        with self.turns.turn():
+            self.model.eval()
+            results = self._in_flight(self._held_out, batches)
         n_bytes = sum(n for _, n in results)
         return bits_per_byte(sum(nats for nats, _ in results) / n_bytes)
 
     def close(self) -> None:
         """End the threads; a micro-batch that still waits must have been released by `on_too_few` or its calls."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.turns.close()
 
     def _in_flight(self, function: Callable[[A], R], items: Iterable[A]) -> list[R]:
         """Results in the order of `items`, at most `micro_batches` of them running."""
@@ -175,6 +198,7 @@ class Training:
             group["lr"] = lr
         if bool(torch.isfinite(norm)):
             self.optimizer.step()
+            self.version += 1
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm), lr
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from node.checkpoint import read_checkpoint, write_checkpoint
@@ -22,10 +22,16 @@ FILE_NAME = "trunk.safetensors"
 
 @dataclass(kw_only=True)
 class Progress:
-    """What a resumed run goes on counting."""
+    """What a resumed run goes on counting. `run_tokens` are the whole run's; `trainers` the other trainers' own tokens.
+
+    `step` counts this trainer's steps, `version` the trunk's, which averaging with further ones moves ahead.
+    """
 
     step: int = 0
+    version: int = 0
     run_tokens: int = 0
+    own_tokens: int = 0
+    trainers: dict[str, int] = field(default_factory=dict)
     bits_per_byte_start: float | None = None
     calls_failed: int = 0
     calls_ok: int = 0
@@ -63,7 +69,8 @@ def load_trunk(folder: Path, training: Training) -> Progress | None:
             training.optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(device) for key, value in state.items()
             }
-    training.steps_done, training.run_tokens = progress.step, progress.run_tokens
+    training.steps_done, training.version = progress.step, progress.version
+    training.run_tokens, training.own_tokens = progress.run_tokens, progress.own_tokens
     return progress
 
 

@@ -46,6 +46,8 @@ def step(number: int, *, n_hosts: int = 4, **changes: Any) -> dict[str, Any]:
         "loss": 2.356,
         "bits_per_byte": 3.4,
         "run_tokens": 4096 * number,
+        "own_tokens": 4096 * number,
+        "trainers": 1,
         "tokens_per_s": 5123.2,
         "experts_alive": 1024,
         "experts_total": 1024,
@@ -56,6 +58,11 @@ def step(number: int, *, n_hosts: int = 4, **changes: Any) -> dict[str, Any]:
         "grad_norm": 1.2,
         "lr": 1e-3,
         "gate": {"dead_fraction": 0.012, "load_cv": 0.43, "entropy_bits": 8.31, "overflow": 14_968},
+        "replicas": {"min": 1, "mean": 1.5},
+        "versions": {"min": 1203, "max": 1450},
+        "staleness": {"mean": 1.25, "max": 12},
+        "divergence": {"trunk": 0.0021, "blocks": 0.0312},
+        "exchanged_bytes": 1_200_000_000,
         "hosts": [host(i) for i in range(n_hosts)],
     }
     return {**event, **changes}

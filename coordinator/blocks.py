@@ -14,18 +14,26 @@ if TYPE_CHECKING:
     from protocol.manifest import ModelConfig
 
 
-def split_blocks(model: ModelConfig, n_hosts: int) -> list[list[BlockId]]:
-    """Every block to exactly one host; hosts differ by at most one block, in all and within each layer.
+def split_blocks(model: ModelConfig, n_hosts: int, n_replicas: int = 1) -> list[list[BlockId]]:
+    """Every block to `n_replicas` different hosts; hosts differ by at most one block, in all and within each layer.
 
-    Raises ConfigError if there are fewer blocks than hosts.
+    The blocks, one after the other `n_replicas` times, are cut into a piece per host. So two hosts share many blocks or
+    none, and one exchange with few partners serves them all: where `n_replicas` divides `n_hosts`, whoever shares a
+    block shares every block.
+
+    Raises ConfigError if there are fewer hosts than replicas of a block, or fewer replicas than hosts.
     """
     blocks = sorted(all_blocks(model), key=lambda block: (block.block, block.layer))
-    if n_hosts > len(blocks):
+    n_places = len(blocks) * n_replicas
+    if n_replicas > n_hosts:
+        raise ConfigError(f"--replicas {n_replicas}: there are only {n_hosts} hosts, and each holds a block once")
+    if n_hosts > n_places:
         raise ConfigError(
-            f"--hosts {n_hosts}: there are only {len(blocks)} blocks; use fewer hosts or smaller --experts-per-block"
+            f"--hosts {n_hosts}: there are only {len(blocks)} blocks with --replicas {n_replicas}; "
+            "use fewer hosts or smaller --experts-per-block"
         )
-    bounds = [len(blocks) * i // n_hosts for i in range(n_hosts + 1)]
-    return [sorted(blocks[start:end]) for start, end in pairwise(bounds)]
+    bounds = [n_places * i // n_hosts for i in range(n_hosts + 1)]
+    return [sorted(blocks[place % len(blocks)] for place in range(start, end)) for start, end in pairwise(bounds)]
 
 
 def block_list_text(blocks: Iterable[BlockId]) -> str:

@@ -10,7 +10,15 @@ from typing import Annotated
 import tyro
 
 from protocol.errors import ConfigError, ManifestError
-from protocol.manifest import Codec, GateKind, Manifest, ModelConfig, OptimizerConfig
+from protocol.manifest import (
+    AveragingCodec,
+    AveragingConfig,
+    Codec,
+    GateKind,
+    Manifest,
+    ModelConfig,
+    OptimizerConfig,
+)
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -51,6 +59,18 @@ class RunConfig:
     """Peak learning rate of the experts."""
     warmup_tokens: int = OptimizerConfig.warmup_tokens
     """Tokens until the peak rate."""
+    replicas: int = AveragingConfig.target_replicas
+    """Replicas of each block that hosts aim for."""
+    averaging_codec: AveragingCodec = AveragingConfig.codec
+    """Of what replicas exchange."""
+    averaging_period_s: float = AveragingConfig.period_s
+    """Seconds between the exchanges that a node begins."""
+
+    def averaging(self) -> AveragingConfig:
+        """How the run's replicas are kept in sync."""
+        return AveragingConfig(
+            target_replicas=self.replicas, codec=self.averaging_codec, period_s=self.averaging_period_s
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +91,30 @@ class CoordinatorConfig(RunConfig):
     """Port of the DHT node; 0: last time's, or a free one."""
     initial_peers: tuple[str, ...] = ()
     """Peers of a swarm that already runs."""
+    clip_radius: float = AveragingConfig.clip_radius
+    """Largest move of an exchange, relative to the norm."""
+    max_staleness: int = AveragingConfig.max_staleness
+    """Most steps from forward to backward; 0: no limit."""
     stop_on_stdin_eof: Flag = False
     """Leave when standard input ends. For a parent process that starts this one."""
+
+    def averaging(self) -> AveragingConfig:
+        """With what only a run that others join needs to set."""
+        return replace(super().averaging(), clip_radius=self.clip_radius, max_staleness=self.max_staleness)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig(RunConfig):
-    """Train a whole swarm on this machine: a coordinator, hosts and a trainer, each a process of its own."""
+    """Train a whole swarm on this machine: a coordinator, hosts and trainers, each a process of its own."""
 
     hosts: int = 4
     """Host processes."""
+    replicas: int = 1
+    """Hosts that hold each block, and average it."""
+    trainers: int = 1
+    """Trainer processes, each with its share of the text."""
     steps: int = 400
-    """Optimizer steps."""
+    """Optimizer steps of all trainers together."""
     batch: int = 8
     """Sequences per micro-batch."""
     micro_batches: int = 2
@@ -98,7 +130,7 @@ class LocalConfig(RunConfig):
     eval_every: int = 50
     """Steps between held-out evaluations."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N, for hosts and trainer."""
+    """auto, cpu, cuda or cuda:N, for hosts and trainers."""
     threads: int = 1
     """CPU threads of each process."""
     stop_on_stdin_eof: Flag = False
@@ -151,7 +183,13 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
     )
     try:
         return Manifest(
-            name=config.name, seed=config.seed, owner=owner, codec=config.codec, model=model, optimizer=optimizer
+            name=config.name,
+            seed=config.seed,
+            owner=owner,
+            codec=config.codec,
+            model=model,
+            optimizer=optimizer,
+            averaging=config.averaging(),
         )
     except ManifestError as error:
         raise ConfigError(str(error)) from None
@@ -193,7 +231,8 @@ def check_same_run(config: RunConfig, manifest: Manifest, where: str) -> None:
 def _settings(manifest: Manifest) -> dict[str, object]:
     """The manifest's fields, flat: model.d_model and so on."""
     table = asdict(manifest)
-    flat = {f"{part}.{name}": value for part in ("model", "optimizer") for name, value in table.pop(part).items()}
+    parts = ("model", "optimizer", "averaging")
+    flat = {f"{part}.{name}": value for part in parts for name, value in table.pop(part).items()}
     return {**table, **flat}
 
 

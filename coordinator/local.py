@@ -1,7 +1,7 @@
-"""`local`: a whole swarm on one machine. Starts a coordinator, hosts and a trainer as processes and ends them together.
+"""`local`: a whole swarm on one machine. Starts a coordinator, hosts and trainers as processes and ends them together.
 
-A host that dies is an event, not the end: training goes on with the experts that are left. All state is in one folder,
-from which `--resume` goes on.
+A host that dies is an event, not the end: training goes on with the experts that are left. So is a trainer, but the
+first, which has the terminal and whose end is the swarm's. All state is in one folder, from which `--resume` goes on.
 """
 
 from __future__ import annotations
@@ -38,14 +38,21 @@ WATCH_PERIOD_S = 0.1
 FINISH_PATIENCE_S = 15.0
 """For hosts to save after the last step."""
 
+TRAINERS_PATIENCE_S = 60.0
+"""For the other trainers to hear that the run has its last token, evaluate and save."""
+
 STOP_PATIENCE_S = 2.3
 """The same after Ctrl+C: all is over within three seconds."""
 
 EXIT_INTERRUPTED = 130
+TRAINER = "trainer"
 
 
 async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
-    """Train to the last step or `stop`; returns the trainer's exit code, or 130 if stopped. Raises a KilohiveError."""
+    """Train to the last step or `stop`; returns the first trainer's exit code, or 130 if stopped.
+
+    Raises a KilohiveError.
+    """
     check(config)
     with _only_one(config.folder):
         return await LocalSwarm(config, stop, PROGRAM).run()
@@ -53,7 +60,8 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 
 def check(config: LocalConfig) -> None:
     """Find every mistake that can be found before a process is started; raises ConfigError."""
-    check_minimums(config, dict.fromkeys(("hosts", "steps", "batch", "micro_batches", "threads"), 1))
+    whole = ("hosts", "replicas", "trainers", "steps", "batch", "micro_batches", "threads")
+    check_minimums(config, dict.fromkeys(whole, 1))
     if config.eval_every < 0:
         raise ConfigError(f"--eval-every: must be 0 (only at the start and the end) or more, is {config.eval_every}")
     stored = config.folder / "manifest.toml"
@@ -62,12 +70,12 @@ def check(config: LocalConfig) -> None:
             raise ConfigError(f"{config.folder} holds no run to go on with: leave out --resume, or name its --out")
         manifest = read_manifest(stored)
         check_same_run(config, manifest, str(config.folder))
-        _check_hosts_of_resumed(config)
+        _check_nodes_of_resumed(config)
     else:
         if stored.exists():
             raise ConfigError(f"{config.folder} holds a run already: add --resume to go on, or choose another --out")
         manifest = manifest_of(config, owner="", total_tokens=total_tokens(config))
-    split_blocks(manifest.model, config.hosts)
+    _shares(config, manifest)
 
 
 def total_tokens(config: LocalConfig) -> int:
@@ -75,11 +83,26 @@ def total_tokens(config: LocalConfig) -> int:
     return config.steps * config.batch * config.micro_batches * config.context
 
 
-def _check_hosts_of_resumed(config: LocalConfig) -> None:
-    """Each host's folder holds its blocks' weights: another number of hosts would look for them in the wrong place."""
-    before = len(list(config.folder.glob("host-*")))
-    if before not in {0, config.hosts}:
-        raise ConfigError(f"--hosts {config.hosts}: the run in {config.folder} has {before} hosts; go on with as many")
+def _shares(config: LocalConfig, manifest: Manifest) -> list[list[BlockId]]:
+    """Blocks of each host. The manifest tells how many replicas: a resumed run keeps them, whatever the flags say."""
+    return split_blocks(manifest.model, config.hosts, manifest.averaging.target_replicas)
+
+
+def _check_nodes_of_resumed(config: LocalConfig) -> None:
+    """Each host's folder holds its blocks' weights, each trainer's its trunk and its place in its share of the text.
+
+    Another number of nodes would look for them in the wrong place.
+    """
+    folder = config.folder
+    began = (folder / "events.jsonl").exists()
+    before = {
+        "hosts": sum(path.is_dir() for path in folder.glob("host-*")),
+        "trainers": 1 + sum(path.is_dir() for path in folder.glob("trainer-*")) if began else 0,
+    }
+    for nodes, count in before.items():
+        wanted = getattr(config, nodes)
+        if count not in {0, wanted}:
+            raise ConfigError(f"--{nodes} {wanted}: the run in {folder} has {count} {nodes}; go on with as many")
 
 
 @contextmanager
@@ -107,7 +130,7 @@ class LocalSwarm:
         self._trainer_log_start = 0
 
     async def run(self) -> int:
-        """Start all, watch until the trainer has ended or `stop`, end all. Raises UnavailableError, OSError."""
+        """Start all, watch until the trainers have ended or `stop`, end all. Raises UnavailableError, OSError."""
         self._events = EventLog(self._out / "local.jsonl")
         try:
             code = await self._start_and_watch()
@@ -128,15 +151,21 @@ class LocalSwarm:
         manifest = read_manifest(self._out / "manifest.toml")
         logger.info("Run %s is up in %s with %d hosts", manifest.run_id, self._out, self._config.hosts)
         logger.info("See it from outside: %s status --swarm %s", program_name(), self._out / "swarm.toml")
-        hosts = [self._spawn(self._host_spec(i, blocks)) for i, blocks in enumerate(self._shares(manifest))]
+        self._tell_length(manifest)
+        shares = _shares(self._config, manifest)
+        hosts = [self._spawn(self._host_spec(i, blocks)) for i, blocks in enumerate(shares)]
         events = self._out / "events.jsonl"
         self._trainer_log_start = events.stat().st_size if events.exists() else 0
-        trainer = self._spawn(self._trainer_spec())
+        trainers = [self._spawn(self._trainer_spec(i)) for i in range(self._config.trainers)]
         self._events.emit("start", run_id=manifest.run_id, hosts=len(hosts))
-        return await self._watch(coordinator, hosts, trainer)
+        return await self._watch(coordinator, hosts, trainers)
 
-    def _shares(self, manifest: Manifest) -> list[list[BlockId]]:
-        return split_blocks(manifest.model, self._config.hosts)
+    def _tell_length(self, manifest: Manifest) -> None:
+        n_tokens = manifest.optimizer.total_tokens
+        if self._config.trainers > 1 and n_tokens != total_tokens(self._config):
+            logger.warning(
+                "Trainers go on to the run's %s tokens; --steps sets them only when a run is created", f"{n_tokens:,}"
+            )
 
     async def _start_coordinator(self) -> Child:
         """Start it and wait until it has written how to join."""
@@ -155,24 +184,36 @@ class LocalSwarm:
             await asyncio.sleep(WATCH_PERIOD_S / 2)
         return coordinator
 
-    async def _watch(self, coordinator: Child, hosts: list[Child], trainer: Child) -> int:
+    async def _watch(self, coordinator: Child, hosts: list[Child], trainers: list[Child]) -> int:
+        first, *others = trainers
         while not self._stop.is_set():
-            if trainer.ended():
-                code = trainer.bury()
-                if code < 0:
-                    raise UnavailableError(f"the trainer {exit_words(code)}; the same command with --resume goes on")
-                return code
-            self._notice_deaths([coordinator, *hosts])
+            if first.ended():
+                return await self._after_first(first, others)
+            self._notice_deaths([coordinator, *hosts, *others])
             if all(host.name in self._dead for host in hosts):
                 raise self._death("every host, the last one", hosts[-1], "so that no expert is left")
             await asyncio.sleep(WATCH_PERIOD_S)
         return EXIT_INTERRUPTED
 
+    async def _after_first(self, first: Child, others: list[Child]) -> int:
+        """Its exit code; where it reached the run's end, the other trainers get time to do so too."""
+        code = first.bury()
+        if code < 0:
+            raise UnavailableError(f"the trainer {exit_words(code)}; the same command with --resume goes on")
+        deadline = time.monotonic() + (TRAINERS_PATIENCE_S if code == 0 else 0.0)
+        while not all(other.ended() for other in others) and not self._stop.is_set():
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(WATCH_PERIOD_S)
+        self._notice_deaths(others)
+        return code
+
     def _notice_deaths(self, children: list[Child]) -> None:
         for child in children:
-            if child.name in self._dead or not child.ended():
+            if child.name in self._dead or not child.ended() or _reached_the_end(child):
                 continue
-            if not self._training_began():
+            # What ends another trainer so early ends the first as well, in better words; or concerns it alone.
+            if not _is_trainer(child) and not self._training_began():
                 raise self._death(child.name, child, "before training began")
             self._dead[child.name] = child.bury()
             self._events.emit("ended", name=child.name, exit_code=self._dead[child.name])
@@ -212,8 +253,10 @@ class LocalSwarm:
 
     def _coordinator_spec(self) -> ChildSpec:
         config = self._config
-        flags = _flags({field.name: getattr(config, field.name) for field in fields(RunConfig)})
-        flags += _flags({"out": self._out, "total_tokens": total_tokens(config)})
+        flags = _flags({"out": self._out})
+        if not config.resume:  # a run that exists keeps its manifest; `check` has compared the flags with it
+            flags += _flags({field.name: getattr(config, field.name) for field in fields(RunConfig)})
+            flags += _flags({"total_tokens": total_tokens(config)})
         return self._spec("coordinator", "coordinator", *flags, log=self._out / "coordinator" / "log.txt")
 
     def _host_spec(self, index: int, blocks: list[BlockId]) -> ChildSpec:
@@ -229,14 +272,29 @@ class LocalSwarm:
         )
         return self._spec(f"host-{index}", "host", *flags, log=state / "log.txt")
 
-    def _trainer_spec(self) -> ChildSpec:
-        config = self._config
-        names = ("steps", "batch", "micro_batches", "eval_every", "device", "threads", "seed", "data")
-        flags = _flags({"swarm": self._out / "swarm.toml", "out": self._out})
+    def _trainer_spec(self, index: int) -> ChildSpec:
+        """The first has the folder and the terminal, any other a folder in it. Together they train `--steps` steps."""
+        config, first = self._config, index == 0
+        name = TRAINER if first else f"{TRAINER}-{index}"
+        out = self._out if first else self._out / name
+        names = ("batch", "micro_batches", "eval_every", "device", "threads", "seed", "data")
+        flags = _flags({"swarm": self._out / "swarm.toml", "out": out})
         flags += _flags({name: getattr(config, name) for name in names})
-        flags += ["--resume"] * config.resume + ["--plain"] * config.plain
-        # Its own settings were shown with ours already.
-        return self._spec("trainer", "train", *flags, "--log-level", "warning", log=None)
+        flags += _flags({"steps": config.steps if config.trainers == 1 else 0})  # 0: to the run's last token
+        flags += _flags({"shard": index, "n_shards": config.trainers})
+        flags += ["--resume"] * config.resume + ["--plain"] * (config.plain or not first)
+        # The first one's own settings were shown with ours already.
+        flags += ["--log-level", "warning"] * first
+        return self._spec(name, "train", *flags, log=None if first else out / "log.txt")
+
+
+def _is_trainer(child: Child) -> bool:
+    return child.name.startswith(TRAINER)
+
+
+def _reached_the_end(child: Child) -> bool:
+    """Of a child that has ended: a trainer whose work was done, if perhaps before the first trainer's was."""
+    return _is_trainer(child) and child.bury() == 0
 
 
 def _flags(values: dict[str, object]) -> list[str]:

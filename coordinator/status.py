@@ -8,11 +8,9 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
-from coordinator.blocks import block_list_text
+from coordinator.tables import largest_divergence, largest_gap, render_status
 from dht.directory import Directory
 from dht.join import fetch_manifest
 from dht.node import DhtConfig, DhtNode
@@ -21,19 +19,13 @@ from protocol.identity import Identity
 from protocol.swarm_file import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
-
-    from rich.console import RenderableType
+    from collections.abc import Coroutine
 
     from coordinator.config import StatusConfig
-    from dht.view import DirectoryView, PeerInfo, Replica
+    from dht.view import DirectoryView, Replica
     from protocol.manifest import Manifest
 
 R = TypeVar("R")
-SHORT_ID_CHARS = 6
-MAX_PEERS_SHOWN = 40
-MAX_LOST_CHARS = 300
-MANY_REPLICAS = 10
 
 
 async def run_status(config: StatusConfig, stop: asyncio.Event) -> None:
@@ -83,125 +75,21 @@ async def _look(config: StatusConfig) -> tuple[Manifest, DirectoryView]:
 
 
 def status_json(manifest: Manifest, view: DirectoryView) -> dict[str, object]:
-    """The swarm as JSON: what the tables show, in full."""
-    lost = view.lost_blocks()
+    """The swarm as JSON: what the tables show, in full. `others` are replicas that are joining, or only stored."""
+    rows = [*view.replicas.values(), view.trunk]
     return {
         "run_id": manifest.run_id,
         "manifest": asdict(manifest),
         "blocks": len(view.replicas),
-        "blocks_lost": [str(block) for block in lost],
+        "blocks_lost": [str(block) for block in view.lost_blocks()],
+        "version_gap_max": largest_gap(rows) or 0,
+        "divergence_max": largest_divergence(rows) or 0.0,
         "peers": [asdict(peer) for peer in view.peers],
-        "replicas": [
-            {**asdict(replica), "block": str(replica.block)}
-            for replicas in view.replicas.values()
-            for replica in replicas
-        ],
+        "replicas": [_replica_json(replica) for replicas in view.replicas.values() for replica in replicas],
+        "others": [_replica_json(replica) for replica in view.others],
+        "trunk": [_replica_json(replica) for replica in view.trunk],
     }
 
 
-def render_status(manifest: Manifest, view: DirectoryView) -> RenderableType:
-    """Tables for a terminal: the run, its peers, its layers, and what is lost."""
-    model = manifest.model
-    about = (
-        f"{model.n_layers} layers of {model.experts_per_layer:,} experts ({model.expert_kind}, "
-        f"{model.d_model} to {model.expert_hidden}), {model.experts_per_token} per token by {model.gate}, "
-        f"{manifest.codec} on the wire"
-    )
-    return Group(
-        Text.assemble("run ", (manifest.run_id, "bold")),
-        Text(about, style="dim"),
-        Text(),
-        _peer_table(view),
-        Text(),
-        _layer_table(manifest, view),
-        Text(),
-        _lost_line(view),
-    )
-
-
-def _peer_table(view: DirectoryView) -> RenderableType:
-    peers = sorted(view.peers, key=lambda peer: (peer.role, -peer.n_blocks, peer.peer_id))
-    if not peers:
-        return Text("no peer is announced", style="bold red")
-    hosted: dict[str, list[Replica]] = {}
-    for replicas in view.replicas.values():
-        for replica in replicas:
-            hosted.setdefault(replica.peer_id, []).append(replica)
-    table = _table(("peer", "left"), ("role", "left"), ("at", "left"), ("blocks", "left"))
-    for name in ("tokens/s", "queue", "up"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for peer in peers[:MAX_PEERS_SHOWN]:
-        table.add_row(*_peer_row(peer, hosted.get(peer.peer_id, ()), view.taken_s))
-    rest = len(peers) - MAX_PEERS_SHOWN
-    return Group(table, Text(f"and {rest} more peers", style="dim")) if rest > 0 else table
-
-
-def _peer_row(peer: PeerInfo, replicas: Sequence[Replica], now_s: float) -> tuple[str, ...]:
-    blocks = block_list_text(replica.block for replica in replicas)
-    return (
-        f"…{peer.peer_id[-SHORT_ID_CHARS:]}",
-        peer.role,
-        peer.endpoint or "-",
-        blocks or "-",
-        f"{peer.tokens_per_s:,.0f}",
-        f"{peer.queue_tokens:,}",
-        _age(now_s - peer.started_s),
-    )
-
-
-def _layer_table(manifest: Manifest, view: DirectoryView) -> Table:
-    table = _table(("layer", "right"), ("live blocks", "right"), ("replicas of each", "left"))
-    for name in ("version", "hosts", "their queue"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for layer in range(manifest.model.n_layers):
-        rows = [replicas for block, replicas in view.replicas.items() if block.layer == layer]
-        replicas = [replica for row in rows for replica in row]
-        queues = {replica.peer_id: replica.queue_tokens for replica in replicas}  # a host has one, for all its blocks
-        n_live = sum(bool(row) for row in rows)
-        table.add_row(
-            str(layer),
-            Text(f"{n_live} of {len(rows)}", style="" if n_live == len(rows) else "bold red"),
-            _replica_map(rows),
-            _range_text([replica.version for replica in replicas]),
-            f"{len(queues):,}",
-            f"{sum(queues.values()):,}",
-        )
-    return table
-
-
-def _replica_map(rows: Sequence[Sequence[Replica]]) -> Text:
-    """One character per block: its number of replicas."""
-    text = Text(overflow="fold")
-    for row in rows:
-        count = len(row)
-        text.append("+" if count >= MANY_REPLICAS else str(count), style="bold red" if count == 0 else "green")
-    return text
-
-
-def _range_text(values: Sequence[int]) -> str:
-    if not values:
-        return "-"
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _lost_line(view: DirectoryView) -> Text:
-    lost = view.lost_blocks()
-    if not lost:
-        return Text(f"all {len(view.replicas)} blocks have a live replica", style="green")
-    names = block_list_text(lost)
-    names = names if len(names) <= MAX_LOST_CHARS else names[:MAX_LOST_CHARS].rpartition(",")[0] + ", ..."
-    return Text(f"{len(lost)} of {len(view.replicas)} blocks have no live replica: {names}", style="bold red")
-
-
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    return table
-
-
-def _age(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _replica_json(replica: Replica) -> dict[str, object]:
+    return {**asdict(replica), "block": str(replica.block)}

@@ -1,13 +1,14 @@
 """Stands in for run_node.py under the supervisor of a local swarm: same subcommands, no DHT, no torch, quick.
 
 What each child does comes from the environment, KILOHIVE_FAKE: JSON of {child: behaviour}, where a child is
-"coordinator", "host-0", ... or "trainer", and its behaviour is one of
+"coordinator", "host-0", ..., "trainer", "trainer-1", ... and its behaviour is one of
 
     wait            (default) until SIGTERM or the end of standard input
     exit N          at once with exit code N, after a line in its log
     stubborn        ignore SIGTERM and the end of standard input, with a grandchild in a session of its own
-    begin exit N    the trainer: write the `start` event, then exit with N when the file `go` is there
-    begin wait      the trainer: write the `start` event, then wait
+    begin exit N    a trainer: write the `start` event, then exit with N when the file `go` is there
+    begin wait      a trainer: write the `start` event, then wait
+    later exit N    exit with N when the file `later` is there
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from protocol.manifest import Manifest, ModelConfig
+from protocol.manifest import AveragingConfig, Manifest, ModelConfig, OptimizerConfig
 from protocol.swarm_file import SwarmFile
 
 PEER = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
@@ -35,32 +36,61 @@ def main() -> None:
     parser.add_argument("command")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--state", type=Path)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--total-tokens", type=int, default=1)
     arguments, _ = parser.parse_known_args()
-    name = {"host": arguments.state.name if arguments.state else "", "train": "trainer"}.get(
-        arguments.command, arguments.command
-    )
-    out = arguments.out or arguments.state.parent
+    name, out = place(arguments)
     behaviour = json.loads(os.environ.get("KILOHIVE_FAKE", "{}")).get(name, "wait")
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         grandchild = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True)
         note(out, f"{name}-grandchild", grandchild.pid)
     if name == "coordinator" and not behaviour.startswith("exit"):
-        manifest = Manifest(name="fake", owner="", model=ModelConfig(experts_per_layer=8, experts_per_block=2))
-        (out / "manifest.toml").write_text(manifest.to_toml(), encoding="utf-8")
-        SwarmFile(run_id=manifest.run_id, initial_peers=(PEER,)).write(out / "swarm.toml")
+        SwarmFile(run_id=opened_run(arguments).run_id, initial_peers=(PEER,)).write(out / "swarm.toml")
     (out / f"{name}.argv").write_text(json.dumps(sys.argv[1:]), encoding="utf-8")
     note(out, name, os.getpid())
     print(f"{name} says something before it ends", flush=True)
     if behaviour.startswith("begin"):
-        with (out / "events.jsonl").open("a", encoding="utf-8") as events:
+        with (arguments.out / "events.jsonl").open("a", encoding="utf-8") as events:
             events.write('{"t":0,"event":"start"}\n')
         behaviour = behaviour.removeprefix("begin ")
-        while behaviour.startswith("exit") and not (out / "go").exists():
-            time.sleep(POLL_S)
+        wait_for(out / "go", behaviour)
+    if behaviour.startswith("later"):
+        behaviour = behaviour.removeprefix("later ")
+        wait_for(out / "later", behaviour)
     if behaviour.startswith("exit"):
         os._exit(int(behaviour.split()[1]))
     wait(stubborn=behaviour == "stubborn")
+
+
+def opened_run(arguments: argparse.Namespace) -> Manifest:
+    """The run in the folder, or a new one that is written there."""
+    path = arguments.out / "manifest.toml"
+    if path.exists():
+        return Manifest.from_toml(path.read_text(encoding="utf-8"))
+    manifest = Manifest(
+        name="fake",
+        owner="",
+        model=ModelConfig(experts_per_layer=8, experts_per_block=2),
+        optimizer=OptimizerConfig(total_tokens=arguments.total_tokens),
+        averaging=AveragingConfig(target_replicas=arguments.replicas),
+    )
+    path.write_text(manifest.to_toml(), encoding="utf-8")
+    return manifest
+
+
+def place(arguments: argparse.Namespace) -> tuple[str, Path]:
+    """The child's name, and the folder of the whole swarm."""
+    if arguments.command == "host":
+        return arguments.state.name, arguments.state.parent
+    if arguments.command == "train" and arguments.out.name.startswith("trainer-"):
+        return arguments.out.name, arguments.out.parent
+    return arguments.command.replace("train", "trainer"), arguments.out
+
+
+def wait_for(file: Path, behaviour: str) -> None:
+    while behaviour.startswith("exit") and not file.exists():
+        time.sleep(POLL_S)
 
 
 def note(out: Path, name: str, pid: int) -> None:

@@ -72,6 +72,29 @@ def test_a_local_swarm_trains_to_the_end_and_leaves_its_files(tmp_path: Path, te
         assert what in done.stdout, what
 
 
+def test_two_replicas_of_each_block_and_two_trainers_make_one_run(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "run"
+    shape = ("--replicas", "2", "--trainers", "2", "--averaging-period-s", "0.2", "--steps", "120")
+    arguments = ("local", *SMALL, *shape, "--out", str(out), "--data", str(text))
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    hosts = [events(out / host / "events.jsonl", "announced")[-1]["versions"] for host in ("host-0", "host-1")]
+    assert hosts[0].keys() == hosts[1].keys()
+    assert len(hosts[0]) == 8
+    for folder in (out / "host-0", out / "host-1", out, out / "trainer-1"):
+        assert any(event["blocks"] for event in events(folder / "events.jsonl", "exchange")), folder.name
+    trained = [len(events(folder / "events.jsonl", "step")) for folder in (out, out / "trainer-1")]
+    assert min(trained) > 0
+    assert sum(trained) >= 120
+    assert (out / "trainer-1" / "summary.json").exists()
+    assert summary(out)["trainers"] == 2
+    assert summary(out)["bits_per_byte_end"] < summary(out)["bits_per_byte_start"] - 1
+    ended = events(out / "local.jsonl", "end")[-1]
+    assert (ended["dead"], ended["killed"]) == ({}, [])
+    again = run(*arguments, "--resume")  # nothing is left to train: every node goes on from its own folder, and ends
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
 def test_ctrl_c_ends_everything_within_three_seconds_and_resume_goes_on(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "run"
     arguments = ("local", *SMALL, "--steps", "120", "--out", str(out), "--data", str(text))

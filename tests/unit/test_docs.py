@@ -22,8 +22,8 @@ from node.cli import SHARED_FLAGS, help_rows, parse
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.metrics import HostCollector
 from node.report import Summary
-from protocol import errors, expert_pb2, limits, records_pb2
-from protocol.manifest import BlockId
+from protocol import averaging_pb2, errors, expert_pb2, limits, records_pb2
+from protocol.manifest import PROTOCOL_VERSION, BlockId
 from tests.support.docs import (
     PAGES,
     ROOT,
@@ -41,6 +41,9 @@ from tests.support.docs import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+    from types import ModuleType
+
+    from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
     from tests.support.docs import Fence
 
@@ -168,7 +171,7 @@ def test_every_error_that_crosses_the_wire_is_listed_with_its_status() -> None:
 
 MESSAGES = {
     name: message
-    for module in (expert_pb2, records_pb2)
+    for module in (expert_pb2, averaging_pb2, records_pb2)
     for name, message in module.DESCRIPTOR.message_types_by_name.items()
 }
 
@@ -179,10 +182,25 @@ def test_every_message_is_described_field_by_field(name: str) -> None:
     assert [code_in(row[0])[0] for row in rows] == [field.name for field in MESSAGES[name].fields]
 
 
-def test_every_call_of_the_service_is_described() -> None:
-    service = expert_pb2.DESCRIPTOR.services_by_name["Expert"]
-    wanted = [[method.name, method.input_type.name, method.output_type.name] for method in service.methods]
-    assert [[code_in(cell)[0] for cell in row[:3]] for row in table(DOCS / "protocol.md", "Calls")] == wanted
+@pytest.mark.parametrize(
+    ("module", "service", "heading"), [(expert_pb2, "Expert", "Calls"), (averaging_pb2, "Averaging", "Averaging")]
+)
+def test_every_call_of_the_service_is_described(module: ModuleType, service: str, heading: str) -> None:
+    methods = module.DESCRIPTOR.services_by_name[service].methods
+    wanted = [[method.name, method.input_type.name, method.output_type.name] for method in methods]
+    assert [[code_in(cell)[0] for cell in row[:3]] for row in table(DOCS / "protocol.md", heading)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("enum", "message"), [(averaging_pb2.Reason, "BlockOffer"), (records_pb2.ReplicaState, "BlockRecord")]
+)
+def test_every_value_of_an_enumeration_is_explained(enum: EnumTypeWrapper, message: str) -> None:
+    cells = [row[2] for row in table(DOCS / "protocol.md", message) if row[1] == enum.DESCRIPTOR.name]
+    assert [set(code_in(cell)) for cell in cells] == [set(enum.keys())]
+
+
+def test_the_version_is_the_one_that_is_spoken() -> None:
+    assert f"Version {PROTOCOL_VERSION} (`protocol_version` in the manifest)" in (DOCS / "protocol.md").read_text()
 
 
 EMITTERS = {

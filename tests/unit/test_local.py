@@ -10,56 +10,24 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from coordinator.blocks import block_list_text, split_blocks
 from coordinator.children import exit_words
-from coordinator.config import LocalConfig, check_same_run, manifest_of
-from coordinator.local import EXIT_INTERRUPTED, LocalSwarm, check, run_local
+from coordinator.config import LocalConfig, manifest_of
+from coordinator.local import EXIT_INTERRUPTED, check, run_local
 from protocol.errors import ConfigError, UnavailableError
-from protocol.manifest import BlockId, ModelConfig, all_blocks
+from tests.support.local_swarm import FAKE, ROOT, config_in, pids, rows, run, run_to_the_end, running, told, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-FAKE = (sys.executable, str(ROOT / "tests" / "support" / "fake_swarm.py"))
-PATIENCE_S = 20.0
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture
 def behave(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
     return lambda behaviours: monkeypatch.setenv("KILOHIVE_FAKE", json.dumps(behaviours))
-
-
-def config_in(out: Path, hosts: int = 2) -> LocalConfig:
-    return LocalConfig(out=out, hosts=hosts, experts=16, experts_per_block=2)
-
-
-def pids(out: Path) -> dict[str, int]:
-    lines = (out / "pids").read_text(encoding="utf-8").splitlines() if (out / "pids").exists() else []
-    return {name: int(pid) for name, pid in (line.split() for line in lines)}
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for {what}"
-        await asyncio.sleep(0.01)
-
-
-def running(process_ids: Iterable[int]) -> list[int]:
-    return [pid for pid in process_ids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-
-
-async def run(out: Path, stop: asyncio.Event | None = None) -> int:
-    return await LocalSwarm(config_in(out), stop or asyncio.Event(), FAKE).run()
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -82,9 +50,22 @@ async def test_each_host_is_told_its_own_blocks_and_together_they_have_all(
     await until(lambda: len(pids(tmp_path)) == 4, "all children")
     (tmp_path / "go").touch()
     await swarm
-    told = [json.loads((tmp_path / f"host-{i}.argv").read_text(encoding="utf-8")) for i in range(2)]
-    assert [argv[argv.index("--blocks") + 1] for argv in told] == ["0/0-1,1/0-1", "0/2-3,1/2-3"]
-    assert all("--stop-on-stdin-eof" in argv for argv in told)
+    hosts = [told(tmp_path, f"host-{i}") for i in range(2)]
+    assert [flags["--blocks"] for flags in hosts] == ["0/0-1,1/0-1", "0/2-3,1/2-3"]
+    assert all("--stop-on-stdin-eof" in flags for flags in hosts)
+
+
+async def test_replicas_of_a_block_go_to_different_hosts_also_when_the_run_is_resumed(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"trainer": "begin exit 0"})
+    wanted = ["0/0-1,1/0-1", "0/2-3,1/2-3", "0/0-1,1/0-1", "0/2-3,1/2-3"]
+    assert await run_to_the_end(tmp_path, 6, hosts=4, replicas=2) == 0
+    assert [told(tmp_path, f"host-{i}")["--blocks"] for i in range(4)] == wanted
+    assert told(tmp_path, "coordinator")["--replicas"] == "2"
+    assert await run_to_the_end(tmp_path, 6, hosts=4, resume=True) == 0
+    assert [told(tmp_path, f"host-{i}")["--blocks"] for i in range(4)] == wanted
+    assert "--replicas" not in told(tmp_path, "coordinator")  # the real one would refuse it: the run has two
 
 
 async def test_stop_ends_all_within_three_seconds_even_those_that_ignore_sigterm(
@@ -158,8 +139,7 @@ async def test_a_host_that_dies_during_training_is_an_event_and_training_goes_on
     assert not swarm.done()
     (tmp_path / "go").touch()
     assert await swarm == 0
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    assert [(row["name"], row["exit_code"]) for row in rows if row["event"] == "ended"] == [("host-0", -9)]
+    assert [(row["name"], row["exit_code"]) for row in rows(tmp_path, "ended")] == [("host-0", -9)]
 
 
 async def test_when_no_host_is_left_the_swarm_ends(tmp_path: Path, behave: Callable[[dict[str, str]], None]) -> None:
@@ -209,9 +189,13 @@ async def test_a_folder_can_be_used_by_one_swarm_at_a_time(
     [
         (LocalConfig(hosts=0), "--hosts: must be 1 or more, is 0"),
         (LocalConfig(steps=-1), "--steps: must be 1 or more, is -1"),
+        (LocalConfig(replicas=0), "--replicas: must be 1 or more, is 0"),
+        (LocalConfig(replicas=5), "--replicas 5: there are only 4 hosts, and each holds a block once"),
+        (LocalConfig(trainers=0), "--trainers: must be 1 or more, is 0"),
+        (LocalConfig(averaging_period_s=0.0), "averaging.period_s: must be from 0.05 to 86400, is 0"),
         (LocalConfig(micro_batches=0), "--micro-batches: must be 1 or more"),
         (LocalConfig(eval_every=-5), "--eval-every: must be 0"),
-        (LocalConfig(hosts=33), "--hosts 33: there are only 32 blocks"),
+        (LocalConfig(hosts=33), "--hosts 33: there are only 32 blocks with --replicas 1"),
         (LocalConfig(experts=1023), "--experts 1023: must be a multiple of --layers 2"),
         (LocalConfig(heads=3), "model.d_model: must be a multiple of 2 \\* n_heads = 6"),
         (LocalConfig(gate="product_key"), "product keys need a square number"),
@@ -253,40 +237,6 @@ def test_a_resumed_run_needs_as_many_hosts_as_hold_its_state(tmp_path: Path) -> 
     check(LocalConfig(out=tmp_path, hosts=3, resume=True))
     with pytest.raises(ConfigError, match="has 3 hosts; go on with as many"):
         check(LocalConfig(out=tmp_path, hosts=2, resume=True))
-
-
-def test_flags_that_repeat_the_manifest_are_no_conflict(tmp_path: Path) -> None:
-    config = LocalConfig(out=tmp_path, experts=64, d_model=64, lr=1e-3)
-    check_same_run(config, manifest_of(config, owner="x", total_tokens=5), "here")
-
-
-@given(
-    layers=st.integers(1, 4),
-    experts_per_layer=st.integers(1, 200),
-    experts_per_block=st.integers(1, 40),
-    n_hosts=st.integers(1, 12),
-)
-def test_every_block_has_one_host_and_hosts_share_evenly(
-    layers: int, experts_per_layer: int, experts_per_block: int, n_hosts: int
-) -> None:
-    model = ModelConfig(n_layers=layers, experts_per_layer=experts_per_layer, experts_per_block=experts_per_block)
-    blocks = all_blocks(model)
-    if n_hosts > len(blocks):
-        with pytest.raises(ConfigError, match="there are only"):
-            split_blocks(model, n_hosts)
-        return
-    shares = split_blocks(model, n_hosts)
-    assert sorted(block for share in shares for block in share) == blocks
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    for layer in range(layers):
-        counts = [sum(block.layer == layer for block in share) for share in shares]
-        assert max(counts) - min(counts) <= 1
-
-
-def test_blocks_are_written_as_ranges() -> None:
-    blocks = [BlockId(0, 0), BlockId(0, 1), BlockId(0, 2), BlockId(0, 5), BlockId(1, 3), BlockId(2, 4), BlockId(2, 5)]
-    assert block_list_text(blocks) == "0/0-2,0/5,1/3,2/4-5"
-    assert block_list_text([]) == ""
 
 
 def test_how_a_process_ended_is_told_in_words() -> None:

@@ -11,18 +11,21 @@ import pytest
 from rich.console import Console
 
 from coordinator.blocks import split_blocks
-from coordinator.status import MAX_PEERS_SHOWN, render_status, status_json
+from coordinator.status import status_json
+from coordinator.tables import MAX_PEERS_SHOWN, bytes_text, largest_divergence, largest_gap, render_status
 from dht.view import DirectoryView, PeerInfo, Replica
-from protocol.manifest import BlockId, Manifest, ModelConfig, all_blocks
+from protocol.manifest import TRUNK, BlockId, Manifest, ModelConfig, all_blocks
 from tests.support.trainer_events import PEERS
 
 if TYPE_CHECKING:
-    from protocol.announcements import Role
+    from protocol.announcements import ReplicaState, Role
 
 MANIFEST = Manifest(name="demo", model=ModelConfig())
 
 
-def replica(block: BlockId, peer: int, version: int) -> Replica:
+def replica(
+    block: BlockId, peer: int, version: int, *, state: ReplicaState = "serving", divergence: float = 0.0
+) -> Replica:
     return Replica(
         block=block,
         peer_id=PEERS[peer],
@@ -31,8 +34,10 @@ def replica(block: BlockId, peer: int, version: int) -> Replica:
         queue_tokens=10,
         tokens_per_s=100.5,
         tokens_total=5,
-        n_experts=32,
+        n_experts=0 if block == TRUNK else 32,
         expiration_s=2000.0,
+        state=state,
+        divergence=divergence,
     )
 
 
@@ -48,6 +53,9 @@ def peer_info(index: int, role: Role = "host", n_blocks: int = 8) -> PeerInfo:
         run_tokens=7,
         queue_tokens=2048,
         expiration_s=2000.0,
+        own_tokens=61_440 if role == "trainer" else 0,
+        staleness=3.25,
+        exchanged_bytes=12_345_678,
     )
 
 
@@ -62,7 +70,23 @@ def view(dead: frozenset[int] = frozenset(), n_more_peers: int = 0) -> Directory
     return DirectoryView(taken_s=1000.0, replicas=MappingProxyType(replicas), peers=(*hosts, *others, *more))
 
 
-def shown(taken: DirectoryView, width: int = 80) -> str:
+def averaged() -> DirectoryView:
+    """Six hosts with two replicas of each block, a third of one on its way, and two trainers."""
+    replicas: dict[BlockId, tuple[Replica, ...]] = dict.fromkeys(all_blocks(MANIFEST.model), ())
+    for index, share in enumerate(split_blocks(MANIFEST.model, 6, 2)):
+        for block in share:
+            found = replica(block, index, 1000 + 7 * index, divergence=0.01 * index)
+            replicas[block] = (*replicas[block], found)
+    return DirectoryView(
+        taken_s=1000.0,
+        replicas=MappingProxyType(replicas),
+        others=(replica(BlockId(0, 3), 5, 3, state="joining"), replica(BlockId(1, 7), 2, 9, state="stored")),
+        trunk=(replica(TRUNK, 20, 400, divergence=0.0023), replica(TRUNK, 21, 397)),
+        peers=(*(peer_info(i) for i in range(6)), *(peer_info(i, "trainer", 0) for i in (20, 21, 22))),
+    )
+
+
+def shown(taken: DirectoryView, width: int = 100) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
     with console.capture() as capture:
         console.print(render_status(MANIFEST, taken))
@@ -71,15 +95,71 @@ def shown(taken: DirectoryView, width: int = 80) -> str:
     return text
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [100, 120])
 def test_a_whole_swarm(width: int) -> None:
     lines = shown(view(), width).splitlines()
     assert lines[0] == f"run {MANIFEST.run_id}"
     host = next(line for line in lines if "…3VdZ01" in line)
-    assert host.split() == ["…3VdZ01", "host", "127.0.0.1:40001", "0/4-7,1/4-7", "1,320", "2,048", "1:40"]
+    assert host.split() == (
+        ["…3VdZ01", "host", "127.0.0.1:40001", "0/4-7,1/4-7", "1,320", "2,048", "3.2", "12.3", "MB", "1:40"]
+    )
     layer = next(line for line in lines if line.strip().startswith("0 "))
-    assert layer.split() == ["0", "16", "of", "16", "1" * 16, "100", "to", "103", "4", "40"]
+    assert layer.split() == ["0", "16", "of", "16", "1" * 16, "-", "100", "to", "103", "-", "-", "4", "40"]
     assert "all 32 blocks have a live replica" in lines[-1]
+
+
+def test_replicas_and_how_far_they_are_apart() -> None:
+    lines = shown(averaged()).splitlines()
+    layer = next(line for line in lines if line.strip().startswith("0 "))
+    words = ["0", "16", "of", "16", "2" * 16, "1", "1,000", "to", "1,035", "21", "0.05", "6", "60"]
+    assert layer.split() == words
+    assert "2 replicas of each block wanted; exchanges every 2 s in fp32" in lines
+    assert lines[-4:] == [
+        "being downloaded: 0/3",
+        "stored, not served: 1/7",
+        "2 replicas of the trunk, 3 steps apart",
+        "all 32 blocks have a live replica",
+    ]
+
+
+def test_trainers_with_their_trunks_and_tokens() -> None:
+    lines = shown(averaged()).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("trainer "))
+    assert [line.split() for line in lines[start + 1 : start + 4]] == [
+        ["…3VdZ20", "serving", "400", "0.0023", "61,440", "7"],
+        ["…3VdZ21", "serving", "397", "0", "61,440", "7"],
+        ["…3VdZ22", "-", "-", "-", "61,440", "7"],
+    ]
+
+
+def test_a_narrow_terminal_cuts_no_block_away() -> None:
+    text = shown(averaged(), width=80)
+    assert sum(line.count("2222") for line in text.splitlines()) >= 4
+
+
+def test_a_gap_is_between_replicas_of_one_block() -> None:
+    old, new = replica(BlockId(0, 0), 1, 5), replica(BlockId(0, 0), 2, 9, divergence=0.5)
+    alone = replica(BlockId(0, 1), 1, 100, divergence=0.75)  # of a partner that is gone
+    assert largest_gap([(old, new), (alone,)]) == 4
+    assert largest_divergence([(old, new), (alone,)]) == 0.5
+    assert largest_gap([(old,), (alone,), ()]) is None
+    assert largest_divergence([(alone,)]) is None
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (12_345_678, "12.3 MB"),
+        (999_999_999, "1.0 GB"),
+        (123_456_789, "123 MB"),
+        ((1 << 63) - 1, "9,223,372 TB"),
+    ],
+)
+def test_bytes_as_a_person_reads_them(n_bytes: int, text: str) -> None:
+    assert bytes_text(n_bytes) == text
 
 
 def test_lost_blocks_are_counted_and_named() -> None:
@@ -114,3 +194,18 @@ def test_json_holds_everything_and_is_json() -> None:
     assert len(table["replicas"]) == 24
     assert table["replicas"][0]["block"] == "0/0"
     assert {peer["role"] for peer in table["peers"]} == {"host", "trainer", "coordinator"}
+    assert (table["others"], table["trunk"]) == ([], [])
+
+
+def test_json_tells_of_averaging() -> None:
+    table = json.loads(json.dumps(status_json(MANIFEST, averaged()), allow_nan=False))
+    assert [(row["block"], row["state"]) for row in table["others"]] == [("0/3", "joining"), ("1/7", "stored")]
+    assert [(row["block"], row["version"], row["divergence"]) for row in table["trunk"]] == (
+        [("trunk", 400, 0.0023), ("trunk", 397, 0.0)]
+    )
+    assert (table["version_gap_max"], table["divergence_max"]) == (21, 0.05)
+    assert len(table["replicas"]) == 64
+    assert {row["state"] for row in table["replicas"]} == {"serving"}
+    host, trainer = table["peers"][0], table["peers"][-1]
+    assert (host["staleness"], host["exchanged_bytes"], trainer["own_tokens"]) == (3.25, 12_345_678, 61_440)
+    assert table["manifest"]["averaging"]["target_replicas"] == 2

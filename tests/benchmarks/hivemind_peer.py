@@ -14,24 +14,24 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import hivemind
-import psutil
 import torch
 import tyro
 from hivemind.moe import RemoteMixtureOfExperts
 from hivemind.moe.server import background_server
 
+from tests.benchmarks.peer_process import end_descendants, private_stdout
 from tests.support.leaks import adopt_orphans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TextIO
 
 PREFIX = "expert."
 DECLARE_TIMEOUT_S = 60.0
 POLL_S = 0.25
-END_TIMEOUT_S = 3.0
 N_HANDLERS = 4
 """More make no difference (docs); the default is 8 processes for each expert."""
 
@@ -60,20 +60,13 @@ def main(config: PeerConfig) -> None:
     if config.side**2 != config.experts:
         raise SystemExit(f"--experts: must be a square number, is {config.experts}")
     adopt_orphans()
-    answers = _private_stdout()
+    answers = private_stdout()
     try:
         with _server(config) as addresses, _dht(addresses) as dht:
             _wait_until_declared(dht, config.side)
             _serve(config, dht, answers)
     finally:
         end_descendants()
-
-
-def _private_stdout() -> TextIO:
-    """The pipe to the benchmark; what hivemind and its processes print goes to standard error instead."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return answers
 
 
 @contextlib.contextmanager
@@ -144,16 +137,6 @@ def _step_seconds(layer: torch.nn.Module, config: PeerConfig) -> float:
     if x_TD.grad is None or not bool(x_TD.grad.any(dim=1).all()):
         raise SystemExit("hivemind gave no gradient for some tokens")
     return seconds
-
-
-def end_descendants() -> None:
-    """Kill and reap whatever is left below this process: hivemind abandons what does not stop within 5 s."""
-    deadline = time.monotonic() + END_TIMEOUT_S
-    while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=END_TIMEOUT_S)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class HostConfig(SwarmConfig):
     max_blocks: int = 8
     """Most blocks to take with --blocks auto."""
     recheck_s: float = 10.0
-    """Seconds between looks at which blocks the swarm needs most, with --blocks auto; 0: never move."""
+    """Seconds between looks at which blocks to take, to move or to try again; 0: never."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     threads: int = 1

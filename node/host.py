@@ -76,8 +76,6 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     swarm = Swarm(config, identity)
     try:
         await until_stopped(swarm.join(), stop)
-        if config.blocks != AUTO:
-            parse_blocks(config.blocks, swarm.manifest.model)
         await Host(config, swarm, device, events, started).serve(stop)
     finally:
         await swarm.leave()
@@ -135,7 +133,8 @@ class Host:
             target_replicas=swarm.manifest.averaging.target_replicas,
             check_s=config.recheck_s,
         )
-        return BlockKeeper(parts, placement, swarm.identity.peer_id)
+        fixed = () if config.blocks == AUTO else parse_blocks(config.blocks, swarm.manifest.model)
+        return BlockKeeper(parts, placement, fixed)
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Start, take blocks, announce them, wait for `stop`, leave."""
@@ -157,14 +156,12 @@ class Host:
             await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
 
     async def _first_blocks(self) -> None:
-        config, swarm = self._config, self._swarm
         self.keeper.stored = await asyncio.to_thread(self._store.versions)
         await self._announcer.start()
         # Others that start now are seen by their first word, and what they join by their second.
         with contextlib.suppress(UnavailableError):
-            await swarm.directory.refresh_now()
-        auto = config.blocks == AUTO
-        await self.keeper.take(self.keeper.choose() if auto else parse_blocks(config.blocks, swarm.manifest.model))
+            await self._swarm.directory.refresh_now()
+        await self.keeper.take_first()
         self._saved = dict.fromkeys(self.runtime.blocks, -1)
         try:
             await self._announcer.announce_now()
@@ -191,7 +188,7 @@ class Host:
 
     async def _until(self, stop: asyncio.Event) -> None:
         work = [self._checkpoints(), self._load_events()]
-        if self._config.blocks == AUTO and self._config.recheck_s:
+        if self._config.recheck_s:
             work.append(self.keeper.recheck_forever())
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in work]

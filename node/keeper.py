@@ -16,7 +16,7 @@ from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_repl
 from node.averaging.replica import schema
 from node.experts.block import new_block
 from node.experts.state import block_from_state, block_state
-from node.placement import PlacementConfig, check_delay_s, joining_since, overdue, placement_view, plan
+from node.placement import PlacementConfig, Plan, check_delay_s, joining_since, overdue, placement_view, plan
 from node.serving.block_replica import BlockReplica
 from protocol.errors import KilohiveError, UnavailableError
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from node.averaging.node_averaging import Averaging
     from node.block_store import BlockStore
     from node.experts.block import Block
-    from node.placement import Joiner, Plan
+    from node.placement import Joiner
     from node.serving.runtime import Runtime
     from protocol.events import EventLog
     from protocol.manifest import BlockId, Manifest
@@ -62,13 +62,16 @@ class KeeperParts:
 
 
 class BlockKeeper:
-    """Takes and gives up blocks. Belongs to the event loop; `announcer` is set before the first `take`."""
+    """Takes and gives up blocks. Belongs to the event loop; `announcer` is set before the first `take`.
+
+    With `fixed` blocks it holds these and no others, and tries again for those that it could not have yet.
+    """
 
     announcer: Announcer
 
-    def __init__(self, parts: KeeperParts, placement: PlacementConfig, seed: str) -> None:
-        self._parts, self._placement = parts, placement
-        self._rng = random.Random(seed)
+    def __init__(self, parts: KeeperParts, placement: PlacementConfig, fixed: Sequence[BlockId] = ()) -> None:
+        self._parts, self._placement, self._fixed = parts, placement, tuple(fixed)
+        self._rng = random.Random(parts.peer_id)
         self._since: dict[BlockId, float] = {}
         self._joiners: dict[Joiner, float] = {}
         self._leaving: set[BlockId] = set()
@@ -83,9 +86,9 @@ class BlockKeeper:
         hidden = self.joining | self._leaving
         return {block_id: block for block_id, block in self._parts.runtime.blocks.items() if block_id not in hidden}
 
-    def choose(self) -> tuple[BlockId, ...]:
-        """What the swarm needs most, most needed first, and this host has room for."""
-        return self._plan().take
+    async def take_first(self) -> None:
+        """The fixed blocks, or those that the swarm needs most, most needed first, and that there is room for."""
+        await self.take(self._fixed or self._plan().take)
 
     async def take(self, block_ids: Iterable[BlockId]) -> None:
         """Hold these blocks too, the first of them first. One that cannot be had now is logged and left out.
@@ -130,7 +133,8 @@ class BlockKeeper:
 
     async def recheck(self) -> None:
         """Take what the swarm needs and there is room for; move a block if that is worth the transfer."""
-        moves = self._plan()
+        missing = tuple(block_id for block_id in self._fixed if block_id not in self._parts.runtime.blocks)
+        moves = Plan(take=missing) if self._fixed else self._plan()
         if not (moves.take or moves.drop):
             return
         self._parts.events.emit("placement", take=list(map(str, moves.take)), drop=list(map(str, moves.drop)))

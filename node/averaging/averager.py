@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from node.averaging.exchange import ExchangeResult
-from node.averaging.partners import History, candidates, choose_partner
+from node.averaging.partners import FIRST_BUSY_S, History, candidates, choose_partner
 from protocol.errors import KilohiveError, OverloadedError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JITTER = 0.25
+BUSY_JITTER = 1.0
 STOP_TIMEOUT_S = 2.0
 
 
@@ -109,7 +110,7 @@ class Averager:
             logger.error("An exchange of replicas does not end after %.0f s; leaving it", STOP_TIMEOUT_S)
 
     async def exchange_once(self, block_ids: Collection[BlockId] | None = None) -> ExchangeResult | None:
-        """One exchange now (after the one under way), of all blocks or only some; None if nobody else has them.
+        """One exchange now (after the one under way), of all blocks or only some; None if nobody has news of them.
 
         A failed one is a result with a problem, never an error.
         """
@@ -129,9 +130,12 @@ class Averager:
         held = set(self._replicas.ids())
         merged = {**self._divergence, **moved}
         self._divergence = {block_id: distance for block_id, distance in merged.items() if block_id in held}
+        for block in result.blocks:
+            self._history.met(block.block, result.partner, now_s, block)
         # Refused blocks too, where this node asked: a partner that always refuses must not always be asked next.
-        for block_id in (*moved, *(result.refused if result.dialled else ())):
-            self._history.met(block_id, result.partner, now_s)
+        for block_id in result.refused if result.dialled else ():
+            if block_id not in result.busy:
+                self._history.met(block_id, result.partner, now_s)
         self._emit(result)
 
     def _choose(self, block_ids: Collection[BlockId] | None) -> Candidate | None:
@@ -149,7 +153,7 @@ class Averager:
         except KilohiveError as error:
             result = _failure(partner.peer_id, self._clock() - begun_s, error)
             if isinstance(error, OverloadedError):
-                self._history.busy(partner.peer_id, self._clock(), error.retry_after_s)
+                self._busy(partner.peer_id, error.retry_after_s)
             else:
                 self._history.failed(partner.peer_id, self._clock())
         else:
@@ -160,8 +164,14 @@ class Averager:
     def _remember(self, peer_id: str, result: ExchangeResult) -> None:
         if result.problem and not result.blocks:
             self._history.failed(peer_id, self._clock())
+        elif result.busy and not result.blocks:
+            self._busy(peer_id, FIRST_BUSY_S)
         else:
             self._history.answered(peer_id, result.seconds / max(1, len(result.blocks)))
+
+    def _busy(self, peer_id: str, retry_after_s: float) -> None:
+        # Those who wait for the same partner are not to come back together.
+        self._history.busy(peer_id, self._clock(), retry_after_s * self._rng.uniform(1, 1 + BUSY_JITTER))
 
     def _emit(self, result: ExchangeResult) -> None:
         distances = [block.divergence for block in result.blocks]
@@ -180,15 +190,22 @@ class Averager:
         )
 
     async def _run(self) -> None:
-        took_s = 0.0
+        wait_s = pause_s(self._config.period_s, 0.0, self._rng)
         while True:
-            await asyncio.sleep(pause_s(self._config.period_s, took_s, self._rng))
-            begun_s = self._clock()
+            await asyncio.sleep(wait_s)
+            begun_s, result = self._clock(), None
             try:
-                await self.exchange_once()
+                result = await self.exchange_once()
             except Exception:  # the task's boundary: a mistake in one exchange must not end averaging unseen
                 logger.exception("An exchange of replicas failed")
-            took_s = self._clock() - begun_s
+            wait_s = self._wait_s(self._clock() - begun_s, result)
+
+    def _wait_s(self, took_s: float, result: ExchangeResult | None) -> float:
+        wait_s = pause_s(self._config.period_s, took_s, self._rng)
+        if result is not None and result.blocks:
+            return wait_s
+        # Nothing has come of this turn: it is made up for as soon as a partner that was busy may be free.
+        return min(wait_s, self._history.busy_for_s(self._clock()))
 
 
 def pause_s(period_s: float, took_s: float, rng: random.Random) -> float:

@@ -12,9 +12,9 @@ from node.averaging.download import Download
 from node.averaging.pairing import Pairing, Tally
 from node.averaging.service import SERVICE_NAME
 from node.averaging.wire import Inbox, Wire, within
-from node.dispatch.client import CLOSE_GRACE_S, OPTIONS
+from node.dispatch.client import CLOSE_GRACE_S, OPTIONS, rebuilt_error
 from protocol import averaging_pb2 as pb
-from protocol.errors import KilohiveError, OverloadedError, UnavailableError, error_from_status
+from protocol.errors import KilohiveError, OverloadedError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -97,7 +97,7 @@ class AveragingClient:
             method: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
             method = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")
             call = method(timeout=timeout_s)
-            wire = Wire(_ClientStream(call))
+            wire = Wire(_ClientStream(call), self._config.silence_s)
             try:
                 async with within(timeout_s, "the exchange"):
                     await Pairing(wire, self._replicas, self._config, tally).dial(block_ids)
@@ -187,5 +187,4 @@ class _ClientStream(_ClientReceiver):
 def _rebuilt(code: grpc.StatusCode, details: str | None, trailing: grpc.aio.Metadata | None) -> KilohiveError:
     if code is grpc.StatusCode.OK or details == _CUT_IN_A_MESSAGE:
         return UnavailableError("the partner ended the call")
-    metadata = {key: value for key, value in trailing or () if isinstance(value, str)}
-    return error_from_status(code, details or "", metadata)
+    return rebuilt_error(code, details, trailing)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from node.averaging.gossip import Move, apply_move, checked_moments, relative_distance, share_R
+from node.averaging.gossip import MAX_LEAD_STEPS, Move, apply_move, checked_moments, relative_distance, share_R
 from node.averaging.pieces import Incoming, Slot, Store, cut, flattened, piece_codec, piece_of, values_of
 from node.averaging.replica import ReplicaState, schema
 from node.averaging.wire import MAX_PIECE_MESSAGE_BYTES, Wire, both, require, unpack, within
@@ -41,7 +41,11 @@ START_BYTES_PER_ROW = 32
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeConfig:
-    """How a node exchanges. A block may take `block_timeout_s` and what its bytes take at the slowest rate."""
+    """How a node exchanges. A block may take `block_timeout_s` and what its bytes take at the slowest rate.
+
+    `silence_s`: how long nothing at all may pass in a running exchange, in either direction; a piece that takes longer
+    on its way is silence too.
+    """
 
     run_id: str
     peer_id: str
@@ -50,6 +54,7 @@ class ExchangeConfig:
     limits: Callable[[BlockId], GossipLimits]
     block_timeout_s: float = 20.0
     offer_timeout_s: float = 10.0
+    silence_s: float = 5.0
     slowest_bytes_per_s: int = 1 << 17
     window_pieces: int = 8
 
@@ -61,19 +66,24 @@ class ExchangeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """What an exchange did to one block here; `divergence` was before it, relative to this replica's norm."""
+    """What an exchange did to one block here; `divergence` was before it, relative to this replica's norm.
+
+    `version` is what both replicas have come to; one of them is ahead of it once it has learnt something since.
+    """
 
     block: BlockId
     divergence: float
     clipped_rows: int
     version_gap: int
+    version: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeResult:
     """One exchange as this node saw it. `blocks` have moved; `refused` says for each of the others why not.
 
-    `n_bytes` counts messages both ways; `problem` is why it ended early, if it did.
+    `busy` are the refused ones that another exchange had. `n_bytes` counts messages both ways; `problem` is why it
+    ended early, if it did.
     """
 
     partner: str
@@ -83,6 +93,7 @@ class ExchangeResult:
     n_bytes: int
     seconds: float
     problem: str = ""
+    busy: frozenset[BlockId] = frozenset()
 
 
 class Side:
@@ -126,7 +137,10 @@ class Side:
         checked_moments(self._store.group("first"), self._store.group("second"), limits)
 
     def move(self) -> tuple[Move, float]:
-        """What this side does now that both know the difference, and how far it was from the partner, relatively."""
+        """What this side does now that both know the difference, and how far it was from the partner, relatively.
+
+        Comes last: the snapshot's tensors are given back, as the move itself takes as much memory again.
+        """
         delta = self._difference()
         move = Move(
             delta=delta,
@@ -136,7 +150,11 @@ class Side:
             steps_R=self._steps_R,
             version=self._version,
         )
-        return move, relative_distance(delta, self.own.params)
+        divergence = relative_distance(delta, self.own.params)
+        self._flat.clear()
+        for _, tensors in self.own.groups():
+            tensors.clear()
+        return move, divergence
 
     def _difference(self) -> dict[str, torch.Tensor]:
         return self._store.group("params")
@@ -237,12 +255,12 @@ async def dial_block(wire: Wire, replica: AveragedReplica, side: DialledSide) ->
         await wire.send(side.start())
         window = asyncio.Semaphore(side.config.window_pieces)
         await both(_ask(wire, side, window), _take_answers(wire, side, window))
-        await asyncio.to_thread(side.check)
+        await wire.while_alive(asyncio.to_thread(side.check))
         for slot in () if side.exact else side.weight_slots:
             await wire.send(await asyncio.to_thread(side.settle, slot))
         await wire.send(_settle(side, exact=side.exact))
         require(unpack(await wire.receive(), START_BYTES), "settle")
-        return await _apply(replica, side)
+        return await _apply(wire, replica, side)
 
 
 async def answer_block(wire: Wire, replica: AveragedReplica, side: AnsweringSide, start: pb.Start) -> BlockResult:
@@ -255,10 +273,10 @@ async def answer_block(wire: Wire, replica: AveragedReplica, side: AnsweringSide
         await wire.send(side.start())
         for _ in side.slots:
             await wire.send(await asyncio.to_thread(side.answer, await wire.receive()))
-        await asyncio.to_thread(side.check)
+        await wire.while_alive(asyncio.to_thread(side.check))
         while not await asyncio.to_thread(side.take_settlement, await wire.receive()):
             pass
-        return await _apply(replica, side)
+        return await _apply(wire, replica, side)
 
 
 def settled(side: Side) -> bytes:
@@ -293,15 +311,18 @@ async def _take_answers(wire: Wire, side: DialledSide, window: asyncio.Semaphore
         window.release()
 
 
-async def _apply(replica: AveragedReplica, side: Side) -> BlockResult:
+async def _apply(wire: Wire, replica: AveragedReplica, side: Side) -> BlockResult:
     limits = side.config.limits(side.block_id)
-    move, divergence = await asyncio.to_thread(side.move)
-    clipped_rows = await asyncio.wrap_future(replica.call(lambda state: apply_move(state, move, limits)))
+    move, divergence = await wire.while_alive(asyncio.to_thread(side.move))
+    applied = replica.call(lambda state: apply_move(state, move, limits))
+    clipped_rows = await wire.while_alive(asyncio.wrap_future(applied))
+    own_version = side.own.version
     return BlockResult(
         block=side.block_id,
         divergence=divergence,
         clipped_rows=clipped_rows,
-        version_gap=abs(side.own.version - move.version),
+        version_gap=abs(own_version - move.version),
+        version=max(own_version, min(move.version, own_version + MAX_LEAD_STEPS)),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from node.averaging.exchange import (
     START_BYTES,
@@ -18,6 +18,7 @@ from node.averaging.exchange import (
     BlockResult,
     DialledSide,
     ExchangeResult,
+    Side,
     answer_block,
     dial_block,
     settled,
@@ -33,21 +34,22 @@ from protocol.manifest import PROTOCOL_VERSION, parse_block_id
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    import torch
-
     from node.averaging.exchange import ExchangeConfig
     from node.averaging.replica import AveragedReplica
     from node.averaging.replica_set import ReplicaSet
     from node.averaging.wire import Wire
     from protocol.manifest import BlockId
 
+S = TypeVar("S", bound=Side)
+
 MAX_START_BYTES = START_BYTES + START_BYTES_PER_ROW * MAX_EXPERTS_PER_LAYER
 
 BUSY_HERE = "in another exchange here"
+BUSY_THERE = "in another exchange there"
 GONE_HERE = "no longer hosted here"
 _REASONS = {
     pb.NOT_HERE: "not hosted there",
-    pb.BUSY: "in another exchange there",
+    pb.BUSY: BUSY_THERE,
     pb.SCHEMA: "its tensors there are of other names, shapes or types",
 }
 
@@ -73,6 +75,7 @@ class Tally:
             n_bytes=n_bytes,
             seconds=seconds,
             problem=self.problem,
+            busy=frozenset(block for block, why in self.refused.items() if why in {BUSY_HERE, BUSY_THERE}),
         )
 
 
@@ -180,14 +183,13 @@ class Pairing:
             self.tally.refused[block_id] = BUSY_HERE if replica else GONE_HERE
             return
         try:
-            own, before_R = await self._snapshot(block_id, replica)
+            side = await self._side(DialledSide, block_id, replica)
         except NotHostedError:
             self.tally.refused[block_id] = GONE_HERE
             return
-        side = await asyncio.to_thread(DialledSide, block_id, own, before_R, self._config)
         with self._blamed(block_id):
             result = await dial_block(self._wire, replica, side)
-        self._finished(replica, own, result, claim)
+        self._finished(replica, side, result, claim)
 
     async def _answer_blocks(self, left: list[BlockId], claim: Claim) -> None:
         while True:
@@ -203,11 +205,10 @@ class Pairing:
         replica = self._replicas.get(block_id)
         if replica is None:
             raise NotHostedError("block", f"{block_id} is no longer hosted here")
-        own, before_R = await self._snapshot(block_id, replica)
-        side = await asyncio.to_thread(AnsweringSide, block_id, own, before_R, self._config)
+        side = await self._side(AnsweringSide, block_id, replica)
         with self._blamed(block_id):
             result = await answer_block(self._wire, replica, side, start)
-        self._finished(replica, own, result, claim)
+        self._finished(replica, side, result, claim)
         async with within(self._config.offer_timeout_s, "the end of a block"):
             await self._wire.send(settled(side))
 
@@ -223,13 +224,14 @@ class Pairing:
         del left[: at + 1]
         return block_id
 
-    async def _snapshot(self, block_id: BlockId, replica: AveragedReplica) -> tuple[ReplicaState, torch.Tensor | None]:
+    async def _side(self, kind: type[S], block_id: BlockId, replica: AveragedReplica) -> S:
+        before_R = self._replicas.learnt_before(block_id, self.tally.partner)
         async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
-            own = await asyncio.wrap_future(replica.call(ReplicaState.copy))
-        return own, self._replicas.learnt_before(block_id, self.tally.partner)
+            own = await self._wire.while_alive(asyncio.wrap_future(replica.call(ReplicaState.copy)))
+        return await self._wire.while_alive(asyncio.to_thread(kind, block_id, own, before_R, self._config))
 
-    def _finished(self, replica: AveragedReplica, own: ReplicaState, result: BlockResult, claim: Claim) -> None:
-        self._replicas.exchanged(replica, self.tally.partner, own.learnt_R)
+    def _finished(self, replica: AveragedReplica, side: Side, result: BlockResult, claim: Claim) -> None:
+        self._replicas.exchanged(replica, self.tally.partner, side.own.learnt_R)
         self._replicas.release(replica.id, claim)
         self.tally.moved.append(result)
 
@@ -244,7 +246,7 @@ class Pairing:
 
     async def _schema_hashes(self, block_ids: Iterable[BlockId]) -> dict[BlockId, bytes]:
         async with within(self._config.offer_timeout_s, "the schemas of the blocks"):
-            return await self._replicas.schema_hashes(block_ids)
+            return await self._wire.while_alive(self._replicas.schema_hashes(block_ids))
 
     def _empty_offer(self) -> pb.Offer:
         config = self._config

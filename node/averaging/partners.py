@@ -1,13 +1,14 @@
 """Which replica holder to exchange with next: pure choice, weighted by how stale and how near each one is.
 
 What is weighed is this node's own memory of exchanges, and versions that partners announce; the latter count little, as
-anyone can announce anything.
+anyone can announce anything. A block of a partner that can have nothing new is not due, and a partner without a block
+that is due is no candidate.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,10 +17,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from dht.view import Replica
+    from node.averaging.exchange import BlockResult
     from protocol.manifest import BlockId
 
 FRESH_S = 1.0
-"""Who was met just now weighs as if that were so long ago: nobody's weight is zero."""
+"""Who was met just now weighs as if that were so long ago: no candidate's weight is zero.
+
+While another partner is busy, whoever was met that lately is not met again: better wait than hear the same again."""
+
+SETTLED = 1e-4
+"""Relative distance under which an exchange has changed nothing that others must be told."""
+
+QUIET_S = 60.0
+"""A pair that has nothing new by all that is known here meets that often all the same: a partner may have moved without
+a step, and wait to be dialled."""
 
 NEAR_S = 0.05
 """Nearer than this is near enough."""
@@ -28,6 +39,8 @@ MAX_GAP_STEPS = 1023
 """A larger gap weighs no more, eleven times one of nothing: versions are whatever a partner announces."""
 
 FIRST_AVOID_S = 4.0
+FIRST_BUSY_S = 0.2
+MAX_BUSY_DOUBLINGS = 4
 MAX_AVOID_S = 120.0
 MAX_PAIRS = 1 << 16
 """(block, partner) pairs that are remembered; dialling in under many names must not fill the memory."""
@@ -41,7 +54,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A peer that holds some of this node's blocks, the one not exchanged with it for longest first.
+    """A peer that holds some of this node's blocks that are due, the one not exchanged with it for longest first.
 
     `seconds_since` is that block's time, `version_gap` the largest difference in optimizer steps of one block,
     `latency_s` how long an exchange of one block took of late (0: never measured, so worth a try).
@@ -55,11 +68,22 @@ class Candidate:
     latency_s: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Partner:
     latency_s: float = 0.0
     failures: int = 0
     avoided_until_s: float = -math.inf
+    busy: int = 0
+    """Times in a row that it was; 0 if it failed instead."""
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    at_s: float
+    version: int = -1
+    """Both replicas' once they had moved; any version is newer where they did not."""
+    changes: int = -1
+    """Of the block here, before the meeting."""
 
 
 class History:
@@ -70,12 +94,17 @@ class History:
 
     def __init__(self, begun_s: float) -> None:
         self._begun_s = begun_s
-        self._met_s: OrderedDict[tuple[BlockId, str], float] = OrderedDict()
+        self._met: OrderedDict[tuple[BlockId, str], _Meeting] = OrderedDict()
+        self._changes: Counter[BlockId] = Counter()
         self._partners: OrderedDict[str, _Partner] = OrderedDict()
 
-    def met(self, block_id: BlockId, peer_id: str, now_s: float) -> None:
-        """A block was exchanged with a partner, or the partner would not."""
-        _put(self._met_s, (block_id, peer_id), now_s, MAX_PAIRS)
+    def met(self, block_id: BlockId, peer_id: str, now_s: float, result: BlockResult | None = None) -> None:
+        """A block was exchanged with a partner, or, without a `result`, the partner would not."""
+        meeting = _Meeting(now_s) if result is None else _Meeting(now_s, result.version, self._changes[block_id])
+        _put(self._met, (block_id, peer_id), meeting, MAX_PAIRS)
+        if result is not None and result.divergence >= SETTLED:
+            # News for everyone, the partner too: what a codec left out of a large difference is in the next exchange.
+            self._changes[block_id] += 1
 
     def answered(self, peer_id: str, seconds_per_block: float) -> None:
         """A partner that was dialled answered: its failures are forgiven, its latency is a moving average."""
@@ -91,18 +120,41 @@ class History:
         _put(self._partners, peer_id, failed, MAX_PARTNERS)
 
     def busy(self, peer_id: str, now_s: float, retry_after_s: float) -> None:
-        """Avoid a partner that asks for it; that is no failure."""
+        """Avoid a partner for as long as it asks, each time in a row for twice as long; that is no failure."""
         partner = self._partners.get(peer_id, _Partner())
-        until_s = now_s + min(max(retry_after_s, 0.0), MAX_AVOID_S)
-        _put(self._partners, peer_id, _Partner(partner.latency_s, partner.failures, until_s), MAX_PARTNERS)
+        doubled_s = max(retry_after_s, FIRST_BUSY_S) * 2.0 ** min(partner.busy, MAX_BUSY_DOUBLINGS)
+        until_s = now_s + min(doubled_s, MAX_AVOID_S)
+        busy = _Partner(partner.latency_s, partner.failures, until_s, partner.busy + 1)
+        _put(self._partners, peer_id, busy, MAX_PARTNERS)
 
     def avoids(self, peer_id: str, now_s: float) -> bool:
         """Whether a partner is not to be dialled yet."""
         return peer_id in self._partners and self._partners[peer_id].avoided_until_s > now_s
 
+    def is_busy(self, peer_id: str, now_s: float) -> bool:
+        """Whether a partner is only avoided because it is busy."""
+        return self.avoids(peer_id, now_s) and self._partners[peer_id].busy > 0
+
+    def busy_for_s(self, now_s: float) -> float:
+        """Until the first partner that is busy may be dialled again; infinite if none is."""
+        waits_s = (p.avoided_until_s - now_s for p in self._partners.values() if p.busy and p.avoided_until_s > now_s)
+        return min(waits_s, default=math.inf)
+
+    def is_due(self, replica: Replica, own_version: int, now_s: float, *, others_busy: bool) -> bool:
+        """Whether an exchange of a block with the holder of `replica` may bring anything new to either side."""
+        meeting = self._met.get((replica.block, replica.peer_id))
+        if meeting is None:
+            return True
+        since_s = now_s - meeting.at_s
+        if others_busy and since_s < FRESH_S:
+            return False
+        has_learnt = max(own_version, replica.version) > meeting.version
+        return has_learnt or self._changes[replica.block] != meeting.changes or since_s >= QUIET_S
+
     def seconds_since(self, block_id: BlockId, peer_id: str, now_s: float) -> float:
         """Since a block met a partner."""
-        return max(0.0, now_s - self._met_s.get((block_id, peer_id), self._begun_s))
+        meeting = self._met.get((block_id, peer_id))
+        return max(0.0, now_s - (meeting.at_s if meeting else self._begun_s))
 
     def latency_s(self, peer_id: str) -> float:
         """Of one block's exchange with a partner; 0 if never measured."""
@@ -118,18 +170,20 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """Peers other than this one that serve blocks of `versions` (this node's own), ordered by peer id.
 
-    Partners that `history` avoids are left out.
+    Left out are partners that `history` avoids, and those with whom no block is due.
     """
     held: defaultdict[str, list[Replica]] = defaultdict(list)
     for block_id in versions:
         for replica in replicas_of(block_id):
             if replica.peer_id != own_peer_id and replica.state == "serving":
                 held[replica.peer_id].append(replica)
-    return tuple(
-        _candidate(held[peer_id], versions, history, now_s)
+    others_busy = any(history.is_busy(peer_id, now_s) for peer_id in held)
+    due = {
+        peer_id: [r for r in held[peer_id] if history.is_due(r, versions[r.block], now_s, others_busy=others_busy)]
         for peer_id in sorted(held)
         if not history.avoids(peer_id, now_s)
-    )
+    }
+    return tuple(_candidate(replicas, versions, history, now_s) for replicas in due.values() if replicas)
 
 
 def choose_partner(candidates: Sequence[Candidate], rng: random.Random) -> Candidate:

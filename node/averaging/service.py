@@ -34,7 +34,7 @@ MAX_ANSWERED = 1
 MAX_DOWNLOADS = 2
 """At once: each holds a copy of a block."""
 
-RETRY_AFTER_S = 1.0
+RETRY_AFTER_S = 0.2
 
 
 class AveragingService:
@@ -66,7 +66,7 @@ class AveragingService:
 
     async def _exchange(self, _: object, context: Context) -> None:
         tally = Tally(partner="", dialled=False)
-        wire = Wire(_ServerStream(context))
+        wire = Wire(_ServerStream(context), self._config.silence_s)
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         with self._slot("exchange", MAX_ANSWERED):
@@ -90,7 +90,7 @@ class AveragingService:
             async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
                 state = await self._copy_of(block_id)
             async with within(self._config.transfer_timeout_s(state), f"the download of block {block_id}"):
-                wire = Wire(_ServerStream(context))
+                wire = Wire(_ServerStream(context), self._config.silence_s)
                 await send_state(wire, block_id, state, self._config, params_only=request.params_only)
 
     async def _copy_of(self, block_id: BlockId) -> ReplicaState:

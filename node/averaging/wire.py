@@ -6,18 +6,27 @@ Whatever carries the bytes is a `Stream`: gRPC from either side, or memory in te
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from node.serving.guard import parse
 from protocol import averaging_pb2 as pb
-from protocol.errors import DeadlineError, InvalidInputError, LimitExceededError, UnavailableError
+from protocol.errors import DeadlineError, InvalidInputError, KilohiveError, LimitExceededError, UnavailableError
 from protocol.limits import MAX_OFFERED_BLOCKS, MAX_PIECE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Coroutine
     from typing import Any
 
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+ALIVE = b""
+"""A message without a body."""
+
+ALIVE_PER_SILENCE = 4
 MAX_PIECE_MESSAGE_BYTES = 2 * MAX_PIECE_BYTES
 MAX_OFFER_MESSAGE_BYTES = 1024 + 128 * MAX_OFFERED_BLOCKS
 
@@ -41,7 +50,7 @@ class Stream(Receiver, Protocol):
 
 
 class Inbox:
-    """Messages that come; `n_bytes` counts them."""
+    """Messages that come; `n_bytes` counts them. Empty ones only say that the partner is alive, and are passed over."""
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
@@ -56,22 +65,67 @@ class Inbox:
 
     async def receive_or_end(self) -> bytes | None:
         """The next message, or None."""
-        raw = await self._receiver.receive()
+        while (raw := await self._next()) == ALIVE:
+            pass
         self.n_bytes += len(raw or b"")
         return raw
 
+    async def _next(self) -> bytes | None:
+        return await self._receiver.receive()
+
 
 class Wire(Inbox):
-    """Messages both ways; `n_bytes` counts both."""
+    """Messages both ways; `n_bytes` counts both.
 
-    def __init__(self, stream: Stream) -> None:
+    Whoever sends or receives gets a DeadlineError after `silence_s` in which nothing has passed in either direction: a
+    partner that is frozen, its connection still open, costs no more than that.
+    """
+
+    def __init__(self, stream: Stream, silence_s: float) -> None:
         super().__init__(stream)
-        self._stream = stream
+        self._stream, self._silence_s = stream, silence_s
+        self._waiting: set[asyncio.Timeout] = set()
 
     async def send(self, raw: bytes) -> None:
         """Send one serialised message."""
         self.n_bytes += len(raw)
-        await self._stream.send(raw)
+        async with self._not_silent():
+            await self._stream.send(raw)
+
+    async def while_alive(self, work: Awaitable[T]) -> T:
+        """Await what may take longer than a partner bears silence; it is told meanwhile that this side is alive."""
+        future = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({future}, timeout=self._silence_s / ALIVE_PER_SILENCE))[0]:
+                await self.send(ALIVE)
+        except KilohiveError as error:
+            # No reason to leave a replica where it is: it may be the last to move. The next message tells.
+            logger.debug("A partner is gone while this side works: %s", error)
+            return await future
+        finally:
+            if not future.done():
+                future.cancel()
+                await asyncio.wait({future})
+        return future.result()
+
+    async def _next(self) -> bytes | None:
+        async with self._not_silent():
+            return await super()._next()
+
+    @asynccontextmanager
+    async def _not_silent(self) -> AsyncIterator[None]:
+        limit = asyncio.timeout(self._silence_s)
+        self._waiting.add(limit)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            raise DeadlineError(f"the partner has been silent for {self._silence_s:g} s") from None
+        finally:
+            self._waiting.discard(limit)
+        for other in self._waiting:
+            if not other.expired():
+                other.reschedule(asyncio.get_running_loop().time() + self._silence_s)
 
 
 def unpack(raw: bytes, max_bytes: int) -> pb.ExchangeMessage:

@@ -93,7 +93,7 @@ class ExpertClient:
         try:
             answer: bytes = await call(raw, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise _rebuilt(error) from None
+            raise rebuilt_error(error.code(), error.details(), error.trailing_metadata()) from None
         self.wire_bytes += len(raw) + len(answer)
         return answer
 
@@ -103,9 +103,10 @@ class ExpertClient:
         return self._channels[endpoint]
 
 
-def _rebuilt(error: grpc.aio.AioRpcError) -> KilohiveError:
-    metadata: Mapping[str, str] = {k: v for k, v in error.trailing_metadata() or () if isinstance(v, str)}
-    rebuilt = error_from_status(error.code(), error.details() or "", metadata)
+def rebuilt_error(code: grpc.StatusCode, details: str | None, trailing: grpc.aio.Metadata | None) -> KilohiveError:
+    """The error that a call's status tells: the peer's own by its type, NotConnectedError if the call never left."""
+    metadata: Mapping[str, str] = {k: v for k, v in trailing or () if isinstance(v, str)}
+    rebuilt = error_from_status(code, details or "", metadata)
     if isinstance(rebuilt, UnavailableError) and str(rebuilt).startswith(_NOT_CONNECTED):
         return NotConnectedError(str(rebuilt))
     return rebuilt

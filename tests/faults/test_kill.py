@@ -78,24 +78,53 @@ def test_a_host_killed_at_step_20_of_60_costs_its_experts_and_nothing_else(swarm
     assert swarm.status()["blocks_lost"] == ["0/3", "0/4", "0/5", "1/2", "1/3", "1/4"]
 
 
-def test_a_killed_host_started_again_resumes_its_blocks_versions(swarm: ProcessSwarm, text: Path) -> None:
-    start_hosts(swarm)
+def start_host_with_checkpoints(swarm: ProcessSwarm, name: str, blocks: str) -> Node:
     host = swarm.start(
-        "host-again", "host", "--swarm", str(swarm.swarm_file), "--state", str(swarm.folder / "host-again"),
-        "--blocks", "0/0", "--checkpoint-every-s", "0.2",
+        name, "host", "--swarm", str(swarm.swarm_file), "--state", str(swarm.folder / name),
+        "--blocks", blocks, "--checkpoint-every-s", "0.2",
     )  # fmt: skip
     host.wait_for("announced")
+    return host
+
+
+def test_a_killed_host_started_again_resumes_its_blocks_versions(swarm: ProcessSwarm, text: Path) -> None:
+    for name in ("host-0", "host-1"):
+        swarm.host(name, HOSTS[name]).wait_for("announced")
+    host = start_host_with_checkpoints(swarm, "host-again", HOSTS["host-2"])
     trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
     trainer.wait_for("step", count=5)
     host.wait_for("checkpoint", count=2)
     host.kill()
-    stored = read_checkpoint(block_path(host.folder, BlockId(0, 0)))
-    assert stored is not None
-    again = swarm.host("host-again", "0/0")
+    stored = {}
+    for block_id in (BlockId(0, 6), BlockId(0, 7), BlockId(1, 5), BlockId(1, 6), BlockId(1, 7)):
+        checkpoint = read_checkpoint(block_path(host.folder, block_id))
+        assert checkpoint is not None
+        stored[str(block_id)] = int(checkpoint[1]["version"])
+    again = swarm.host("host-again", HOSTS["host-2"])
     announced = again.wait_for("announced", count=2)
-    assert announced["versions"] == {"0/0": int(stored[1]["version"])}
-    assert int(stored[1]["version"]) >= 2
+    assert announced["versions"] == stored
+    assert min(stored.values()) >= 2
     finish(trainer)
+
+
+def test_a_host_that_takes_a_block_with_a_live_replica_downloads_it_and_both_average(
+    swarm: ProcessSwarm, text: Path
+) -> None:
+    hosts = start_hosts(swarm)
+    trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
+    trainer.wait_for("step", count=10)
+    late = swarm.host("late", "0/0-1")
+    announced = late.wait_for("announced")
+    assert announced["versions"].keys() == {"0/0", "0/1"}
+    assert min(announced["versions"].values()) > 0
+    assert {event["block"] for event in late.events("joined")} == {"0/0", "0/1"}
+    assert {event["source"] for event in late.events("joined")} == {"replicas"}
+    late.wait_for("exchange", count=2)
+    hosts["host-0"].wait_for("exchange", count=2)
+    assert not [event for event in late.events("exchange") if event["clipped"]]
+    hosts["host-0"].kill()
+    finish(trainer)
+    wait_until(lambda: "0/0" not in swarm.status()["blocks_lost"], "the second replica is there")
 
 
 def test_training_goes_on_without_the_coordinator_and_a_new_host_joins_through_another_peer(

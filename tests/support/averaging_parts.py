@@ -247,8 +247,10 @@ async def exchange_in_memory(
     cable = cable or Cable()
     dialled = Tally(partner=answerer[1].peer_id, dialled=True)
     answered = Tally(partner="", dialled=False)
-    dial = Pairing(Wire(CableEnd(cable, "dialler", "answerer")), *dialler, dialled).dial(block_ids)
-    answer = Pairing(Wire(CableEnd(cable, "answerer", "dialler")), *answerer, answered).answer()
+    near = Wire(CableEnd(cable, "dialler", "answerer"), dialler[1].silence_s)
+    far = Wire(CableEnd(cable, "answerer", "dialler"), answerer[1].silence_s)
+    dial = Pairing(near, *dialler, dialled).dial(block_ids)
+    answer = Pairing(far, *answerer, answered).answer()
     errors = await asyncio.gather(_run(dial, cable, "dialler"), _run(answer, cable, "answerer"))
     return Outcome(dialled, answered, *errors)
 

@@ -1,156 +1,24 @@
-"""The loop that begins exchanges: with whom, when, what it tells, how it ends. The client is a fake, time the test's."""
+"""The loop that begins exchanges: with whom, when, what it tells, how it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
-from dht.view import Replica
-from node.averaging.averager import JITTER, Averager, AveragerConfig, pause_s
-from node.averaging.exchange import BlockResult, ExchangeResult
-from node.averaging.partners import FIRST_AVOID_S
+from node.averaging.averager import BUSY_JITTER, JITTER, Averager, AveragerConfig, pause_s
+from node.averaging.pairing import BUSY_THERE
+from node.averaging.partners import FIRST_AVOID_S, FIRST_BUSY_S
 from protocol.errors import OverloadedError, UnavailableError
 from protocol.events import EventLog
-from protocol.manifest import TRUNK, BlockId
+from protocol.manifest import TRUNK
+from tests.support.averager_parts import A, B, Swarm, holder, result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
-
-    from node.averaging.replica import ReplicaState
-
-A, B = BlockId(0, 0), BlockId(0, 1)
-
-
-@dataclass
-class FakeReplica:
-    id: BlockId
-    version: int = 0
-
-    def call(self, function: Callable[[ReplicaState], Any]) -> Future[Any]:
-        raise AssertionError("the averager touches no tensors")
-
-
-@dataclass
-class FakeReplicas:
-    held: dict[BlockId, FakeReplica]
-
-    def ids(self) -> tuple[BlockId, ...]:
-        return tuple(self.held)
-
-    def get(self, block_id: BlockId) -> FakeReplica | None:
-        return self.held.get(block_id)
-
-
-@dataclass
-class FakeDirectory:
-    """Whoever the test lists; it has no way to be told of failures."""
-
-    listed: list[Replica] = field(default_factory=list)
-
-    def replicas(self, block: BlockId) -> list[Replica]:
-        return [replica for replica in self.listed if replica.block == block]
-
-
-class FakeClient:
-    """Answers with the next of `script` (an error is raised), else moves every block, or none with a `refuser`."""
-
-    def __init__(self) -> None:
-        self.script: deque[ExchangeResult | Exception] = deque()
-        self.refuser = ""
-        self.calls: list[tuple[str, str, tuple[BlockId, ...], float]] = []
-        self.called = asyncio.Condition()
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.under_way = 0
-        self.cancelled = 0
-
-    async def exchange(
-        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
-    ) -> ExchangeResult:
-        self.under_way += 1
-        assert self.under_way == 1
-        self.calls.append((endpoint, partner_id, tuple(block_ids), timeout_s))
-        async with self.called:
-            self.called.notify_all()
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            await self.end()
-            raise
-        finally:
-            self.under_way -= 1
-        return self._answer(partner_id, block_ids)
-
-    async def end(self) -> None:
-        """What a cancelled exchange still does."""
-
-    def _answer(self, partner_id: str, block_ids: Sequence[BlockId]) -> ExchangeResult:
-        if self.script:
-            said = self.script.popleft()
-            if isinstance(said, Exception):
-                raise said
-            return said
-        if partner_id == self.refuser:
-            return result(partner_id, refused=dict.fromkeys(block_ids, "SCHEMA"))
-        return result(partner_id, *block_ids)
-
-    async def wait_for_calls(self, n: int) -> None:
-        async with asyncio.timeout(30), self.called:
-            await self.called.wait_for(lambda: len(self.calls) >= n)
-
-
-def result(partner: str, *blocks: BlockId, **changes: Any) -> ExchangeResult:
-    moved = tuple(
-        BlockResult(block=block, divergence=0.25 * (i + 1), clipped_rows=i, version_gap=0)
-        for i, block in enumerate(blocks)
-    )
-    known: dict[str, Any] = {
-        "partner": partner,
-        "dialled": True,
-        "blocks": moved,
-        "refused": {},
-        "n_bytes": 1000,
-        "seconds": 0.12345,
-    }
-    return ExchangeResult(**{**known, **changes})
-
-
-def holder(peer_id: str, *blocks: BlockId) -> list[Replica]:
-    return [
-        Replica(
-            block=block,
-            peer_id=peer_id,
-            endpoint=f"{peer_id}:4000",
-            version=0,
-            queue_tokens=0,
-            tokens_per_s=0.0,
-            tokens_total=0,
-            n_experts=4,
-            expiration_s=100.0,
-        )
-        for block in blocks
-    ]
-
-
-class Swarm:
-    """An averager among fakes, with its events and its clock."""
-
-    def __init__(self, period_s: float = 1e-3) -> None:
-        self.now_s = 1000.0
-        self.client, self.directory = FakeClient(), FakeDirectory(holder("own", A, B))
-        self.replicas = FakeReplicas({A: FakeReplica(A), B: FakeReplica(B)})
-        self.events: list[dict[str, Any]] = []
-        log = EventLog()
-        log.subscribe(self.events.append)
-        config = AveragerConfig(peer_id="own", period_s=period_s, timeout_s=7.0)
-        self.averager = Averager(self.replicas, self.client, self.directory, config, log, lambda: self.now_s)
+    from node.averaging.exchange import ExchangeResult
 
 
 @pytest.fixture
@@ -255,14 +123,53 @@ async def test_others_are_dialled_while_one_is_left_alone(swarm: Swarm) -> None:
     assert [call[1] for call in swarm.client.calls] == ["p", "q", "q", "q"]
 
 
-async def test_a_busy_partner_is_tried_again_when_it_says_each_time(swarm: Swarm) -> None:
+BUSY = result("p", refused={A: BUSY_THERE}, busy=frozenset({A}))
+
+
+@pytest.mark.parametrize("answer", [OverloadedError("in another exchange", FIRST_BUSY_S), BUSY], ids=["call", "block"])
+async def test_a_busy_partner_is_tried_again_soon_and_has_not_been_met(
+    swarm: Swarm, answer: ExchangeResult | Exception
+) -> None:
     swarm.directory.listed += holder("p", A)
-    for _ in range(4):
-        swarm.client.script.append(OverloadedError("in another exchange", 0.5))
-        assert await swarm.averager.exchange_once() is not None
-        assert await swarm.averager.exchange_once() is None
-        swarm.now_s += 0.5
-    assert len(swarm.client.calls) == 4
+    swarm.now_s += 50.0
+    swarm.client.script.append(answer)
+    assert await swarm.averager.exchange_once() is not None
+    assert await swarm.averager.exchange_once() is None
+    swarm.now_s += FIRST_BUSY_S * (1 + BUSY_JITTER)
+    assert swarm.averager._history.seconds_since(A, "p", swarm.now_s) > 50.0
+    assert await swarm.averager.exchange_once() is not None
+    assert len(swarm.client.calls) == 2
+
+
+async def test_those_who_wait_for_the_same_partner_do_not_come_back_together() -> None:
+    waits_s = set()
+    for peer_id in ("own", "other"):
+        swarm = Swarm(peer_id=peer_id)
+        swarm.directory.listed += holder("p", A)
+        swarm.client.script.append(OverloadedError("in another exchange", 0.2))
+        await swarm.averager.exchange_once()
+        waits_s.add(swarm.averager._history.busy_for_s(swarm.now_s))
+    assert len(waits_s) == 2
+    assert 0.2 <= min(waits_s) < max(waits_s) <= 0.2 * (1 + BUSY_JITTER)
+
+
+async def test_a_turn_that_a_busy_partner_cost_is_made_up_for_before_the_next_period() -> None:
+    swarm = Swarm(period_s=10_000.0)
+    swarm.directory.listed += holder("p", A)
+    swarm.averager._history.busy("p", swarm.now_s, 1.0)
+    assert swarm.averager._wait_s(0.0, None) == 1.0
+    assert swarm.averager._wait_s(0.0, BUSY) == 1.0
+    assert swarm.averager._wait_s(0.0, result("q", A)) > 5_000.0
+
+
+async def test_nothing_is_exchanged_again_before_there_is_news(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A)
+    swarm.averager.on_result(result("p", A, dialled=False))
+    together = replace(result("p", A).blocks[0], divergence=0.0)
+    swarm.averager.on_result(replace(result("p"), blocks=(together,)))
+    assert await swarm.averager.exchange_once() is None
+    swarm.replicas.held[A].version += 1
+    assert await swarm.averager.exchange_once() is not None
 
 
 async def test_an_exchange_that_ended_early_but_moved_something_is_no_failure(swarm: Swarm) -> None:

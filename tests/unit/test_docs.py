@@ -204,19 +204,26 @@ def test_the_version_is_the_one_that_is_spoken() -> None:
 
 
 EMITTERS = {
-    "trainer": ("node/trainer.py",),
-    "host": ("node/host.py",),
-    "coordinator": ("coordinator/coordinator.py",),
+    "hosts and trainers": ("node/averaging/averager.py",),
+    "a trainer": ("node/trainer.py", "node/trunk_sharing.py"),
+    "a host": ("node/host.py", "node/keeper.py"),
+    "a coordinator": ("coordinator/coordinator.py",),
     "local": ("coordinator/local.py",),
 }
 
 
+def test_every_file_that_tells_events_belongs_to_a_role() -> None:
+    files = [path for package in ("node", "coordinator", "dht") for path in (ROOT / package).rglob("*.py")]
+    telling = {path.relative_to(ROOT).as_posix() for path in files if re.search(r"events\.emit\(", path.read_text())}
+    assert telling == {file for files in EMITTERS.values() for file in files}
+
+
 @pytest.mark.parametrize("role", EMITTERS)
 def test_every_event_is_described_with_its_fields(role: str) -> None:
-    rows = table(DOCS / "running.md", f"Events of {'local' if role == 'local' else f'a {role}'}")
+    rows = table(DOCS / "running.md", f"Events of {role}")
     listed = {code_in(row[0])[0]: set(code_in(row[1])) for row in rows}
     emitted = emitted_by(EMITTERS[role])
-    if role == "trainer":
+    if role == "a trainer":
         emitted["step"] |= step_fields()
         emitted["waiting"] |= {"for"}
         emitted["done"] |= {"summary.json"}  # its fields have a test of their own
@@ -235,10 +242,15 @@ def emitted_by(files: Iterable[str]) -> dict[str, set[str]]:
 
 
 def step_fields() -> set[str]:
+    """Of the dictionary that `step_event` returns, and of the one that is unfolded into it."""
     tree = ast.parse((ROOT / "node/progress.py").read_text())
-    function = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "step_event")
+    return returned_keys(tree, "step_event") | returned_keys(tree, "_replica_fields")
+
+
+def returned_keys(tree: ast.Module, name: str) -> set[str]:
+    function = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
     returned = next(n.value for n in ast.walk(function) if isinstance(n, ast.Return))
-    return {str(cast("ast.Constant", key).value) for key in cast("ast.Dict", returned).keys}
+    return {str(key.value) for key in cast("ast.Dict", returned).keys if isinstance(key, ast.Constant)}
 
 
 def test_every_field_of_the_summary_is_named() -> None:
@@ -252,6 +264,8 @@ def test_every_metric_is_listed() -> None:
         kept_bytes=0,
         tokens_per_s=0.0,
         tokens_total=0,
+        staleness=0.0,
+        steps_refused=0,
         blocks={BlockId(0, 0): SimpleNamespace(version=1)},
     )
     service = SimpleNamespace(calls_ok=0, calls_refused=0)

@@ -6,6 +6,7 @@ Shapes: R rows.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -351,3 +352,27 @@ async def test_a_snapshot_is_taken_once_per_side_and_no_replica_is_touched_but_b
         replica.call = spy  # type: ignore[method-assign]
     await nodes.exchange()
     assert sorted(seen) == ["<lambda>", "<lambda>", ReplicaState.copy.__name__, "copy", "schema", "schema"]
+
+
+async def test_a_snapshot_is_given_back_before_the_move_takes_as_much_memory_again() -> None:
+    nodes = pair("int8")
+    (a,), (b,) = nodes.a, nodes.b
+    copied: list[weakref.ref[torch.Tensor]] = []
+    alive_at_move: list[int] = []
+    for replica in (a, b):
+        real = replica.call
+        own: list[weakref.ref[torch.Tensor]] = []
+
+        def watch(function: Any, real: Any = real, own: Any = own) -> Any:
+            if function is not ReplicaState.copy:
+                alive_at_move.append(sum(t() is not None for t in own))
+                return real(function)
+            done = real(function)
+            own += [weakref.ref(t) for t in done.result().named().values()]
+            copied.extend(own)
+            return done
+
+        replica.call = watch  # type: ignore[method-assign]
+    await nodes.exchange()
+    assert len(copied) == 2 * len(a.state.named())
+    assert alive_at_move == [0, 0, 0, 0]  # both schemas, both moves

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.view import Replica
+from node.averaging.exchange import BlockResult
 from node.averaging.partners import (
     FIRST_AVOID_S,
+    FIRST_BUSY_S,
+    FRESH_S,
     MAX_AVOID_S,
+    MAX_BUSY_DOUBLINGS,
     MAX_PAIRS,
     MAX_PARTNERS,
+    QUIET_S,
+    SETTLED,
     Candidate,
     History,
     candidates,
@@ -160,14 +168,88 @@ def test_a_failing_partner_is_avoided_for_twice_as_long_each_time_and_forgiven_w
 
 def test_a_busy_partner_is_avoided_as_long_as_it_asks_and_that_is_no_failure() -> None:
     history = History(0.0)
-    for _ in range(9):
-        history.busy("p", 0.0, 1.5)
+    history.busy("p", 0.0, 1.5)
     assert history.avoids("p", 1.4)
     assert not history.avoids("p", 1.5)
     history.busy("p", 0.0, 1e9)
     assert not history.avoids("p", MAX_AVOID_S)
     history.failed("p", 0.0)
     assert not history.avoids("p", FIRST_AVOID_S)
+
+
+def test_a_partner_that_is_always_busy_is_asked_less_and_less_often_down_to_a_limit() -> None:
+    history, now_s = History(0.0), 0.0
+    for n in range(9):
+        history.busy("p", now_s, 0.0)
+        wait_s = FIRST_BUSY_S * 2 ** min(n, MAX_BUSY_DOUBLINGS)
+        assert history.busy_for_s(now_s) == pytest.approx(wait_s)
+        now_s += wait_s + 1e-6
+        assert not history.avoids("p", now_s)
+    history.answered("p", 0.1)
+    history.busy("p", now_s, 0.0)
+    assert history.busy_for_s(now_s) == pytest.approx(FIRST_BUSY_S)
+
+
+def test_a_partner_that_failed_is_not_merely_busy() -> None:
+    history = History(0.0)
+    history.busy("p", 0.0, 1.0)
+    assert history.is_busy("p", 0.5)
+    assert not history.is_busy("p", 1.0)
+    history.failed("p", 1.0)
+    assert not history.is_busy("p", 1.5)
+    assert history.busy_for_s(1.5) == math.inf
+
+
+def moved(divergence: float = 0.1, version: int = 10, block: BlockId = A) -> BlockResult:
+    return BlockResult(block=block, divergence=divergence, clipped_rows=0, version_gap=0, version=version)
+
+
+def test_while_others_are_busy_a_partner_met_lately_is_not_met_again_but_a_new_one_is() -> None:
+    history = History(0.0)
+    history.met(A, "met", 10.0, moved())
+    history.busy("busy", 10.0, 5.0)
+    three = replica("met"), replica("busy"), replica("new")
+    assert [c.peer_id for c in found(history, 10.1, *three)] == ["new"]
+    assert found(history, 10.1, *three[:2]) == ()
+    assert [c.peer_id for c in found(history, 10.1, three[0])] == ["met"]
+    assert [c.peer_id for c in found(history, 10.0 + FRESH_S, *three[:2])] == ["met"]
+
+
+def test_a_partner_that_failed_is_not_waited_for() -> None:
+    history = History(0.0)
+    history.met(A, "met", 10.0, moved())
+    history.failed("gone", 10.0)
+    assert [c.peer_id for c in found(history, 10.1, replica("met"), replica("gone"))] == ["met"]
+
+
+def test_a_pair_that_was_found_together_rests_until_either_side_learns() -> None:
+    history = History(0.0)
+    history.met(A, "p", 1.0, moved(0.1))
+    assert found(history, 2.0, replica("p"))  # what the codec left out of a large difference
+    history.met(A, "p", 2.0, moved(SETTLED / 2))
+    assert found(history, 3.0, replica("p")) == ()
+    assert found(history, 3.0, replica("p", version=11))
+    assert candidates({A: 11}, lambda _: [replica("p")], OWN, history, 3.0)
+    assert found(history, 3.0, replica("p", version=9)) == ()  # announced before the exchange
+    assert found(history, 2.0 + QUIET_S, replica("p"))
+
+
+def test_a_pair_that_rests_has_news_once_the_block_moved_with_another() -> None:
+    history = History(0.0)
+    for peer_id in ("p", "q"):
+        history.met(A, peer_id, 1.0, moved(0.0))
+    history.met(B, "q", 2.0, moved(0.1, block=B))
+    assert found(history, 3.0, replica("p")) == ()
+    history.met(A, "q", 2.0, moved(0.1))
+    (p,) = found(history, 3.0, replica("p"), replica("p", B))
+    assert p.blocks == (B, A)
+
+
+def test_a_block_that_was_refused_is_due_again() -> None:
+    history = History(0.0)
+    history.met(A, "p", 1.0, moved(0.0))
+    history.met(A, "p", 2.0)
+    assert found(history, 3.0, replica("p"))
 
 
 def test_latency_follows_what_is_measured_and_outlives_a_failure() -> None:
@@ -197,5 +279,5 @@ def test_dialling_in_under_many_names_fills_no_memory_and_forgets_the_oldest() -
     assert history.latency_s("old") == 0.0
     assert history.seconds_since(A, "name 0", 7.0) == 1.0
     assert history.avoids("name 0", 6.1)
-    assert len(history._met_s) == MAX_PAIRS
+    assert len(history._met) == MAX_PAIRS
     assert len(history._partners) == MAX_PARTNERS

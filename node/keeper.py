@@ -148,7 +148,9 @@ class BlockKeeper:
         await self._announce()
 
     def _plan(self) -> Plan:
-        parts, directory = self._parts, self._parts.directory.snapshot(with_avoided=True)
+        parts = self._parts
+        # Who cannot be reached may be dead long before its records expire. Counting it out only adds replicas.
+        directory = parts.directory.snapshot(with_avoided=True).without(parts.averaging.averager.unreachable())
         self._joiners = joining_since(directory, self._joiners)
         ignored = overdue(self._joiners, directory.taken_s, self._placement)
         now = parts.clock()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from node.averaging.exchange import ExchangeResult
 from node.averaging.partners import FIRST_BUSY_S, History, candidates, choose_partner
-from protocol.errors import KilohiveError, OverloadedError
+from protocol.errors import KilohiveError, OverloadedError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -122,6 +122,10 @@ class Averager:
         """Relative distance to the partner at the block's last exchange; 0 before the first."""
         return self._divergence.get(block_id, 0.0)
 
+    def unreachable(self) -> frozenset[str]:
+        """Peers that could not be reached when they were dialled last."""
+        return self._history.unreachable()
+
     def on_result(self, result: ExchangeResult) -> None:
         """Count and tell an exchange, whoever began it."""
         now_s = self._clock()
@@ -155,7 +159,8 @@ class Averager:
             if isinstance(error, OverloadedError):
                 self._busy(partner.peer_id, error.retry_after_s)
             else:
-                self._history.failed(partner.peer_id, self._clock())
+                gone = isinstance(error, UnavailableError)
+                self._history.failed(partner.peer_id, self._clock(), unreachable=gone)
         else:
             self._remember(partner.peer_id, result)
         self.on_result(result)

@@ -75,6 +75,7 @@ class _Partner:
     avoided_until_s: float = -math.inf
     busy: int = 0
     """Times in a row that it was; 0 if it failed instead."""
+    unreachable: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ class History:
         latency_s = before + _NEW_LATENCY_WEIGHT * (seconds_per_block - before) if before else seconds_per_block
         _put(self._partners, peer_id, _Partner(latency_s=latency_s), MAX_PARTNERS)
 
-    def failed(self, peer_id: str, now_s: float) -> None:
+    def failed(self, peer_id: str, now_s: float, *, unreachable: bool = False) -> None:
         """Avoid a partner that was dialled in vain, each time in a row for twice as long, up to MAX_AVOID_S."""
         partner = self._partners.get(peer_id, _Partner())
         avoid_s = min(MAX_AVOID_S, FIRST_AVOID_S * 2.0 ** min(partner.failures, 32))
-        failed = _Partner(partner.latency_s, partner.failures + 1, now_s + avoid_s)
+        failed = _Partner(partner.latency_s, partner.failures + 1, now_s + avoid_s, unreachable=unreachable)
         _put(self._partners, peer_id, failed, MAX_PARTNERS)
 
     def busy(self, peer_id: str, now_s: float, retry_after_s: float) -> None:
@@ -126,6 +127,10 @@ class History:
         until_s = now_s + min(doubled_s, MAX_AVOID_S)
         busy = _Partner(partner.latency_s, partner.failures, until_s, partner.busy + 1)
         _put(self._partners, peer_id, busy, MAX_PARTNERS)
+
+    def unreachable(self) -> frozenset[str]:
+        """Partners that could not be reached when they were dialled last: dead, perhaps, though still announced."""
+        return frozenset(peer_id for peer_id, partner in self._partners.items() if partner.unreachable)
 
     def avoids(self, peer_id: str, now_s: float) -> bool:
         """Whether a partner is not to be dialled yet."""

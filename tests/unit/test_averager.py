@@ -12,7 +12,7 @@ import pytest
 from node.averaging.averager import BUSY_JITTER, JITTER, Averager, AveragerConfig, pause_s
 from node.averaging.pairing import BUSY_THERE
 from node.averaging.partners import FIRST_AVOID_S, FIRST_BUSY_S
-from protocol.errors import OverloadedError, UnavailableError
+from protocol.errors import DeadlineError, OverloadedError, UnavailableError
 from protocol.events import EventLog
 from protocol.manifest import TRUNK
 from tests.support.averager_parts import A, B, Swarm, holder, result
@@ -111,6 +111,20 @@ async def test_a_failing_partner_is_an_event_and_left_alone_for_longer_each_time
     assert answered is not None
     assert not answered.problem
     assert await swarm.averager.exchange_once() is not None
+
+
+async def test_who_could_not_be_reached_is_named_until_it_answers(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A)
+    swarm.client.script += [DeadlineError("silent"), UnavailableError("connection refused")]
+    await swarm.averager.exchange_once()
+    assert swarm.averager.unreachable() == frozenset(), "slow is not gone"
+    swarm.now_s += FIRST_AVOID_S
+    await swarm.averager.exchange_once()
+    assert swarm.averager.unreachable() == {"p"}
+    swarm.now_s += 2 * FIRST_AVOID_S
+    await swarm.averager.exchange_once()
+    assert len(swarm.client.calls) == 3
+    assert swarm.averager.unreachable() == frozenset()
 
 
 async def test_others_are_dialled_while_one_is_left_alone(swarm: Swarm) -> None:

@@ -109,7 +109,7 @@ class AveragingConfig:
     """
 
     target_replicas: int = 2
-    period_s: float = 2.0
+    period_s: float = 1.0
     codec: AveragingCodec = "fp32"
     clip_radius: float = 0.5
     max_staleness: int = 64

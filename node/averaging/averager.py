@@ -109,13 +109,16 @@ class Averager:
         if late:
             logger.error("An exchange of replicas does not end after %.0f s; leaving it", STOP_TIMEOUT_S)
 
-    async def exchange_once(self, block_ids: Collection[BlockId] | None = None) -> ExchangeResult | None:
+    async def exchange_once(
+        self, block_ids: Collection[BlockId] | None = None, *, rest_s: float = 0.0
+    ) -> ExchangeResult | None:
         """One exchange now (after the one under way), of all blocks or only some; None if nobody has news of them.
 
-        A failed one is a result with a problem, never an error.
+        With a `rest_s`, of those only that have not met for so long and have drifted apart enough to be worth it.
+        A failed exchange is a result with a problem, never an error.
         """
         async with self._one_at_a_time:
-            partner = self._choose(block_ids)
+            partner = self._choose(block_ids, rest_s)
             return None if partner is None else await self._exchange_with(partner)
 
     def divergence(self, block_id: BlockId) -> float:
@@ -142,10 +145,11 @@ class Averager:
                 self._history.met(block_id, result.partner, now_s)
         self._emit(result)
 
-    def _choose(self, block_ids: Collection[BlockId] | None) -> Candidate | None:
+    def _choose(self, block_ids: Collection[BlockId] | None, rest_s: float) -> Candidate | None:
         wanted = self._replicas.ids() if block_ids is None else block_ids
         own = {block_id: replica.version for block_id in wanted if (replica := self._replicas.get(block_id))}
-        found = candidates(own, self._directory.replicas, self._config.peer_id, self._history, self._clock())
+        now_s, peer_id = self._clock(), self._config.peer_id
+        found = candidates(own, self._directory.replicas, peer_id, self._history, now_s, rest_s)
         return choose_partner(found, self._rng) if found else None
 
     async def _exchange_with(self, partner: Candidate) -> ExchangeResult:
@@ -200,7 +204,8 @@ class Averager:
             await asyncio.sleep(wait_s)
             begun_s, result = self._clock(), None
             try:
-                result = await self.exchange_once()
+                # Either side of a pair may begin: once in a period is enough for both.
+                result = await self.exchange_once(rest_s=self._config.period_s * (1 - JITTER))
             except Exception:  # the task's boundary: a mistake in one exchange must not end averaging unseen
                 logger.exception("An exchange of replicas failed")
             wait_s = self._wait_s(self._clock() - begun_s, result)

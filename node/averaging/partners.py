@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from node.averaging.exchange import BlockResult
     from protocol.manifest import BlockId
 
+SHORTEST_S = 0.05
 FRESH_S = 1.0
 """Who was met just now weighs as if that were so long ago: no candidate's weight is zero.
 
@@ -31,6 +32,12 @@ SETTLED = 1e-4
 QUIET_S = 60.0
 """A pair that has nothing new by all that is known here meets that often all the same: a partner may have moved without
 a step, and wait to be dialled."""
+
+WORTH_IT = 0.005
+"""Relative distance that a pair lets build up between two meetings of a block, by how fast it did so the last time."""
+
+LONGEST_REST_S = 10.0
+"""A pair whose replicas learn meets at least this often, whatever the last meeting found."""
 
 NEAR_S = 0.05
 """Nearer than this is near enough."""
@@ -85,6 +92,13 @@ class _Meeting:
     """Both replicas' once they had moved; any version is newer where they did not."""
     changes: int = -1
     """Of the block here, before the meeting."""
+    drift_per_s: float = math.inf
+    """How fast the replicas had moved apart, as relative distance."""
+
+    def rests(self, since_s: float, rest_s: float) -> bool:
+        """Whether too little can have built up since, or the pair met less than `rest_s` ago."""
+        little = self.drift_per_s * since_s < WORTH_IT and since_s < LONGEST_REST_S
+        return since_s < rest_s or little
 
 
 class History:
@@ -101,7 +115,10 @@ class History:
 
     def met(self, block_id: BlockId, peer_id: str, now_s: float, result: BlockResult | None = None) -> None:
         """A block was exchanged with a partner, or, without a `result`, the partner would not."""
-        meeting = _Meeting(now_s) if result is None else _Meeting(now_s, result.version, self._changes[block_id])
+        meeting = _Meeting(now_s)
+        if result is not None:
+            drift_per_s = result.divergence / max(self.seconds_since(block_id, peer_id, now_s), SHORTEST_S)
+            meeting = _Meeting(now_s, result.version, self._changes[block_id], drift_per_s)
         _put(self._met, (block_id, peer_id), meeting, MAX_PAIRS)
         if result is not None and result.divergence >= SETTLED:
             # News for everyone, the partner too: what a codec left out of a large difference is in the next exchange.
@@ -145,13 +162,20 @@ class History:
         waits_s = (p.avoided_until_s - now_s for p in self._partners.values() if p.busy and p.avoided_until_s > now_s)
         return min(waits_s, default=math.inf)
 
-    def is_due(self, replica: Replica, own_version: int, now_s: float, *, others_busy: bool) -> bool:
-        """Whether an exchange of a block with the holder of `replica` may bring anything new to either side."""
+    def is_due(
+        self, replica: Replica, own_version: int, now_s: float, *, rest_s: float = 0.0, others_busy: bool = False
+    ) -> bool:
+        """Whether an exchange of a block with the holder of `replica` may bring anything new to either side.
+
+        With a `rest_s`, it must be enough to be worth its bytes, and that long ago.
+        """
         meeting = self._met.get((replica.block, replica.peer_id))
         if meeting is None:
             return True
         since_s = now_s - meeting.at_s
         if others_busy and since_s < FRESH_S:
+            return False
+        if rest_s and meeting.rests(since_s, rest_s):
             return False
         has_learnt = max(own_version, replica.version) > meeting.version
         return has_learnt or self._changes[replica.block] != meeting.changes or since_s >= QUIET_S
@@ -172,11 +196,16 @@ def candidates(
     own_peer_id: str,
     history: History,
     now_s: float,
+    rest_s: float = 0.0,
 ) -> tuple[Candidate, ...]:
     """Peers other than this one that serve blocks of `versions` (this node's own), ordered by peer id.
 
-    Left out are partners that `history` avoids, and those with whom no block is due.
+    Left out are partners that `history` avoids, and those with whom no block is due (see `History.is_due`).
     """
+
+    def is_due(replica: Replica) -> bool:
+        return history.is_due(replica, versions[replica.block], now_s, rest_s=rest_s, others_busy=others_busy)
+
     held: defaultdict[str, list[Replica]] = defaultdict(list)
     for block_id in versions:
         for replica in replicas_of(block_id):
@@ -184,7 +213,7 @@ def candidates(
                 held[replica.peer_id].append(replica)
     others_busy = any(history.is_busy(peer_id, now_s) for peer_id in held)
     due = {
-        peer_id: [r for r in held[peer_id] if history.is_due(r, versions[r.block], now_s, others_busy=others_busy)]
+        peer_id: [replica for replica in held[peer_id] if is_due(replica)]
         for peer_id in sorted(held)
         if not history.avoids(peer_id, now_s)
     }

@@ -135,14 +135,18 @@ def holder(peer_id: str, *blocks: BlockId) -> list[Replica]:
 
 
 class Swarm:
-    """An averager among fakes, with its events and its clock."""
+    """An averager among fakes, with its events and its clock, which goes on by `tick_s` whenever it is read."""
 
     def __init__(self, period_s: float = 1e-3, peer_id: str = "own") -> None:
-        self.now_s = 1000.0
+        self.now_s, self.tick_s = 1000.0, 0.0
         self.client, self.directory = FakeClient(), FakeDirectory(holder("own", A, B))
         self.replicas = FakeReplicas({A: FakeReplica(A), B: FakeReplica(B)})
         self.events: list[dict[str, Any]] = []
         log = EventLog()
         log.subscribe(self.events.append)
         config = AveragerConfig(peer_id=peer_id, period_s=period_s, timeout_s=7.0)
-        self.averager = Averager(self.replicas, self.client, self.directory, config, log, lambda: self.now_s)
+        self.averager = Averager(self.replicas, self.client, self.directory, config, log, self.clock)
+
+    def clock(self) -> float:
+        self.now_s += self.tick_s
+        return self.now_s

@@ -219,6 +219,7 @@ async def test_exchanges_of_one_node_never_overlap(swarm: Swarm) -> None:
 
 async def test_it_goes_on_by_itself_until_it_is_stopped(swarm: Swarm) -> None:
     swarm.directory.listed += holder("p", A)
+    swarm.tick_s = 0.1
     swarm.averager.start()
     swarm.averager.start()
     await swarm.client.wait_for_calls(5)
@@ -235,6 +236,7 @@ async def test_neither_a_failing_partner_nor_a_mistake_ends_the_loop(
 ) -> None:
     swarm.directory.listed += [*holder("p", A), *holder("q", A)]
     swarm.client.script += [UnavailableError("gone"), RuntimeError("a mistake")]
+    swarm.tick_s = 0.1
     swarm.averager.start()
     await swarm.client.wait_for_calls(4)
     await swarm.averager.stop()

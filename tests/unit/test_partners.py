@@ -18,12 +18,14 @@ from node.averaging.partners import (
     FIRST_AVOID_S,
     FIRST_BUSY_S,
     FRESH_S,
+    LONGEST_REST_S,
     MAX_AVOID_S,
     MAX_BUSY_DOUBLINGS,
     MAX_PAIRS,
     MAX_PARTNERS,
     QUIET_S,
     SETTLED,
+    WORTH_IT,
     Candidate,
     History,
     candidates,
@@ -243,6 +245,22 @@ def test_a_pair_that_rests_has_news_once_the_block_moved_with_another() -> None:
     history.met(A, "q", 2.0, moved(0.1))
     (p,) = found(history, 3.0, replica("p"), replica("p", B))
     assert p.blocks == (B, A)
+
+
+def test_a_pair_waits_until_it_has_drifted_apart_enough_to_be_worth_an_exchange() -> None:
+    history, learnt = History(0.0), replica("p", version=99)
+    history.met(A, "p", 10.0, moved(WORTH_IT / 2))  # in ten seconds
+
+    def due(now_s: float, rest_s: float) -> bool:
+        return bool(candidates(VERSIONS, lambda block: [learnt] * (block == A), OWN, history, now_s, rest_s))
+
+    assert due(10.1, 0.0), "who asks for an exchange by itself gets one"
+    assert not due(10 + LONGEST_REST_S - 0.1, 1.0)
+    assert due(10 + LONGEST_REST_S, 1.0)
+    history.met(A, "p", 20.0, moved(WORTH_IT * 5))  # in ten seconds: a fifth of that in two
+    assert not due(21.9, 1.0)
+    assert due(22.1, 1.0)
+    assert not due(22.1, 3.0), "at most once in so many seconds"
 
 
 def test_a_block_that_was_refused_is_due_again() -> None:

@@ -45,7 +45,7 @@ MANIFEST = small_manifest(
         "total_tokens": 1_000_000_000,
         "final_lr_fraction": 1.0,
     },
-    averaging=AveragingConfig(target_replicas=3),
+    averaging=AveragingConfig(target_replicas=3, period_s=4.0),
 )
 AUTO = ("--blocks", "auto", "--max-blocks", str(MAX_BLOCKS), "--recheck-s", "2")
 TRAIN = (
@@ -54,7 +54,7 @@ TRAIN = (
 )  # fmt: skip
 TOLERANCE = 0.02
 HELD_OUT_BYTES = 65_536
-MIN_STEPS = 200
+MIN_STEPS = 100
 """Of each trainer: on a busy machine they go on after the churn, as a loss that still falls steeply compares badly."""
 
 TIMEOUT_S = 90.0

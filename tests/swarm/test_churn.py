@@ -145,6 +145,7 @@ def compare(folder: Path, config: ChurnConfig) -> None:
     assert with_churn == pytest.approx(without, rel=TOLERANCE)
 
 
+@pytest.mark.slow  # a minute of churn, and as much to compare with: six minutes of both cores
 @pytest.mark.timeout(900)
 def test_a_host_killed_and_another_joining_every_20_s_for_a_minute_change_nothing(tmp_path: Path) -> None:
     compare(tmp_path, ChurnConfig(kills=3))

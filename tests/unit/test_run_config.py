@@ -24,7 +24,7 @@ def test_flags_that_repeat_the_manifest_are_no_conflict(tmp_path: Path) -> None:
     [
         ({"replicas": 3}, r"averaging\.target_replicas: is 3, but the run in here has 2"),
         ({"averaging_codec": "int8"}, r"averaging\.codec: is int8, but the run in here has bf16"),
-        ({"averaging_period_s": 9.0}, r"averaging\.period_s: is 9\.0, but the run in here has 2\.0"),
+        ({"averaging_period_s": 9.0}, r"averaging\.period_s: is 9\.0, but the run in here has 1\.0"),
     ],
 )
 def test_how_replicas_are_averaged_cannot_change(changes: dict[str, Any], sentence: str) -> None:

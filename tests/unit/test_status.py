@@ -113,7 +113,7 @@ def test_replicas_and_how_far_they_are_apart() -> None:
     layer = next(line for line in lines if line.strip().startswith("0 "))
     words = ["0", "16", "of", "16", "2" * 16, "1", "1,000", "to", "1,035", "21", "0.05", "6", "60"]
     assert layer.split() == words
-    assert "2 replicas of each block wanted; exchanges every 2 s in fp32" in lines
+    assert "2 replicas of each block wanted; exchanges every 1 s in fp32" in lines
     assert lines[-4:] == [
         "being downloaded: 0/3",
         "stored, not served: 1/7",

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from node.settle import settle
 from protocol.errors import DrainingError
 
 if TYPE_CHECKING:
@@ -89,9 +90,4 @@ class Turns:
             future, function = self._queue.popleft()
         except IndexError:  # closed meanwhile
             return
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - a task boundary: the error belongs to whoever called
-            future.set_exception(error)
+        settle(future, function)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from node.serving.kept_inputs import KeptInputs
 from node.serving.worker import BlockWorker
+from node.settle import settle
 from protocol.errors import DrainingError, OverloadedError
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Runtime:
         result: Future[R] = Future()
 
         def run() -> None:
-            _settle(result, function)
+            settle(result, function)
 
         with self._wake:
             if self._stopping:
@@ -179,12 +180,3 @@ class Runtime:
             batch, self._jobs = self._worker.take_batch(self._jobs, self._config.max_batch_tokens)
             self.queue_tokens -= sum(job.n_tokens for job in batch)
         return batch
-
-
-def _settle(result: Future[R], function: Callable[[], R]) -> None:
-    if not result.set_running_or_notify_cancel():
-        return
-    try:
-        result.set_result(function())
-    except Exception as error:  # noqa: BLE001 - task boundary: the failure belongs to whoever waits for the result
-        result.set_exception(error)

@@ -277,7 +277,12 @@ async def test_an_exchange_that_will_not_end_is_left_behind(
     await ended.wait()
 
 
-async def test_stopping_without_a_start_is_fine(swarm: Swarm) -> None:
+async def test_stopping_without_a_start_does_nothing_and_a_start_still_works_then(swarm: Swarm) -> None:
+    swarm.directory.listed += holder("p", A)
+    await swarm.averager.stop()
+    assert swarm.client.calls == []
+    swarm.averager.start()
+    await swarm.client.wait_for_calls(1)
     await swarm.averager.stop()
 
 

@@ -96,7 +96,9 @@ async def test_stop_does_not_wait_once_all_have_left(tmp_path: Path, behave: Cal
 async def test_children_leave_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     with supervisor_process(tmp_path):
         await until(lambda: len(pids(tmp_path)) == 4, "all children")
-    await until(lambda: not running(pids(tmp_path).values()), "the children to leave")
+    children = pids(tmp_path)
+    await until(lambda: not running(children.values()), "the children to leave")
+    assert set(children) == {"coordinator", "host-0", "host-1", "trainer"}
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import msgpack  # type: ignore[import-untyped]
 from hivemind.dht.crypto import DHTRecord
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
@@ -24,7 +23,9 @@ from dht.validator import MAX_SUBKEYS
 from protocol.errors import RecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from hivemind.p2p import PeerID
 
     from dht.validator import RecordChecker
 
@@ -38,7 +39,11 @@ _DICTIONARY_TAG = b""  # hivemind.dht.protocol: the value is a whole dictionary 
 
 def node_id_of(peer_id: PeerID) -> DHTID:
     """A node's place in the DHT: fixed by its peer id, so that nobody can choose to sit beside a key."""
-    return DHTID.generate(source=peer_id.to_bytes())
+    return _place_of(peer_id.to_bytes())
+
+
+def _place_of(peer: bytes) -> DHTID:
+    return DHTID.generate(source=peer)
 
 
 def clean_request(request: Any, sender: PeerID, checker: RecordChecker) -> None:
@@ -56,8 +61,12 @@ def clean_request(request: Any, sender: PeerID, checker: RecordChecker) -> None:
                 request.values[i] = MSGPackSerializer.dumps(_good_records(key, request.values[i], checker))
 
 
-def clean_response(request: Any, response: Any, sender: PeerID, me: DHTID, checker: RecordChecker) -> None:
-    """Take out what is not true.
+def clean_response(
+    request: Any, response: Any, sender: PeerID, knows: Callable[[int], bool], checker: RecordChecker
+) -> None:
+    """Take out what is not true, and neighbors that this node `knows` by their place: a lookup begins at these anyway.
+
+    For every neighbor that is left hivemind makes an object, for each key again.
 
     Raises:
         P2PDaemonError: the sender lies about itself; hivemind takes this for no answer.
@@ -66,13 +75,14 @@ def clean_response(request: Any, response: Any, sender: PeerID, me: DHTID, check
         raise P2PDaemonError(f"{sender} claims another node's place")
     if isinstance(response, dht_pb2.FindResponse):
         for key, result in zip(request.keys, response.results, strict=False):
-            _clean_neighbors(result, me)
+            _clean_neighbors(result, knows)
             _clean_value(key, result, checker)
 
 
-def _clean_neighbors(result: Any, me: DHTID) -> None:
+def _clean_neighbors(result: Any, knows: Callable[[int], bool]) -> None:
     pairs = list(zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False))[:MAX_NEIGHBORS]
-    good = [(node, peer) for node, peer in pairs if node == node_id_of(PeerID(peer)).to_bytes() != me.to_bytes()]
+    new = [(node, peer) for node, peer in pairs if not knows(int.from_bytes(node))]
+    good = [(node, peer) for node, peer in new if node == _place_of(peer).to_bytes()]
     result.nearest_node_ids[:] = [node for node, _ in good]
     result.nearest_peer_ids[:] = [peer for _, peer in good]
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hivemind.dht.node import DHTNode
 from hivemind.utils.logging import use_hivemind_log_handler
@@ -20,6 +20,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from dht.answers import node_id_of
 from dht.calls import Calls
 from dht.daemon import Daemon, listen_address
+from dht.lookup import Lookup
 from dht.membership import InitialPeer, Membership, parse_initial_peer
 from dht.store import Entry
 from dht.transport import Transport
@@ -44,9 +45,6 @@ N_ASKED = 8
 
 CALL_TIMEOUT_S = 3.0
 """For one call to one peer."""
-
-NEVER_SUFFICIENT = float("nan")
-"""hivemind ends a lookup at the first answer that expires after this time. Nothing is after a NaN, so it hears all."""
 
 STEP_TIMEOUT_S = 1.5
 """For one step of starting or stopping that waits for p2pd on this machine only."""
@@ -159,14 +157,14 @@ class DhtNode:
         """
         if not keys:
             return {}
-        futures = await self._bounded(lambda: self._search(keys))
-        done, late = await asyncio.wait(futures.values(), timeout=self._config.request_timeout_s)
-        for future in late:
-            future.cancel()
-        self._check_running()
-        if late and not done:
-            raise UnavailableError(f"dht: no answer for any of {len(keys)} keys in {self._config.request_timeout_s} s")
-        return {key: _found(future) for key, future in futures.items() if future in done}
+        lookup = Lookup(self._parts.node, keys, N_ASKED)
+        try:
+            await self._bounded(lookup.run)
+        except UnavailableError:
+            self._check_running()
+            if not lookup.found:
+                raise
+        return dict(lookup.found)
 
     def keep(self, entry: Entry) -> None:
         """Store this record again every `keep_period_s`, for as long as it lives: peers that hold it now may leave."""
@@ -186,12 +184,6 @@ class DhtNode:
         await self._parts.transport.close()
         await self._parts.daemon.stop()
         await self._parts.calls.drain(STEP_TIMEOUT_S)
-
-    def _search(self, keys: Sequence[str]) -> Awaitable[dict[str, asyncio.Future[Any]]]:
-        search: Awaitable[dict[str, asyncio.Future[Any]]] = self._parts.node.get_many(
-            keys, sufficient_expiration_time=NEVER_SUFFICIENT, beam_size=N_ASKED, return_futures=True
-        )
-        return search
 
     async def _bounded(self, call: Callable[[], Awaitable[T]]) -> T:
         self._check_running()
@@ -237,6 +229,7 @@ async def _build(
     transport = await calls.within(STEP_TIMEOUT_S, lambda: Transport.connect_to(daemon, checker))
     undo.push_async_callback(transport.close)
     node = await calls.within(STEP_TIMEOUT_S, lambda: _join_nothing(transport, validator))
+    transport.attach(node.protocol.routing_table)
     validator.attach(node.protocol.storage)
     membership = Membership(node=node, transport=transport, initial_peers=initial_peers, calls=calls)
     return _Parts(
@@ -258,8 +251,3 @@ async def _join_nothing(transport: Transport, validator: RecordValidator) -> DHT
         cache_refresh_before_expiry=0,
         reuse_get_requests=False,
     )
-
-
-def _found(future: asyncio.Future[Any]) -> dict[str, bytes]:
-    found = None if future.cancelled() or future.exception() is not None else future.result()
-    return {} if found is None else {subkey: item.value for subkey, item in found.value.items()}

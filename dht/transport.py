@@ -13,10 +13,12 @@ from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_s
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from dht.answers import clean_request, clean_response, node_id_of
+from dht.answers import clean_request, clean_response
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from hivemind.dht.routing import RoutingTable
 
     from dht.daemon import Daemon
     from dht.validator import RecordChecker
@@ -30,6 +32,7 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
     """A P2P connected to a daemon of ours. Uses fields of P2P and its control client that hivemind 1.1.12 has."""
 
     _checker: RecordChecker
+    _routing_table: RoutingTable | None = None
     _closed = False
 
     @classmethod
@@ -40,6 +43,10 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
         # When p2pd ends, whoever waits for an answer through it learns so at once.
         transport._client.control._read_task.add_done_callback(lambda _: transport._fail_pending_calls())
         return transport
+
+    def attach(self, routing_table: RoutingTable) -> None:
+        """Set the table of those that this node need not be told of."""
+        self._routing_table = routing_table
 
     async def dial(self, peer_id: PeerID, address: Multiaddr) -> None:
         """Connect to a peer at an address; raises hivemind's ControlFailure, or OSError or EOFError if p2pd is gone."""
@@ -58,7 +65,7 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
         if self._closed:
             raise P2PDaemonError("this node is stopping")
         response = await super().call_protobuf_handler(peer_id, name, input, output_protobuf_type)
-        clean_response(input, response, peer_id, node_id_of(self.peer_id), self._checker)
+        clean_response(input, response, peer_id, self._knows, self._checker)
         return response
 
     async def add_protobuf_handler(
@@ -96,6 +103,13 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
             task.cancel()
         await self.shutdown()
         await asyncio.wait(ending, timeout=CLOSE_TIMEOUT_S)
+
+    def _knows(self, place: int) -> bool:
+        table = self._routing_table
+        if table is None:
+            return False
+        # Not those that only wait for a place in a full bucket: no lookup begins at them.
+        return bool(place == table.node_id or place in table.buckets[table.get_bucket_index(place)].nodes_to_peer_id)
 
     def _fail_pending_calls(self) -> None:
         for call in list(self._client.control._pending_calls.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 from hivemind.dht.crypto import DHTRecord
@@ -18,6 +19,9 @@ from dht.validator import RecordChecker, RecordValidator, wrap
 from protocol.identity import Identity
 from tests.support.dht_nodes import KEY, entry_by
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 def test_what_a_peer_says_about_its_place_is_checked() -> None:
     me, liar = (PeerID.from_base58(Identity.generate().peer_id) for _ in range(2))
@@ -27,18 +31,23 @@ def test_what_a_peer_says_about_its_place_is_checked() -> None:
     assert not request.HasField("peer")
     response = dht_pb2.PingResponse(peer=dht_pb2.NodeInfo(node_id=DHTID.generate().to_bytes()))
     with pytest.raises(P2PDaemonError, match="claims another node's place"):
-        clean_response(request, response, liar, node_id_of(me), checker)
+        clean_response(request, response, liar, knows(me), checker)
 
 
-def test_neighbors_in_a_wrong_place_are_left_out_of_an_answer() -> None:
-    me, sender, honest = (PeerID.from_base58(Identity.generate().peer_id) for _ in range(3))
+def knows(*peers: PeerID) -> Callable[[int], bool]:
+    return {int(node_id_of(peer)) for peer in peers}.__contains__
+
+
+def test_neighbors_in_a_wrong_place_and_known_ones_are_left_out_of_an_answer() -> None:
+    me, known, sender, honest = (PeerID.from_base58(Identity.generate().peer_id) for _ in range(4))
+    peers = (honest, honest, me, known)
+    places = [node_id_of(honest), DHTID.generate(), node_id_of(me), node_id_of(known)]
     result = dht_pb2.FindResult(
-        nearest_node_ids=[place.to_bytes() for place in (node_id_of(honest), DHTID.generate(), node_id_of(me))],
-        nearest_peer_ids=[peer.to_bytes() for peer in (honest, honest, me)],
+        nearest_node_ids=[place.to_bytes() for place in places], nearest_peer_ids=[peer.to_bytes() for peer in peers]
     )
     response = dht_pb2.FindResponse(results=[result])
     request = dht_pb2.FindRequest(keys=[DHTID.generate(KEY).to_bytes()])
-    clean_response(request, response, sender, node_id_of(me), RecordChecker(time.time))
+    clean_response(request, response, sender, knows(me, known), RecordChecker(time.time))
     assert list(response.results[0].nearest_peer_ids) == [honest.to_bytes()]
 
 
@@ -51,7 +60,7 @@ def test_an_answer_that_cannot_be_unpacked_is_no_answer(packed: bytes) -> None:
     result = dht_pb2.FindResult(type=dht_pb2.FOUND_DICTIONARY, value=packed, expiration_time=float("inf"))
     response = dht_pb2.FindResponse(results=[result])
     request = dht_pb2.FindRequest(keys=[DHTID.generate(KEY).to_bytes()])
-    clean_response(request, response, sender, DHTID.generate(), RecordChecker(time.time))
+    clean_response(request, response, sender, knows(), RecordChecker(time.time))
     assert response.results[0].type == dht_pb2.NOT_FOUND
     assert response.results[0].value == b""
     assert response.results[0].expiration_time == 0.0

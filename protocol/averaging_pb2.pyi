@@ -44,16 +44,18 @@ class Offer(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., peer_id: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[BlockOffer, _Mapping]]] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("block", "version", "work", "steps")
+    __slots__ = ("block", "version", "work", "steps", "weights_only")
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ONLY_FIELD_NUMBER: _ClassVar[int]
     block: str
     version: int
     work: _containers.RepeatedScalarFieldContainer[float]
     steps: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, block: _Optional[str] = ..., version: _Optional[int] = ..., work: _Optional[_Iterable[float]] = ..., steps: _Optional[_Iterable[int]] = ...) -> None: ...
+    weights_only: bool
+    def __init__(self, block: _Optional[str] = ..., version: _Optional[int] = ..., work: _Optional[_Iterable[float]] = ..., steps: _Optional[_Iterable[int]] = ..., weights_only: _Optional[bool] = ...) -> None: ...
 
 class Piece(_message.Message):
     __slots__ = ("tensor", "offset", "values", "hash")

@@ -57,15 +57,27 @@ def encode(x: torch.Tensor, codec: Codec) -> pb.Tensor:
 
     fp16 saturates at its largest value: an infinity would be refused by the receiver.
     """
-    kind = CODECS[codec]
-    shape = tuple(x.shape)
+    message = pb.Tensor()
+    encode_into(message, x, codec)
+    return message
+
+
+def encode_into(message: pb.Tensor, x: torch.Tensor, codec: Codec) -> None:
+    """Fill an empty message, which may be part of another: a message that is put into another is copied."""
+    kind, x = CODECS[codec], x.detach()
+    message.codec = kind
+    message.shape.extend(x.shape)
     if kind == pb.CODEC_INT8:
-        q_RN, scale_R = _quantise_rows(x.detach().to(torch.float32).reshape(-1, shape[-1] if shape else 1))
-        return pb.Tensor(codec=kind, shape=shape, data=_to_bytes(q_RN), scales=_to_bytes(scale_R))
-    x = x.detach()
-    if kind == pb.CODEC_FP16:
+        x, scale_R = _quantise_rows(x.to(torch.float32).reshape(-1, x.shape[-1] if x.dim() else 1))
+        message.scales = _to_bytes(scale_R)
+    elif kind == pb.CODEC_FP16:
         x = x.clamp(-_FP16_MAX, _FP16_MAX)
-    return pb.Tensor(codec=kind, shape=shape, data=_to_bytes(x.to(_STORED_AS[kind])))
+    message.data = _to_bytes(x.to(_STORED_AS[kind]))
+
+
+def is_lossless(codec: Codec, dtype: torch.dtype) -> bool:
+    """Whether values of `dtype` come back from the codec bit by bit."""
+    return _STORED_AS[CODECS[codec]] == dtype
 
 
 def encode_indices(index_P: torch.Tensor) -> pb.Tensor:
@@ -77,8 +89,9 @@ def decode(message: pb.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Te
     """Float tensor of `dtype` on the CPU; raises InvalidInputError naming the field for anything that is off."""
     if message.codec not in _FLOATS:
         raise InvalidInputError(spec.field, f"codec {message.codec} is not one of {', '.join(CODECS)}")
-    shape = _checked_shape(message, spec)
-    stored = _from_bytes(message.data, _STORED_AS[message.codec]).view(shape)
+    data = message.data  # once: every look at a message's bytes copies them
+    shape = _checked_shape(message, len(data), spec)
+    stored = _from_bytes(data, _STORED_AS[message.codec]).view(shape)
     x = _dequantise(message, stored, spec).to(dtype) if message.codec == pb.CODEC_INT8 else stored.to(dtype)
     _check_values(x, spec.field)
     return x
@@ -88,7 +101,9 @@ def decode_indices(message: pb.Tensor, spec: TensorSpec, upper: int) -> torch.Te
     """int64 vector with every entry in [0, upper)."""
     if message.codec != pb.CODEC_INT32:
         raise InvalidInputError(spec.field, f"codec {message.codec} is not int32")
-    index_P = _from_bytes(message.data, torch.int32).view(_checked_shape(message, spec)).long()
+    data = message.data
+    shape = _checked_shape(message, len(data), spec)
+    index_P = _from_bytes(data, torch.int32).view(shape).long()
     if index_P.numel():
         low, high = (int(v) for v in torch.aminmax(index_P))
         if low < 0 or high >= upper:
@@ -96,7 +111,7 @@ def decode_indices(message: pb.Tensor, spec: TensorSpec, upper: int) -> torch.Te
     return index_P
 
 
-def _checked_shape(message: pb.Tensor, spec: TensorSpec) -> tuple[int, ...]:
+def _checked_shape(message: pb.Tensor, n_bytes: int, spec: TensorSpec) -> tuple[int, ...]:
     shape = tuple(message.shape)
     if len(shape) > MAX_TENSOR_DIMS or len(shape) != len(spec.shape):
         raise InvalidInputError(spec.field, f"has {len(shape)} dimensions, must have {len(spec.shape)}")
@@ -107,8 +122,8 @@ def _checked_shape(message: pb.Tensor, spec: TensorSpec) -> tuple[int, ...]:
     if elements > spec.max_elements:
         raise LimitExceededError(f"{spec.field} elements", elements, spec.max_elements)
     expected = elements * _STORED_AS[message.codec].itemsize
-    if len(message.data) != expected:
-        raise InvalidInputError(spec.field, f"has {len(message.data)} bytes, its shape needs {expected}")
+    if n_bytes != expected:
+        raise InvalidInputError(spec.field, f"has {n_bytes} bytes, its shape needs {expected}")
     return shape
 
 

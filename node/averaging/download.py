@@ -9,7 +9,7 @@ import torch
 
 from node.averaging.exchange import START_BYTES, START_BYTES_PER_ROW, counters_of
 from node.averaging.gossip import checked_moments
-from node.averaging.pieces import PARAMS, Incoming, Store, cut, flattened, piece_of
+from node.averaging.pieces import PARAMS, Incoming, Store, cut, flattened, piece_message
 from node.averaging.replica import ReplicaState, schema
 from node.averaging.wire import MAX_PIECE_MESSAGE_BYTES, require, unpack
 from protocol import averaging_pb2 as pb
@@ -93,5 +93,4 @@ def _wanted(tensors: Sequence[TensorSchema], *, params_only: bool) -> list[Tenso
 
 
 def _packed(slot: Slot, flat: dict[str, torch.Tensor], config: ExchangeConfig) -> bytes:
-    piece = piece_of(slot, slot.of(flat), config.dtype)
-    return pb.ExchangeMessage(piece=piece).SerializeToString()
+    return piece_message(slot, slot.of(flat), config.dtype).SerializeToString()

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from node.averaging.gossip import MAX_LEAD_STEPS, Move, apply_move, checked_moments, relative_distance, share_R
-from node.averaging.pieces import Incoming, Slot, Store, cut, flattened, piece_codec, piece_of, values_of
+from node.averaging.gossip import MAX_LEAD_STEPS, Move, apply_move, checked_moments, share_R
+from node.averaging.pieces import Incoming, Slot, Store, cut, flattened, piece_codec, sent_as
 from node.averaging.replica import ReplicaState, schema
 from node.averaging.wire import MAX_PIECE_MESSAGE_BYTES, Wire, both, require, unpack, within
 from protocol import averaging_pb2 as pb
@@ -97,7 +97,10 @@ class ExchangeResult:
 
 
 class Side:
-    """One side of one block: its own snapshot, and the partner's tensors as they come. Its methods may run anywhere."""
+    """One side of one block: its own snapshot, and the partner's tensors as they come. Its methods may run anywhere.
+
+    With `weights_only` neither side sends moments, and the snapshot has none.
+    """
 
     def __init__(
         self,
@@ -105,9 +108,12 @@ class Side:
         own: ReplicaState,
         learnt_before_R: torch.Tensor | None,
         config: ExchangeConfig,
+        *,
+        weights_only: bool = False,
     ) -> None:
         tensors = schema(own)
         self.block_id, self.own, self.config = block_id, own, config
+        self.weights_only = weights_only
         self.slots = cut(tensors)
         self.weight_slots = tuple(slot for slot in self.slots if slot.is_weights)
         self.work_R = own.learnt_R if learnt_before_R is None else (own.learnt_R - learnt_before_R).clamp(min=0)
@@ -119,7 +125,11 @@ class Side:
         """The message that begins the block."""
         own = self.own
         start = pb.Start(
-            block=str(self.block_id), version=own.version, work=self.work_R.tolist(), steps=own.steps_R.tolist()
+            block=str(self.block_id),
+            version=own.version,
+            work=self.work_R.tolist(),
+            steps=own.steps_R.tolist(),
+            weights_only=self.weights_only,
         )
         return pb.ExchangeMessage(start=start).SerializeToString()
 
@@ -127,6 +137,10 @@ class Side:
         """Check the partner's Start; raises InvalidInputError."""
         if start.block != str(self.block_id):
             raise InvalidInputError("block", f"is {start.block[:40]!r}, must be {str(self.block_id)!r}")
+        if start.weights_only is not self.weights_only:
+            raise InvalidInputError(
+                "weights_only", f"is {start.weights_only}, must be {self.weights_only} as was asked"
+            )
         work_R, self._steps_R = counters_of(start, len(self.own.steps_R))
         self._alpha_R = share_R(self.work_R, work_R)
         self._version = start.version
@@ -136,35 +150,36 @@ class Side:
         limits = self.config.limits(self.block_id)
         checked_moments(self._store.group("first"), self._store.group("second"), limits)
 
-    def move(self) -> tuple[Move, float]:
-        """What this side does now that both know the difference, and how far it was from the partner, relatively.
+    def move(self) -> Move:
+        """What this side does now that both know the difference.
 
         Comes last: the snapshot's tensors are given back, as the move itself takes as much memory again.
         """
-        delta = self._difference()
         move = Move(
-            delta=delta,
+            delta=self._difference(),
             alpha_R=self._alpha_R,
             first=self._store.group("first"),
             second=self._store.group("second"),
             steps_R=self._steps_R,
             version=self._version,
         )
-        divergence = relative_distance(delta, self.own.params)
         self._flat.clear()
         for _, tensors in self.own.groups():
             tensors.clear()
-        return move, divergence
+        return move
 
     def _difference(self) -> dict[str, torch.Tensor]:
         return self._store.group("params")
 
-    def _piece(self, slot: Slot, values_V: torch.Tensor) -> pb.Piece:
-        return piece_of(slot, values_V, piece_codec(slot, self.config.codec, self.config.dtype))
+    def _sent(self, slot: Slot, values_V: torch.Tensor) -> tuple[bytes, torch.Tensor]:
+        return sent_as(slot, values_V, piece_codec(slot, self.config.codec, self.config.dtype))
 
-    def _as_read(self, piece: pb.Piece, slot: Slot) -> torch.Tensor:
-        """A piece of one's own as the partner will read it."""
-        return values_of(piece, slot, piece_codec(slot, self.config.codec, self.config.dtype))
+    def _sent_and_kept(self, slot: Slot, difference_V: torch.Tensor) -> bytes:
+        """A difference from the store, which then holds it as the partner will read it."""
+        packed, read_V = self._sent(slot, difference_V)
+        if read_V is not difference_V:
+            difference_V.copy_(read_V)
+        return packed
 
 
 class DialledSide(Side):
@@ -177,13 +192,13 @@ class DialledSide(Side):
     def ask(self, slot: Slot) -> bytes:
         """The slot's piece. What its codec loses of weights waits in the store for the answer."""
         own_V = slot.of(self._flat)
-        piece = self._piece(slot, own_V)
+        packed, read_V = self._sent(slot, own_V)
         if slot.is_weights:
-            lost_V = self._as_read(piece, slot) - own_V
-            self.exact = self.exact and not bool(lost_V.any())
-            slot.of(self._store.flat).copy_(lost_V)
+            lost_V = slot.of(self._store.flat)
+            torch.sub(read_V, own_V, out=lost_V)
+            self.exact = self.exact and (read_V is own_V or not bool(lost_V.any()))
         self._asked += 1
-        return _packed(piece)
+        return packed
 
     def take_answer(self, raw: bytes) -> None:
         """The partner's difference or moments; raises InvalidInputError."""
@@ -200,10 +215,7 @@ class DialledSide(Side):
 
     def settle(self, slot: Slot) -> bytes:
         """The slot's settled difference, kept as the partner will read it."""
-        there_V = slot.of(self._store.flat)
-        piece = self._piece(slot, there_V)
-        there_V.copy_(self._as_read(piece, slot))
-        return _packed(piece)
+        return self._sent_and_kept(slot, slot.of(self._store.flat))
 
 
 class AnsweringSide(Side):
@@ -219,10 +231,8 @@ class AnsweringSide(Side):
         own_V = slot.of(self._flat)
         if not slot.is_weights:
             slot.of(self._store.flat).copy_(values_V)
-            return _packed(self._piece(slot, own_V))
-        piece = self._piece(slot, own_V - values_V)
-        slot.of(self._store.flat).copy_(self._as_read(piece, slot))
-        return _packed(piece)
+            return self._sent(slot, own_V)[0]
+        return self._sent_and_kept(slot, torch.sub(own_V, values_V, out=slot.of(self._store.flat)))
 
     def take_settlement(self, raw: bytes) -> bool:
         """One settled piece, or the end of them (True); raises InvalidInputError."""
@@ -313,21 +323,17 @@ async def _take_answers(wire: Wire, side: DialledSide, window: asyncio.Semaphore
 
 async def _apply(wire: Wire, replica: AveragedReplica, side: Side) -> BlockResult:
     limits = side.config.limits(side.block_id)
-    move, divergence = await wire.while_alive(asyncio.to_thread(side.move))
-    applied = replica.call(lambda state: apply_move(state, move, limits))
-    clipped_rows = await wire.while_alive(asyncio.wrap_future(applied))
+    move = side.move()
+    moved = replica.call(lambda state: apply_move(state, move, limits))
+    applied = await wire.while_alive(asyncio.wrap_future(moved))
     own_version = side.own.version
     return BlockResult(
         block=side.block_id,
-        divergence=divergence,
-        clipped_rows=clipped_rows,
+        divergence=applied.divergence,
+        clipped_rows=applied.clipped_rows,
         version_gap=abs(own_version - move.version),
         version=max(own_version, min(move.version, own_version + MAX_LEAD_STEPS)),
     )
-
-
-def _packed(piece: pb.Piece) -> bytes:
-    return pb.ExchangeMessage(piece=piece).SerializeToString()
 
 
 def _settle(side: Side, *, exact: bool) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 MAX_LEAD_STEPS = 1_000_000
 """A partner's step counts are believed up to this far ahead of one's own: a forged one cannot run off the scale."""
+
+_SAFE_NORMS = (1e-12, 1e18)
+"""No square that matters has left float32's range where a norm, taken in float32, is between these."""
+
+_ROUNDING = 8
+"""A clipped move is shorter than it may be by so many units of rounding, which then do not take it beyond."""
 
 _SECOND_SLACK = 1.01
 """Moments travel rounded (bf16: 1/256), so an honest one may be a little over its limit."""
@@ -62,7 +68,8 @@ class Move:
 
     `delta` is the partner's parameters minus one's own as both sides know it, unclipped, for every parameter;
     `alpha_R` (float64) how much of it is taken. `first` and `second` are the partner's moments, checked by
-    `checked_moments`; `steps_R` (int64) and `version` the partner's counters.
+    `checked_moments`, or empty where none were sent; `steps_R` (int64), taken over with moments only, and `version` are
+    the partner's counters.
     """
 
     delta: dict[str, torch.Tensor]
@@ -71,6 +78,13 @@ class Move:
     second: dict[str, torch.Tensor]
     steps_R: torch.Tensor
     version: int
+
+
+class Applied(NamedTuple):
+    """What a move did: rows that were clipped, and how far the partner was before, relative to one's own norm."""
+
+    clipped_rows: int
+    divergence: float
 
 
 def first_bound(beta1: float, beta2: float) -> float:
@@ -104,10 +118,7 @@ def share_R(work_R: torch.Tensor, partner_work_R: torch.Tensor) -> torch.Tensor:
 
 def relative_distance(delta: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> float:
     """L2 norm of `delta` over that of `own`, all rows together; at most MAX_DIVERGENCE, also where `own` is zero."""
-    distance, norm = float(_row_norms(delta).norm()), float(_row_norms(own).norm())
-    if distance <= norm * MAX_DIVERGENCE:
-        return distance / norm if norm else 0.0
-    return MAX_DIVERGENCE
+    return _ratio(_row_norms(delta), _row_norms(own))
 
 
 def clip_scale_R(  # noqa: N802 - suffix: result's shape
@@ -117,8 +128,7 @@ def clip_scale_R(  # noqa: N802 - suffix: result's shape
 
     A row's norm is over all its parameters. A row of zeros has no norm to measure by and stays where it is: factor 0.
     """
-    distance_R, allowed_R = _row_norms(delta), radius * _row_norms(own_params)
-    return torch.where(distance_R > allowed_R, allowed_R / distance_R, 1.0)
+    return _clip_scale_R(_row_norms(delta), _row_norms(own_params), radius)
 
 
 def checked_moments(
@@ -147,8 +157,8 @@ def checked_moments(
 
 
 @torch.no_grad()
-def apply_move(state: ReplicaState, move: Move, limits: GossipLimits) -> int:
-    """Move live tensors in place, on whatever device they are; returns how many rows were clipped.
+def apply_move(state: ReplicaState, move: Move, limits: GossipLimits) -> Applied:
+    """Move live tensors in place, on whatever device they are.
 
     Parameters move by adding, so that steps taken since the snapshot stay; moments move to a mixture, so that squares
     stay squares. After it, an Adam step without gradient moves no weight by more than
@@ -158,43 +168,72 @@ def apply_move(state: ReplicaState, move: Move, limits: GossipLimits) -> int:
         InvalidInputError: a move that does not fit, or whose outcome is not finite. Nothing has changed then.
     """
     _check_fits(state, move)
-    scale_R = clip_scale_R(move.delta, state.params, limits.clip_radius)
-    moved = [
-        *_moved(state.params, move.delta, move.alpha_R * scale_R),
-        *_mixed("first", state.first, move.first, move.alpha_R),
-        *_mixed("second", state.second, move.second, move.alpha_R),
-    ]
-    for live, new in moved:
-        live.copy_(new)
-    steps_R = move.steps_R.to(state.steps_R)
-    state.steps_R.copy_(torch.maximum(state.steps_R, steps_R.clamp(max=state.steps_R + MAX_LEAD_STEPS)))
+    distance_R, own_R = _row_norms(move.delta), _row_norms(state.params)
+    scale_R = _clip_scale_R(distance_R, own_R, limits.clip_radius)
+    is_clipped_R, factor_R = scale_R < 1, move.alpha_R * scale_R
+    _check_reach(own_R + factor_R * distance_R, state.params)
+    mixed = [*_mixed("first", state.first, move.first, move.alpha_R)]
+    mixed += _mixed("second", state.second, move.second, move.alpha_R)
+    for name, p in state.params.items():
+        # In two steps: a factor that undoes a huge difference may be too small for float32, its root is not.
+        kept_R = 1 - is_clipped_R * _ROUNDING * torch.finfo(p.dtype).eps
+        root = _columns((factor_R * kept_R).sqrt(), p).to(p)
+        p.addcmul_(move.delta[name].to(p) * root, root)
+    for moment, new in mixed:
+        moment.copy_(new)
+    _count_up(state, move, with_moments=bool(mixed))
+    return Applied(clipped_rows=int(is_clipped_R.sum()), divergence=_ratio(distance_R, own_R))
+
+
+def _count_up(state: ReplicaState, move: Move, *, with_moments: bool) -> None:
+    if with_moments:
+        steps_R = move.steps_R.to(state.steps_R)
+        state.steps_R.copy_(torch.maximum(state.steps_R, steps_R.clamp(max=state.steps_R + MAX_LEAD_STEPS)))
     state.version = max(state.version, min(move.version, state.version + MAX_LEAD_STEPS))
-    return int((scale_R < 1).sum())
 
 
 def _row_norms(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    # In float64: the square of a large finite float32 is infinite.
-    norms = [torch.linalg.vector_norm(t.reshape(len(t), -1), dim=1, dtype=torch.float64) for t in tensors.values()]
-    norm_R: torch.Tensor = torch.stack([row_R.cpu() for row_R in norms]).norm(dim=0)
+    norms = [_norm_of_rows(t.reshape(len(t), -1, t.shape[-1])).cpu() for t in tensors.values()]
+    norm_R: torch.Tensor = torch.stack(norms).norm(dim=0)
     return norm_R
 
 
-def _moved(
-    params: dict[str, torch.Tensor], delta: dict[str, torch.Tensor], factor_R: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _norm_of_rows(t: torch.Tensor) -> torch.Tensor:
+    """Norms (float64) of the rows of [R, columns, last dimension], in the tensor's own type as far as that is safe."""
+    norm_RC: torch.Tensor = torch.linalg.vector_norm(t, dim=2)
+    low, high = _SAFE_NORMS
+    if not bool(((norm_RC == 0) | ((norm_RC > low) & (norm_RC < high))).all()):
+        # Four times slower. The square of a large float32 is infinite, that of a small one zero.
+        norm_RC = torch.linalg.vector_norm(t, dim=2, dtype=torch.float64)
+    norm_R: torch.Tensor = torch.linalg.vector_norm(norm_RC, dim=1, dtype=torch.float64)
+    return norm_R
+
+
+def _clip_scale_R(distance_R: torch.Tensor, own_R: torch.Tensor, radius: float) -> torch.Tensor:  # noqa: N802
+    allowed_R = radius * own_R
+    return torch.where(distance_R > allowed_R, allowed_R / distance_R, 1.0)
+
+
+def _ratio(distance_R: torch.Tensor, own_R: torch.Tensor) -> float:
+    distance, norm = float(distance_R.norm()), float(own_R.norm())
+    if distance <= norm * MAX_DIVERGENCE:
+        return distance / norm if norm else 0.0
+    return MAX_DIVERGENCE
+
+
+def _check_reach(reach_R: torch.Tensor, params: dict[str, torch.Tensor]) -> None:
+    """A row's norm bounds each of its values: no need to make new ones only to look whether they are finite."""
     for name, p in params.items():
-        # The product in float64: a factor that undoes a huge difference may be too small for float32.
-        step = delta[name].to("cpu", torch.float64) * _columns(factor_R, p)
-        new = p + step.to(p)
-        _check_finite(f"average of params.{name}", new)
-        yield p, new
+        if not bool((reach_R <= torch.finfo(p.dtype).max).all()):
+            raise InvalidInputError(f"average of params.{name}", "holds NaN or infinity")
 
 
 def _mixed(
     group: str, own: dict[str, torch.Tensor], partner: dict[str, torch.Tensor], alpha_R: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for name, moment in own.items():
-        new = moment.lerp(partner[name].to(moment), _columns(alpha_R, moment).to(moment))
+    for name, sent in partner.items():
+        moment = own[name]
+        new = moment.lerp(sent.to(moment), _columns(alpha_R, moment).to(moment))
         _check_finite(f"average of {group}.{name}", new)
         yield moment, new
 
@@ -204,7 +243,8 @@ def _columns(x_R: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _check_finite(field: str, t: torch.Tensor) -> None:
-    if not bool(torch.isfinite(t).all()):
+    # NaN and infinity end up in the extremes: several times quicker than isfinite.
+    if t.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(t)):
         raise InvalidInputError(field, "holds NaN or infinity")
 
 
@@ -223,7 +263,8 @@ def _check_fits(state: ReplicaState, move: Move) -> None:
         ("first", state.first, move.first),
         ("second", state.second, move.second),
     )
-    for group, own, partner in pairs:
+    without_moments = not (move.first or move.second)
+    for group, own, partner in pairs[: 1 if without_moments else None]:
         if own.keys() != partner.keys():
             raise InvalidInputError(group, "the move has other names than the replica")
         for name, t in own.items():

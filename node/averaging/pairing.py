@@ -183,7 +183,8 @@ class Pairing:
             self.tally.refused[block_id] = BUSY_HERE if replica else GONE_HERE
             return
         try:
-            side = await self._side(DialledSide, block_id, replica)
+            due = self._replicas.moments_due(block_id, self.tally.partner)
+            side = await self._side(DialledSide, replica, weights_only=not due)
         except NotHostedError:
             self.tally.refused[block_id] = GONE_HERE
             return
@@ -205,7 +206,7 @@ class Pairing:
         replica = self._replicas.get(block_id)
         if replica is None:
             raise NotHostedError("block", f"{block_id} is no longer hosted here")
-        side = await self._side(AnsweringSide, block_id, replica)
+        side = await self._side(AnsweringSide, replica, weights_only=start.weights_only)
         with self._blamed(block_id):
             result = await answer_block(self._wire, replica, side, start)
         self._finished(replica, side, result, claim)
@@ -224,14 +225,16 @@ class Pairing:
         del left[: at + 1]
         return block_id
 
-    async def _side(self, kind: type[S], block_id: BlockId, replica: AveragedReplica) -> S:
-        before_R = self._replicas.learnt_before(block_id, self.tally.partner)
-        async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
-            own = await self._wire.while_alive(asyncio.wrap_future(replica.call(ReplicaState.copy)))
-        return await self._wire.while_alive(asyncio.to_thread(kind, block_id, own, before_R, self._config))
+    async def _side(self, kind: type[S], replica: AveragedReplica, *, weights_only: bool) -> S:
+        before_R = self._replicas.learnt_before(replica.id, self.tally.partner)
+        copy = ReplicaState.copy_weights if weights_only else ReplicaState.copy
+        async with within(self._config.block_timeout_s, f"the copy of block {replica.id}"):
+            own = await self._wire.while_alive(asyncio.wrap_future(replica.call(copy)))
+        made = asyncio.to_thread(kind, replica.id, own, before_R, self._config, weights_only=weights_only)
+        return await self._wire.while_alive(made)
 
     def _finished(self, replica: AveragedReplica, side: Side, result: BlockResult, claim: Claim) -> None:
-        self._replicas.exchanged(replica, self.tally.partner, side.own.learnt_R)
+        self._replicas.exchanged(replica, self.tally.partner, side.own.learnt_R, weights_only=side.weights_only)
         self._replicas.release(replica.id, claim)
         self.tally.moved.append(result)
 

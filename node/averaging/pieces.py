@@ -8,16 +8,16 @@ Shapes: R rows, ... the parameter's own shape; V values of one piece, flattened.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import xxhash
 
 from protocol import averaging_pb2 as pb
 from protocol.errors import InvalidInputError
 from protocol.limits import MAX_PIECE_BYTES
-from protocol.tensors import CODECS, TensorSpec, decode, encode
+from protocol.tensors import CODECS, TensorSpec, decode, encode_into, is_lossless
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from node.averaging.replica import TensorSchema
     from protocol.manifest import AveragingCodec, Codec, Dtype
 
-HASH_BYTES = 16
 MIN_COLUMNS = 64
 """int8 has one scale of four bytes for each row of columns: short last dimensions are taken together."""
 
@@ -67,11 +66,21 @@ def piece_codec(slot: Slot, codec: AveragingCodec, dtype: Dtype) -> Codec:
     return codec if slot.is_weights else "bf16"
 
 
-def piece_of(slot: Slot, values_V: torch.Tensor, codec: Codec) -> pb.Piece:
+def piece_message(slot: Slot, values_V: torch.Tensor, codec: Codec) -> pb.ExchangeMessage:
     """Message for a slot's values."""
-    piece = pb.Piece(tensor=slot.tensor, offset=slot.offset, values=encode(values_V.view(slot.shape), codec))
+    message = pb.ExchangeMessage()
+    piece = message.piece
+    piece.tensor, piece.offset = slot.tensor, slot.offset
+    encode_into(piece.values, values_V.view(slot.shape), codec)
     piece.hash = _hash(piece)
-    return piece
+    return message
+
+
+def sent_as(slot: Slot, values_V: torch.Tensor, codec: Codec) -> tuple[bytes, torch.Tensor]:
+    """A slot's values as bytes to send, and as they are read there: the same tensor where the codec loses nothing."""
+    message = piece_message(slot, values_V, codec)
+    lossless = is_lossless(codec, slot.dtype)
+    return message.SerializeToString(), values_V if lossless else _decoded(message.piece, slot)
 
 
 def values_of(piece: pb.Piece, slot: Slot, codec: Codec) -> torch.Tensor:
@@ -88,7 +97,7 @@ def values_of(piece: pb.Piece, slot: Slot, codec: Codec) -> torch.Tensor:
         raise InvalidInputError(f"{slot.tensor} codec", f"is {piece.values.codec}, must be {CODECS[codec]} ({codec})")
     if piece.hash != _hash(piece):
         raise InvalidInputError(f"{slot.tensor} hash", "does not fit the piece")
-    return decode(piece.values, TensorSpec(field=slot.tensor, shape=slot.shape), slot.dtype).view(-1)
+    return _decoded(piece, slot)
 
 
 class Incoming:
@@ -155,9 +164,13 @@ def _columns(shape: tuple[int, ...]) -> int:
     return columns
 
 
+def _decoded(piece: pb.Piece, slot: Slot) -> torch.Tensor:
+    return decode(piece.values, TensorSpec(field=slot.tensor, shape=slot.shape), slot.dtype).view(-1)
+
+
 def _hash(piece: pb.Piece) -> bytes:
-    values = piece.values
-    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    # Its sender made it: it can find accidents and no lies, so a quick hash serves as well as a cryptographic one.
+    values, digest = piece.values, xxhash.xxh3_128()
     shape = "x".join(map(str, values.shape))
     digest.update(f"{piece.tensor} {piece.offset} {int(values.codec)} {shape} ".encode())
     digest.update(values.data)

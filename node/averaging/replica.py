@@ -9,7 +9,7 @@ Shapes: R rows, ... the parameter's own shape.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ReplicaState:
 
     def copy(self) -> ReplicaState:
         """The same values on the CPU, no longer changed by training."""
-        params, first, second = ({n: t.detach().cpu().clone() for n, t in ts.items()} for _, ts in self.groups())
+        params, first, second = (_copied(tensors) for _, tensors in self.groups())
         return ReplicaState(
             params=params,
             first=first,
@@ -68,6 +68,15 @@ class ReplicaState:
             learnt_R=self.learnt_R.cpu().clone(),
             version=self.version,
         )
+
+    def copy_weights(self) -> ReplicaState:
+        """The same without moments."""
+        return replace(self, first={}, second={}).copy()
+
+
+def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # One copy, also from a GPU.
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
 
 class AveragedReplica(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from node.averaging.replica import schema, schema_hash
 from protocol.errors import NotHostedError
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from node.averaging.replica import AveragedReplica
     from protocol.manifest import BlockId
+
+MOMENTS_EVERY = 8
+"""Moments are two thirds of a replica's bytes, and forget by themselves within tens of steps: they go with the first
+exchange of a block with a partner, and then with every eighth."""
 
 MAX_PARTNERS = 128
 """For each block; with whoever it met longest ago, an exchange counts as their first again."""
@@ -39,11 +43,18 @@ class Claim:
     pending: bool
 
 
+class _Met(NamedTuple):
+    """One partner: `learnt_R` at the last exchange, and exchanges since moments went along."""
+
+    learnt_R: torch.Tensor
+    without_moments: int
+
+
 @dataclass(eq=False)
 class _Held:
     replica: AveragedReplica
     schema_hash: bytes = b""
-    learnt: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
+    met: OrderedDict[str, _Met] = field(default_factory=OrderedDict)
 
 
 class ReplicaSet:
@@ -94,18 +105,30 @@ class ReplicaSet:
 
     def learnt_before(self, block_id: BlockId, partner: str) -> torch.Tensor | None:
         """What `learnt_R` was at the last exchange with this partner; None before the first."""
-        held = self._held.get(block_id)
-        return held.learnt.get(partner) if held else None
+        met = self._met(block_id, partner)
+        return met.learnt_R if met else None
 
-    def exchanged(self, replica: AveragedReplica, partner: str, learnt_R: torch.Tensor) -> None:
+    def moments_due(self, block_id: BlockId, partner: str) -> bool:
+        """Whether the next exchange with this partner is to carry moments."""
+        met = self._met(block_id, partner)
+        return met is None or met.without_moments >= MOMENTS_EVERY - 1
+
+    def exchanged(
+        self, replica: AveragedReplica, partner: str, learnt_R: torch.Tensor, *, weights_only: bool = False
+    ) -> None:
         """An exchange with a partner has moved the replica from a snapshot with this `learnt_R`."""
         held = self._held.get(replica.id)
         if held is None or held.replica is not replica:
             return
-        held.learnt[partner] = learnt_R
-        held.learnt.move_to_end(partner)
-        if len(held.learnt) > MAX_PARTNERS:
-            held.learnt.popitem(last=False)
+        before = held.met.get(partner)
+        held.met[partner] = _Met(learnt_R, (before.without_moments if before else 0) + 1 if weights_only else 0)
+        held.met.move_to_end(partner)
+        if len(held.met) > MAX_PARTNERS:
+            held.met.popitem(last=False)
+
+    def _met(self, block_id: BlockId, partner: str) -> _Met | None:
+        held = self._held.get(block_id)
+        return held.met.get(partner) if held else None
 
     async def _schema_hash(self, block_id: BlockId) -> bytes:
         held = self._held.get(block_id)

@@ -25,7 +25,9 @@ MANIFEST = small_manifest(
     optimizer={"lr": 5e-3, "expert_lr": 5e-3, "total_tokens": 60 * 8 * 32, "warmup_tokens": 500},
 )
 HOSTS = {"host-0": "0/0-2,1/0-1", "host-1": "0/3-5,1/2-4", "host-2": "0/6-7,1/5-7"}
-TRAIN = ("--steps", "60", "--batch", "4", "--eval-every", "0", "--eval-bytes", "2048", "--save-every", "1000")
+FLAGS = ("--batch", "4", "--eval-every", "0", "--eval-bytes", "2048", "--save-every", "1000")
+TRAIN = ("--steps", "60", *FLAGS)
+UNTIL_STOPPED = ("--steps", "100000", *FLAGS)
 
 
 @pytest.fixture
@@ -111,7 +113,8 @@ def test_a_host_that_takes_a_block_with_a_live_replica_downloads_it_and_both_ave
     swarm: ProcessSwarm, text: Path
 ) -> None:
     hosts = start_hosts(swarm)
-    trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
+    # Until both have exchanged: replicas of which nothing learns leave each other alone.
+    trainer = swarm.trainer("trainer", "--data", str(text), *UNTIL_STOPPED)
     trainer.wait_for("step", count=10)
     late = swarm.host("late", "0/0-1")
     announced = late.wait_for("announced")
@@ -123,7 +126,8 @@ def test_a_host_that_takes_a_block_with_a_live_replica_downloads_it_and_both_ave
     hosts["host-0"].wait_for("exchange", count=2)
     assert not [event for event in late.events("exchange") if event["clipped"]]
     hosts["host-0"].kill()
-    finish(trainer)
+    trainer.wait_for("step", count=len(trainer.events("step")) + 20)
+    assert trainer.stop() == 130, trainer.child.log_tail()
     wait_until(lambda: "0/0" not in swarm.status()["blocks_lost"], "the second replica is there")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from node.averaging import pieces
-from node.averaging.pieces import cut, piece_of
+from node.averaging.pieces import cut, piece_message
 from node.averaging.replica import schema, schema_hash
 from node.averaging.service import SERVICE_NAME
 from protocol import averaging_pb2 as pb
@@ -201,7 +201,7 @@ def start(**changes: Any) -> pb.ExchangeMessage:
 def piece(index: int = 0, values: torch.Tensor | None = None) -> pb.ExchangeMessage:
     slot = cut(schema(make_state()))[index]
     x = torch.zeros(slot.shape) if values is None else values.expand(slot.shape)
-    return pb.ExchangeMessage(piece=piece_of(slot, x.reshape(-1), "fp32"))
+    return piece_message(slot, x.reshape(-1), "fp32")
 
 
 def declared(shape: list[int]) -> pb.ExchangeMessage:

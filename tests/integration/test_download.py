@@ -14,7 +14,7 @@ import torch
 from dht.view import Replica
 from node.averaging import pieces
 from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_replica
-from node.averaging.pieces import cut, piece_of
+from node.averaging.pieces import cut, piece_message
 from node.averaging.replica import ReplicaState, schema
 from node.averaging.service import SERVICE_NAME
 from protocol import averaging_pb2 as pb
@@ -167,7 +167,7 @@ def messages(state: ReplicaState, **changes: Any) -> list[pb.ExchangeMessage | b
     flat = {name: t.reshape(-1) for name, t in state.named().items()}
     return [
         pb.ExchangeMessage(start=pb.Start(**{**fields, **changes})),
-        *(pb.ExchangeMessage(piece=piece_of(s, s.of(flat), "fp32")) for s in cut(schema(state))),
+        *(piece_message(s, s.of(flat), "fp32") for s in cut(schema(state))),
     ]
 
 

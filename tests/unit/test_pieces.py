@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.averaging import pieces
-from node.averaging.pieces import Incoming, Store, cut, piece_codec, piece_of, values_of
+from node.averaging.pieces import Incoming, Store, cut, piece_codec, piece_message, values_of
 from node.averaging.replica import TensorSchema
 from protocol.errors import InvalidInputError, LimitExceededError
 from protocol.limits import MAX_PIECE_BYTES
@@ -70,7 +70,7 @@ def test_short_last_dimensions_share_a_row_so_that_int8_has_few_scales() -> None
 def test_int8_keeps_one_scale_for_each_row() -> None:
     (slot,) = cut([TensorSchema("params.w", (2, 64), torch.float32)])
     x = values((2, 64)) * torch.tensor([[1e-6], [1e6]])
-    back = values_of(piece_of(slot, x.view(-1), "int8"), slot, "int8").view(2, 64)
+    back = values_of(piece_message(slot, x.view(-1), "int8").piece, slot, "int8").view(2, 64)
     assert bool(((back - x).abs() <= x.abs().amax(dim=1, keepdim=True) / 127).all())
 
 
@@ -81,7 +81,7 @@ def test_a_tensor_comes_back_from_its_pieces(codec: Codec, error: float) -> None
     store, incoming = Store([W_IN]), Incoming(cut([W_IN]), codec, "fp32")  # type: ignore[arg-type]
     assert len(incoming.slots) == 2
     for slot in cut([W_IN]):
-        place, values_V = incoming.take(piece_of(slot, slot.of({"params.w_in": x.view(-1)}), codec))
+        place, values_V = incoming.take(piece_message(slot, slot.of({"params.w_in": x.view(-1)}), codec).piece)
         place.of(store.flat).copy_(values_V)
     assert incoming.done
     assert float((store.group("params")["w_in"] - x).abs().max()) <= error
@@ -91,7 +91,7 @@ def test_a_run_in_float64_loses_nothing_where_the_codec_is_fp32() -> None:
     (slot,) = cut([TensorSchema("params.w", (2, 64), torch.float64)])
     x = values((128,), dtype=torch.float64)
     codec = piece_codec(slot, "fp32", "fp64")
-    assert torch.equal(values_of(piece_of(slot, x, codec), slot, codec), x)
+    assert torch.equal(values_of(piece_message(slot, x, codec).piece, slot, codec), x)
 
 
 @pytest.mark.parametrize(("codec", "moments"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16")])
@@ -181,7 +181,7 @@ BAD: dict[str, tuple[Callable[[pb.Piece], None], str, str]] = {
 def test_a_bad_piece_is_refused_by_field(name: str) -> None:
     spoil, field, problem = BAD[name]
     (slot,) = cut([W_IN])
-    piece = piece_of(slot, values(W_IN.shape).view(-1), "fp32")
+    piece = piece_message(slot, values(W_IN.shape).view(-1), "fp32").piece
     spoil(piece)
     with pytest.raises(InvalidInputError, match=problem) as caught:
         Incoming([slot], "fp32", "fp32").take(piece)
@@ -191,7 +191,7 @@ def test_a_bad_piece_is_refused_by_field(name: str) -> None:
 def test_pieces_out_of_order_or_too_many_are_refused(small_pieces: None) -> None:
     one, two = cut([W_IN])
     flat = {"params.w_in": values(W_IN.shape).view(-1)}
-    first, second = (piece_of(slot, slot.of(flat), "fp32") for slot in (one, two))
+    first, second = (piece_message(slot, slot.of(flat), "fp32").piece for slot in (one, two))
     incoming = Incoming([one, two], "fp32", "fp32")
     with pytest.raises(InvalidInputError, match="offset: is 256, must be 0"):
         incoming.take(second)
@@ -206,7 +206,7 @@ def test_pieces_out_of_order_or_too_many_are_refused(small_pieces: None) -> None
 @given(st.integers(0, 10_000), st.integers(1, 255))
 def test_any_flipped_byte_of_a_piece_is_noticed(place: int, flip: int) -> None:
     (slot,) = cut([W_IN])
-    piece = piece_of(slot, values(W_IN.shape).view(-1), "int8")
+    piece = piece_message(slot, values(W_IN.shape).view(-1), "int8").piece
     for part in ("data", "scales"):
         spoilt = type(piece).FromString(piece.SerializeToString())
         raw = bytearray(getattr(spoilt.values, part))
@@ -218,6 +218,6 @@ def test_any_flipped_byte_of_a_piece_is_noticed(place: int, flip: int) -> None:
 
 def test_a_value_out_of_range_is_a_limit_exceeded() -> None:
     (slot,) = cut([W_IN])
-    piece = piece_of(slot, torch.full((512,), 1e30), "fp32")
+    piece = piece_message(slot, torch.full((512,), 1e30), "fp32").piece
     with pytest.raises(LimitExceededError, match=r"params\.w_in magnitude"):
         values_of(piece, slot, "fp32")

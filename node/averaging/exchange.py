@@ -265,7 +265,7 @@ async def dial_block(wire: Wire, replica: AveragedReplica, side: DialledSide) ->
         await wire.send(side.start())
         window = asyncio.Semaphore(side.config.window_pieces)
         await both(_ask(wire, side, window), _take_answers(wire, side, window))
-        await wire.while_alive(asyncio.to_thread(side.check))
+        await _check(wire, side)
         for slot in () if side.exact else side.weight_slots:
             await wire.send(await asyncio.to_thread(side.settle, slot))
         await wire.send(_settle(side, exact=side.exact))
@@ -283,7 +283,7 @@ async def answer_block(wire: Wire, replica: AveragedReplica, side: AnsweringSide
         await wire.send(side.start())
         for _ in side.slots:
             await wire.send(await asyncio.to_thread(side.answer, await wire.receive()))
-        await wire.while_alive(asyncio.to_thread(side.check))
+        await _check(wire, side)
         while not await asyncio.to_thread(side.take_settlement, await wire.receive()):
             pass
         return await _apply(wire, replica, side)
@@ -319,6 +319,11 @@ async def _take_answers(wire: Wire, side: DialledSide, window: asyncio.Semaphore
     for _ in side.slots:
         await asyncio.to_thread(side.take_answer, await wire.receive())
         window.release()
+
+
+async def _check(wire: Wire, side: Side) -> None:
+    if not side.weights_only:
+        await wire.while_alive(asyncio.to_thread(side.check))
 
 
 async def _apply(wire: Wire, replica: AveragedReplica, side: Side) -> BlockResult:

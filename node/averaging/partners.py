@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from node.averaging.exchange import BlockResult
     from protocol.manifest import BlockId
 
-SHORTEST_S = 0.05
 FRESH_S = 1.0
 """Who was met just now weighs as if that were so long ago: no candidate's weight is zero.
 
@@ -34,7 +33,10 @@ QUIET_S = 60.0
 a step, and wait to be dialled."""
 
 WORTH_IT = 0.005
-"""Relative distance that a pair lets build up between two meetings of a block, by how fast it did so the last time."""
+"""Relative distance that a pair lets build up between two meetings of a block, by the steps it has taken since."""
+
+_KEPT_DRIFT = 0.8
+"""A meeting at which little had happened says nothing of the next: what was measured before is forgotten slowly."""
 
 LONGEST_REST_S = 10.0
 """A pair whose replicas learn meets at least this often, whatever the last meeting found."""
@@ -92,12 +94,20 @@ class _Meeting:
     """Both replicas' once they had moved; any version is newer where they did not."""
     changes: int = -1
     """Of the block here, before the meeting."""
-    drift_per_s: float = math.inf
-    """How fast the replicas had moved apart, as relative distance."""
+    drift: float = math.inf
+    """Relative distance by which an optimizer step moves the replicas apart: the most of late."""
 
-    def rests(self, since_s: float, rest_s: float) -> bool:
-        """Whether too little can have built up since, or the pair met less than `rest_s` ago."""
-        little = self.drift_per_s * since_s < WORTH_IT and since_s < LONGEST_REST_S
+    def next(self, at_s: float, result: BlockResult, changes: int) -> _Meeting:
+        """The meeting after this one."""
+        drift = math.inf
+        if self.version >= 0:
+            drift = result.divergence / max(1, result.version - self.version)
+            drift = max(drift, _KEPT_DRIFT * self.drift) if math.isfinite(self.drift) else drift
+        return _Meeting(at_s, result.version, changes, drift)
+
+    def rests(self, since_s: float, steps: int, rest_s: float) -> bool:
+        """Whether too little can have built up in so many steps since, or the pair met less than `rest_s` ago."""
+        little = self.drift * max(1, steps) < WORTH_IT and since_s < LONGEST_REST_S
         return since_s < rest_s or little
 
 
@@ -117,8 +127,8 @@ class History:
         """A block was exchanged with a partner, or, without a `result`, the partner would not."""
         meeting = _Meeting(now_s)
         if result is not None:
-            drift_per_s = result.divergence / max(self.seconds_since(block_id, peer_id, now_s), SHORTEST_S)
-            meeting = _Meeting(now_s, result.version, self._changes[block_id], drift_per_s)
+            before = self._met.get((block_id, peer_id), meeting)
+            meeting = before.next(now_s, result, self._changes[block_id])
         _put(self._met, (block_id, peer_id), meeting, MAX_PAIRS)
         if result is not None and result.divergence >= SETTLED:
             # News for everyone, the partner too: what a codec left out of a large difference is in the next exchange.
@@ -175,9 +185,10 @@ class History:
         since_s = now_s - meeting.at_s
         if others_busy and since_s < FRESH_S:
             return False
-        if rest_s and meeting.rests(since_s, rest_s):
+        version = max(own_version, replica.version)
+        if rest_s and meeting.rests(since_s, version - meeting.version, rest_s):
             return False
-        has_learnt = max(own_version, replica.version) > meeting.version
+        has_learnt = version > meeting.version
         return has_learnt or self._changes[replica.block] != meeting.changes or since_s >= QUIET_S
 
     def seconds_since(self, block_id: BlockId, peer_id: str, now_s: float) -> float:

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -247,20 +248,39 @@ def test_a_pair_that_rests_has_news_once_the_block_moved_with_another() -> None:
     assert p.blocks == (B, A)
 
 
-def test_a_pair_waits_until_it_has_drifted_apart_enough_to_be_worth_an_exchange() -> None:
-    history, learnt = History(0.0), replica("p", version=99)
-    history.met(A, "p", 10.0, moved(WORTH_IT / 2))  # in ten seconds
+def test_a_pair_waits_until_its_steps_have_moved_it_apart_enough_to_be_worth_an_exchange() -> None:
+    history = History(0.0)
 
-    def due(now_s: float, rest_s: float) -> bool:
-        return bool(candidates(VERSIONS, lambda block: [learnt] * (block == A), OWN, history, now_s, rest_s))
+    def due(now_s: float, version: int, rest_s: float = 1.0) -> bool:
+        return bool(candidates({A: version}, lambda _: [replica("p", version=0)], OWN, history, now_s, rest_s))
 
-    assert due(10.1, 0.0), "who asks for an exchange by itself gets one"
-    assert not due(10 + LONGEST_REST_S - 0.1, 1.0)
-    assert due(10 + LONGEST_REST_S, 1.0)
-    history.met(A, "p", 20.0, moved(WORTH_IT * 5))  # in ten seconds: a fifth of that in two
-    assert not due(21.9, 1.0)
-    assert due(22.1, 1.0)
-    assert not due(22.1, 3.0), "at most once in so many seconds"
+    history.met(A, "p", 10.0, moved(0.1, version=10))
+    assert due(12.0, 11), "one meeting does not tell how fast it drifts"
+    history.met(A, "p", 20.0, moved(WORTH_IT, version=20))  # a tenth of that in a step
+    assert due(20.1, 21, 0.0), "who asks for an exchange by itself gets one"
+    assert not due(22.0, 29)
+    assert due(22.0, 30)
+    assert not due(20.9, 30), "at most once in so many seconds"
+    assert due(20.0 + LONGEST_REST_S, 21)
+
+
+def test_one_quiet_meeting_does_not_make_a_pair_rest_for_long() -> None:
+    history = History(0.0)
+
+    def steps_it_waits() -> int:
+        met, them = history._met[A, "p"], [replica("p", version=0)]
+        later_s = met.at_s + 5.0
+        tried = ((n, candidates({A: met.version + n}, lambda _: them, OWN, history, later_s, 1.0)) for n in count(1))
+        return next(n for n, due in tried if due)
+
+    history.met(A, "p", 10.0, moved(0.1, version=10))
+    history.met(A, "p", 20.0, moved(WORTH_IT, version=20))
+    assert steps_it_waits() == 10
+    history.met(A, "p", 30.0, moved(0.0, version=21))
+    assert 10 < steps_it_waits() < 20
+    for version in range(22, 60):
+        history.met(A, "p", 30.0, moved(0.0, version=version))
+    assert steps_it_waits() > 1000
 
 
 def test_a_block_that_was_refused_is_due_again() -> None:

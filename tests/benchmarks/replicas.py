@@ -213,7 +213,9 @@ def arm_of(
     settled_s: float | None,
 ) -> Arm:
     """What the nodes and the observer have written, in numbers."""
-    done = trainers[0].events("done")[-1]
+    # Trainers do not end together, and the first to end has not seen all of the tokens.
+    last = max(trainers, key=lambda trainer: trainer.events("step")[-1]["t"])
+    done = last.events("done")[-1]
     exchanges = [event for node in (*hosts, *trainers) for event in node.events("exchange") if event["dialled"]]
     met = [event["divergence_max"] for host in hosts for event in host.events("exchange")]
     trunks = [trunk_of(trainer.folder) for trainer in trainers]

@@ -14,8 +14,9 @@ import torch
 
 from node.averaging import pieces
 from node.averaging.replica import ReplicaState
+from node.averaging.replica_set import MOMENTS_EVERY
 from protocol import averaging_pb2 as pb
-from protocol.errors import DeadlineError, InvalidInputError
+from protocol.errors import DeadlineError, InvalidInputError, UnavailableError
 from protocol.manifest import TRUNK, BlockId
 from tests.support.averaging_faults import Pair, kind, late_answer, pair, spoil, spoil_tensor
 from tests.support.averaging_parts import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from protocol.manifest import AveragingCodec
+    from tests.support.averaging_faults import Hook
 
 CODECS: list[AveragingCodec] = ["fp32", "bf16", "int8"]
 BLOCKS = (BlockId(0, 0), BlockId(0, 1), TRUNK)
@@ -74,6 +76,71 @@ async def test_moments_meet_too_and_squares_stay_squares() -> None:
     torch.testing.assert_close(a.state.second["w_in"], mean, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(b.state.second["w_in"], mean, rtol=1e-2, atol=1e-3)
     assert float(a.state.second["w_in"].min()) >= 0
+
+
+async def test_moments_and_their_steps_travel_with_the_first_exchange_of_a_pair_and_then_every_eighth() -> None:
+    nodes = pair()
+    (a,), (b,) = nodes.a, nodes.b
+    met, bytes_of = [], []
+    for _ in range(2 * MOMENTS_EVERY + 1):
+        a.state.second["w_in"].fill_(0.5)
+        b.state.second["w_in"].fill_(0.1)
+        a.train(0.1)
+        b.train(0.2)
+        b.state.steps_R += 1
+        sizes: list[int] = []
+        outcome = await nodes.exchange(weigh(sizes))
+        assert outcome.dial_error is outcome.answer_error is None
+        assert distance(a, b) < 1e-6, "weights meet every time"
+        has_met = bool((a.state.second["w_in"] < 0.5).all())
+        assert bool((b.state.second["w_in"] > 0.1).all()) is has_met
+        assert torch.equal(a.state.steps_R, b.state.steps_R) is has_met
+        met.append(has_met)
+        bytes_of.append(sum(sizes))
+    assert [i for i, has_met in enumerate(met) if has_met] == [0, MOMENTS_EVERY, 2 * MOMENTS_EVERY]
+    assert bytes_of[1] < 0.5 * bytes_of[0]
+
+
+def weigh(sizes: list[int]) -> Hook:
+    async def hook(_who: str, _number: int, raw: bytes) -> Sequence[bytes]:
+        sizes.append(len(raw))
+        return (raw,)
+
+    return hook
+
+
+@pytest.mark.parametrize("codec", CODECS)
+async def test_a_cable_cut_in_an_exchange_of_weights_alone_leaves_the_block_whole(codec: AveragingCodec) -> None:
+    nodes = pair(codec)
+    (a,), (b,) = nodes.a, nodes.b
+    await nodes.exchange()
+    a.train(0.3)
+    before = nodes.raws()
+    outcome = await nodes.exchange(cut_at("piece"))
+    assert outcome.dial_error is not None
+    assert nodes.raws() == before
+    await nodes.exchange()
+    await nodes.exchange()
+    assert distance(a, b) < (1e-6 if codec == "fp32" else 1e-3)
+
+
+@pytest.mark.parametrize("sender", ["dialler", "answerer"])
+async def test_a_partner_that_does_not_answer_with_moments_as_asked_is_refused(sender: str) -> None:
+    nodes = pair()
+    before = nodes.raws()
+    outcome = await nodes.exchange(spoil(sender, "start", lambda m: setattr(m.start, "weights_only", True)))
+    assert isinstance(outcome.dial_error, InvalidInputError)
+    assert str(outcome.dial_error) == "weights_only: is True, must be False as was asked"
+    assert nodes.raws() == before
+
+
+def cut_at(what: str) -> Hook:
+    async def hook(_who: str, _number: int, raw: bytes) -> Sequence[bytes]:
+        if kind(raw) == what:
+            raise UnavailableError("cut")
+        return (raw,)
+
+    return hook
 
 
 async def test_a_replica_that_has_learnt_more_pulls_harder() -> None:

@@ -360,6 +360,21 @@ def test_a_move_that_does_not_fit_changes_nothing(case: str) -> None:
     assert everything(own) == was
 
 
+def test_a_move_without_moments_leaves_moments_and_their_steps() -> None:
+    own, partner = random_replica(1), random_replica(2)
+    was = own.copy()
+    partner.steps_R += 5
+    delta = {n: partner.params[n] - own.params[n] for n in SHAPES}
+    move = replace(move_towards(partner, delta, torch.ones(R).double()), first={}, second={})
+    apply_move(own, move, FREE)
+    for name, p in own.params.items():
+        torch.testing.assert_close(p, partner.params[name])
+    assert torch.equal(own.steps_R, was.steps_R)
+    for name in WITH_MOMENTS:
+        assert torch.equal(own.first[name], was.first[name])
+        assert torch.equal(own.second[name], was.second[name])
+
+
 def test_a_trunk_parameter_that_wants_gradients_is_moved_in_place() -> None:
     own, partner = random_replica(1), random_replica(2)
     live = torch.nn.Parameter(own.params["weights"])

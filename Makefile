@@ -17,9 +17,9 @@ setup-dev: .venv/.dev ## the same, and what tests and checks need
 swarm: setup ## train a real model over a swarm of local processes (flags: SWARM_FLAGS)
 	@$(BIN)/python run_node.py local $(SWARM_FLAGS)
 test: setup-dev ## run the tests but the slow ones (flags: PYTEST_FLAGS)
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	@$(call tests,-m "not slow")
 test-all: setup-dev ## run every test
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@$(call tests,)
 lint: setup-dev ## check style, types, layering and generated code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -52,6 +52,13 @@ clean: ## remove caches and build outputs (not .venv, not runs/)
 .venv/.dev: requirements-dev.lock | .venv/bin/pip
 	@$(call install,requirements-dev.lock)
 	@touch .venv/.runtime .venv/.dev
+
+# Tests inside one process two at a time; those that start swarms of processes fill two cores, and go one by one.
+define tests
+$(if $(strip $(PYTEST_FLAGS)),$(BIN)/python -m pytest $(1) $(PYTEST_FLAGS),failed=0; \
+$(BIN)/python -m pytest $(1) -n 2 --dist loadfile tests/unit tests/integration || failed=$$?; \
+$(BIN)/python -m pytest $(1) tests/faults tests/swarm || failed=$$?; exit $$failed)
+endef
 
 # A dot every two seconds, because pip is silent while it unpacks torch; pip's errors are shown, its warnings are not.
 define install

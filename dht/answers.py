@@ -25,6 +25,7 @@ from protocol.errors import RecordError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from hivemind.dht.routing import RoutingTable
     from hivemind.p2p import PeerID
 
     from dht.validator import RecordChecker
@@ -44,6 +45,14 @@ def node_id_of(peer_id: PeerID) -> DHTID:
 
 def _place_of(peer: bytes) -> DHTID:
     return DHTID.generate(source=peer)
+
+
+def is_known(table: RoutingTable, place: int) -> bool:
+    """Whether a place in the DHT is this node's own, or a lookup may begin there.
+
+    It does not at those that only wait for a place in a full bucket.
+    """
+    return bool(place == table.node_id or place in table.buckets[table.get_bucket_index(place)].nodes_to_peer_id)
 
 
 def clean_request(request: Any, sender: PeerID, checker: RecordChecker) -> None:

@@ -13,7 +13,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_s
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from dht.answers import clean_request, clean_response
+from dht.answers import clean_request, clean_response, is_known
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -105,11 +105,7 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
         await asyncio.wait(ending, timeout=CLOSE_TIMEOUT_S)
 
     def _knows(self, place: int) -> bool:
-        table = self._routing_table
-        if table is None:
-            return False
-        # Not those that only wait for a place in a full bucket: no lookup begins at them.
-        return bool(place == table.node_id or place in table.buckets[table.get_bucket_index(place)].nodes_to_peer_id)
+        return self._routing_table is not None and is_known(self._routing_table, place)
 
     def _fail_pending_calls(self) -> None:
         for call in list(self._client.control._pending_calls.values()):

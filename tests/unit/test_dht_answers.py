@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hivemind.dht.crypto import DHTRecord
-from hivemind.dht.routing import DHTID
+from hivemind.dht.routing import DHTID, RoutingTable
 from hivemind.dht.storage import DHTLocalStorage
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
-from dht.answers import clean_request, clean_response, node_id_of
+from dht.answers import clean_request, clean_response, is_known, node_id_of
 from dht.validator import RecordChecker, RecordValidator, wrap
 from protocol.identity import Identity
 from tests.support.dht_nodes import KEY, entry_by
@@ -90,3 +90,13 @@ def test_a_full_key_refuses_newcomers_and_renews_those_it_has(monkeypatch: pytes
 
     assert [offer(owner, 1) for owner in owners] == [True, True, False]
     assert offer(owners[0], 2)
+
+
+def test_a_node_knows_itself_and_its_table_but_not_those_that_only_wait_for_a_place_in_it() -> None:
+    me = DHTID(DHTID.MIN)
+    table = RoutingTable(me, bucket_size=1, depth_modulo=1)
+    high = [DHTID(DHTID.MAX - n) for n in (1, 2, 3)]
+    for n, place in enumerate(high[:2]):
+        table.add_or_update_node(place, PeerID(bytes([n])))
+    assert high[1] in table.uid_to_peer_id, "a full bucket keeps it for later"
+    assert [is_known(table, place) for place in (me, *high)] == [True, True, False, False]

@@ -22,7 +22,7 @@ KEYS = [f"run/{i}" for i in range(34)]
 
 
 class FakeNode:
-    """Knows `near` peers; each peer answers with what it `holds` and the peers that it `tells` of. Silent ones do not."""
+    """Knows `near` peers. Each answers with what it `holds` and the peers that it `tells` of, unless it is `silent`."""
 
     num_workers = 4
 
@@ -56,7 +56,7 @@ def place(peer: str) -> DHTID:
 
 
 async def look_up(node: FakeNode, keys: list[str]) -> dict[str, dict[str, bytes]]:
-    lookup = Lookup(node, keys, N_ASKED)  # type: ignore[arg-type]
+    lookup = Lookup(node, keys, N_ASKED)
     await lookup.run()
     return lookup.found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,13 +38,23 @@ BLOCKS = (BlockId(0, 0), BlockId(0, 1), TRUNK)
 WAIT_S = 10.0
 
 
-async def test_a_dialler_that_offers_nothing_costs_a_deadline() -> None:
+@pytest.mark.parametrize("patient", ["dialler", "answerer"])
+async def test_a_partner_from_whom_no_offer_comes_costs_a_deadline(patient: str) -> None:
     async def never(who: str, number: int, raw: bytes) -> Sequence[bytes]:
         return ()
 
-    outcome = await pair().exchange(never, offer_timeout_s=0.05)
-    assert str(outcome.answer_error) == "the offer took longer than 0.1 s"
-    assert isinstance(outcome.dial_error, DeadlineError)
+    nodes = pair()
+    a, b = (exchange_config(name, offer_timeout_s=0.05) for name in ("peer-a", "peer-b"))
+    if patient == "dialler":
+        a = replace(a, offer_timeout_s=10.0)
+    else:
+        b = replace(b, offer_timeout_s=10.0)
+    outcome = await exchange_in_memory((nodes.a_set, a), (nodes.b_set, b), cable=Cable(never))
+    error, what = (
+        (outcome.answer_error, "offer") if patient == "dialler" else (outcome.dial_error, "answer to an offer")
+    )
+    assert isinstance(error, DeadlineError)
+    assert str(error) == f"the {what} took longer than 0.1 s"
 
 
 BAD_OFFERS: dict[str, tuple[Callable[[pb.ExchangeMessage], object], type[KilohiveError], str]] = {

@@ -8,7 +8,7 @@ that is due is no candidate.
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,14 +26,17 @@ FRESH_S = 1.0
 While another partner is busy, whoever was met that lately is not met again: better wait than hear the same again."""
 
 SETTLED = 1e-4
-"""Relative distance under which an exchange has changed nothing that others must be told."""
+"""Relative distance that is no news: nobody must be told of it."""
+
+LEFT_OUT = 0.01
+"""The part of a difference that the coarsest codec may leave between a pair that has just met."""
 
 QUIET_S = 60.0
 """A pair that has nothing new by all that is known here meets that often all the same: a partner may have moved without
 a step, and wait to be dialled."""
 
 WORTH_IT = 0.005
-"""Relative distance that a pair lets build up between two meetings of a block, by the steps it has taken since."""
+"""Relative distance that a pair lets build up between two meetings of a block."""
 
 _KEPT_DRIFT = 0.8
 """A meeting at which little had happened says nothing of the next: what was measured before is forgotten slowly."""
@@ -92,22 +95,22 @@ class _Meeting:
     at_s: float
     version: int = -1
     """Both replicas' once they had moved; any version is newer where they did not."""
-    changes: int = -1
-    """Of the block here, before the meeting."""
+    moved: float = -math.inf
+    """How far exchanges had moved the block here in all, but for what this one may have left out."""
     drift: float = math.inf
     """Relative distance by which an optimizer step moves the replicas apart: the most of late."""
 
-    def next(self, at_s: float, result: BlockResult, changes: int) -> _Meeting:
+    def next(self, at_s: float, result: BlockResult, moved: float) -> _Meeting:
         """The meeting after this one."""
         drift = math.inf
         if self.version >= 0:
             drift = result.divergence / max(1, result.version - self.version)
             drift = max(drift, _KEPT_DRIFT * self.drift) if math.isfinite(self.drift) else drift
-        return _Meeting(at_s, result.version, changes, drift)
+        return _Meeting(at_s, result.version, moved, drift)
 
-    def rests(self, since_s: float, steps: int, rest_s: float) -> bool:
-        """Whether too little can have built up in so many steps since, or the pair met less than `rest_s` ago."""
-        little = self.drift * max(1, steps) < WORTH_IT and since_s < LONGEST_REST_S
+    def rests(self, since_s: float, steps: int, moved: float, rest_s: float) -> bool:
+        """Whether too little can have built up, by steps and by what others brought, or the pair met too lately."""
+        little = self.drift * max(1, steps) + moved < WORTH_IT and since_s < LONGEST_REST_S
         return since_s < rest_s or little
 
 
@@ -120,19 +123,18 @@ class History:
     def __init__(self, begun_s: float) -> None:
         self._begun_s = begun_s
         self._met: OrderedDict[tuple[BlockId, str], _Meeting] = OrderedDict()
-        self._changes: Counter[BlockId] = Counter()
+        self._moved: defaultdict[BlockId, float] = defaultdict(float)
         self._partners: OrderedDict[str, _Partner] = OrderedDict()
 
     def met(self, block_id: BlockId, peer_id: str, now_s: float, result: BlockResult | None = None) -> None:
         """A block was exchanged with a partner, or, without a `result`, the partner would not."""
         meeting = _Meeting(now_s)
         if result is not None:
+            by = min(result.divergence, 1.0)  # clipped moves are shorter; a sum of any numbers would lose small ones
+            self._moved[block_id] += by
             before = self._met.get((block_id, peer_id), meeting)
-            meeting = before.next(now_s, result, self._changes[block_id])
+            meeting = before.next(now_s, result, self._moved[block_id] - LEFT_OUT * by)
         _put(self._met, (block_id, peer_id), meeting, MAX_PAIRS)
-        if result is not None and result.divergence >= SETTLED:
-            # News for everyone, the partner too: what a codec left out of a large difference is in the next exchange.
-            self._changes[block_id] += 1
 
     def answered(self, peer_id: str, seconds_per_block: float) -> None:
         """A partner that was dialled answered: its failures are forgiven, its latency is a moving average."""
@@ -185,11 +187,10 @@ class History:
         since_s = now_s - meeting.at_s
         if others_busy and since_s < FRESH_S:
             return False
-        version = max(own_version, replica.version)
-        if rest_s and meeting.rests(since_s, version - meeting.version, rest_s):
+        version, moved = max(own_version, replica.version), self._moved[replica.block] - meeting.moved
+        if rest_s and meeting.rests(since_s, version - meeting.version, moved, rest_s):
             return False
-        has_learnt = version > meeting.version
-        return has_learnt or self._changes[replica.block] != meeting.changes or since_s >= QUIET_S
+        return version > meeting.version or moved >= SETTLED or since_s >= QUIET_S
 
     def seconds_since(self, block_id: BlockId, peer_id: str, now_s: float) -> float:
         """Since a block met a partner."""

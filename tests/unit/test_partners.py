@@ -264,6 +264,30 @@ def test_a_pair_waits_until_its_steps_have_moved_it_apart_enough_to_be_worth_an_
     assert due(20.0 + LONGEST_REST_S, 21)
 
 
+def test_a_pair_that_hardly_drifts_meets_soon_after_one_of_it_moved_far_with_another() -> None:
+    history = History(0.0)
+
+    def due(now_s: float) -> bool:
+        return bool(candidates({A: 20}, lambda _: [replica("p", version=0)], OWN, history, now_s, 1.0))
+
+    for at_s, version in ((10.0, 10), (20.0, 19)):
+        history.met(A, "p", at_s, moved(0.0, version=version))
+    assert not due(22.0), "a step moves them by nothing"
+    history.met(A, "q", 22.0, moved(WORTH_IT / 2))
+    assert not due(23.0)
+    history.met(A, "q", 23.0, moved(WORTH_IT / 2 + SETTLED))
+    assert due(24.0)
+
+
+def test_no_distance_however_large_drowns_the_news_of_later_ones() -> None:
+    history = History(0.0)
+    for divergence in (1e30, 0.0):
+        history.met(A, "p", 1.0, moved(divergence))
+    assert found(history, 2.0, replica("p")) == ()
+    history.met(A, "q", 2.0, moved(0.001))
+    assert found(history, 3.0, replica("p"))
+
+
 def test_one_quiet_meeting_does_not_make_a_pair_rest_for_long() -> None:
     history = History(0.0)
 

@@ -143,6 +143,7 @@ class Fleet:
         self._selector = selectors.DefaultSelector()
         self._changes: list[Change] = []
         self._samples = Samples()
+        self._seed = 0
         self._dialled: list[dict[str, Any]] = []
         self._meter: SocketMeter | None = None
 
@@ -228,7 +229,7 @@ class Fleet:
         self._selector.register(peer, selectors.EVENT_READ, index)
 
     def _reset(self, seed: int) -> None:
-        self._changes, self._samples, self._dialled = [], Samples(), []
+        self._changes, self._samples, self._dialled, self._seed = [], Samples(), [], seed
         self._tell(f"reset {seed}")
         self._wait(lambda: self._all_said("reset"), START_TIMEOUT_S, "fill their tensors")
 
@@ -291,11 +292,14 @@ class Fleet:
                 self._selector.unregister(peer)
             for said in answers or ():
                 if said["event"] == "sample":
-                    change = change_of(said, key.data)
-                    self._changes.append(change)
-                    self._samples.put(change)
+                    self._take_sample(change_of(said, key.data, self._seed))
                 elif said["event"] == "dialled":
                     self._dialled.append(said)
+
+    def _take_sample(self, change: Change | None) -> None:
+        if change is not None:
+            self._changes.append(change)
+            self._samples.put(change)
 
     def _last_words(self) -> str:
         return "\n".join(f"peer {index}: {peer.last_words()}" for index, peer in enumerate(self._peers))

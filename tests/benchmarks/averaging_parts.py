@@ -71,9 +71,10 @@ class Answers:
         with self._one_at_a_time:
             self._stream.write(f"{line}\n")
 
-    def say_sample(self, values_S: Floats, offset: int = 0) -> None:
-        """What the tensors are like now: their sample, or the part of it that has changed."""
-        self.say("sample", {"offset": offset, "data": base64.b64encode(values_S.astype("<f4").tobytes()).decode()})
+    def say_sample(self, seed: int, values_S: Floats, offset: int = 0) -> None:
+        """What the tensors of the round with this seed are like now: their sample, or the part that has changed."""
+        data = base64.b64encode(values_S.astype("<f4").tobytes()).decode()
+        self.say("sample", {"seed": seed, "offset": offset, "data": data})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,10 @@ class Change:
     values_S: Floats
 
 
-def change_of(said: dict[str, Any], peer: int) -> Change:
-    """What a `sample` line says."""
+def change_of(said: dict[str, Any], peer: int, seed: int) -> Change | None:
+    """What a `sample` line says; None if it is of another round, whose last exchange may end after the peer stopped."""
+    if said["value"]["seed"] != seed:
+        return None
     values_S = np.frombuffer(base64.b64decode(said["value"]["data"]), dtype="<f4")
     return Change(at_s=said["at_s"], peer=peer, offset=said["value"]["offset"], values_S=values_S)
 

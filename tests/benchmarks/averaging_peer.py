@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ from node.averaging.replica import ReplicaState
 from node.averaging.service import SERVICE_NAME
 from node.serving.server import NodeServer
 from protocol.announcements import BlockRecord, PeerRecord
+from protocol.errors import NotHostedError
 from protocol.events import EventLog
 from protocol.identity import Identity
 from protocol.manifest import AveragingCodec, AveragingConfig, BlockId, Manifest, ModelConfig, all_blocks
@@ -46,7 +47,6 @@ from tests.benchmarks.peer_process import private_stdout
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-    from concurrent.futures import Future
 
     from tests.benchmarks.averaging_parts import Floats
 
@@ -91,15 +91,15 @@ class Weights:
         self._per_tensor, self._answers = values_per_tensor(blocks), answers
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._said = [self._sampled(state) for state in self.states]
-        self._untouched = True
+        self._untouched, self._seed = True, 0
 
     def call(self, block: int, function: Callable[[ReplicaState], R]) -> Future[R]:
         """As averaging calls it, for one block."""
         return self._thread.submit(self._run, block, function)
 
-    def fill(self, values: Iterator[Floats]) -> Future[None]:
-        """Replace all weights and say what they are."""
-        return self._thread.submit(self._fill, values)
+    def fill(self, values: Iterator[Floats], seed: int) -> Future[None]:
+        """Replace all weights and say what they are, in the round with this seed."""
+        return self._thread.submit(self._fill, values, seed)
 
     def close(self) -> None:
         """End the thread."""
@@ -113,34 +113,44 @@ class Weights:
         now_S = self._sampled(self.states[block])
         if not np.array_equal(now_S, self._said[block]):
             self._said[block] = now_S
-            self._answers.say_sample(now_S, block * now_S.size)
+            self._answers.say_sample(self._seed, now_S, block * now_S.size)
         return result
 
-    def _fill(self, values: Iterator[Floats]) -> None:
+    def _fill(self, values: Iterator[Floats], seed: int) -> None:
+        self._seed = seed
         for state in self.states:
             for weight_RC in state.params.values():
                 weight_RC.copy_(torch.from_numpy(next(values)))
         self._untouched = True
         self._said = [self._sampled(state) for state in self.states]
-        self._answers.say_sample(np.concatenate(self._said))
+        self._answers.say_sample(seed, np.concatenate(self._said))
 
     def _sampled(self, state: ReplicaState) -> Floats:
         return sampled((weight_RC.numpy() for weight_RC in state.params.values()), self._per_tensor)
 
 
 class SampledReplica:
-    """One block of `Weights` as averaging sees it: weights alone, as hivemind is given them."""
+    """One block of `Weights` as averaging sees it, in one round: weights alone, as hivemind is given them."""
 
     def __init__(self, weights: Weights, block: int) -> None:
         self.id = BlockId(LAYER, block)
         self._weights, self._block = weights, block
+        self._over = False
 
     @property
     def version(self) -> int:
         return self._weights.states[self._block].version
 
     def call(self, function: Callable[[ReplicaState], R]) -> Future[R]:
+        if self._over:
+            refused: Future[R] = Future()
+            refused.set_exception(NotHostedError("block", f"{self.id} is of a round that is over"))
+            return refused
         return self._weights.call(self._block, function)
+
+    def end(self) -> None:
+        """An exchange that is still under way must not move the weights of the next round."""
+        self._over = True
 
 
 def _zeros() -> ReplicaState:
@@ -167,8 +177,8 @@ class Peer:
         events = EventLog()
         events.subscribe(self._tell_dialled)
         self._averaging = Averaging(manifest, identity.peer_id, self._directory, events, seed=config.index)
-        for block in range(config.blocks):
-            self._averaging.replicas.add(SampledReplica(self._weights, block))
+        self._replicas: list[SampledReplica] = []
+        self._begin_round()
         self._server = NodeServer((self._averaging.service.handler(),), (SERVICE_NAME,), ADDRESS, 0)
         self._announcer = Announcer(dht, identity, manifest.run_id, describe=self._describe)
 
@@ -191,8 +201,10 @@ class Peer:
         async for line in lines:
             command, _, argument = line.partition(" ")
             if command == "reset":
-                values = start_tensors(self._config.blocks, int(argument), self._config.index)
-                await asyncio.wrap_future(self._weights.fill(values))
+                self._begin_round()
+                seed = int(argument)
+                values = start_tensors(self._config.blocks, seed, self._config.index)
+                await asyncio.wrap_future(self._weights.fill(values, seed))
                 self._answers.say("reset", self._averaging.client.wire_bytes)
             elif command == "go":
                 self._averaging.averager.start()
@@ -202,6 +214,13 @@ class Peer:
                 self._answers.say("stopped", self._averaging.client.wire_bytes)
             else:
                 raise SystemExit(f"unknown command: {command!r}")
+
+    def _begin_round(self) -> None:
+        for replica in self._replicas:
+            replica.end()
+        self._replicas = [SampledReplica(self._weights, block) for block in range(self._config.blocks)]
+        for replica in self._replicas:
+            self._averaging.replicas.add(replica)
 
     def _tell_dialled(self, event: Mapping[str, Any]) -> None:
         if event["dialled"]:

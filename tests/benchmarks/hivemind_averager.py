@@ -107,14 +107,16 @@ def _mend(process: hivemind.DHT | DecentralizedAverager) -> None:
 
 
 def _obey(averager: DecentralizedAverager, config: PeerConfig, answers: Answers) -> None:
+    seed = 0
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "reset":
-            _fill(averager, start_tensors(config.blocks, int(argument), config.index))
-            answers.say_sample(_sampled(averager, config.blocks))
+            seed = int(argument)
+            _fill(averager, start_tensors(config.blocks, seed, config.index))
+            answers.say_sample(seed, _sampled(averager, config.blocks))
             answers.say("reset")
         elif command == "go":
-            _step(averager, config, answers)
+            _step(averager, config, answers, seed)
         elif command == "stop":
             answers.say("stopped")
         else:
@@ -132,7 +134,7 @@ def _sampled(averager: DecentralizedAverager, blocks: int) -> Floats:
         return sampled((tensor.numpy() for tensor in tensors), values_per_tensor(blocks))
 
 
-def _step(averager: DecentralizedAverager, config: PeerConfig, answers: Answers) -> None:
+def _step(averager: DecentralizedAverager, config: PeerConfig, answers: Answers, seed: int) -> None:
     step = averager.step(wait=False, timeout=STEP_TIMEOUT_S)
     told = False
     while not step.done():
@@ -140,7 +142,7 @@ def _step(averager: DecentralizedAverager, config: PeerConfig, answers: Answers)
             answers.say("averaging")
             told = True
         time.sleep(POLL_S)
-    answers.say_sample(_sampled(averager, config.blocks))
+    answers.say_sample(seed, _sampled(averager, config.blocks))
     problem = step.exception()
     answers.say("stepped", "" if problem is None else repr(problem))
 

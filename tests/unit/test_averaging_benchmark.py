@@ -113,8 +113,11 @@ def test_a_block_that_moved_replaces_its_part_of_the_sample() -> None:
 def test_a_sample_crosses_the_pipe_as_it_is() -> None:
     stream = io.StringIO()
     values_S = np.array([1.5, -2.25, 1e-30], dtype=np.float32)
-    Answers(stream).say_sample(values_S, offset=7)
-    heard = change_of(json.loads(stream.getvalue()), peer=3)
+    Answers(stream).say_sample(5, values_S, offset=7)
+    said = json.loads(stream.getvalue())
+    assert change_of(said, peer=3, seed=4) is None, "of the round before"
+    heard = change_of(said, peer=3, seed=5)
+    assert heard is not None
     assert (heard.peer, heard.offset) == (3, 7)
     assert np.array_equal(heard.values_S, values_S)
     assert heard.at_s > 0

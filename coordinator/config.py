@@ -93,6 +93,8 @@ class CoordinatorConfig(RunConfig):
     """Peers of a swarm that already runs."""
     clip_radius: float = AveragingConfig.clip_radius
     """Largest move of an exchange, relative to the norm."""
+    max_rate_scale: float = AveragingConfig.max_rate_scale
+    """Bound of the trunk's rate's growth with trainers; 1: none."""
     max_staleness: int = AveragingConfig.max_staleness
     """Most steps from forward to backward; 0: no limit."""
     stop_on_stdin_eof: Flag = False
@@ -100,7 +102,12 @@ class CoordinatorConfig(RunConfig):
 
     def averaging(self) -> AveragingConfig:
         """With what only a run that others join needs to set."""
-        return replace(super().averaging(), clip_radius=self.clip_radius, max_staleness=self.max_staleness)
+        return replace(
+            super().averaging(),
+            clip_radius=self.clip_radius,
+            max_rate_scale=self.max_rate_scale,
+            max_staleness=self.max_staleness,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

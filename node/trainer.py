@@ -176,6 +176,7 @@ class Trainer:
 
     async def _step(self) -> None:
         n_trainers = self._observe_trainers()
+        self._training.rate_scale = self._sharing.rate_scale()
         result = await asyncio.to_thread(self._training.step)
         progress, training = self._progress, self._training
         self._tokens.add(result.n_tokens)

@@ -62,8 +62,9 @@ class Training:
     """Owns the trunk's optimizer and place in the data. Its micro-batches run on threads; steps come one at a time.
 
     `run_tokens`, the place in the learning-rate schedule, is the whole run's: whoever knows of other trainers sets it
-    before a step. `own_tokens` are those that this training did itself; `version` counts the trunk's optimizer steps,
-    which averaging may move ahead of `steps_done`, the place in the data.
+    before a step; the same for `rate_scale`, which multiplies the trunk's rate. `own_tokens` are those that this
+    training did itself; `version` counts the trunk's optimizer steps, which averaging may move ahead of `steps_done`,
+    the place in the data.
 
     `on_too_few` is called, in a compute thread, when too few experts answer: it waits (or raises, to give up), after
     which the micro-batch starts again. Nothing has stepped by then, as that only happens in a forward.
@@ -97,6 +98,7 @@ class Training:
         self.version = 0
         self.run_tokens = 0
         self.own_tokens = 0
+        self.rate_scale = 1.0
 
     @property
     def tokens_per_step(self) -> int:
@@ -193,7 +195,7 @@ class Training:
             parameter.grad = torch.stack(known).sum(0).div_(len(parts)) if known else None
         adam = self.manifest.optimizer
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, adam.grad_clip)
-        lr = adam.lr * learning_rate_factor(adam, self.run_tokens)
+        lr = adam.lr * learning_rate_factor(adam, self.run_tokens) * self.rate_scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if bool(torch.isfinite(norm)):

@@ -15,6 +15,7 @@ from node.trunk_replica import TrunkReplica
 from protocol.announcements import MAX_DIVERGENCE, BlockRecord
 from protocol.errors import UnavailableError
 from protocol.manifest import TRUNK
+from protocol.schedule import averaged_rate_scale
 
 if TYPE_CHECKING:
     from dht.view import Replica
@@ -65,6 +66,11 @@ class TrunkSharing:
         """End exchanges and the server; safe before `join` and twice."""
         await self.averaging.stop()
         await self._server.drain(DRAIN_GRACE_S)
+
+    def rate_scale(self) -> float:
+        """Factor of the trunk's learning rate, for the trainers that it is averaged with."""
+        works = self.averaging.averager.works(TRUNK, self.replica.version)
+        return averaged_rate_scale(works, self._swarm.manifest.averaging.max_rate_scale)
 
     def record(self) -> BlockRecord:
         """What this trainer announces of its trunk."""

@@ -104,14 +104,16 @@ class AveragingConfig:
     """How replicas are kept in sync, and how old a gradient may be.
 
     `period_s` seconds between the exchanges that a node begins; `clip_radius` how far one exchange may move an expert
-    (or the trunk), relative to the L2 norm of its weights; `max_staleness` optimizer steps between a gradient's forward
-    and its backward (0: no limit), beyond which the step is scaled down or refused.
+    (or the trunk), relative to the L2 norm of its weights; `max_rate_scale` bounds the factor of a trunk's learning
+    rate that grows with the trainers it is averaged with (1: no factor); `max_staleness` optimizer steps between a
+    gradient's forward and its backward (0: no limit), beyond which the step is scaled down or refused.
     """
 
     target_replicas: int = 2
     period_s: float = 1.0
     codec: AveragingCodec = "fp32"
     clip_radius: float = 0.5
+    max_rate_scale: float = 4.0
     max_staleness: int = 64
     stale_action: StaleAction = "scale"
 
@@ -256,6 +258,7 @@ _AVERAGING_RANGES: dict[str, tuple[float, float]] = {
     "target_replicas": (1, 64),
     "period_s": (0.05, 86_400),
     "clip_radius": (1e-6, 10),
+    "max_rate_scale": (1, 64),
     "max_staleness": (0, limits.MAX_RUN_TOKENS),
 }
 

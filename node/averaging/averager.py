@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 JITTER = 0.25
 BUSY_JITTER = 1.0
 STOP_TIMEOUT_S = 2.0
+MAX_SHARE = 0.999
+"""Who claims more of the work than that counts as this: nobody's work is infinitely more than another's."""
 
 
 class OwnReplicas(Protocol):
@@ -124,6 +126,11 @@ class Averager:
     def divergence(self, block_id: BlockId) -> float:
         """Relative distance to the partner at the block's last exchange; 0 before the first."""
         return self._divergence.get(block_id, 0.0)
+
+    def works(self, block_id: BlockId, own_version: int) -> tuple[float, ...]:
+        """Of this replica, which is 1, and of each partner it was averaged with of late, relative to it."""
+        shares = (min(share, MAX_SHARE) for share in self._history.shares(block_id, own_version))
+        return (1.0, *(share / (1 - share) for share in shares))
 
     def unreachable(self) -> frozenset[str]:
         """Peers that could not be reached when they were dialled last."""

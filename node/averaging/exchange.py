@@ -69,6 +69,7 @@ class BlockResult:
     """What an exchange did to one block here; `divergence` was before it, relative to this replica's norm.
 
     `version` is what both replicas have come to; one of them is ahead of it once it has learnt something since.
+    `partner_share` is the partner's part of what both had learnt since they last met, 0 to 1, mean over the rows.
     """
 
     block: BlockId
@@ -76,6 +77,7 @@ class BlockResult:
     clipped_rows: int
     version_gap: int
     version: int
+    partner_share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,13 +333,14 @@ async def _apply(wire: Wire, replica: AveragedReplica, side: Side) -> BlockResul
     move = side.move()
     moved = replica.call(lambda state: apply_move(state, move, limits))
     applied = await wire.while_alive(asyncio.wrap_future(moved))
-    own_version = side.own.version
+    own_version, shares_R = side.own.version, move.alpha_R
     return BlockResult(
         block=side.block_id,
         divergence=applied.divergence,
         clipped_rows=applied.clipped_rows,
         version_gap=abs(own_version - move.version),
         version=max(own_version, min(move.version, own_version + MAX_LEAD_STEPS)),
+        partner_share=float(shares_R.mean()),
     )
 
 

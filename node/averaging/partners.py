@@ -41,6 +41,12 @@ WORTH_IT = 0.005
 _KEPT_DRIFT = 0.8
 """A meeting at which little had happened says nothing of the next: what was measured before is forgotten slowly."""
 
+_NEW_SHARE_WEIGHT = 0.2
+"""One meeting may fall between two steps of one side: a partner's share of the work is a moving average."""
+
+LASTING_STEPS = 64
+"""A partner with whom a replica has not met for so many steps no longer counts as one that learns with it."""
+
 LONGEST_REST_S = 10.0
 """A pair whose replicas learn meets at least this often, whatever the last meeting found."""
 
@@ -99,14 +105,17 @@ class _Meeting:
     """How far exchanges had moved the block here in all, but for what this one may have left out."""
     drift: float = math.inf
     """Relative distance by which an optimizer step moves the replicas apart: the most of late."""
+    share: float = 0.0
+    """The partner's part of what both learn."""
 
     def next(self, at_s: float, result: BlockResult, moved: float) -> _Meeting:
         """The meeting after this one."""
-        drift = math.inf
+        drift, share = math.inf, result.partner_share
         if self.version >= 0:
             drift = result.divergence / max(1, result.version - self.version)
             drift = max(drift, _KEPT_DRIFT * self.drift) if math.isfinite(self.drift) else drift
-        return _Meeting(at_s, result.version, moved, drift)
+            share = self.share + _NEW_SHARE_WEIGHT * (share - self.share)
+        return _Meeting(at_s, result.version, moved, drift, share)
 
     def rests(self, since_s: float, steps: int, moved: float, rest_s: float) -> bool:
         """Whether too little can have built up, by steps and by what others brought, or the pair met too lately."""
@@ -191,6 +200,12 @@ class History:
         if rest_s and meeting.rests(since_s, version - meeting.version, moved, rest_s):
             return False
         return version > meeting.version or moved >= SETTLED or since_s >= QUIET_S
+
+    def shares(self, block_id: BlockId, own_version: int) -> tuple[float, ...]:
+        """What part each partner does of what it and this replica learn, 0 to 1; of those it has met lately."""
+        oldest = max(0, own_version - LASTING_STEPS)
+        met = (meeting for (met_id, _), meeting in self._met.items() if met_id == block_id)
+        return tuple(meeting.share for meeting in met if meeting.version >= oldest)
 
     def seconds_since(self, block_id: BlockId, peer_id: str, now_s: float) -> float:
         """Since a block met a partner."""

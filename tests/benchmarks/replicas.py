@@ -87,10 +87,14 @@ class ReplicasBenchmark:
     """Seconds between the exchanges that a node begins."""
     codec: AveragingCodec = AveragingConfig.codec
     """Of what replicas exchange."""
+    max_rate_scale: float = AveragingConfig.max_rate_scale
+    """Bound of the trunk's rate's growth with trainers; 1: none."""
 
     def manifest(self, replicas: int) -> Manifest:
         """Of a run with so many replicas."""
-        averaging = AveragingConfig(target_replicas=replicas, period_s=self.period_s, codec=self.codec)
+        averaging = AveragingConfig(
+            target_replicas=replicas, period_s=self.period_s, codec=self.codec, max_rate_scale=self.max_rate_scale
+        )
         optimizer = OptimizerConfig(total_tokens=self.tokens)
         return Manifest(name="bench", seed=self.seed, optimizer=optimizer, averaging=averaging)
 
@@ -302,7 +306,10 @@ def content_of(config: ReplicasBenchmark, baseline: Arm, replicated: Arm) -> dic
     notes = (
         *NOTES,
         f"tokens trained on: {replicated.tokens:,} by two trainers, {baseline.tokens:,} by one",
-        f"averaging every {config.period_s:g} s in {config.codec}; seed {config.seed}",
+        (
+            f"averaging every {config.period_s:g} s in {config.codec}; a trunk's rate grows with the trainers that it "
+            f"is averaged with, up to {config.max_rate_scale:g} times; seed {config.seed}"
+        ),
         *checks_words(replicated),
     )
     if config.tokens < FULL_TOKENS:

@@ -172,6 +172,7 @@ async def test_two_trunks_that_learnt_apart_meet_at_the_mean_of_what_they_learnt
         trainer(dataset, directory, "peer-b", shard=1) as b,
     ):
         assert await distance(a, b) == 0.0  # one seed
+        assert a.sharing.rate_scale() == 1.0, "a trainer alone"
         await a.steps(6)
         await b.steps(2)
         before_a, before_b = await a.state(), await b.state()
@@ -186,6 +187,8 @@ async def test_two_trunks_that_learnt_apart_meet_at_the_mean_of_what_they_learnt
         assert after_a.version == after_b.version == 6
         assert after_a.steps_R.tolist() == after_b.steps_R.tolist() == [6]
         assert (a.training.steps_done, b.training.steps_done) == (6, 2)
+        for one in (a, b):  # 3 parts and 1 part are as good as 1.6 alike
+            assert one.sharing.rate_scale() == pytest.approx(1.6**0.5)
         assert a.sharing.record().divergence > 1e-3
 
 
@@ -198,6 +201,7 @@ async def test_trunks_that_train_all_the_while_stay_together(dataset: ByteDatase
             await asyncio.wait_for(asyncio.gather(one.steps(2), other.steps(2), one.exchange()), HANG_S)
         assert await asyncio.to_thread(one.training.evaluate, 500) > 0
         assert await distance(one, other) < apart / 2
+        await other.steps(1)  # a pair that has just met has nothing to tell
         await other.exchange()
         assert await distance(one, other) < 1e-6
         assert all(torch.isfinite(t).all() for t in (await one.state()).named().values())

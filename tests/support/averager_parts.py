@@ -103,7 +103,7 @@ class FakeClient:
 
 def result(partner: str, *blocks: BlockId, **changes: Any) -> ExchangeResult:
     moved = tuple(
-        BlockResult(block=block, divergence=0.25 * (i + 1), clipped_rows=i, version_gap=0, version=0)
+        BlockResult(block=block, divergence=0.25 * (i + 1), clipped_rows=i, version_gap=0, version=0, partner_share=0.5)
         for i, block in enumerate(blocks)
     )
     known: dict[str, Any] = {

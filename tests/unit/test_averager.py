@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from node.averaging.averager import BUSY_JITTER, JITTER, Averager, AveragerConfig, pause_s
+from node.averaging.averager import BUSY_JITTER, JITTER, MAX_SHARE, Averager, AveragerConfig, pause_s
 from node.averaging.pairing import BUSY_THERE
 from node.averaging.partners import FIRST_AVOID_S, FIRST_BUSY_S
 from protocol.errors import DeadlineError, OverloadedError, UnavailableError
@@ -309,3 +309,16 @@ async def test_nodes_that_share_a_seed_do_not_choose_in_step(swarm: Swarm) -> No
     pauses_s = [[pause_s(1.0, 0.0, averager._rng) for _ in range(5)] for averager in (first, other, again)]
     assert pauses_s[0] != pauses_s[1]
     assert pauses_s[0] == pauses_s[2]
+
+
+async def test_what_partners_learn_is_told_relative_to_this_replica_and_nobody_learns_infinitely_more(
+    swarm: Swarm,
+) -> None:
+    assert swarm.averager.works(A, 0) == (1.0,)
+    for partner, share in (("idle", 0.0), ("alike", 0.5), ("busy", 0.75), ("boaster", 1.0)):
+        (moved,) = result(partner, A).blocks
+        swarm.averager.on_result(result(partner, blocks=(replace(moved, partner_share=share),)))
+    own, *others = swarm.averager.works(A, 0)
+    assert own == 1.0
+    assert others == pytest.approx([0.0, 1.0, 3.0, MAX_SHARE / (1 - MAX_SHARE)])
+    assert swarm.averager.works(B, 0) == (1.0,)

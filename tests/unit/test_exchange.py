@@ -147,7 +147,8 @@ async def test_a_replica_that_has_learnt_more_pulls_harder() -> None:
     nodes = pair(learnt=300.0)  # B's; A has learnt from 100 tokens
     (a,), (b,) = nodes.a, nodes.b
     from_a, from_b = a.params(), b.params()
-    await nodes.exchange()
+    outcome = await nodes.exchange()
+    assert [result.partner_share for result in (*outcome.dialled.moved, *outcome.answered.moved)] == [0.75, 0.25]
     for name, p in a.params().items():
         torch.testing.assert_close(p, from_a[name] + 0.75 * (from_b[name] - from_a[name]), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(p, b.params()[name], rtol=1e-5, atol=1e-6)

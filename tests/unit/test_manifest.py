@@ -17,7 +17,7 @@ from protocol.manifest import (
     all_blocks,
     parse_block_id,
 )
-from protocol.schedule import learning_rate_factor
+from protocol.schedule import averaged_rate_scale, averaged_replicas, learning_rate_factor
 
 
 def test_a_manifest_survives_its_own_toml() -> None:
@@ -67,6 +67,7 @@ def test_the_run_id_changes_with_any_field() -> None:
         ('name = "a"\n[averaging]\nclip_radius = 0.0', "averaging.clip_radius"),
         ('name = "a"\n[averaging]\nclip_radius = nan', "averaging.clip_radius"),
         ('name = "a"\n[averaging]\nclip_radius = 11', "averaging.clip_radius"),
+        ('name = "a"\n[averaging]\nmax_rate_scale = 0.5', "averaging.max_rate_scale: must be from 1 to 64"),
         ('name = "a"\n[averaging]\nmax_staleness = -1', "averaging.max_staleness"),
         ('name = "a"\n[averaging]\nstale_action = "drop"', "averaging.stale_action: is 'drop', must be one of scale"),
         ('name = "a"\n[model]\nd_model = 1' + "0" * 400, "model.d_model"),
@@ -84,7 +85,13 @@ def test_a_bad_field_is_refused_by_name(toml: str, field: str) -> None:
 
 def test_how_replicas_are_averaged_is_written_and_read_whole() -> None:
     averaging = AveragingConfig(
-        target_replicas=3, period_s=0.5, codec="bf16", clip_radius=0.125, max_staleness=0, stale_action="refuse"
+        target_replicas=3,
+        period_s=0.5,
+        codec="bf16",
+        clip_radius=0.125,
+        max_rate_scale=2.0,
+        max_staleness=0,
+        stale_action="refuse",
     )
     manifest = Manifest(name="a", averaging=averaging)
     text = manifest.to_toml()
@@ -140,3 +147,17 @@ def test_the_learning_rate_rises_then_falls_to_its_floor() -> None:
     assert learning_rate_factor(config, 100) == 1.0
     assert learning_rate_factor(config, 1000) == pytest.approx(0.1)
     assert learning_rate_factor(config, 10**9) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("works", "replicas"),
+    [((1.0,), 1.0), ((1.0,) * 9, 9.0), ((1.0, 0.0), 1.0), ((1.0, 999.0), 1.0), ((1.0, 2.0), 1.8), ((1.0, 0.5), 1.8)],
+)
+def test_only_those_who_do_their_part_count_as_replicas(works: tuple[float, ...], replicas: float) -> None:
+    assert averaged_replicas(works) == pytest.approx(replicas, rel=0.01)
+    assert averaged_rate_scale(works, 100.0) == pytest.approx(replicas**0.5, rel=0.01)
+
+
+def test_the_rate_grows_no_further_than_the_manifest_says() -> None:
+    assert averaged_rate_scale([1.0] * 10_000, 4.0) == 4.0
+    assert averaged_rate_scale([1.0] * 10_000, 1.0) == 1.0

@@ -112,7 +112,14 @@ class Swarm:
         b.weights = [(x + y) / 2 - LOST / 2 * (x - y) for x, y in pairs]
         a.version = b.version = max(a.version, b.version)
         for own, other, divergence in both:
-            result = BlockResult(block=BLOCK, divergence=divergence, clipped_rows=0, version_gap=0, version=own.version)
+            result = BlockResult(
+                block=BLOCK,
+                divergence=divergence,
+                clipped_rows=0,
+                version_gap=0,
+                version=own.version,
+                partner_share=0.5,
+            )
             own.history.met(BLOCK, other.peer_id, self.now_s, result)
             own.in_exchange = False
         a.history.answered(b.peer_id, EXCHANGE_S)

@@ -19,6 +19,7 @@ from node.averaging.partners import (
     FIRST_AVOID_S,
     FIRST_BUSY_S,
     FRESH_S,
+    LASTING_STEPS,
     LONGEST_REST_S,
     MAX_AVOID_S,
     MAX_BUSY_DOUBLINGS,
@@ -203,8 +204,10 @@ def test_a_partner_that_failed_is_not_merely_busy() -> None:
     assert history.busy_for_s(1.5) == math.inf
 
 
-def moved(divergence: float = 0.1, version: int = 10, block: BlockId = A) -> BlockResult:
-    return BlockResult(block=block, divergence=divergence, clipped_rows=0, version_gap=0, version=version)
+def moved(divergence: float = 0.1, version: int = 10, block: BlockId = A, share: float = 0.5) -> BlockResult:
+    return BlockResult(
+        block=block, divergence=divergence, clipped_rows=0, version_gap=0, version=version, partner_share=share
+    )
 
 
 def test_while_others_are_busy_a_partner_met_lately_is_not_met_again_but_a_new_one_is() -> None:
@@ -343,3 +346,25 @@ def test_dialling_in_under_many_names_fills_no_memory_and_forgets_the_oldest() -
     assert history.avoids("name 0", 6.1)
     assert len(history._met) == MAX_PAIRS
     assert len(history._partners) == MAX_PARTNERS
+
+
+def test_a_partners_share_of_the_work_is_an_average_over_meetings() -> None:
+    history = History(0.0)
+    assert history.shares(A, 0) == ()
+    history.met(A, "p", 1.0, moved(share=0.5))
+    assert history.shares(A, 10) == (0.5,)
+    history.met(A, "p", 2.0, moved(share=0.0))
+    assert history.shares(A, 10) == pytest.approx((0.4,))
+    for _ in range(40):
+        history.met(A, "p", 3.0, moved(share=0.0))
+    assert history.shares(A, 10) == pytest.approx((0.0,), abs=1e-3), "it learns no more"
+
+
+def test_partners_that_would_not_or_are_long_gone_or_hold_another_block_have_no_share() -> None:
+    history = History(0.0)
+    history.met(A, "refused", 1.0)
+    history.met(B, "elsewhere", 1.0, moved(block=B))
+    assert history.shares(A, 0) == ()
+    history.met(A, "p", 1.0, moved(version=10))
+    assert history.shares(A, 10 + LASTING_STEPS) == (0.5,)
+    assert history.shares(A, 11 + LASTING_STEPS) == ()

@@ -36,10 +36,15 @@ def test_how_replicas_are_averaged_cannot_change(changes: dict[str, Any], senten
 
 def test_a_coordinators_flags_describe_the_averaging() -> None:
     config = CoordinatorConfig(
-        replicas=3, averaging_codec="bf16", averaging_period_s=0.5, clip_radius=0.25, max_staleness=8
+        replicas=3,
+        averaging_codec="bf16",
+        averaging_period_s=0.5,
+        clip_radius=0.25,
+        max_rate_scale=1.5,
+        max_staleness=8,
     )
     assert manifest_of(config, owner="x", total_tokens=5).averaging == AveragingConfig(
-        target_replicas=3, codec="bf16", period_s=0.5, clip_radius=0.25, max_staleness=8
+        target_replicas=3, codec="bf16", period_s=0.5, clip_radius=0.25, max_rate_scale=1.5, max_staleness=8
     )
     with pytest.raises(ConfigError, match=r"averaging\.clip_radius: must be from"):
         manifest_of(CoordinatorConfig(clip_radius=0.0), owner="x", total_tokens=5)

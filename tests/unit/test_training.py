@@ -75,6 +75,13 @@ def test_it_learns(bench: Bench) -> None:
     assert bench.training.run_tokens == 60 * 8 * 16
 
 
+def test_a_trunk_that_is_averaged_with_others_steps_further(bench: Bench) -> None:
+    bench.training.run_tokens = 1000
+    alone = bench.training.step()
+    bench.training.run_tokens, bench.training.rate_scale = 1000, 2.0
+    assert bench.training.step().lr == pytest.approx(2 * alone.lr)
+
+
 def test_the_same_seed_gives_the_same_losses(bench: Bench, other: Bench) -> None:
     assert bench.losses(5) == other.losses(5)
 

@@ -44,6 +44,9 @@ _KEPT_DRIFT = 0.8
 _NEW_SHARE_WEIGHT = 0.2
 """One meeting may fall between two steps of one side: a partner's share of the work is a moving average."""
 
+MOST_GROWTH = 2
+"""What so many steps did to a pair says something of up to so many times as many: learning rates rise from nothing."""
+
 LASTING_STEPS = 64
 """A partner with whom a replica has not met for so many steps no longer counts as one that learns with it."""
 
@@ -105,22 +108,26 @@ class _Meeting:
     """How far exchanges had moved the block here in all, but for what this one may have left out."""
     drift: float = math.inf
     """Relative distance by which an optimizer step moves the replicas apart: the most of late."""
+    steps: int = 0
+    """Over how many steps that was measured, of late."""
     share: float = 0.0
     """The partner's part of what both learn."""
 
     def next(self, at_s: float, result: BlockResult, moved: float) -> _Meeting:
         """The meeting after this one."""
-        drift, share = math.inf, result.partner_share
-        if self.version >= 0:
-            drift = result.divergence / max(1, result.version - self.version)
-            drift = max(drift, _KEPT_DRIFT * self.drift) if math.isfinite(self.drift) else drift
-            share = self.share + _NEW_SHARE_WEIGHT * (share - self.share)
-        return _Meeting(at_s, result.version, moved, drift, share)
+        if self.version < 0:
+            return _Meeting(at_s, result.version, moved, share=result.partner_share)
+        steps = max(0, result.version - self.version)
+        drift = result.divergence / max(1, steps)
+        drift = max(drift, _KEPT_DRIFT * self.drift) if math.isfinite(self.drift) else drift
+        steps = max(steps, int(_KEPT_DRIFT * self.steps))
+        share = self.share + _NEW_SHARE_WEIGHT * (result.partner_share - self.share)
+        return _Meeting(at_s, result.version, moved, drift, steps, share)
 
     def rests(self, since_s: float, steps: int, moved: float, rest_s: float) -> bool:
         """Whether too little can have built up, by steps and by what others brought, or the pair met too lately."""
-        little = self.drift * max(1, steps) + moved < WORTH_IT and since_s < LONGEST_REST_S
-        return since_s < rest_s or little
+        little = self.drift * max(1, steps) + moved < WORTH_IT and steps <= MOST_GROWTH * self.steps
+        return since_s < rest_s or (little and since_s < LONGEST_REST_S)
 
 
 class History:

@@ -25,6 +25,7 @@ from node.averaging.partners import (
     MAX_BUSY_DOUBLINGS,
     MAX_PAIRS,
     MAX_PARTNERS,
+    MOST_GROWTH,
     QUIET_S,
     SETTLED,
     WORTH_IT,
@@ -282,6 +283,21 @@ def test_a_pair_that_hardly_drifts_meets_soon_after_one_of_it_moved_far_with_ano
     assert due(24.0)
 
 
+def test_a_pair_that_hardly_drifted_over_few_steps_meets_again_after_few() -> None:
+    history = History(0.0)
+
+    def due(now_s: float, version: int) -> bool:
+        return bool(candidates({A: version}, lambda _: [replica("p", version=0)], OWN, history, now_s, 1.0))
+
+    for version in (0, 0):  # announced, caught up: no step in between
+        history.met(A, "p", 1.0, moved(0.0, version=version))
+    assert not due(3.0, 0)
+    assert due(3.0, 1), "no step has shown yet how fast it drifts"
+    history.met(A, "p", 3.0, moved(0.0, version=3))
+    assert not due(5.0, 3 + 3 * MOST_GROWTH)
+    assert due(5.0, 4 + 3 * MOST_GROWTH), "rates may have risen meanwhile"
+
+
 def test_no_distance_however_large_drowns_the_news_of_later_ones() -> None:
     history = History(0.0)
     for divergence in (1e30, 0.0):
@@ -305,8 +321,8 @@ def test_one_quiet_meeting_does_not_make_a_pair_rest_for_long() -> None:
     assert steps_it_waits() == 10
     history.met(A, "p", 30.0, moved(0.0, version=21))
     assert 10 < steps_it_waits() < 20
-    for version in range(22, 60):
-        history.met(A, "p", 30.0, moved(0.0, version=version))
+    for doublings in range(1, 25):
+        history.met(A, "p", 30.0, moved(0.0, version=21 << doublings))
     assert steps_it_waits() > 1000
 
 

@@ -62,6 +62,10 @@ NOTES = (
         "hivemind's are those of its TCP sockets, from ss"
     ),
     (
+        "a round that has not agreed at its limit (60 s, and half a second for each MB of all peers, 400 s at most) "
+        "counts as at the limit: an all-reduce that lost a part of a peer ends at another mean"
+    ),
+    (
         "memory: python, p2pd and all other processes of a peer, in rounds of their own that are not timed; "
         "peak is the mean of the peers' largest samples"
     ),
@@ -127,6 +131,11 @@ def counted_runs(size_mb: int, peers: int, runs: int) -> int:
     return min(runs, max(1, 400 // (size_mb * peers)))
 
 
+def round_limit_s(size_mb: int, peers: int) -> float:
+    """Many times what a round takes; peers that have not agreed by then count as at the limit."""
+    return min(400.0, 60.0 + 0.5 * size_mb * peers)
+
+
 def case_name(size_mb: int, peers: int, codec: str) -> str:
     """As it stands in the rows."""
     return f"{size_mb} MB, {peers} peers" + ("" if codec == OURS else f", {codec}")
@@ -134,13 +143,21 @@ def case_name(size_mb: int, peers: int, codec: str) -> str:
 
 def fleet_of(name: str, size_mb: int, peers: int, period_s: float) -> FleetConfig:
     """Ours by its codec, or hivemind."""
+    limit_s = round_limit_s(size_mb, peers)
     if name == HIVEMIND:
-        return FleetConfig(module="tests.benchmarks.hivemind_averager", peers=peers, blocks=size_mb, stepwise=True)
+        return FleetConfig(
+            module="tests.benchmarks.hivemind_averager",
+            peers=peers,
+            blocks=size_mb,
+            stepwise=True,
+            round_limit_s=limit_s,
+        )
     return FleetConfig(
         module="tests.benchmarks.averaging_peer",
         peers=peers,
         blocks=size_mb,
         stepwise=False,
+        round_limit_s=limit_s,
         arguments=("--codec", name, "--period-s", str(period_s)),
     )
 
@@ -157,13 +174,14 @@ def measure(size_mb: int, peers: int, ours: Sequence[str], config: AveragingBenc
         timed = rounds(fleets, runs, tell, watch=False)
         watched = rounds(fleets, min(runs, WATCHED_RUNS), tell, watch=True)
     few = f"{runs} counted rounds instead of {config.runs}" if runs < config.runs else ""
-    return [
-        replace(row, note=few)
-        for codec in ours
-        for row in rows_of(
-            case_name(size_mb, peers, codec), (timed[codec], watched[codec]), (timed[HIVEMIND], watched[HIVEMIND])
-        )
-    ]
+    rows: list[Row] = []
+    for codec in ours:
+        late = missed({"ours": timed[codec], HIVEMIND: timed[HIVEMIND]}, round_limit_s(size_mb, peers))
+        note = "; ".join(filter(None, (few, late)))
+        case = case_name(size_mb, peers, codec)
+        found = rows_of(case, (timed[codec], watched[codec]), (timed[HIVEMIND], watched[HIVEMIND]))
+        rows += [replace(row, note=note) for row in found]
+    return rows
 
 
 def rounds(fleets: Mapping[str, Fleet], runs: int, tell: Teller, *, watch: bool) -> dict[str, list[Round]]:
@@ -174,10 +192,21 @@ def rounds(fleets: Mapping[str, Fleet], runs: int, tell: Teller, *, watch: bool)
             continue
         done = fleets[name].round(number, watch=watch)
         what = "memory, " * watch + (f"round {number} of {runs}" if number else "warm-up")
-        tell(f"{what}: {name} {done.seconds:.2f} s, {done.sent_bytes / MB:.1f} MB, PSS {done.rest_bytes / MB:.0f} MB")
+        figures = f"{done.seconds:.2f} s, {done.sent_bytes / MB:.1f} MB, PSS {done.rest_bytes / MB:.0f} MB"
+        tell(f"{what}: {name} {figures}" + ("" if done.agreed else ", not agreed"))
         if number:
             measured[name].append(done)
     return measured
+
+
+def missed(rounds_of: Mapping[str, Sequence[Round]], limit_s: float) -> str:
+    """Who had not agreed at the limit, and how often; empty if everybody always had."""
+    never = {who: sum(not done.agreed for done in done_by) for who, done_by in rounds_of.items()}
+    return ", ".join(
+        f"{who} not within {limit_s:.0f} s in {count} of {len(rounds_of[who])} rounds"
+        for who, count in never.items()
+        if count
+    )
 
 
 def rows_of(case: str, ours: tuple[list[Round], list[Round]], theirs: tuple[list[Round], list[Round]]) -> list[Row]:

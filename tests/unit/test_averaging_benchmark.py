@@ -153,7 +153,11 @@ def some_rounds(scale: float) -> list[Round]:
     generator = random.Random(0)
     return [
         Round(
-            seconds=scale * generator.random(), sent_bytes=scale * 1e6, rest_bytes=scale * 2e6, peak_bytes=scale * 3e6
+            agreed=scale < 5,
+            seconds=scale * generator.random(),
+            sent_bytes=scale * 1e6,
+            rest_bytes=scale * 2e6,
+            peak_bytes=scale * 3e6,
         )
         for _ in range(3)
     ]
@@ -166,6 +170,12 @@ def test_a_case_has_time_and_bytes_of_timed_rounds_and_memory_of_watched_ones() 
     assert (rows[averaging.SENT].ours, rows[averaging.SENT].theirs) == (1.0, 2.0)
     assert (rows[averaging.REST].ours, rows[averaging.REST].theirs) == (20.0, 80.0)
     assert (rows[averaging.PEAK].ours, rows[averaging.PEAK].theirs) == (30.0, 120.0)
+
+
+def test_rounds_that_never_agreed_are_told() -> None:
+    rounds = {"ours": some_rounds(1.0), "hivemind": some_rounds(10.0)}
+    assert averaging.missed(rounds, 80.0) == "hivemind not within 80 s in 3 of 3 rounds"
+    assert averaging.missed({"ours": rounds["ours"]}, 80.0) == ""
 
 
 def test_a_fault_that_nobody_recovered_from_says_so() -> None:

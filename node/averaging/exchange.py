@@ -70,6 +70,7 @@ class BlockResult:
 
     `version` is what both replicas have come to; one of them is ahead of it once it has learnt something since.
     `partner_share` is the partner's part of what both had learnt since they last met, 0 to 1, mean over the rows.
+    `moved` is how far exchanges have moved the block here in all, this one included, when it had just moved.
     """
 
     block: BlockId
@@ -78,6 +79,7 @@ class BlockResult:
     version_gap: int
     version: int
     partner_share: float
+    moved: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

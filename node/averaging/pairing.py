@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from node.averaging.exchange import (
@@ -235,8 +235,9 @@ class Pairing:
 
     def _finished(self, replica: AveragedReplica, side: Side, result: BlockResult, claim: Claim) -> None:
         self._replicas.exchanged(replica, self.tally.partner, side.own.learnt_R, weights_only=side.weights_only)
+        moved = self._replicas.moved(replica.id, result.divergence)
         self._replicas.release(replica.id, claim)
-        self.tally.moved.append(result)
+        self.tally.moved.append(replace(result, moved=moved))
 
     @contextmanager
     def _blamed(self, block_id: BlockId) -> Iterator[None]:

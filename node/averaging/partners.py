@@ -113,8 +113,9 @@ class _Meeting:
     share: float = 0.0
     """The partner's part of what both learn."""
 
-    def next(self, at_s: float, result: BlockResult, moved: float) -> _Meeting:
+    def next(self, at_s: float, result: BlockResult) -> _Meeting:
         """The meeting after this one."""
+        moved = result.moved - LEFT_OUT * min(result.divergence, 1.0)
         if self.version < 0:
             return _Meeting(at_s, result.version, moved, share=result.partner_share)
         steps = max(0, result.version - self.version)
@@ -146,10 +147,9 @@ class History:
         """A block was exchanged with a partner, or, without a `result`, the partner would not."""
         meeting = _Meeting(now_s)
         if result is not None:
-            by = min(result.divergence, 1.0)  # clipped moves are shorter; a sum of any numbers would lose small ones
-            self._moved[block_id] += by
+            self._moved[block_id] = max(self._moved[block_id], result.moved)
             before = self._met.get((block_id, peer_id), meeting)
-            meeting = before.next(now_s, result, self._moved[block_id] - LEFT_OUT * by)
+            meeting = before.next(now_s, result)
         _put(self._met, (block_id, peer_id), meeting, MAX_PAIRS)
 
     def answered(self, peer_id: str, seconds_per_block: float) -> None:

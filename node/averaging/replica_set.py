@@ -8,7 +8,7 @@ Shapes: R rows of a replica.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,6 +63,7 @@ class ReplicaSet:
     def __init__(self) -> None:
         self._held: dict[BlockId, _Held] = {}
         self._claims: dict[BlockId, Claim] = {}
+        self._moved: defaultdict[BlockId, float] = defaultdict(float)
 
     def add(self, replica: AveragedReplica) -> None:
         """Average this replica from now on; it replaces one of the same block."""
@@ -125,6 +126,15 @@ class ReplicaSet:
         held.met.move_to_end(partner)
         if len(held.met) > MAX_PARTNERS:
             held.met.popitem(last=False)
+
+    def moved(self, block_id: BlockId, divergence: float) -> float:
+        """Count an exchange that met a partner so far away; how far all of this block's exchanges have moved it.
+
+        To be called while the exchange still holds the block: several go on at once, and end in another order.
+        """
+        # Clipped moves are shorter; a sum of any numbers would lose small ones.
+        self._moved[block_id] += min(divergence, 1.0)
+        return self._moved[block_id]
 
     def _met(self, block_id: BlockId, partner: str) -> _Met | None:
         held = self._held.get(block_id)

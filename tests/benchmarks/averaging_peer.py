@@ -121,6 +121,7 @@ class Weights:
         for state in self.states:
             for weight_RC in state.params.values():
                 weight_RC.copy_(torch.from_numpy(next(values)))
+            state.version += 1  # or those who met in the round before would think that there is nothing new
         self._untouched = True
         self._said = [self._sampled(state) for state in self.states]
         self._answers.say_sample(seed, np.concatenate(self._said))

@@ -15,6 +15,7 @@ from dht.view import Replica
 from node.averaging.averager import pause_s
 from node.averaging.exchange import BlockResult
 from node.averaging.partners import QUIET_S, History, candidates, choose_partner
+from node.averaging.replica_set import ReplicaSet
 from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Peer:
     version: int = 0
     in_exchange: bool = False
     history: History = field(default_factory=lambda: History(0.0))
+    replicas: ReplicaSet = field(default_factory=ReplicaSet)
 
     def distance(self, other: Peer) -> float:
         return math.dist(self.weights, other.weights) / math.hypot(*self.weights)
@@ -119,6 +121,7 @@ class Swarm:
                 version_gap=0,
                 version=own.version,
                 partner_share=0.5,
+                moved=own.replicas.moved(BLOCK, divergence),
             )
             own.history.met(BLOCK, other.peer_id, self.now_s, result)
             own.in_exchange = False

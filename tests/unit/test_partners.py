@@ -35,8 +35,10 @@ from node.averaging.partners import (
     choose_partner,
     weight,
 )
+from node.averaging.replica_set import ReplicaSet
 from protocol.manifest import TRUNK, BlockId
 
+REPLICAS = ReplicaSet()
 A, B, C = BlockId(0, 0), BlockId(0, 1), BlockId(1, 0)
 OWN = "own"
 VERSIONS = {A: 10, B: 20, C: 30}
@@ -206,8 +208,15 @@ def test_a_partner_that_failed_is_not_merely_busy() -> None:
 
 
 def moved(divergence: float = 0.1, version: int = 10, block: BlockId = A, share: float = 0.5) -> BlockResult:
+    """Of the next exchange of a block in a test; only differences of `moved` count."""
     return BlockResult(
-        block=block, divergence=divergence, clipped_rows=0, version_gap=0, version=version, partner_share=share
+        block=block,
+        divergence=divergence,
+        clipped_rows=0,
+        version_gap=0,
+        version=version,
+        partner_share=share,
+        moved=REPLICAS.moved(block, divergence),
     )
 
 
@@ -296,6 +305,18 @@ def test_a_pair_that_hardly_drifted_over_few_steps_meets_again_after_few() -> No
     history.met(A, "p", 3.0, moved(0.0, version=3))
     assert not due(5.0, 3 + 3 * MOST_GROWTH)
     assert due(5.0, 4 + 3 * MOST_GROWTH), "rates may have risen meanwhile"
+
+
+def test_a_meeting_that_is_told_late_hides_no_move_that_came_after_it() -> None:
+    history = History(0.0)
+    for peer_id in ("p", "q"):
+        history.met(A, peer_id, 1.0, moved(0.0))
+    first, second = moved(0.1), moved(0.2)
+    history.met(A, "q", 2.0, second)
+    history.met(A, "p", 2.1, first)  # it met first, in an exchange of more blocks
+    assert [c.peer_id for c in found(history, 3.0, replica("p"), replica("q"))] == ["p", "q"]
+    history.met(A, "p", 3.0, moved(SETTLED / 4))
+    assert [c.peer_id for c in found(history, 4.0, replica("p"), replica("q"))] == ["q"]  # what the codec left out
 
 
 def test_no_distance_however_large_drowns_the_news_of_later_ones() -> None:

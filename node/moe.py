@@ -121,6 +121,10 @@ class LocalExperts:
         """Every expert."""
         return self._all_live_E
 
+    def blocks_for_call(self, layer: int) -> list[Block]:
+        """The blocks, in order, that one forward and its backward use; called with the lock held."""
+        return self.blocks[layer]
+
     def forward(
         self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, *, keep: bool
     ) -> Combined:
@@ -133,18 +137,17 @@ class LocalExperts:
         )
         x_TD = x_TD.detach()
         with self._lock:
-            combined_TD = layer_forward(self.blocks[layer], x_TD, pairs)
-        return Combined(combined_TD, expert_ids_TK >= 0, (layer, x_TD, pairs, flat) if keep else None)
+            blocks = self.blocks_for_call(layer)
+            combined_TD = layer_forward(blocks, x_TD, pairs)
+        return Combined(combined_TD, expert_ids_TK >= 0, (blocks, x_TD, pairs, flat) if keep else None)
 
     def backward(self, ticket: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
         """Gradients; steps the touched experts."""
-        layer, x_TD, pairs, flat = ticket
+        blocks, x_TD, pairs, flat = ticket
         optimizer = self.manifest.optimizer
         lr = optimizer.expert_lr * learning_rate_factor(optimizer, self.run_tokens)
         with self._lock:
-            gradients = layer_backward(
-                self.blocks[layer], x_TD, pairs, grad_TD, lambda block, own: block.step(own, lr, optimizer)
-            )
+            gradients = layer_backward(blocks, x_TD, pairs, grad_TD, lambda block, own: block.step(own, lr, optimizer))
         grad_weight = grad_TD.new_zeros(len(x_TD) * self.manifest.model.experts_per_token)
         grad_weight[flat] = gradients.weight_P
         return gradients.tokens_TD, grad_weight

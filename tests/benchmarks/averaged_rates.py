@@ -8,7 +8,7 @@ learning rates: a rule that makes up for averaging must do so whatever the rate 
 Trunks meet every `--trunk-every` steps, each block once in `--block-every` steps on average, by the product's own
 arithmetic (`node/averaging/gossip.py`); a micro-batch finds each block at one of its replicas, drawn at random.
 
-Shapes: T tokens, K experts per token, D model width, R rows of a replica.
+Shapes: R rows of a replica.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ from __future__ import annotations
 import math
 import random
 import sys
-import threading
 from dataclasses import dataclass, replace
 from pathlib import Path  # noqa: TC003 - tyro reads the annotation
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import tyro
 
 from node.averaging.gossip import GossipLimits, Move, apply_move, share_R
 from node.data import open_dataset
-from node.dispatch.plan import Combined, flat_pairs
-from node.experts.layer import Pairs, layer_backward, layer_forward
 from node.experts.state import block_state
 from node.folders import data_cache
 from node.gate import build_gate
@@ -35,7 +32,6 @@ from node.moe import LocalExperts, MoE
 from node.training import StepConfig, Training, build_trunk
 from node.trunk_replica import TrunkReplica
 from protocol.manifest import TRUNK, Manifest, OptimizerConfig, all_blocks
-from protocol.schedule import learning_rate_factor
 from tests.benchmarks.report import Row, Teller, compare, document, publish
 
 if TYPE_CHECKING:
@@ -99,49 +95,23 @@ TWO = (
 )
 
 
-class Replicas:
-    """Every block so many times; what a trainer sends to a block goes to one of them."""
+class Replicas(LocalExperts):
+    """Every block so many times; what a trainer sends to a block goes to one of them, drawn at random."""
 
     def __init__(self, manifest: Manifest, copies: int) -> None:
-        self.manifest, self.run_tokens = manifest, 0
-        self._copies = [LocalExperts(manifest) for _ in range(copies)]
+        super().__init__(manifest)
+        self._copies = [self.blocks, *(LocalExperts(manifest).blocks for _ in range(copies - 1))]
         self._learnt_R: dict[BlockId, list[torch.Tensor]] = {}
-        self._lock, self._random = threading.Lock(), random.Random(manifest.seed)
+        self._random = random.Random(manifest.seed)
 
-    def live_experts(self, layer: int) -> torch.Tensor:
-        """Every expert."""
-        return self._copies[0].live_experts(layer)
-
-    def forward(
-        self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, *, keep: bool
-    ) -> Combined:
-        """Combine over the replicas that are drawn."""
-        flat = flat_pairs(expert_ids_TK)
-        pairs = Pairs(
-            token_P=flat // expert_ids_TK.shape[1],
-            expert_P=expert_ids_TK.reshape(-1)[flat],
-            weight_P=weights_TK.detach().reshape(-1)[flat],
-        )
-        x_TD = x_TD.detach()
-        with self._lock:
-            blocks = [self._random.choice(replicas) for replicas in self._of_layer(layer)]
-            combined_TD = layer_forward(blocks, x_TD, pairs)
-        return Combined(combined_TD, expert_ids_TK >= 0, (blocks, x_TD, pairs, flat) if keep else None)
-
-    def backward(self, ticket: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients; steps the touched experts of the same replicas."""
-        blocks, x_TD, pairs, flat = ticket
-        optimizer = self.manifest.optimizer
-        lr = optimizer.expert_lr * learning_rate_factor(optimizer, self.run_tokens)
-        with self._lock:
-            gradients = layer_backward(blocks, x_TD, pairs, grad_TD, lambda block, own: block.step(own, lr, optimizer))
-        grad_weight = grad_TD.new_zeros(len(x_TD) * self.manifest.model.experts_per_token)
-        grad_weight[flat] = gradients.weight_P
-        return gradients.tokens_TD, grad_weight
+    def blocks_for_call(self, layer: int) -> list[Block]:
+        """One replica of each."""
+        of_layer = zip(*(blocks[layer] for blocks in self._copies), strict=True)
+        return [self._random.choice(replicas) for replicas in of_layer]
 
     def of_block(self, block_id: BlockId) -> list[Block]:
         """Its replicas."""
-        return [experts.blocks[block_id.layer][block_id.block] for experts in self._copies]
+        return [blocks[block_id.layer][block_id.block] for blocks in self._copies]
 
     @torch.no_grad()
     def meet(self, block_id: BlockId) -> None:
@@ -152,9 +122,6 @@ class Replicas:
         before = self._learnt_R.get(block_id, [torch.zeros_like(state.learnt_R) for state in states])
         self._learnt_R[block_id] = [state.learnt_R.clone() for state in states]
         exchange(self.manifest, block_id, (states[0], states[1]), (before[0], before[1]))
-
-    def _of_layer(self, layer: int) -> list[tuple[Block, ...]]:
-        return list(zip(*(experts.blocks[layer] for experts in self._copies), strict=True))
 
 
 def exchange(

@@ -111,11 +111,15 @@ class Training:
             return self._step()
 
     def call(self, function: Callable[[], R]) -> Future[R]:
-        """Run `function`, which may change parameters in place, while no step or evaluation runs; see `Turns.call`.
+        """Run `function`, which may change parameters in place, while no micro-batch is in flight; see `Turns.call`.
 
         A step that waits for experts holds it up: autograd has saved the very weights that it may change.
         """
         return self.turns.call(function)
+
+    def look(self, function: Callable[[], R]) -> Future[R]:
+        """Run `function`, which changes nothing, also while micro-batches are in flight; see `Turns.look`."""
+        return self.turns.look(function)
 
     def _step(self) -> StepResult:
         started = time.perf_counter()
@@ -123,11 +127,12 @@ class Training:
         self._experts.run_tokens = self.run_tokens
         first = self.steps_done * self.config.micro_batches
         results = self._in_flight(self._micro_batch, range(first, first + self.config.micro_batches))
-        grad_norm, lr = self._apply([gradients for _, gradients in results])
-        overflow = self._balance()
-        self.steps_done += 1
-        self.run_tokens += self.tokens_per_step
-        self.own_tokens += self.tokens_per_step
+        with self.turns.changing():
+            grad_norm, lr = self._apply([gradients for _, gradients in results])
+            overflow = self._balance()
+            self.steps_done += 1
+            self.run_tokens += self.tokens_per_step
+            self.own_tokens += self.tokens_per_step
         return StepResult(
             loss=sum(loss for loss, _ in results) / len(results),
             grad_norm=grad_norm,

@@ -62,6 +62,10 @@ class TrunkReplica:
         """Run `function` on the live tensors between steps; see `AveragedReplica`."""
         return self._training.call(lambda: self._with_state(function))
 
+    def look(self, function: Callable[[ReplicaState], R]) -> Future[R]:
+        """Run `function` on the live tensors, which it must not change, also during a step; see `AveragedReplica`."""
+        return self._training.look(lambda: function(self._state()))
+
     def load_state(self, state: ReplicaState) -> Future[None]:
         """Become `state`, which another trainer gave; what was learnt here before counts no more.
 

@@ -229,7 +229,7 @@ class Pairing:
         before_R = self._replicas.learnt_before(replica.id, self.tally.partner)
         copy = ReplicaState.copy_weights if weights_only else ReplicaState.copy
         async with within(self._config.block_timeout_s, f"the copy of block {replica.id}"):
-            own = await self._wire.while_alive(asyncio.wrap_future(replica.call(copy)))
+            own = await self._wire.while_alive(asyncio.wrap_future(replica.look(copy)))
         made = asyncio.to_thread(kind, replica.id, own, before_R, self._config, weights_only=weights_only)
         return await self._wire.while_alive(made)
 

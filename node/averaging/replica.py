@@ -97,6 +97,12 @@ class AveragedReplica(Protocol):
         Raises DrainingError when the node is leaving; the future fails with NotHostedError when the block is gone.
         """
 
+    def look(self, function: Callable[[ReplicaState], R]) -> Future[R]:
+        """Run `function`, which changes nothing, on the live tensors, as soon as nothing changes them.
+
+        A step of a trainer reads its trunk for most of its time: a look need not wait for it. Fails like `call`.
+        """
+
 
 def schema(state: ReplicaState) -> tuple[TensorSchema, ...]:
     """Names, shapes and types, sorted by name."""

@@ -146,7 +146,7 @@ class ReplicaSet:
             return b""
         if not held.schema_hash:
             try:
-                held.schema_hash = schema_hash(await asyncio.wrap_future(held.replica.call(schema)))
+                held.schema_hash = schema_hash(await asyncio.wrap_future(held.replica.look(schema)))
             except NotHostedError:
                 return b""
         return held.schema_hash

@@ -96,7 +96,7 @@ class AveragingService:
     async def _copy_of(self, block_id: BlockId) -> ReplicaState:
         replica = self._replicas.get(block_id)
         if replica is not None:
-            return await asyncio.wrap_future(replica.call(ReplicaState.copy))
+            return await asyncio.wrap_future(replica.look(ReplicaState.copy))
         state = await asyncio.to_thread(self._stored, block_id) if self._stored else None
         if state is None:
             raise NotHostedError("block", f"{block_id} is neither hosted nor stored here")

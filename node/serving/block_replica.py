@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from node.averaging.replica import ReplicaState
+    from node.experts.block import Block
     from node.serving.runtime import Runtime
     from protocol.manifest import BlockId
 
@@ -42,10 +43,18 @@ class BlockReplica:
         """
         return self._runtime.call(lambda: self._apply(function))
 
-    def _apply(self, function: Callable[[ReplicaState], R]) -> R:
+    def look(self, function: Callable[[ReplicaState], R]) -> Future[R]:
+        """Run `function`, which changes nothing, between batches; see `AveragedReplica`. Fails like `call`."""
+        return self._runtime.call(lambda: function(block_state(self._block())))
+
+    def _block(self) -> Block:
         block = self._runtime.blocks.get(self._id)
         if block is None:
             raise not_hosted(self._id)
+        return block
+
+    def _apply(self, function: Callable[[ReplicaState], R]) -> R:
+        block = self._block()
         state = block_state(block)
         result = function(state)
         block.adam.steps_E.copy_(state.steps_R)

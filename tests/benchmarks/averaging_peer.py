@@ -149,6 +149,8 @@ class SampledReplica:
             return refused
         return self._weights.call(self._block, function)
 
+    look = call
+
     def end(self) -> None:
         """An exchange that is still under way must not move the weights of the next round."""
         self._over = True

@@ -113,7 +113,7 @@ async def test_another_run_or_no_block_is_refused() -> None:
 async def test_a_third_download_waits_for_its_turn() -> None:
     replica = MemoryReplica(make_state())
     replica.hold_from, both = 1, asyncio.Event()
-    real = replica.call
+    real = replica.look
 
     def count(function: Any) -> Any:
         future = real(function)
@@ -121,7 +121,7 @@ async def test_a_third_download_waits_for_its_turn() -> None:
             both.set()
         return future
 
-    replica.call = count  # type: ignore[method-assign]
+    replica.look = count  # type: ignore[method-assign]
     async with averaging_node("a", replica) as node, averaging_node("b") as joiner:
         ask = joiner.client.download
         tasks = [asyncio.create_task(ask(node.endpoint, BLOCK, WANTED, WAIT_S)) for _ in range(2)]

@@ -76,6 +76,8 @@ class MemoryReplica:
         self._carry_out(function, future)
         return future
 
+    look = call
+
     def _carry_out(self, function: Callable[[ReplicaState], R], future: Future[R]) -> None:
         if not future.set_running_or_notify_cancel():
             return

@@ -145,3 +145,21 @@ def test_a_joiner_goes_on_from_a_copy_exactly_as_the_original_does(runtime: Runt
     left, right = block_state(joined), block_state(original)
     torch.testing.assert_close(left.named(), right.named(), rtol=0, atol=1e-15)
     assert torch.equal(left.steps_R, right.steps_R)
+
+
+def test_a_look_sees_the_blocks_own_tensors_and_changes_no_counter(runtime: Runtime, replica: BlockReplica) -> None:
+    trained(runtime)
+
+    def look(state: ReplicaState) -> int:
+        state.version, seen = 7, state.version
+        return seen
+
+    assert replica.look(look).result(TIMEOUT_S) == 1
+    assert replica.version == 1
+    assert replica.look(lambda live: live.params["w_in"]).result(TIMEOUT_S) is runtime.blocks[BLOCK].params["w_in"]
+
+
+def test_a_look_at_a_block_that_left_fails_through_the_future(runtime: Runtime, replica: BlockReplica) -> None:
+    runtime.remove_block(BLOCK).result(TIMEOUT_S)
+    with pytest.raises(NotHostedError, match="0/0 is not hosted here"):
+        replica.look(lambda state: state.version).result(TIMEOUT_S)

@@ -417,7 +417,7 @@ async def test_a_snapshot_is_taken_once_per_side_and_no_replica_is_touched_but_b
             seen.append(getattr(function, "__name__", ""))
             return real(function)
 
-        replica.call = spy  # type: ignore[method-assign]
+        replica.call = replica.look = spy  # type: ignore[method-assign]
     await nodes.exchange()
     assert sorted(seen) == ["<lambda>", "<lambda>", ReplicaState.copy.__name__, "copy", "schema", "schema"]
 
@@ -440,7 +440,7 @@ async def test_a_snapshot_is_given_back_before_the_move_takes_as_much_memory_aga
             copied.extend(own)
             return done
 
-        replica.call = watch  # type: ignore[method-assign]
+        replica.call = replica.look = watch  # type: ignore[method-assign]
     await nodes.exchange()
     assert len(copied) == 2 * len(a.state.named())
     assert alive_at_move == [0, 0, 0, 0]  # both schemas, both moves

@@ -119,8 +119,25 @@ def test_a_change_in_place_reaches_parameters_moments_and_counters(training: Tra
     assert (training.version, training.steps_done) == (24, 2)
 
 
-def test_calls_from_another_thread_run_between_the_steps_of_a_busy_training(training: Training) -> None:
-    """Were one to run inside a step, autograd would refuse the backward: a weight that it saved has changed."""
+def test_a_look_during_a_step_finds_the_trunk_as_it_was_before_it(training: Training) -> None:
+    replica, real = TrunkReplica(training), training.model.forward
+    training.step()
+    before, seen = copy_of(replica), []
+
+    def forward_that_is_looked_at(ids_BT: torch.Tensor) -> torch.Tensor:
+        seen.append(replica.look(ReplicaState.copy).result(HANG_S))
+        logits_BTV: torch.Tensor = real(ids_BT)
+        return logits_BTV
+
+    training.model.forward = forward_that_is_looked_at  # type: ignore[method-assign]
+    training.step()
+    assert seen[0].version == 1
+    assert seen[0].learnt_R.tolist() == before.learnt_R.tolist()
+    assert all(torch.equal(tensor, before.named()[name]) for name, tensor in seen[0].named().items())
+
+
+def test_calls_from_another_thread_run_between_gradients_and_the_optimizers_step(training: Training) -> None:
+    """Were one to run any sooner, autograd would refuse the backward: a weight that it saved has changed."""
     replica = TrunkReplica(training)
     asked: list[int] = []
 
@@ -143,7 +160,7 @@ def test_calls_from_another_thread_run_between_the_steps_of_a_busy_training(trai
         training.step()
     for future in futures:
         future.result(HANG_S)
-    assert asked == [0, 1, 1, 2, 2, 3, 3]
+    assert asked == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_a_joiner_becomes_the_state_it_was_given(new_training: Callable[..., Training]) -> None:

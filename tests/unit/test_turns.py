@@ -27,8 +27,10 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def turns(pool: ThreadPoolExecutor) -> Turns:
-    return Turns(pool)
+def turns(pool: ThreadPoolExecutor) -> Iterator[Turns]:
+    turns = Turns(pool)
+    yield turns
+    turns.close()
 
 
 def test_a_call_runs_at_once_when_no_turn_is_taken_and_never_in_the_callers_thread(turns: Turns) -> None:
@@ -146,3 +148,53 @@ def test_after_the_end_waiting_calls_fail_and_new_ones_are_refused() -> None:
         waiting.result(HANG_S)
     with pytest.raises(DrainingError, match="leaving"):
         turns.call(lambda: None)
+    with pytest.raises(DrainingError, match="leaving"):
+        turns.look(lambda: None)
+
+
+def test_a_look_does_not_wait_for_the_end_of_a_turn(turns: Turns) -> None:
+    with turns.turn():
+        assert turns.look(lambda: "seen").result(HANG_S) == "seen"
+
+
+def test_a_look_waits_for_what_a_turn_changes(turns: Turns) -> None:
+    parts: list[str] = []
+    with turns.turn(), turns.changing():
+        parts.append("half")
+        look = turns.look(lambda: list(parts))
+        with pytest.raises(TimeoutError):
+            look.result(0.05)
+        parts.append("whole")
+    assert look.result(HANG_S) == ["half", "whole"]
+
+
+def test_a_look_waits_for_what_a_call_changes(turns: Turns) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def change() -> str:
+        begun.set()
+        assert go_on.wait(HANG_S)
+        return "changed"
+
+    call = turns.call(change)
+    assert begun.wait(HANG_S)
+    look = turns.look(call.done)
+    assert not look.done()
+    go_on.set()
+    assert look.result(HANG_S) is True
+
+
+def test_calls_that_wait_run_before_a_turn_changes_anything(turns: Turns) -> None:
+    order: list[str] = []
+    with turns.turn():
+        turns.call(lambda: order.append("call"))
+        order.append("computed")
+        with turns.changing():
+            order.append("changed")
+    assert order == ["computed", "call", "changed"]
+
+
+def test_looks_that_were_asked_for_are_answered_before_the_end(turns: Turns) -> None:
+    looks = [turns.look(partial(int, n)) for n in range(20)]
+    turns.close()
+    assert [look.result(0) for look in looks] == list(range(20))

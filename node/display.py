@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from node.report import final_panel
+from node.report import print_end
 from node.text import bytes_text, clock_text, count_text, hosts_text, printable, short_id, sparkline
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class Display:
             handler.console = console
         self._borrowed.clear()
         if self._state.done is not None:
-            self._console.print(final_panel(self._state.done))
+            print_end(self._console, self._state.done)
 
     def _borrow_log(self) -> None:
         """Let log lines scroll above the panel; two consoles on one terminal would draw over each other."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
-    from rich.console import RenderableType
+    from rich.console import Console
 
     from protocol.events import Event
 
@@ -176,7 +176,7 @@ def write_report(
     """Write `summary.json` and `loss.png` into `out`, where `events.jsonl` is. Raises OSError.
 
     Returns:
-        The fields of the `done` event, from which the display draws `final_panel`.
+        The fields of the `done` event, which `print_end` shows.
     """
     files = [out / name for name in ("summary.json", "loss.png", "events.jsonl")]
     table = {**asdict(summary), **extras, "sample": sample, "attribution": attribution, "files": list(map(str, files))}
@@ -186,8 +186,15 @@ def write_report(
     return table
 
 
-def final_panel(done: Event) -> RenderableType:
-    """The last thing that a run prints: before and after, a text sample, where its files are, whose text it read."""
+def print_end(console: Console, done: Event) -> None:
+    """The last thing that a run prints. Paths come below the panel, never folded: they are there to be copied."""
+    console.print(final_panel(done))
+    for path in done.get("files", ()):
+        console.print(Text(path), soft_wrap=True)
+
+
+def final_panel(done: Event) -> Panel:
+    """Before and after, a text sample, whose text it read."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -203,9 +210,7 @@ def final_panel(done: Event) -> RenderableType:
     )
     grid.add_row()
     grid.add_row("sample", Text(printable(str(done.get("sample", "")))[:SAMPLE_CHARS], style="italic"))
-    grid.add_row()
-    for index, path in enumerate(done.get("files", ())):
-        grid.add_row("" if index else "files", Text(path))
     if attribution := done.get("attribution"):
+        grid.add_row()
         grid.add_row("data", Text(attribution, style="dim"))
     return Panel(grid, title=f"[bold]{done['run_id']}[/]", title_align="left", border_style="green", expand=False)

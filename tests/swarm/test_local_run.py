@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -48,11 +47,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # As wide as the longest path of a test: a panel folds what is longer.
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment
-    )
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
 def summary(out: Path) -> dict[str, Any]:

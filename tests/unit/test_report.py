@@ -17,8 +17,8 @@ from node.report import (
     Point,
     Summary,
     centred_mean,
-    final_panel,
     plot_loss,
+    print_end,
     read_curve,
     thinned,
     write_report,
@@ -118,7 +118,7 @@ def test_the_smoothed_line_does_not_lag() -> None:
 def panel(event: dict[str, Any], width: int) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
     with console.capture() as capture:
-        console.print(final_panel(event))
+        print_end(console, event)
     return capture.get()
 
 
@@ -132,12 +132,16 @@ def test_the_last_panel_says_how_it_went_and_where_the_files_are() -> None:
             "5,123 tokens/s",
             "1,024 experts on 4 hosts, 2 calls failed",
             "The city of the ·[31mnorth",
-            "runs/demo/summary.json",
-            "runs/demo/loss.png",
             "Wikipedia, CC BY-SA 4.0",
         ):
             assert words in text, words
         assert max(map(len, text.splitlines())) <= width
+        assert text.splitlines()[-len(done()["files"]) :] == done()["files"]
+
+
+def test_a_path_is_in_one_piece_however_narrow_the_terminal() -> None:
+    path = f"/{'long/' * 30}loss.png"
+    assert panel({**done(), "files": [path]}, 60).splitlines()[-1] == path
 
 
 def test_drawing_uses_no_global_state_of_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.optim.adamw import adamw
 
 if TYPE_CHECKING:
     from protocol.manifest import OptimizerConfig
+
+FUSED_VALUES = 4096
+"""From so many values of a parameter on, an expert is worth a call of its own."""
 
 
 @dataclass
@@ -60,22 +64,62 @@ def adam_step(
     Bias correction uses each expert's own step count, so an expert met for the first time late in a run starts as
     carefully as any other.
     """
-    whole = len(touched_G) == len(state.steps_E)
-    steps_G = state.steps_E.index_select(0, touched_G) + 1
-    state.steps_E.index_copy_(0, touched_G, steps_G)
+    steps_G = state.steps_E.index_select(0, touched_G)
     for name, grad in grads.items():
-        columns = (-1, *[1] * (grad.dim() - 1))
         tensors = (params[name], state.first[name], state.second[name])
-        # Every expert touched: update in place, without a copy out and back.
-        p, m, v = tensors if whole else (t.index_select(0, touched_G) for t in tensors)
-        m.lerp_(grad, 1 - config.beta1)
-        v.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
-        count = steps_G.to(grad.dtype).view(columns)
-        update = v.div(1 - config.beta2**count).sqrt_().add_(config.eps).reciprocal_().mul_(m)
-        update.mul_(lr / (1 - config.beta1**count))
-        if config.weight_decay:
-            p.mul_(1 - lr * config.weight_decay)
-        p.sub_(update)
-        if not whole:
-            for full, part in zip(tensors, (p, m, v), strict=True):
-                full.index_copy_(0, touched_G, part)
+        step = _step_each if grad[0].numel() >= FUSED_VALUES else _step_stacked
+        step(tensors, grad, touched_G, steps_G, lr, config)
+    state.steps_E.index_copy_(0, touched_G, steps_G + 1)
+
+
+def _step_each(
+    tensors: tuple[torch.Tensor, ...],
+    grad: torch.Tensor,
+    touched_G: torch.Tensor,
+    steps_G: torch.Tensor,
+    lr: float,
+    config: OptimizerConfig,
+) -> None:
+    """Expert by expert: one pass over memory and no copies, for a call's overhead each."""
+    touched = touched_G.tolist()
+    p, m, v = ([experts[index] for index in touched] for experts in (t.unbind(0) for t in tensors))
+    adamw(
+        p,
+        list(grad.unbind(0)),
+        m,
+        v,
+        [],
+        list(steps_G.to(torch.float32).unbind(0)),
+        fused=True,
+        amsgrad=False,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        eps=config.eps,
+        maximize=False,
+    )
+
+
+def _step_stacked(
+    tensors: tuple[torch.Tensor, ...],
+    grad: torch.Tensor,
+    touched_G: torch.Tensor,
+    steps_G: torch.Tensor,
+    lr: float,
+    config: OptimizerConfig,
+) -> None:
+    """All at once: several passes, and copies unless all are touched, but nothing for each expert."""
+    whole = len(touched_G) == len(tensors[0])
+    p, m, v = tensors if whole else (t.index_select(0, touched_G) for t in tensors)
+    m.lerp_(grad, 1 - config.beta1)
+    v.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
+    count = (steps_G + 1).to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
+    update = v.div(1 - config.beta2**count).sqrt_().add_(config.eps).reciprocal_().mul_(m)
+    update.mul_(lr / (1 - config.beta1**count))
+    if config.weight_decay:
+        p.mul_(1 - lr * config.weight_decay)
+    p.sub_(update)
+    if not whole:
+        for full, part in zip(tensors, (p, m, v), strict=True):
+            full.index_copy_(0, touched_G, part)

@@ -42,24 +42,20 @@ class Block:
         ends_E = torch.bincount(expert_P, minlength=len(self.experts)).cumsum(0).to(torch.int32)
         return self.kind.apply(self.params, x_PD, ends_E)
 
-    def backward(self, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor) -> BlockGradients:
-        """Recompute the outputs and differentiate; the weights' gradients are only for the experts that got tokens."""
+    @torch.no_grad()
+    def backward(
+        self, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor, weight_P: torch.Tensor
+    ) -> BlockGradients:
+        """Gradients of `sum(weight_P * (grad_PD * forward(...)).sum(1))`; those of weights for touched experts only."""
         touched_G, counts_G = torch.unique_consecutive(expert_P, return_counts=True)
         ends_G = counts_G.cumsum(0).to(torch.int32)
         whole = len(touched_G) == len(self.experts)
-        leaves = {
-            name: (p if whole else p.index_select(0, touched_G)).detach().requires_grad_()
-            for name, p in self.params.items()
-        }
-        x_PD = x_PD.detach().requires_grad_()
-        with torch.enable_grad():
-            y_PD = self.kind.apply(leaves, x_PD, ends_G)
-        grads = torch.autograd.grad(y_PD, (x_PD, *leaves.values()), grad_PD.contiguous())
-        weights = dict(zip(leaves, grads[1:], strict=True))
+        params = self.params if whole else {name: p.index_select(0, touched_G) for name, p in self.params.items()}
+        gradients = self.kind.differentiate(params, x_PD, ends_G, grad_PD, weight_P)
         return BlockGradients(
-            outputs_PD=y_PD.detach(),
-            inputs_PD=grads[0],
-            weights=weights,
+            inputs_PD=gradients.inputs_PD,
+            weight_P=gradients.weight_P,
+            weights=gradients.params,
             touched_G=touched_G,
             tokens_G=counts_G,
         )
@@ -83,8 +79,8 @@ class Block:
 class BlockGradients:
     """What one backward over a block yields; `weights` [G, ...] belong to experts `touched_G`, of `tokens_G` tokens."""
 
-    outputs_PD: torch.Tensor
     inputs_PD: torch.Tensor
+    weight_P: torch.Tensor
     weights: dict[str, torch.Tensor]
     touched_G: torch.Tensor
     tokens_G: torch.Tensor

@@ -1,24 +1,32 @@
 """Expert kinds: what one expert computes. Adding a kind is one class here and its name in `protocol/manifest.py`.
 
+A kind brings its own gradients: they are fewer products than autograd's, and none is kept that nobody asks for.
 Shapes: P pairs sorted by expert, G experts, D model width, H expert width.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch.nn import functional
 
-from node.experts.grouped import grouped_product
+from node.experts.grouped import grouped_outer, grouped_product
 from protocol.errors import ManifestError
 
 if TYPE_CHECKING:
-    import torch
-
     from protocol.manifest import ModelConfig
 
     Params = dict[str, torch.Tensor]
+
+
+class PairGradients(NamedTuple):
+    """Of the inputs [P, D], of the pairs' weights [P], and of each parameter of the G experts, stacked."""
+
+    inputs_PD: torch.Tensor
+    weight_P: torch.Tensor
+    params: dict[str, torch.Tensor]
 
 
 class ExpertKind(Protocol):
@@ -32,6 +40,11 @@ class ExpertKind(Protocol):
 
     def apply(self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
         """Outputs [P, D] of each pair's expert."""
+
+    def differentiate(
+        self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor, grad_PD: torch.Tensor, weight_P: torch.Tensor
+    ) -> PairGradients:
+        """Gradients of the sum over pairs of `weight_P * (grad_PD * apply(...)).sum(1)`."""
 
 
 class FfnKind:
@@ -50,6 +63,25 @@ class FfnKind:
         """`w_out(gelu(w_in(x)))` of each pair's expert."""
         h_PH = functional.gelu(grouped_product(x_PD, params["w_in"], ends_G))
         return grouped_product(h_PH, params["w_out"], ends_G)
+
+    def differentiate(
+        self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor, grad_PD: torch.Tensor, weight_P: torch.Tensor
+    ) -> PairGradients:
+        """Five products: the outputs themselves are not needed, as `grad . (h w_out)` is `(grad w_out^T) . h`."""
+        w_in, w_out = params["w_in"], params["w_out"]
+        a_PH = grouped_product(x_PD, w_in, ends_G)
+        h_PH = functional.gelu(a_PH)
+        grad_h_PH = grouped_product(grad_PD, w_out.mT, ends_G)
+        grad_weight_P = torch.linalg.vecdot(grad_h_PH, h_PH)
+        grad_a_PH = torch.ops.aten.gelu_backward(grad_h_PH.mul_(weight_P[:, None]), a_PH)
+        return PairGradients(
+            inputs_PD=grouped_product(grad_a_PH, w_in.mT, ends_G),
+            weight_P=grad_weight_P,
+            params={
+                "w_in": grouped_outer(x_PD, grad_a_PH, ends_G),
+                "w_out": grouped_outer(h_PH.mul_(weight_P[:, None]), grad_PD, ends_G),
+            },
+        )
 
 
 _KINDS: dict[str, ExpertKind] = {"ffn": FfnKind()}

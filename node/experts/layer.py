@@ -84,10 +84,9 @@ def layer_backward(
     grad_x_TD = torch.zeros_like(x_TD)
     grad_weight_P = torch.zeros_like(pairs.weight_P)
     for block, rows, expert_P in _slices(blocks, pairs.expert_P[order_P]):
-        grad_PD = grad_TD[token_P[rows]]
-        gradients = block.backward(x_TD[token_P[rows]], expert_P, grad_PD * weight_P[rows, None])
+        gradients = block.backward(x_TD[token_P[rows]], expert_P, grad_TD[token_P[rows]], weight_P[rows])
         grad_x_TD.index_add_(0, token_P[rows], gradients.inputs_PD)
-        grad_weight_P[order_P[rows]] = (gradients.outputs_PD * grad_PD).sum(-1)
+        grad_weight_P[order_P[rows]] = gradients.weight_P
         on_block(block, gradients)
     return LayerGradients(tokens_TD=grad_x_TD, weight_P=grad_weight_P)
 

@@ -54,6 +54,10 @@ def plain_layer(weights: dict[str, torch.Tensor], x_TD: torch.Tensor, pairs: Pai
     return torch.stack(rows)
 
 
+def unweighted(block: Block, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor) -> BlockGradients:
+    return block.backward(x_PD, expert_P, grad_PD, torch.ones(len(x_PD), dtype=x_PD.dtype))
+
+
 def stacked(blocks: list[Block]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([b.params[name] for b in blocks]).clone().requires_grad_() for name in blocks[0].params}
 
@@ -101,7 +105,7 @@ def test_touched_experts_step_like_torchs_adam_and_the_others_stay_bit_equal() -
         x_PD = torch.randn(len(experts) * 3, 16, dtype=torch.float64, generator=generator)
         grad_PD = torch.randn(len(experts) * 3, 16, dtype=torch.float64, generator=generator)
         expert_P = torch.tensor(experts).repeat_interleave(3)
-        block.step(block.backward(x_PD, expert_P, grad_PD), 1e-3, manifest.optimizer)
+        block.step(unweighted(block, x_PD, expert_P, grad_PD), 1e-3, manifest.optimizer)
         for index, expert in enumerate(experts):
             rows = slice(3 * index, 3 * index + 3)
             params = per_expert[expert]
@@ -124,6 +128,7 @@ def test_an_experts_gradient_is_clipped_by_its_own_norm() -> None:
         torch.randn(4, 16, dtype=torch.float64),
         torch.tensor([0, 0, 1, 1]),
         torch.full((4, 16), 1e3, dtype=torch.float64),
+        torch.ones(4, dtype=torch.float64),
     )
     block.step(gradients, 1e-3, manifest.optimizer)
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.weights.values()]).norm(dim=0)
@@ -134,7 +139,7 @@ def test_an_expert_with_a_gradient_that_is_not_finite_is_left_alone_and_counted(
     manifest = small_manifest()
     block = new_block(manifest, BlockId(0, 0), CPU)
     before = copy.deepcopy(block.params)
-    gradients = block.backward(torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16))
+    gradients = unweighted(block, torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16))
     gradients.weights["w_in"][0, 0, 0] = float("nan")
     block.step(gradients, 1e-3, manifest.optimizer)
     assert torch.equal(block.params["w_in"][0], before["w_in"][0])
@@ -167,7 +172,11 @@ def test_an_expert_that_is_not_hosted_is_named() -> None:
 
 def trained_block(manifest: Manifest) -> Block:
     block = new_block(manifest, BlockId(0, 1), CPU)
-    block.step(block.backward(torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16)), 1e-3, manifest.optimizer)
+    block.step(
+        unweighted(block, torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16)),
+        1e-3,
+        manifest.optimizer,
+    )
     return block
 
 
@@ -208,14 +217,14 @@ def test_a_block_counts_the_tokens_that_each_expert_has_learnt_from() -> None:
     block = new_block(manifest, BlockId(0, 0), CPU)
     for _ in range(2):
         expert_P = torch.tensor([0, 0, 0, 2])
-        block.step(block.backward(torch.randn(4, 16), expert_P, torch.randn(4, 16)), 1e-3, manifest.optimizer)
+        block.step(unweighted(block, torch.randn(4, 16), expert_P, torch.randn(4, 16)), 1e-3, manifest.optimizer)
     assert block.learnt_E.tolist() == [6, 0, 2, 0]
 
 
 def test_an_expert_that_was_not_stepped_has_learnt_nothing() -> None:
     manifest = small_manifest()
     block = new_block(manifest, BlockId(0, 0), CPU)
-    gradients = block.backward(torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16))
+    gradients = unweighted(block, torch.randn(2, 16), torch.tensor([0, 1]), torch.randn(2, 16))
     gradients.weights["w_in"][0, 0, 0] = float("nan")
     block.step(gradients, 1e-3, manifest.optimizer)
     assert block.learnt_E.tolist() == [0, 1, 0, 0]

@@ -92,7 +92,9 @@ def decode(message: pb.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Te
     data = message.data  # once: every look at a message's bytes copies them
     shape = _checked_shape(message, len(data), spec)
     stored = _from_bytes(data, _STORED_AS[message.codec]).view(shape)
-    x = _dequantise(message, stored, spec).to(dtype) if message.codec == pb.CODEC_INT8 else stored.to(dtype)
+    if message.codec == pb.CODEC_INT8:
+        return _dequantised(message, stored, spec).to(dtype)
+    x = stored.to(dtype)
     _check_values(x, spec.field)
     return x
 
@@ -139,20 +141,27 @@ def _check_values(x: torch.Tensor, field: str) -> None:
 
 
 def _quantise_rows(x_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale_R = x_RN.abs().amax(dim=-1) / _INT8_MAX if x_RN.numel() else x_RN.new_zeros(len(x_RN))
-    safe_R = torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
-    q_RN = torch.round(x_RN / safe_R[:, None]).clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
-    return q_RN, scale_R
+    if not x_RN.numel():
+        return x_RN.to(torch.int8), x_RN.new_zeros(len(x_RN))
+    low_R, high_R = torch.aminmax(x_RN, dim=-1)
+    scale_R = torch.maximum(-low_R, high_R) / _INT8_MAX
+    # A row so near to zero that 1 / scale would be infinite is one of zeros. No product rounds to more than _INT8_MAX.
+    inverse_R = torch.where(scale_R > torch.finfo(scale_R.dtype).tiny, 1 / scale_R, 0.0)
+    return (x_RN * inverse_R[:, None]).round_().to(torch.int8), scale_R
 
 
-def _dequantise(message: pb.Tensor, q: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def _dequantised(message: pb.Tensor, q: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     rows = math.prod(q.shape[:-1])
     expected = rows * torch.float32.itemsize
     if len(message.scales) != expected:
         raise InvalidInputError(spec.field, f"has {len(message.scales)} bytes of scales, its shape needs {expected}")
     scale_R = _from_bytes(message.scales, torch.float32)
     _check_values(scale_R, f"{spec.field} scales")
-    return q.to(torch.float32) * scale_R.view(*q.shape[:-1], 1)
+    x = q * scale_R.view(*q.shape[:-1], 1)
+    # Scales bound the values: only where that does not do must these be looked at.
+    if rows and float(scale_R.abs().max()) > MAX_VALUE / (_INT8_MAX + 1):
+        _check_values(x, spec.field)
+    return x
 
 
 def _to_bytes(x: torch.Tensor) -> bytes:

@@ -22,7 +22,7 @@ from protocol import expert_pb2 as pb
 from protocol.manifest import BlockId, Manifest, ModelConfig, OptimizerConfig, all_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
 R = TypeVar("R")
 CPU = torch.device("cpu")
@@ -175,14 +175,19 @@ class TestSwarm:
 
 
 @contextmanager
-def running_swarm(manifest: Manifest, n_hosts: int, config: DispatchConfig | None = None) -> Iterator[TestSwarm]:
+def running_swarm(
+    manifest: Manifest,
+    n_hosts: int,
+    config: DispatchConfig | None = None,
+    make_client: Callable[[], ExpertClient] = ExpertClient,
+) -> Iterator[TestSwarm]:
     """`n_hosts` hosts that share every block of `manifest` evenly, one replica each."""
     loop = LoopThread()
     with ExitStack() as stack:
         stack.callback(loop.close)
 
         async def build() -> tuple[ExpertClient, Dispatcher]:
-            client = ExpertClient()
+            client = make_client()
             return client, Dispatcher(manifest, directory, client, config or DispatchConfig(), loop.loop)
 
         directory = FakeDirectory()

@@ -8,7 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 SWARM_FLAGS ?=#    make swarm SWARM_FLAGS=--resume
 PYTEST_FLAGS ?=#   make test PYTEST_FLAGS="tests/unit -x"
-BENCH_JSON ?= runs/bench/dispatch.json
+BENCH_FLAGS ?=#    make bench BENCH_FLAGS="--only codec,wire"
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,9 +31,8 @@ format: setup-dev ## format the code and mend what ruff can
 	@$(BIN)/ruff format
 proto: setup-dev ## generate protocol/*_pb2 from protocol/*.proto
 	@$(BIN)/python -m tests.support.generated
-bench: setup-dev ## measure dispatch against hivemind (rows to BENCH_JSON)
-	@mkdir -p $(dir $(BENCH_JSON))
-	@$(BIN)/python -m tests.benchmarks.dispatch --json $(BENCH_JSON)
+bench: setup-dev ## run the benchmarks, an hour and a half for all (flags: BENCH_FLAGS)
+	@$(BIN)/python -m tests.benchmarks.suite $(BENCH_FLAGS)
 lock: setup-dev ## bring the lock files up to date with pyproject.toml
 	@$(call compile,requirements.lock,)
 	@$(call compile,requirements-dev.lock,--extra=dev --constraint=requirements.lock)

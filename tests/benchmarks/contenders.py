@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from node.config import SwarmConfig
@@ -23,14 +24,16 @@ from node.dispatch.dispatcher import DispatchConfig
 from node.moe import LocalExperts, LocalMoE
 from node.swarm import SwarmClient
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
+from tests.benchmarks.meters import cpu_seconds, tree
 from tests.benchmarks.report import ROOT
 from tests.support.processes import process_swarm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from node.moe import MoE
+    from protocol.manifest import Codec, GateKind
 
 START_TIMEOUT_S = 120.0
 STEP_TIMEOUT_S = 180.0
@@ -53,6 +56,16 @@ class Case:
     hosts: tuple[int, ...]
     steps: int
     experts_per_token: int = 4
+    experts_per_block: int = 32
+    gate: GateKind = "topk"
+    codec: Codec = "fp32"
+    peer_runs: int | None = None
+    """Counted runs of hivemind where it takes minutes for each; None for as many as ours."""
+
+    @property
+    def run_tokens(self) -> int:
+        """Of one run."""
+        return self.steps * self.tokens
 
     def name(self, hosts: int) -> str:
         """As it stands in the rows."""
@@ -60,15 +73,18 @@ class Case:
         return f"{size}, {self.tokens} tokens, {hosts} host{'s' if hosts > 1 else ''}"
 
     def manifest(self) -> Manifest:
-        """One layer, fp32 on the wire as hivemind has it, no warm-up."""
+        """One layer, no warm-up; fp32 on the wire, as hivemind has it, unless the case says otherwise."""
         model = ModelConfig(
             d_model=self.d_model,
             n_layers=1,
             expert_hidden=self.hidden,
             experts_per_layer=self.experts,
             experts_per_token=self.experts_per_token,
+            experts_per_block=self.experts_per_block,
+            gate=self.gate,
         )
-        return Manifest(name="bench", model=model, optimizer=OptimizerConfig(warmup_tokens=0, total_tokens=10**9))
+        optimizer = OptimizerConfig(warmup_tokens=0, total_tokens=10**9)
+        return Manifest(name="bench", codec=self.codec, model=model, optimizer=optimizer)
 
 
 class LayerRun:
@@ -87,7 +103,7 @@ class LayerRun:
             started = time.perf_counter()
             for step in range(case.steps):
                 self._step(rows_STD[2 * step], rows_STD[2 * step + 1])
-            return case.steps * case.tokens / (time.perf_counter() - started)
+            return case.run_tokens / (time.perf_counter() - started)
 
     def _step(self, x_TD: torch.Tensor, grad_TD: torch.Tensor) -> None:
         x_TD.requires_grad_()
@@ -96,13 +112,35 @@ class LayerRun:
         self._layer.balance()
 
 
+class Metered:
+    """A run that also tells the processor time that this process and `hosts` (pids, with all below them) took for it.
+
+    `cpu_us` per token, one for each call.
+    """
+
+    def __init__(self, run: Callable[[], float], case: Case, hosts: Sequence[int] = ()) -> None:
+        self._run, self._tokens, self._hosts = run, case.run_tokens, hosts
+        self.cpu_us: list[float] = []
+
+    def __call__(self) -> float:
+        """Tokens per second."""
+        before_s = self._cpu_s()
+        figure = self._run()
+        self.cpu_us.append(1e6 * (self._cpu_s() - before_s) / self._tokens)
+        return figure
+
+    def _cpu_s(self) -> float:
+        # Of this process alone: below it are the hosts, the coordinator, and whoever else takes turns.
+        return cpu_seconds([psutil.Process(), *(process for pid in self._hosts for process in tree(pid))])
+
+
 @contextlib.contextmanager
-def ours(case: Case, hosts: int, folder: Path) -> Iterator[Callable[[], float]]:
+def ours(case: Case, hosts: int, folder: Path) -> Iterator[Metered]:
     """A coordinator, `hosts` hosts and a client that are up and know each other."""
     manifest = case.manifest()
     with process_swarm(folder, manifest) as swarm:
-        for index, blocks in enumerate(shares(manifest.model.blocks_per_layer, hosts)):
-            swarm.host(f"host-{index}", blocks)
+        parts = enumerate(shares(manifest.model.blocks_per_layer, hosts))
+        pids = [swarm.host(f"host-{index}", blocks).child.pid for index, blocks in parts]
         with SwarmClient(SwarmConfig(swarm=swarm.swarm_file), DispatchConfig(call_timeout_s=60)) as client:
             client.wait_for_all_blocks(START_TIMEOUT_S)
             run = LayerRun(client.moe_layer(LAYER), case, TRAINER_THREADS)
@@ -113,7 +151,7 @@ def ours(case: Case, hosts: int, folder: Path) -> Iterator[Callable[[], float]]:
                     raise RuntimeError(f"{client.dispatcher.calls_failed} calls failed: the figure would be a lie")
                 return figure
 
-            yield checked
+            yield Metered(checked, case, pids)
 
 
 def shares(n_blocks: int, hosts: int) -> list[str]:
@@ -122,11 +160,11 @@ def shares(n_blocks: int, hosts: int) -> list[str]:
     return [f"{LAYER}/{start}-{stop - 1}" for start, stop in itertools.pairwise(edges)]
 
 
-def local(case: Case, threads: int) -> LayerRun:
+def local(case: Case, threads: int) -> Metered:
     """The same layer in this process."""
     manifest = case.manifest()
     layer = LocalMoE(LocalExperts(manifest), LAYER, torch.Generator().manual_seed(manifest.seed))
-    return LayerRun(layer, case, threads)
+    return Metered(LayerRun(layer, case, threads), case)
 
 
 @contextlib.contextmanager

@@ -27,11 +27,12 @@ from tests.support.leaks import adopt_orphans
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-METRIC = "tokens/s"
+METRIC, CPU = "tokens/s", "processor time, µs/token"
 OURS, LOCAL, LOCAL_1, HIVEMIND = "RemoteMoE", "LocalMoE, every core", "LocalMoE, 1 thread", "hivemind"
 MIN_RUNS = 5
 CASES = (
     Case(key="small", experts=64, d_model=64, hidden=256, tokens=256, hosts=(1, 2), steps=40),
+    Case(key="wide", experts=64, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=10, peer_runs=2),
     Case(key="medium", experts=256, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=5),
     Case(key="large", experts=1024, d_model=128, hidden=128, tokens=4096, hosts=(2,), steps=3),
 )
@@ -39,6 +40,7 @@ HIVEMIND_NOT_RUN = "hivemind 1.1.12 not run: it takes two processes per expert"
 NOTES = (
     f"hosts have 1 thread each, RemoteMoE's trainer {TRAINER_THREADS}, hivemind what it sets itself",
     "figures are medians of alternating runs after one warm-up each; ratio = ours / theirs",
+    "processor time: of the trainer's process and the hosts with their p2pd, all threads, user and system",
     "hivemind's client DHT pipe is made blocking again, without which it dies at 64 experts too on a busy machine",
 )
 
@@ -86,17 +88,16 @@ def measure(case: Case, hosts: int, config: DispatchBenchmark, tell: Teller) -> 
         with tell.busy(f"{name}: starting a coordinator and {hosts} host processes"):
             run = stack.enter_context(ours(case, hosts, Path(folder) / "swarm"))
         # With a thread per core LocalMoE is faster on a quiet machine, much slower on a busy one: both are shown.
-        contenders: dict[str, Callable[[], float]] = {
-            OURS: run,
-            LOCAL: local(case, os.cpu_count() or 1),
-            LOCAL_1: local(case, 1),
-        }
+        metered = {OURS: run, LOCAL: local(case, os.cpu_count() or 1), LOCAL_1: local(case, 1)}
+        contenders: dict[str, Callable[[], float]] = {**metered}
         if with_hivemind:
             with tell.busy(f"{name}: starting hivemind, {case.experts} experts"):
                 contenders[HIVEMIND] = stack.enter_context(theirs(case, Path(folder) / "hivemind.log"))
         with tell.busy(f"{name}: measuring"):
-            figures = alternate(contenders, config.runs, tell)
-    return rows_of(case, name, figures)
+            fewer = {HIVEMIND: min(config.runs, case.peer_runs or config.runs)}
+            figures = alternate(contenders, config.runs, tell, fewer)
+    times_us = {who: run.cpu_us[1:] for who, run in metered.items()}
+    return [*rows_of(case, name, figures), compare(name, CPU, times_us[OURS], LOCAL_1, times_us[LOCAL_1])]
 
 
 def hivemind_can(case: Case) -> bool:

@@ -1,4 +1,4 @@
-"""What the processes of a peer weigh and send: PSS from the kernel, bytes of TCP sockets from `ss` (iproute2)."""
+"""What processes weigh, compute and send: PSS and processor time from the kernel, TCP bytes from `ss` (iproute2)."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def pss_bytes(pid: int) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += process.memory_full_info().pss
     return total
+
+
+def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
+    """Processor time of these processes so far, user and system, all threads; those below them are not counted."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def bytes_sent(lines: Iterable[str], pids: Collection[int]) -> dict[tuple[str, str], int]:

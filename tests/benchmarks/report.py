@@ -43,9 +43,10 @@ class Row:
 
 
 def compare(case: str, metric: str, ours: Sequence[float], against: str, theirs: Sequence[float]) -> Row:
-    """Medians of both and their ratio."""
+    """Medians of both and their ratio; a note where the other had fewer runs."""
     mine, other = statistics.median(ours), statistics.median(theirs)
     return Row(
+        note="" if len(theirs) == len(ours) else f"median of {len(theirs)} runs, ours of {len(ours)}",
         case=case,
         metric=metric,
         ours=_rounded(mine),
@@ -79,11 +80,16 @@ def schedule(names: Sequence[str], runs: int) -> list[tuple[str, int]]:
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], float]], runs: int, tell: Callable[[str], None]
+    contenders: Mapping[str, Callable[[], float]],
+    runs: int,
+    tell: Callable[[str], None],
+    fewer: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Each contender's figures of `runs` rounds, without the warm-up's."""
+    """Each contender's figures of `runs` rounds, without the warm-up's; those in `fewer` sit out the later rounds."""
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for name, round_ in schedule(list(contenders), runs):
+        if round_ > (fewer or {}).get(name, runs):
+            continue
         figure = contenders[name]()
         tell(f"{'warm-up' if not round_ else f'round {round_} of {runs}'}: {name} {figure:,.1f}")
         if round_:

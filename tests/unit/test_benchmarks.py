@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from rich.console import Console
 
-from tests.benchmarks import density, dispatch, report
-from tests.benchmarks.contenders import LAYER, Case, shares
+from tests.benchmarks import codec, density, dispatch, report, scaling, wire
+from tests.benchmarks.contenders import LAYER, Case, Metered, shares
 
-SMALL, MEDIUM, LARGE = dispatch.CASES
+SMALL, WIDE, MEDIUM, LARGE = dispatch.CASES
 
 
 def test_a_row_compares_medians_not_means() -> None:
@@ -80,6 +83,47 @@ def test_the_warm_up_is_run_and_not_counted() -> None:
     assert told[2].startswith("round 1 of 3: a")
 
 
+def test_a_slow_contender_sits_out_the_later_rounds_and_its_row_says_so() -> None:
+    figures = report.alternate({"a": lambda: 4.0, "b": lambda: 2.0}, 3, lambda _: None, fewer={"b": 1})
+    assert figures == {"a": [4.0] * 3, "b": [2.0]}
+    row = report.compare("case", "tokens/s", figures["a"], "b", figures["b"])
+    assert (row.ratio, row.runs, row.note) == (2.0, 3, "median of 1 runs, ours of 3")
+
+
+def test_a_run_is_metered_in_processor_time_per_token() -> None:
+    def spin() -> float:
+        until_s = time.process_time() + 0.2
+        while time.process_time() < until_s:
+            pass
+        return 7.0
+
+    run = Metered(spin, replace(SMALL, steps=1, tokens=1000))
+    assert [run(), run()] == [7.0, 7.0]
+    assert all(150 < cpu_us < 2000 for cpu_us in run.cpu_us)
+    assert len(run.cpu_us) == 2
+
+
+def test_wire_and_scaling_are_measured_as_the_issue_says() -> None:
+    case = wire.CASE
+    assert (case.d_model, case.experts_per_token, wire.HOSTS, wire.LIMIT_BYTES) == (512, 8, 2, 5300)
+    rows = wire.rows_of({"int8": [2650.0], "bf16": [5300.0], "fp32": [10600.0]})
+    assert [(row.against, row.ratio) for row in rows] == [("limit", 0.5), ("bf16", 0.5), ("fp32", 0.25)]
+    few, many = scaling.FEW, scaling.MANY
+    assert (few.experts, many.experts, few.d_model, few.hidden, few.gate) == (1024, 65_536, 64, 8, "product_key")
+    assert replace(many, key="few", experts=1024, experts_per_block=few.experts_per_block) == few
+    cases = [(where, case) for where in (scaling.SWARM, scaling.LOCAL) for case in (few, many)]
+    rates = {scaling.name_of(where, case): [1e6 / case.experts] for where, case in cases}
+    assert [row.ratio for row in scaling.rows_of(rates, rates)] == pytest.approx([64.0, 1 / 64] * 2, rel=1e-3)
+
+
+def test_a_codec_is_compared_with_a_copy_and_with_hivemind() -> None:
+    run = codec.ours("int8", torch.randn(codec.SHAPE))
+    assert run() > 0
+    figures = {name: [2.0] for name in (codec.COPY, *map(codec.peer_of, codec.PEERS))}
+    figures |= {codec.name_of(kind): [1.0] for kind in codec.PEERS}
+    assert [row.ratio for row in codec.rows_of(figures)] == [0.5] * 6
+
+
 @pytest.mark.parametrize("n_blocks", [2, 8, 32])
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_hosts_share_every_block_once(n_blocks: int, hosts: int) -> None:
@@ -112,7 +156,7 @@ def test_where_hivemind_was_not_run_the_row_says_so_and_holds_no_figure(case: Ca
 
 def test_unknown_cases_are_named_with_those_that_are_known() -> None:
     assert dispatch.chosen_cases("large,small") == [LARGE, SMALL]
-    with pytest.raises(SystemExit, match=r"tiny.*small, medium, large"):
+    with pytest.raises(SystemExit, match=r"tiny.*small, wide, medium, large"):
         dispatch.chosen_cases("small,tiny")
 
 

@@ -160,15 +160,18 @@ def test_unknown_cases_are_named_with_those_that_are_known() -> None:
         dispatch.chosen_cases("small,tiny")
 
 
-def test_memory_limit_is_that_of_the_issue() -> None:
-    parameters = 1024 * 2 * 128 * 64
-    assert density.memory_limit_bytes(density.CASE.manifest().model) == 1.25 * (parameters * 4 * 3) + 450e6
+def test_memory_limits_are_those_of_the_issues() -> None:
+    bytes_of = {case.experts: limits.memory_bytes(case.manifest().model) for case, limits in density.CASES.items()}
+    assert bytes_of == {
+        1024: 1.25 * (1024 * 2 * 128 * 64 * 4 * 3) + 450e6,
+        16_384: pytest.approx(1.15 * (16_384 * 2 * 128 * 64 * 4 * 3) + 450e6),
+    }
 
 
 def test_density_rows_hold_the_limits() -> None:
     memory = density.Memory(pss=int(500e6), rss=int(600e6))
     start = density.Start(seconds=5.0, host_seconds=1.0, rest=memory, trained=memory)
-    rows = {row.metric: row for row in density.rows_of([start] * 5)}
+    rows = {row.metric: row for row in density.rows_of(density.FEW, density.CASES[density.FEW], [start] * 5)}
     assert (rows["announced, seconds"].ratio, rows["announced, seconds"].runs) == (0.5, 5)
     assert rows["at rest, PSS MB"].ours == 500.0
     assert rows["at rest, PSS MB"].theirs == pytest.approx(701.7)

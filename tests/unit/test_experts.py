@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from node.experts.block import new_block
-from node.experts.grouped import grouped_product
+from node.experts.grouped import grouped_outer, grouped_product
 from node.experts.layer import Pairs, check_hosted, layer_backward, layer_forward
 from node.experts.state import (
     MAX_STEPS,
@@ -154,6 +154,14 @@ def test_the_grouped_product_equals_a_loop_for_aligned_and_other_widths(hidden: 
     ends_G = torch.tensor([3, 3, 7, 10], dtype=torch.int32)
     wanted = torch.cat([x_PN[:3] @ w_GNM[0], x_PN[3:7] @ w_GNM[2], x_PN[7:] @ w_GNM[3]])
     torch.testing.assert_close(grouped_product(x_PN, w_GNM, ends_G), wanted)
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_the_grouped_outer_product_equals_a_loop_and_is_zero_for_a_group_without_rows(width: int) -> None:
+    x_PN, y_PM = torch.randn(10, width), torch.randn(10, 8)
+    got_GNM = grouped_outer(x_PN, y_PM, torch.tensor([3, 3, 7, 10], dtype=torch.int32))
+    wanted = [x_PN[:3].T @ y_PM[:3], torch.zeros(width, 8), x_PN[3:7].T @ y_PM[3:7], x_PN[7:].T @ y_PM[7:]]
+    torch.testing.assert_close(got_GNM, torch.stack(wanted))
 
 
 def test_a_block_starts_the_same_on_every_peer_and_differs_from_its_neighbours() -> None:

@@ -24,7 +24,7 @@ from protocol.identity import Identity
 from protocol.swarm_file import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from types import TracebackType
     from typing import Self
 
@@ -38,8 +38,10 @@ STOP_TIMEOUT_S = 5.0
 class Swarm:
     """Everything a node needs to find peers and, with `dispatch`, to call their experts."""
 
-    def __init__(self, config: SwarmConfig, identity: Identity) -> None:
-        self._config, self.identity = config, identity
+    def __init__(
+        self, config: SwarmConfig, identity: Identity, make_client: Callable[[], ExpertClient] = ExpertClient
+    ) -> None:
+        self._config, self.identity, self._make_client = config, identity, make_client
         self._stack = AsyncExitStack()
         self.dht: DhtNode
         self.manifest: Manifest
@@ -68,7 +70,7 @@ class Swarm:
 
     def dispatch(self, config: DispatchConfig) -> Dispatcher:
         """Dispatcher over this swarm; closed with it."""
-        self.client = ExpertClient()
+        self.client = self._make_client()
         self._stack.push_async_callback(self.client.close)
         loop = asyncio.get_running_loop()
         self.dispatcher = Dispatcher(self.manifest, self.directory, self.client, config, loop)
@@ -81,16 +83,23 @@ class Swarm:
 
 
 class SwarmClient:
-    """A swarm for synchronous code: `with SwarmClient(config) as swarm: layer = swarm.moe_layer(0, generator)`."""
+    """A swarm for synchronous code: `with SwarmClient(config) as swarm: layer = swarm.moe_layer(0, generator)`.
+
+    `make_client` makes what carries the calls: a test's may lose some.
+    """
 
     def __init__(
-        self, config: SwarmConfig, dispatch: DispatchConfig | None = None, identity: Identity | None = None
+        self,
+        config: SwarmConfig,
+        dispatch: DispatchConfig | None = None,
+        identity: Identity | None = None,
+        make_client: Callable[[], ExpertClient] = ExpertClient,
     ) -> None:
         self._config, self._dispatch = config, dispatch or DispatchConfig()
         self._identity = identity or Identity.generate()
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kilohive-swarm-client", daemon=True)
-        self._swarm = Swarm(config, self._identity)
+        self._swarm = Swarm(config, self._identity, make_client)
 
     @property
     def manifest(self) -> Manifest:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.benchmarks import codec, density, dispatch, report, scaling, wire
+from tests.benchmarks import codec, delayed_gradients, density, dispatch, latency, report, scaling, wire
 from tests.benchmarks.contenders import LAYER, Case, Metered, shares
 
 SMALL, WIDE, MEDIUM, LARGE = dispatch.CASES
@@ -114,6 +114,30 @@ def test_wire_and_scaling_are_measured_as_the_issue_says() -> None:
     cases = [(where, case) for where in (scaling.SWARM, scaling.LOCAL) for case in (few, many)]
     rates = {scaling.name_of(where, case): [1e6 / case.experts] for where, case in cases}
     assert [row.ratio for row in scaling.rows_of(rates, rates)] == pytest.approx([64.0, 1 / 64] * 2, rel=1e-3)
+
+
+def test_latency_compares_every_run_with_the_one_without_delay_and_failures() -> None:
+    fast, slow = latency.Speed(100.0, 0), latency.Speed(50.0, 7)
+    rows = latency.rows_of({(0, 0.0): fast, (1000, 0.0): slow, (0, 0.1): fast, (1000, 0.1): slow}, 0)
+    assert [(row.case, row.ratio) for row in rows] == [
+        ("mean delay 1000 ms", 0.5),
+        ("mean delay 0 ms, 10% of calls fail", 1.0),
+        ("mean delay 1000 ms, 10% of calls fail", 0.5),
+    ]
+    assert {row.against for row in rows} == {"mean delay 0 ms"}
+
+
+def test_delays_are_compared_with_none_at_the_same_rate_and_rates_with_the_manifests() -> None:
+    losses = {(delay, rate): 2.0 + delay + rate for delay in delayed_gradients.DELAYS for rate in (1.0, 0.3)}
+    rows = delayed_gradients.rows_of(losses)
+    assert [(row.case, row.against) for row in rows] == [
+        ("delay of 1 step, trunk's rate x 1", "delay of 0 steps, trunk's rate x 1"),
+        ("delay of 3 steps, trunk's rate x 1", "delay of 0 steps, trunk's rate x 1"),
+        ("delay of 1 step, trunk's rate x 0.3", "delay of 0 steps, trunk's rate x 0.3"),
+        ("delay of 3 steps, trunk's rate x 0.3", "delay of 0 steps, trunk's rate x 0.3"),
+        ("delay of 0 steps, trunk's rate x 0.3", "delay of 0 steps, trunk's rate x 1"),
+    ]
+    assert rows[0].ratio == pytest.approx(4 / 3, rel=1e-3)
 
 
 def test_a_codec_is_compared_with_a_copy_and_with_hivemind() -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from protocol.manifest import Codec, GateKind
 
 START_TIMEOUT_S = 120.0
-STEP_TIMEOUT_S = 180.0
+STEP_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.05
 TRAINER_THREADS = 1

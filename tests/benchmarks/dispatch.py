@@ -32,7 +32,7 @@ OURS, LOCAL, LOCAL_1, HIVEMIND = "RemoteMoE", "LocalMoE, every core", "LocalMoE,
 MIN_RUNS = 5
 CASES = (
     Case(key="small", experts=64, d_model=64, hidden=256, tokens=256, hosts=(1, 2), steps=40),
-    Case(key="wide", experts=64, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=10, peer_runs=2),
+    Case(key="wide", experts=64, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=10, peer_runs=1),
     Case(key="medium", experts=256, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=5),
     Case(key="large", experts=1024, d_model=128, hidden=128, tokens=4096, hosts=(2,), steps=3),
 )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
+from coordinator.blocks import block_list_text, split_blocks
 from node.config import SwarmConfig
 from node.data import open_dataset
 from node.dispatch.dispatcher import DispatchConfig
@@ -55,7 +56,7 @@ class LatencyBenchmark:
 
     json: Path
     """File for the rows."""
-    steps: int = 20
+    steps: int = 10
     """Counted steps of each run."""
     delays_ms: tuple[int, ...] = (0, 10, 100, 200, 1000)
     """Means of the delays; the first is what the others are compared with."""
@@ -90,13 +91,13 @@ def main(config: LatencyBenchmark) -> None:
 
 
 def run(folder: Path, config: LatencyBenchmark, fault: tuple[int, float], dataset: ByteDataset) -> Speed:
-    """Steps over fresh hosts, one for each layer."""
+    """Steps over fresh hosts that share the blocks of every layer."""
     delay_ms, fail = fault
     faults = Faults(delay_mean_s=delay_ms / 1000, fail=fail, seed=config.seed)
     manifest = Manifest(name="bench", seed=config.seed)
     with process_swarm(folder, manifest) as swarm:
-        for layer in range(HOSTS):
-            swarm.host(f"host-{layer}", f"{layer}/0-{manifest.model.blocks_per_layer - 1}")
+        for index, blocks in enumerate(split_blocks(manifest.model, HOSTS, 1)):
+            swarm.host(f"host-{index}", block_list_text(blocks))
         with SwarmClient(
             SwarmConfig(swarm=swarm.swarm_file),
             DispatchConfig(call_timeout_s=CALL_TIMEOUT_S, seed=config.seed),

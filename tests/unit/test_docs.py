@@ -338,7 +338,7 @@ def test_every_figure_has_a_value_and_the_command_that_makes_it() -> None:
     for row in table(README, "Results"):
         assert re.search(r"\d", row[1]), f"no figure for {row[0]}"
         assert code_in(row[2]), f"no command beside {row[0]}"
-    assert "`make bench` makes this table" in text
+    assert "`python -m tests.benchmarks.dispatch --json runs/bench/dispatch.json` makes\nthis table" in text
 
 
 def test_the_picture_is_well_formed_and_tells_the_periods_of_the_code() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,8 +98,13 @@ def section(contents: list[dict[str, Any]]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         lines += [line_of(row) for row in content["rows"]]
-        lines += ["", *(f"- {note}" for note in content["machine"]["notes"]), ""]
+        lines += ["", *map(item_of, content["machine"]["notes"]), ""]
     return "\n".join(lines)
+
+
+def item_of(note: str) -> str:
+    """A note as an item of a list, in lines that a reader of the source can take in."""
+    return textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def line_of(row: dict[str, Any]) -> str:

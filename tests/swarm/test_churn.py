@@ -52,11 +52,9 @@ TRAIN = (
     "--batch", "16", "--micro-batches", "1", "--n-shards", "2", "--eval-every", "0", "--eval-bytes", "2048",
     "--save-every", "100000",
 )  # fmt: skip
-TOLERANCE, MINUTE_TOLERANCE = 0.02, 0.03
-"""A minute ends while the last kills still tell, and in four runs the loss was 1.0 to 2.0 % higher."""
-
+TOLERANCE = 0.02
 HELD_OUT_BYTES = 65_536
-MIN_STEPS = 500
+MIN_STEPS = 600
 """Of each trainer: they go on after a minute's churn, as a loss that still falls steeply compares badly."""
 
 TIMEOUT_S = 90.0
@@ -151,7 +149,7 @@ def with_and_without(folder: Path, config: ChurnConfig) -> tuple[float, float]:
 @pytest.mark.timeout(900)  # a minute of churn, and as much to compare with: three minutes of both cores
 def test_a_host_killed_and_another_joining_every_20_s_for_a_minute_change_nothing(tmp_path: Path) -> None:
     disturbed_loss, loss = with_and_without(tmp_path, ChurnConfig(kills=3))
-    assert disturbed_loss == pytest.approx(loss, rel=MINUTE_TOLERANCE)
+    assert disturbed_loss == pytest.approx(loss, rel=TOLERANCE)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ Shapes: E experts of a block, G of them touched.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.optim.adamw import adamw
@@ -68,28 +68,31 @@ def adam_step(
     for name, grad in grads.items():
         tensors = (params[name], state.first[name], state.second[name])
         step = _step_each if grad[0].numel() >= FUSED_VALUES else _step_stacked
-        step(tensors, grad, touched_G, steps_G, lr, config)
+        step(_Touched(tensors, grad, touched_G, steps_G), lr, config)
     state.steps_E.index_copy_(0, touched_G, steps_G + 1)
 
 
-def _step_each(
-    tensors: tuple[torch.Tensor, ...],
-    grad: torch.Tensor,
-    touched_G: torch.Tensor,
-    steps_G: torch.Tensor,
-    lr: float,
-    config: OptimizerConfig,
-) -> None:
+class _Touched(NamedTuple):
+    """One parameter of the experts of a step: weights and moments of all experts, gradients of the touched ones."""
+
+    tensors: tuple[torch.Tensor, ...]
+    grad: torch.Tensor
+    touched_G: torch.Tensor
+    steps_G: torch.Tensor
+    """Taken before this one."""
+
+
+def _step_each(of: _Touched, lr: float, config: OptimizerConfig) -> None:
     """Expert by expert: one pass over memory and no copies, for a call's overhead each."""
-    touched = touched_G.tolist()
-    p, m, v = ([experts[index] for index in touched] for experts in (t.unbind(0) for t in tensors))
+    touched = of.touched_G.tolist()
+    p, m, v = ([experts[index] for index in touched] for experts in (t.unbind(0) for t in of.tensors))
     adamw(
         p,
-        list(grad.unbind(0)),
+        list(of.grad.unbind(0)),
         m,
         v,
         [],
-        list(steps_G.to(torch.float32).unbind(0)),
+        list(of.steps_G.to(torch.float32).unbind(0)),
         fused=True,
         amsgrad=False,
         beta1=config.beta1,
@@ -101,15 +104,9 @@ def _step_each(
     )
 
 
-def _step_stacked(
-    tensors: tuple[torch.Tensor, ...],
-    grad: torch.Tensor,
-    touched_G: torch.Tensor,
-    steps_G: torch.Tensor,
-    lr: float,
-    config: OptimizerConfig,
-) -> None:
+def _step_stacked(of: _Touched, lr: float, config: OptimizerConfig) -> None:
     """All at once: several passes, and copies unless all are touched, but nothing for each expert."""
+    tensors, grad, touched_G, steps_G = of
     whole = len(touched_G) == len(tensors[0])
     p, m, v = tensors if whole else (t.index_select(0, touched_G) for t in tensors)
     m.lerp_(grad, 1 - config.beta1)

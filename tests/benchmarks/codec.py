@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path  # noqa: TC003 - tyro reads the annotation
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +18,13 @@ from hivemind.proto.runtime_pb2 import CompressionType
 
 from protocol import expert_pb2 as pb
 from protocol.tensors import TensorSpec, decode, encode
-from tests.benchmarks.report import Row, Teller, alternate, compare, document, publish
+from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from protocol.manifest import Codec
 
-MIN_RUNS = 5
 SHAPE = (4096, 512)
 REPEATS = 10
 MB = 1e6
@@ -42,13 +40,8 @@ NOTES = (f"{SHAPE[0]:,} x {SHAPE[1]} float32, {REPEATS} times in a run, 1 thread
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecBenchmark:
+class CodecBenchmark(RunsConfig):
     """Speed of the tensor codecs."""
-
-    json: Path
-    """File for the rows."""
-    runs: int = MIN_RUNS
-    """Counted runs of each; fewer than 5 are for a look, not for the docs."""
 
 
 def main(config: CodecBenchmark) -> None:
@@ -60,8 +53,7 @@ def main(config: CodecBenchmark) -> None:
         contenders[name_of(codec)] = ours(codec, x_TD)
         contenders[peer_of(codec)] = theirs(kind, x_TD)
     figures = alternate(contenders, config.runs, Teller())
-    notes = NOTES if config.runs >= MIN_RUNS else (*NOTES, f"only {config.runs} runs: not for the docs")
-    publish(config.json, document("codec", rows_of(figures), notes))
+    config.publish("codec", rows_of(figures), NOTES)
 
 
 def name_of(codec: Codec) -> str:

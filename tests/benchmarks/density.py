@@ -23,7 +23,7 @@ from node.dispatch.dispatcher import DispatchConfig
 from node.experts.kinds import expert_parameters
 from node.swarm import SwarmClient
 from tests.benchmarks.contenders import LAYER, TRAINER_THREADS, Case, LayerRun, shares
-from tests.benchmarks.report import Row, Teller, compare, document, publish
+from tests.benchmarks.report import Row, RunsConfig, Teller, compare
 from tests.support.leaks import adopt_orphans
 from tests.support.processes import ProcessSwarm, process_swarm, wait_until
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from protocol.manifest import ModelConfig
     from tests.support.processes import Node
 
-MIN_RUNS = 5
 FLOAT_BYTES = 4
 COPIES = 3
 """Parameters and Adam's two moments."""
@@ -72,13 +71,8 @@ CASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DensityBenchmark:
+class DensityBenchmark(RunsConfig):
     """Start time and memory of one host with many experts."""
-
-    json: Path
-    """File for the rows."""
-    runs: int = MIN_RUNS
-    """Fresh starts of each; fewer than 5 are for a look, not for the docs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +98,7 @@ def main(config: DensityBenchmark) -> None:
     adopt_orphans()
     tell = Teller()
     rows = [row for case, limits in CASES.items() for row in rows_of(case, limits, measure(case, config.runs, tell))]
-    notes = NOTES if config.runs >= MIN_RUNS else (*NOTES, f"only {config.runs} runs: not for the docs")
-    publish(config.json, document("density", rows, notes))
+    config.publish("density", rows, NOTES)
 
 
 def measure(case: Case, runs: int, tell: Teller) -> list[Start]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from tests.benchmarks.contenders import TRAINER_THREADS, Case, local, ours, theirs
-from tests.benchmarks.report import Row, Teller, alternate, compare, document, not_compared, publish
+from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare, not_compared
 from tests.support.leaks import adopt_orphans
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 METRIC, CPU = "tokens/s", "processor time, µs/token"
 OURS, LOCAL, LOCAL_1, HIVEMIND = "RemoteMoE", "LocalMoE, every core", "LocalMoE, 1 thread", "hivemind"
-MIN_RUNS = 5
 CASES = (
     Case(key="small", experts=64, d_model=64, hidden=256, tokens=256, hosts=(1, 2), steps=40),
     Case(key="wide", experts=64, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=10, peer_runs=1),
@@ -46,13 +45,9 @@ NOTES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DispatchBenchmark:
+class DispatchBenchmark(RunsConfig):
     """Tokens per second of one MoE layer: our swarm, one process, hivemind."""
 
-    json: Path
-    """File for the rows."""
-    runs: int = MIN_RUNS
-    """Counted runs of each; fewer than 5 are for a look, not for the docs."""
     cases: str = ",".join(case.key for case in CASES)
     """Which sizes, parted by commas."""
     peer: Literal["hivemind", "none"] = "hivemind"
@@ -67,8 +62,7 @@ def main(config: DispatchBenchmark) -> None:
     for case in chosen_cases(config.cases):
         for hosts in case.hosts:
             rows += measure(case, hosts, config, tell)
-    notes = NOTES if config.runs >= MIN_RUNS else (*NOTES, f"only {config.runs} runs: not for the docs")
-    publish(config.json, document("dispatch", rows, notes))
+    config.publish("dispatch", rows, NOTES)
 
 
 def chosen_cases(keys: str) -> list[Case]:

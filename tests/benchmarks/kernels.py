@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path  # noqa: TC003 - tyro reads the annotation
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +21,11 @@ from torch import nn
 from node.experts.layer import Pairs, layer_backward, layer_forward
 from node.moe import LocalExperts
 from tests.benchmarks.contenders import LAYER, Case
-from tests.benchmarks.report import Row, Teller, alternate, compare, document, publish
+from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-MIN_RUNS = 5
 LR = 1e-3
 FORWARD, BACKWARD = "forward, tokens/s", "backward and step, tokens/s"
 OURS, DENSE = "blocks of experts", "one dense FFN"
@@ -44,13 +42,8 @@ NOTES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelsBenchmark:
+class KernelsBenchmark(RunsConfig):
     """Speed of the experts' arithmetic."""
-
-    json: Path
-    """File for the rows."""
-    runs: int = MIN_RUNS
-    """Counted runs of each; fewer than 5 are for a look, not for the docs."""
 
 
 def main(config: KernelsBenchmark) -> None:
@@ -65,8 +58,7 @@ def main(config: KernelsBenchmark) -> None:
         ):
             figures = alternate({OURS: timed(ours, case), DENSE: timed(theirs, case)}, config.runs, tell)
             rows.append(row_of(case, metric, figures))
-    notes = NOTES if config.runs >= MIN_RUNS else (*NOTES, f"only {config.runs} runs: not for the docs")
-    publish(config.json, document("kernels", rows, notes))
+    config.publish("kernels", rows, NOTES)
 
 
 def row_of(case: Case, metric: str, figures: Mapping[str, Sequence[float]]) -> Row:

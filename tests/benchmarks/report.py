@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "grpcio", "hivemind", "uvloop")
 GIT_TIMEOUT_S = 10.0
+MIN_RUNS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsConfig:
+    """Of every benchmark whose figures are medians."""
+
+    json: Path
+    """File for the rows."""
+    runs: int = MIN_RUNS
+    """Counted runs of each; fewer than 5 are for a look, not for the docs."""
+
+    def publish(self, benchmark: str, rows: Sequence[Row], notes: Sequence[str]) -> None:
+        """Write and print them, and say it where the runs are too few."""
+        few = () if self.runs >= MIN_RUNS else (f"only {self.runs} runs: not for the docs",)
+        publish(self.json, document(benchmark, rows, (*notes, *few)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 import tyro
 
 from tests.benchmarks.contenders import Case, Metered, local, ours
-from tests.benchmarks.report import Row, Teller, alternate, compare, document, publish
+from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 from tests.support.leaks import adopt_orphans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-MIN_RUNS = 5
 HOSTS = 2
 BLOCKS = 32
 FEW_EXPERTS, MANY_EXPERTS = 1024, 65_536
@@ -47,13 +46,8 @@ NOTES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingBenchmark:
+class ScalingBenchmark(RunsConfig):
     """Cost of a step by the number of experts."""
-
-    json: Path
-    """File for the rows."""
-    runs: int = MIN_RUNS
-    """Counted runs of each; fewer than 5 are for a look, not for the docs."""
 
 
 def main(config: ScalingBenchmark) -> None:
@@ -68,9 +62,8 @@ def main(config: ScalingBenchmark) -> None:
             runs[name_of(LOCAL, case)] = local(case, 1)
         contenders: dict[str, Callable[[], float]] = {**runs}
         figures = alternate(contenders, config.runs, tell)
-    notes = NOTES if config.runs >= MIN_RUNS else (*NOTES, f"only {config.runs} runs: not for the docs")
     times_us = {name: run.cpu_us[1:] for name, run in runs.items()}
-    publish(config.json, document("scaling", rows_of(figures, times_us), notes))
+    config.publish("scaling", rows_of(figures, times_us), NOTES)
 
 
 def name_of(where: str, case: Case) -> str:

@@ -17,13 +17,12 @@ import tyro
 
 from tests.benchmarks.contenders import Case, ours
 from tests.benchmarks.meters import SocketMeter
-from tests.benchmarks.report import Row, Teller, compare, document, publish
+from tests.benchmarks.report import Row, RunsConfig, Teller, compare
 from tests.support.leaks import adopt_orphans
 
 if TYPE_CHECKING:
     from protocol.manifest import Codec
 
-MIN_RUNS = 5
 HOSTS = 2
 LIMIT_BYTES = 5300.0
 METRIC = "bytes on the socket, per token and layer"
@@ -33,13 +32,8 @@ NOTES = ("payload of TCP, both ways: messages, HTTP/2's frames, and what the DHT
 
 
 @dataclass(frozen=True, kw_only=True)
-class WireBenchmark:
+class WireBenchmark(RunsConfig):
     """Bytes per token and layer."""
-
-    json: Path
-    """File for the rows."""
-    runs: int = MIN_RUNS
-    """Counted runs of each codec; fewer than 5 are for a look, not for the docs."""
 
 
 def main(config: WireBenchmark) -> None:
@@ -48,8 +42,7 @@ def main(config: WireBenchmark) -> None:
     tell = Teller()
     with tempfile.TemporaryDirectory(prefix="kilohive-bench-") as folder:
         figures = {codec: measure(codec, Path(folder) / codec, config.runs, tell) for codec in CODECS}
-    notes = NOTES if config.runs >= MIN_RUNS else (*NOTES, f"only {config.runs} runs: not for the docs")
-    publish(config.json, document("wire", rows_of(figures), notes))
+    config.publish("wire", rows_of(figures), NOTES)
 
 
 def measure(codec: Codec, folder: Path, runs: int, tell: Teller) -> list[float]:

@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from rich.console import Console
 
 from tests.benchmarks import codec, delayed_gradients, density, dispatch, latency, report, scaling, wire
 from tests.benchmarks.contenders import LAYER, Case, Metered, shares
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SMALL, WIDE, MEDIUM, LARGE = dispatch.CASES
 
@@ -81,6 +85,14 @@ def test_the_warm_up_is_run_and_not_counted() -> None:
     assert figures == {"a": [2.0, 3.0, 4.0], "b": [2.0, 3.0, 4.0]}
     assert told[0].startswith("warm-up: a")
     assert told[2].startswith("round 1 of 3: a")
+
+
+@pytest.mark.parametrize(("runs", "more"), [(report.MIN_RUNS, []), (1, ["only 1 runs: not for the docs"])])
+def test_rows_of_too_few_runs_say_so(tmp_path: Path, runs: int, more: list[str]) -> None:
+    rows = [report.compare("case", "tokens/s", [2.0], "theirs", [1.0])]
+    report.RunsConfig(json=tmp_path / "new" / "rows.json", runs=runs).publish("wire", rows, ["a note"])
+    written = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert (written["benchmark"], written["machine"]["notes"]) == ("wire", ["a note", *more])
 
 
 def test_a_slow_contender_sits_out_the_later_rounds_and_its_row_says_so() -> None:

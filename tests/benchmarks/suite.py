@@ -40,6 +40,8 @@ class Suite:
 def main(config: Suite) -> None:
     """Run, print, record. Exit code 1 if one failed; the others are told all the same."""
     names, tell = chosen(config.only), Teller()
+    if config.record is not None:
+        check_page(config.record)  # before the hours, not after them
     failed = [name for name in names if not ran(name, config.out, tell)]
     contents = [json.loads((config.out / f"{name}.json").read_text()) for name in names if name not in failed]
     console = Console()
@@ -70,12 +72,17 @@ def ran(name: str, out: Path, tell: Teller) -> bool:
     return done.returncode == 0 and rows.exists()
 
 
+def check_page(page: Path) -> None:
+    """SystemExit saying what is wrong with a page that no table can be put on."""
+    if not page.is_file():
+        raise SystemExit(f"--record: there is no {page}; name a page such as docs/results/benchmarks.md")
+    if MARK not in page.read_text():
+        raise SystemExit(f"--record: {page} has no line {MARK.strip()!r}")
+
+
 def write_page(page: Path, contents: list[dict[str, Any]]) -> None:
     """Put a section with these rows on a page, below its mark."""
-    text = page.read_text()
-    if MARK not in text:
-        raise SystemExit(f"--record: {page} has no line {MARK.strip()!r}")
-    page.write_text(text.replace(MARK, f"{MARK}\n{section(contents)}", 1))
+    page.write_text(page.read_text().replace(MARK, f"{MARK}\n{section(contents)}", 1))
 
 
 def section(contents: list[dict[str, Any]]) -> str:

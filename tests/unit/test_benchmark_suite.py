@@ -47,12 +47,20 @@ def test_a_page_gets_the_newest_tables_first(tmp_path: Path) -> None:
     assert "python -m tests.benchmarks.codec --json runs/bench/codec.json" in text
 
 
-def test_a_page_without_the_mark_is_left_alone(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("# Page\n")
-    with pytest.raises(SystemExit, match="has no line"):
-        suite.write_page(page, [])
-    assert page.read_text() == "# Page\n"
+@pytest.mark.parametrize(
+    ("text", "problem"), [("# Page\n", "has no line"), (None, "there is no .*page.md; name a page")]
+)
+def test_a_page_that_takes_no_table_is_told_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, problem: str
+) -> None:
+    page, ran = tmp_path / "page.md", list[str]()
+    if text is not None:
+        page.write_text(text)
+    monkeypatch.setattr(suite, "ran", lambda name, *_: ran.append(name))
+    with pytest.raises(SystemExit, match=problem):
+        suite.main(suite.Suite(out=tmp_path, only="wire", record=page))
+    assert not ran
+    assert page.exists() is (text is not None)
 
 
 def test_a_benchmark_that_fails_is_told_and_its_old_rows_are_not_shown_as_new(

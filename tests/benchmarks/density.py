@@ -158,7 +158,7 @@ class _Bench:
             trained = tree_memory(host.child.pid)
         told = f"{seconds:.1f} s ({host_seconds} s), PSS {rest.pss / MB:.0f} MB, then {trained.pss / MB:.0f} MB"
         self.tell(f"{name}: {told}")
-        host.stop()
+        host.stop(TIMEOUT_S)  # it saves gigabytes
         wait_until(lambda: not self.client.directory.snapshot().load_by_peer(), f"{name} has vanished", TIMEOUT_S)
         return Start(seconds=seconds, host_seconds=host_seconds, rest=rest, trained=trained)
 

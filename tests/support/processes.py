@@ -80,11 +80,11 @@ class Node:
         wait_until(self.child.ended, f"{self.folder.name} is dead", STOP_TIMEOUT_S)
         self.child.bury()
 
-    def stop(self) -> int:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """SIGTERM, wait, reap; returns the exit code."""
         if not self.child.ended():
             self.child.ask_to_stop()
-            wait_until(self.child.ended, f"{self.folder.name} has left", STOP_TIMEOUT_S)
+            wait_until(self.child.ended, f"{self.folder.name} has left", timeout_s)
         return self.child.bury()
 
 

@@ -125,7 +125,7 @@ class LocalConfig(RunConfig):
     batch: int = 8
     """Sequences per micro-batch."""
     micro_batches: int = 2
-    """Micro-batches per step, all in flight at once."""
+    """Micro-batches per step."""
     out: Path | None = None
     """Folder of the run [runs/NAME]."""
     data: Path | None = None

@@ -72,7 +72,9 @@ class TrainConfig(SwarmConfig):
     batch: int = 8
     """Sequences per micro-batch."""
     micro_batches: int = 2
-    """Micro-batches per step, all in flight at once."""
+    """Micro-batches per step; more hide a slow network."""
+    in_flight: int = 0
+    """Micro-batches at once; 0: as few as is no slower."""
     shard: int = 0
     """Shard of the corpus to read, from 0."""
     n_shards: int = 1

@@ -47,6 +47,7 @@ MINIMUMS = {
     "steps": 0,
     "batch": 1,
     "micro_batches": 1,
+    "in_flight": 0,
     "shard": 0,
     "n_shards": 1,
     "port": 0,
@@ -220,6 +221,7 @@ class Trainer:
         steps = StepConfig(
             batch=config.batch,
             micro_batches=config.micro_batches,
+            in_flight=config.in_flight,
             shard=config.shard,
             n_shards=config.n_shards,
             seed=config.seed,

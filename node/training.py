@@ -9,7 +9,7 @@ Shapes: B sequences, T positions, V vocabulary, E experts of a layer.
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from node.moe import MoE
+from node.pace import Pace
 from node.transformer import Transformer, bits_per_byte
 from node.turns import Turns
 from protocol.errors import TooFewExpertsError
@@ -37,10 +38,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """Which data a trainer reads, and how much at once."""
+    """Which data a trainer reads, and how much at once; `in_flight` micro-batches, or, if 0, as many as it is worth."""
 
     batch: int = 16
     micro_batches: int = 2
+    in_flight: int = 0
     shard: int = 0
     n_shards: int = 1
     seed: int = 0
@@ -48,7 +50,7 @@ class StepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One step. `loss` in nats per byte; `overflow` pairs dropped by the gate's capacity."""
+    """One step. `loss` in nats per byte; `overflow` pairs dropped by the gate's capacity; `in_flight` micro-batches."""
 
     loss: float
     grad_norm: float
@@ -56,6 +58,7 @@ class StepResult:
     n_tokens: int
     overflow: int
     seconds: float
+    in_flight: int = 1
 
 
 class Training:
@@ -94,6 +97,7 @@ class Training:
         )
         self._pool = ThreadPoolExecutor(config.micro_batches, thread_name_prefix="kilohive-micro-batch")
         self.turns = Turns(self._pool)
+        self.pace = Pace(config.micro_batches, config.in_flight)
         self.steps_done = 0
         self.version = 0
         self.run_tokens = 0
@@ -133,13 +137,16 @@ class Training:
             self.steps_done += 1
             self.run_tokens += self.tokens_per_step
             self.own_tokens += self.tokens_per_step
+        seconds, in_flight = time.perf_counter() - started, self.pace.in_flight
+        self.pace.learn(self.tokens_per_step / seconds)
         return StepResult(
             loss=sum(loss for loss, _ in results) / len(results),
             grad_norm=grad_norm,
             lr=lr,
             n_tokens=self.tokens_per_step,
             overflow=overflow,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
+            in_flight=in_flight,
         )
 
     def evaluate(self, max_bytes: int) -> float:
@@ -158,9 +165,16 @@ class Training:
         self.turns.close()
 
     def _in_flight(self, function: Callable[[A], R], items: Iterable[A]) -> list[R]:
-        """Results in the order of `items`, at most `micro_batches` of them running."""
-        futures = [self._pool.submit(self.until_enough, function, item) for item in items]
+        """Results in the order of `items`, as many of them running as the pace allows."""
+        futures: list[Future[R]] = []
+        running: set[Future[R]] = set()
         try:
+            for item in items:
+                while len(running) >= self.pace.in_flight:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    _raise_first(done)
+                futures.append(self._pool.submit(self.until_enough, function, item))
+                running.add(futures[-1])
             return [future.result() for future in futures]
         finally:
             for future in futures:
@@ -211,6 +225,11 @@ class Training:
 
     def _balance(self) -> int:
         return sum(layer.balance() for layer in self.moe_layers)
+
+
+def _raise_first(done: Iterable[Future[R]]) -> None:
+    for future in done:
+        future.result()
 
 
 def next_byte_loss(model: Transformer, ids: torch.Tensor, device: torch.device) -> torch.Tensor:

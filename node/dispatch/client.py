@@ -35,6 +35,11 @@ class NotConnectedError(UnavailableError):
     """No connection was made: the peer has seen nothing of the call."""
 
 
+def is_lost(error: KilohiveError) -> bool:
+    """Whether a call got lost on its way: the peer was there, and may or may not have had it."""
+    return isinstance(error, UnavailableError) and not isinstance(error, NotConnectedError)
+
+
 class ExpertClient:
     """Calls hosts by endpoint. `wire_bytes` counts messages' bytes, both ways."""
 

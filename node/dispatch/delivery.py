@@ -7,6 +7,8 @@ A call whose pairs have another replica gets half of the time that is left: a pe
 the step's deadline and the other replica still has its turn. A late call is hedged: its pairs go to other replicas
 too, in one or more calls, and whichever side is complete first counts (J. Dean and L. A. Barroso, "The Tail at Scale",
 CACM 2013). A side that fails leaves the pairs to the other.
+
+A call that got lost is repeated once, at the same peer: under its own id it steps experts no more than once there.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from node.dispatch.client import is_lost
 from node.dispatch.loop_calls import LOOP_GRACE_S, LOOP_STOPPED
 from protocol.errors import DrainingError, KilohiveError, UnavailableError
 
@@ -80,6 +83,7 @@ class _Call(Generic[Q, M, A]):
     hedge_of: _Call[Q, M, A] | None = None
     hedges: list[_Call[Q, M, A]] = field(default_factory=list)
     may_hedge: bool = True
+    is_repeat: bool = False
     answer: A | None = None
 
 
@@ -112,14 +116,16 @@ class Delivery(Generic[Q, M, A]):
                 future.cancel()
         return sorted(self._answered, key=lambda answered: int(answered[0].part.flat[0]))
 
-    def _start(self, request: Q, hedge_of: _Call[Q, M, A] | None = None) -> _Call[Q, M, A] | None:
+    def _start(
+        self, request: Q, hedge_of: _Call[Q, M, A] | None = None, *, is_repeat: bool = False
+    ) -> _Call[Q, M, A] | None:
         now = time.monotonic()
         left_s = self._limits.deadline - now
         if left_s < MIN_CALL_S:
             return None
         has_others = self._planner.has_others(request.part)
         future = self._calls.start(self._send(request, left_s / 2 if has_others else left_s, patient=not has_others))
-        call = _Call(request, future, now, hedge_of=hedge_of, may_hedge=hedge_of is None)
+        call = _Call(request, future, now, hedge_of=hedge_of, may_hedge=hedge_of is None, is_repeat=is_repeat)
         self._pending[future] = call
         return call
 
@@ -168,7 +174,10 @@ class Delivery(Generic[Q, M, A]):
     def _failed(self, call: _Call[Q, M, A], error: KilohiveError) -> None:
         again = self._work.again(call.request, error)
         if again is not None:
-            self._start(again)
+            self._start(again, is_repeat=call.is_repeat)
+            return
+        if is_lost(error) and self._repeat(call):
+            self._peers.repeated(call.request.part.replica, error)
             return
         groups = self._planner.failed(call.request.part, error)
         if call.hedge_of is not None:
@@ -179,6 +188,12 @@ class Delivery(Generic[Q, M, A]):
             for flat in groups:
                 for part in self._planner.plan(flat)[0]:
                     self._start(self._work.elsewhere(part, call.request, error))
+
+    def _repeat(self, call: _Call[Q, M, A]) -> bool:
+        """Send a call once more, unless others stand against it or no time is left."""
+        if call.is_repeat or call.hedges or call.hedge_of is not None:
+            return False
+        return self._start(call.request, is_repeat=True) is not None
 
     def _promote(self, hedges: list[_Call[Q, M, A]]) -> None:
         """The late call has failed: its hedges are the failover, and fail over like any other call."""

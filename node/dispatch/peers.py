@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from node.dispatch.client import is_lost
 from node.dispatch.hedging import LatencyWindow
 from node.dispatch.replica_choice import PeerCosts, choose
 from protocol.errors import NotHostedError, OverloadedError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DOUBLINGS = 6
+LOST_IN_A_ROW = 3
+"""So many losses without an answer between them are no longer the network's chance, but the peer's state."""
 
 
 class ReplicaSource(Protocol):
@@ -49,7 +52,8 @@ class ReplicaSource(Protocol):
 class Peers:
     """Chooses among the directory's replicas by what calls have cost, and tells the directory who failed.
 
-    A peer that failed is avoided for `avoid_failed_s`, doubled by each further failure in a row. One that says that it
+    A peer that failed is avoided for `avoid_failed_s`, doubled by each further failure in a row; where calls only get
+    lost, from the third in a row on, or a network that loses one in ten would empty the swarm. One that says that it
     does not hold a block is only left alone for that block: it has given it up, and its record has yet to say so.
     """
 
@@ -127,6 +131,12 @@ class Peers:
         with self._lock:
             return self._latencies.late_after_s()
 
+    def repeated(self, replica: Replica, error: KilohiveError) -> None:
+        """A call got lost and is sent once more."""
+        logger.info("A call to peer %s at %s got lost: %s", replica.peer_id, replica.endpoint, error)
+        with self._lock:
+            self.calls_failed += 1
+
     def failed(self, replica: Replica, blocks: Sequence[BlockId], error: KilohiveError) -> None:
         """A call for `blocks` failed."""
         logger.info("Peer %s at %s failed: %s", replica.peer_id, replica.endpoint, error)
@@ -136,9 +146,11 @@ class Peers:
                 self._give_up(replica.peer_id, blocks)
                 return
             self._failures_in_a_row[replica.peer_id] += 1
-            doublings = min(self._failures_in_a_row[replica.peer_id] - 1, MAX_DOUBLINGS)
+            further = self._failures_in_a_row[replica.peer_id] - (LOST_IN_A_ROW if is_lost(error) else 1)
+        if further < 0:
+            return
         # A frozen peer costs a step its whole deadline at every try: tries become rare.
-        retry_after_s = self._avoid_failed_s * 2**doublings
+        retry_after_s = self._avoid_failed_s * 2 ** min(further, MAX_DOUBLINGS)
         if isinstance(error, OverloadedError):
             retry_after_s = error.retry_after_s
         self._directory.report_failure(replica.peer_id, retry_after_s)

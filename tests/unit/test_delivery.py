@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from node.dispatch import delivery
+from node.dispatch.client import NotConnectedError
 from node.dispatch.delivery import Delivery, DeliveryLimits
 from node.dispatch.loop_calls import LoopCalls
 from node.dispatch.peers import Peers
@@ -41,10 +43,14 @@ class Asked:
 
 @dataclass
 class ScriptedWork:
-    """Answers with the peer's name. A peer in `gates` answers or fails when its gate does, one in `errors` at once."""
+    """Answers with the peer's name. A peer in `gates` answers or fails when its gate does, one in `errors` at once.
+
+    So many first calls to a peer as `losses` says get lost.
+    """
 
     gates: dict[str, Future[None]] = field(default_factory=dict)
     errors: dict[str, KilohiveError] = field(default_factory=dict)
+    losses: Counter[str] = field(default_factory=Counter)
     not_hosted: set[tuple[str, int]] = field(default_factory=set)
     on_hedge: Callable[[], None] = lambda: None
     asked: list[tuple[str, tuple[int, ...], float, bool]] = field(default_factory=list)
@@ -63,6 +69,9 @@ class ScriptedWork:
         self.asked.append((peer_id, blocks, timeout_s, patient))
         if any((peer_id, block) in self.not_hosted for block in blocks):
             raise NotHostedError("expert_P", "is not hosted here")
+        if self.losses[peer_id]:
+            self.losses[peer_id] -= 1
+            raise UnavailableError("lost on the way")
         if peer_id in self.errors:
             raise self.errors[peer_id]
         if peer_id in self.gates:
@@ -126,14 +135,39 @@ def loop() -> Iterator[LoopThread]:
 
 def test_pairs_of_a_peer_that_fails_are_split_over_the_others(loop: LoopThread) -> None:
     swarm = Swarm(loop, first=(0, 1), a=(0,), b=(1,))
-    swarm.work.errors["first"] = UnavailableError("gone")
+    swarm.work.errors["first"] = NotConnectedError("gone")
     assert swarm.run("first") == {"a": flat_of(0), "b": flat_of(1)}
     assert swarm.directory.failures == ["first"]
 
 
+def test_a_call_that_got_lost_is_repeated_once_at_the_same_peer(loop: LoopThread) -> None:
+    swarm = Swarm(loop, first=(0, 1), other=(0, 1))
+    swarm.work.losses["first"] = 1
+    assert swarm.run("first") == {"first": flat_of(0, 1)}
+    assert swarm.directory.failures == []
+    assert swarm.peers.calls_failed == 1
+
+
+def test_a_call_that_got_lost_twice_fails_over_and_its_peer_is_not_yet_avoided(loop: LoopThread) -> None:
+    swarm = Swarm(loop, first=(0, 1), other=(0, 1))
+    swarm.work.losses["first"] = 2
+    assert swarm.run("first") == {"other": flat_of(0, 1)}
+    assert [peer_id for peer_id, *_ in swarm.work.asked] == ["first", "first", "other"]
+    assert swarm.directory.failures == []
+    assert swarm.peers.calls_failed == 2
+
+
+def test_a_late_call_that_gets_lost_leaves_its_pairs_to_its_hedges(loop: LoopThread) -> None:
+    swarm = Swarm(loop, first=(0, 1), other=(0, 1))
+    gate = swarm.gate("first")
+    swarm.work.on_hedge = lambda: end(gate, UnavailableError("lost on the way"))
+    assert swarm.run("first", hedge_after_s=0.01) == {"other": flat_of(0, 1)}
+    assert [peer_id for peer_id, *_ in swarm.work.asked] == ["first", "other"]
+
+
 def test_failover_goes_on_until_no_replica_is_left_and_then_drops_the_pairs(loop: LoopThread) -> None:
     swarm = Swarm(loop, first=(0, 1), a=(0, 1), b=(0,))
-    swarm.work.errors = {"first": UnavailableError("gone"), "a": DeadlineError("late")}
+    swarm.work.errors = {"first": NotConnectedError("gone"), "a": DeadlineError("late")}
     assert swarm.run("first") == {"b": flat_of(0)}
     assert swarm.planner.failed_peers == {"first", "a"}
     assert len(swarm.work.asked) <= 4
@@ -187,7 +221,7 @@ def test_a_late_call_that_is_complete_before_all_of_its_hedges_wins(loop: LoopTh
 def test_a_hedge_that_fails_leaves_the_pairs_to_the_late_call(loop: LoopThread) -> None:
     swarm = Swarm(loop, slow=(0, 1), a=(0,), b=(1,), c=(0, 1))
     slow = swarm.gate("slow")
-    swarm.work.errors = {name: UnavailableError("gone") for name in "abc"}
+    swarm.work.errors = {name: NotConnectedError("gone") for name in "abc"}
     swarm.directory.report_failure = lambda peer_id, retry_after_s: end(slow)  # type: ignore[method-assign]
     assert swarm.run("slow", hedge_after_s=0.0) == {"slow": flat_of(0, 1)}
     assert swarm.peers.hedges_won == 0
@@ -196,7 +230,7 @@ def test_a_hedge_that_fails_leaves_the_pairs_to_the_late_call(loop: LoopThread) 
 def test_when_a_late_call_fails_its_hedges_are_the_failover_and_fail_over_themselves(loop: LoopThread) -> None:
     swarm = Swarm(loop, slow=(0, 1), a=(0,), b=(1,))
     slow, b = swarm.gate("slow"), swarm.gate("b")
-    swarm.work.on_hedge = lambda: end(slow, UnavailableError("gone"))
+    swarm.work.on_hedge = lambda: end(slow, NotConnectedError("gone"))
 
     def failed(peer_id: str, retry_after_s: float) -> None:
         swarm.directory.failures.append(peer_id)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from node.dispatch import replica_choice
+from node.dispatch.client import NotConnectedError
 from node.dispatch.hedging import MIN_SAMPLES, WINDOW, LatencyWindow
 from node.dispatch.peers import Peers
 from node.dispatch.replica_choice import CostConfig, PeerCosts, choose
@@ -181,12 +182,25 @@ def test_a_peer_that_fails_is_avoided_longer_each_time_until_it_answers() -> Non
     directory, _, peers = swarm_of("a")
     first = directory.replicas(BLOCK)[0]
     for _ in range(2):
-        peers.failed(first, [BLOCK], UnavailableError("gone"))
+        peers.failed(first, [BLOCK], NotConnectedError("gone"))
     peers.failed(first, [BLOCK], OverloadedError("full", retry_after_s=0.3))
     peers.answered("a")
-    peers.failed(first, [BLOCK], UnavailableError("gone"))
+    peers.failed(first, [BLOCK], NotConnectedError("gone"))
     assert directory.retry_after_s == [5.0, 10.0, 0.3, 5.0]
     assert (peers.calls_ok, peers.calls_failed) == (1, 4)
+
+
+def test_a_peer_is_avoided_from_the_third_call_in_a_row_on_that_got_lost() -> None:
+    directory, _, peers = swarm_of("a")
+    first, lost = directory.replicas(BLOCK)[0], UnavailableError("lost on the way")
+    for _ in range(2):
+        peers.failed(first, [BLOCK], lost)
+        peers.failed(first, [BLOCK], lost)
+        peers.answered("a")
+    assert directory.retry_after_s == []
+    for _ in range(4):
+        peers.failed(first, [BLOCK], lost)
+    assert directory.retry_after_s == [5.0, 10.0]
 
 
 def test_a_peer_that_a_hedge_outpaced_is_called_less_and_its_wait_counts_as_a_latency() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,13 +41,17 @@ class Bench:
     """A training over local experts, closed at the end."""
 
     def __init__(
-        self, dataset: ByteDataset, manifest: Manifest = MANIFEST, experts: LocalExperts | None = None
+        self,
+        dataset: ByteDataset,
+        manifest: Manifest = MANIFEST,
+        experts: LocalExperts | None = None,
+        config: StepConfig | None = None,
     ) -> None:
         self.experts = experts or LocalExperts(manifest)
         generator = torch.Generator().manual_seed(1)
         layers = [LocalMoE(self.experts, layer, generator) for layer in range(manifest.model.n_layers)]
         model = build_trunk(manifest, layers, generator)
-        config = StepConfig(batch=8, micro_batches=1)
+        config = config or StepConfig(batch=8, micro_batches=1)
         self.training = Training(manifest, model, self.experts, dataset, config, give_up)
 
     def losses(self, n: int) -> list[float]:
@@ -101,6 +106,28 @@ def test_micro_batches_in_flight_read_the_batches_that_one_at_a_time_would(datas
         losses.append(sum(per_step) / len(per_step))
         training.close()
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_no_more_micro_batches_run_than_are_told_and_the_next_starts_when_one_has_ended(dataset: ByteDataset) -> None:
+    bench = Bench(dataset, config=StepConfig(batch=1, micro_batches=6, in_flight=2))
+    lock, running, most, both = threading.Lock(), 0, 0, threading.Barrier(2)
+
+    def micro_batch(index: int) -> tuple[float, list[None]]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        both.wait(10)
+        with lock:
+            running -= 1
+        return float(index), [None]
+
+    try:
+        assert bench.training._in_flight(micro_batch, range(6)) == [(float(index), [None]) for index in range(6)]
+        assert most == 2
+        assert bench.training.step().in_flight == 2
+    finally:
+        bench.training.close()
 
 
 def test_a_resumed_training_goes_on_exactly(dataset: ByteDataset, bench: Bench, other: Bench, tmp_path: Path) -> None:

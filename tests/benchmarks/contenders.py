@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import selectors
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,8 +19,8 @@ from node.dispatch.dispatcher import DispatchConfig
 from node.moe import LocalExperts, LocalMoE
 from node.swarm import SwarmClient
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
+from tests.benchmarks.line_peer import LinePeer, NoAnswerError
 from tests.benchmarks.meters import cpu_seconds, tree
-from tests.benchmarks.report import ROOT
 from tests.support.processes import process_swarm
 
 if TYPE_CHECKING:
@@ -36,9 +31,7 @@ if TYPE_CHECKING:
     from protocol.manifest import Codec, GateKind
 
 START_TIMEOUT_S = 120.0
-STEP_TIMEOUT_S = 900.0
-STOP_TIMEOUT_S = 30.0
-POLL_S = 0.05
+STEP_TIMEOUT_S = 180.0
 TRAINER_THREADS = 1
 """Of the swarm's trainer; its hosts have one each too."""
 LAYER = 0
@@ -59,8 +52,8 @@ class Case:
     experts_per_block: int = 32
     gate: GateKind = "topk"
     codec: Codec = "fp32"
-    peer_runs: int | None = None
-    """Counted runs of hivemind where it takes minutes for each; None for as many as ours."""
+    peer_limit_s: float | None = None
+    """For hivemind's step where it takes minutes: it takes one, is ended after so long, and does not take turns."""
 
     @property
     def run_tokens(self) -> int:
@@ -179,101 +172,31 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def theirs(case: Case, log: Path) -> Iterator[Callable[[], float]]:
-    """hivemind in its own process, up and declared. Whatever happens, none of its processes is left after.
+    """hivemind in its own process, up and declared; see `LinePeer`."""
+    arguments = {
+        "--experts": case.experts,
+        "--d-model": case.d_model,
+        "--tokens": case.tokens,
+        "--experts-per-token": case.experts_per_token,
+    }
+    peer = LinePeer("tests.benchmarks.hivemind_peer", arguments, log)
 
-    The caller must have called `adopt_orphans`, or those that hivemind abandons would be out of reach.
-    """
-    peer = HivemindPeer(case, log)
+    def run() -> float:
+        peer.tell("run")
+        return case.tokens / float(peer.answer(case.peer_limit_s or STEP_TIMEOUT_S))
+
     try:
         peer.answer(START_TIMEOUT_S)
-        yield lambda: case.tokens / peer.step_seconds()
+        yield run
     finally:
         peer.close()
 
 
-class HivemindPeer:
-    """`hivemind_peer.py`, one line per command and answer. Raises RuntimeError with its last words when it fails."""
-
-    def __init__(self, case: Case, log: Path) -> None:
-        arguments = {
-            "--experts": case.experts,
-            "--d-model": case.d_model,
-            "--tokens": case.tokens,
-            "--experts-per-token": case.experts_per_token,
-        }
-        flags = [str(part) for pair in arguments.items() for part in pair]
-        self._log = log
-        with log.open("wb") as stderr:
-            self._popen = subprocess.Popen(
-                (sys.executable, "-m", "tests.benchmarks.hivemind_peer", *flags),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-
-    def step_seconds(self) -> float:
-        """Take one step."""
-        if self._popen.stdin is None:
-            raise RuntimeError("hivemind's process has no input")
-        self._popen.stdin.write(b"run\n")
-        self._popen.stdin.flush()
-        return float(self.answer(STEP_TIMEOUT_S))
-
-    def answer(self, timeout_s: float) -> str:
-        """The next line; each is short and written at once."""
-        if self._popen.stdout is None:
-            raise RuntimeError("hivemind's process has no output")
-        line = self._read(self._popen.stdout.fileno(), time.monotonic() + timeout_s)
-        if not line:
-            what = "ended" if _has_ended(self._popen.pid) else f"did not answer within {timeout_s:.0f} s"
-            raise RuntimeError(f"hivemind's process {what}; its log {self._log} ends:\n{self._last_words()}")
-        return line.strip()
-
-    def _read(self, pipe: int, deadline: float) -> str:
-        """Empty when the process has ended or the time is up. Its children hold the pipe too: no end of file tells."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while time.monotonic() < deadline:
-                if selector.select(POLL_S):
-                    return os.read(pipe, 4096).decode()
-                if _has_ended(self._popen.pid):
-                    break
-        return ""
-
-    def close(self) -> None:
-        """End of input, time to leave, then SIGKILL to its whole process group; reap every one."""
-        with contextlib.suppress(BrokenPipeError):
-            if self._popen.stdin is not None:
-                self._popen.stdin.close()
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while not _has_ended(self._popen.pid) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        # Not reaped yet, so the group's number is still its own; the orphans become this process's children.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
-        if self._popen.stdout is not None:
-            self._popen.stdout.close()
-        try:
-            self._popen.wait(STOP_TIMEOUT_S)
-        finally:
-            _reap_group(self._popen.pid)
-
-    def _last_words(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-8:])
-
-
-def _has_ended(pid: int) -> bool:
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-
-
-def _reap_group(group: int) -> None:
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            pid, _ = os.waitpid(-group, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            time.sleep(POLL_S)
+def one_step_of_theirs(case: Case, log: Path) -> tuple[float, str]:
+    """hivemind's tokens/s over its first step, and how to read it; if it takes too long, more than it can have had."""
+    limit_s = case.peer_limit_s or STEP_TIMEOUT_S
+    try:
+        with theirs(case, log) as run:
+            return run(), "one step, its first"
+    except NoAnswerError:
+        return case.tokens / limit_s, f"did not end its first step in {limit_s:.0f} s, it is slower than this"

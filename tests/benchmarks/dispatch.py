@@ -14,13 +14,13 @@ import os
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from tests.benchmarks.contenders import TRAINER_THREADS, Case, local, ours, theirs
+from tests.benchmarks.contenders import TRAINER_THREADS, Case, local, one_step_of_theirs, ours, theirs
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare, not_compared
 from tests.support.leaks import adopt_orphans
 
@@ -31,7 +31,7 @@ METRIC, CPU = "tokens/s", "processor time, µs/token"
 OURS, LOCAL, LOCAL_1, HIVEMIND = "RemoteMoE", "LocalMoE, every core", "LocalMoE, 1 thread", "hivemind"
 CASES = (
     Case(key="small", experts=64, d_model=64, hidden=256, tokens=256, hosts=(1, 2), steps=40),
-    Case(key="wide", experts=64, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=10, peer_runs=1),
+    Case(key="wide", experts=64, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=10, peer_limit_s=300),
     Case(key="medium", experts=256, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=5),
     Case(key="large", experts=1024, d_model=128, hidden=128, tokens=4096, hosts=(2,), steps=3),
 )
@@ -77,7 +77,7 @@ def chosen_cases(keys: str) -> list[Case]:
 def measure(case: Case, hosts: int, config: DispatchBenchmark, tell: Teller) -> list[Row]:
     """Rows of one case: against LocalMoE, and against hivemind if it is compared."""
     name = case.name(hosts)
-    with_hivemind = config.peer == "hivemind" and hivemind_can(case)
+    with_hivemind = config.peer == "hivemind" and hivemind_can(case) and case.peer_limit_s is None
     with tempfile.TemporaryDirectory(prefix="kilohive-bench-") as folder, ExitStack() as stack:
         with tell.busy(f"{name}: starting a coordinator and {hosts} host processes"):
             run = stack.enter_context(ours(case, hosts, Path(folder) / "swarm"))
@@ -88,10 +88,22 @@ def measure(case: Case, hosts: int, config: DispatchBenchmark, tell: Teller) -> 
             with tell.busy(f"{name}: starting hivemind, {case.experts} experts"):
                 contenders[HIVEMIND] = stack.enter_context(theirs(case, Path(folder) / "hivemind.log"))
         with tell.busy(f"{name}: measuring"):
-            fewer = {HIVEMIND: min(config.runs, case.peer_runs or config.runs)}
-            figures = alternate(contenders, config.runs, tell, fewer)
+            figures = alternate(contenders, config.runs, tell)
     times_us = {who: run.cpu_us[1:] for who, run in metered.items()}
-    return [*rows_of(case, name, figures), compare(name, CPU, times_us[OURS], LOCAL_1, times_us[LOCAL_1])]
+    rows = [*rows_of(case, name, figures), compare(name, CPU, times_us[OURS], LOCAL_1, times_us[LOCAL_1])]
+    if config.peer == "hivemind" and case.peer_limit_s is not None:
+        rows.append(against_one_step(case, name, figures[OURS], tell))
+    return rows
+
+
+def against_one_step(case: Case, name: str, mine: Sequence[float], tell: Teller) -> Row:
+    """A row for a size at which hivemind takes too long to take turns."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kilohive-bench-") as folder,
+        tell.busy(f"{name}: one step of hivemind, for {case.peer_limit_s:.0f} s at most"),
+    ):
+        figure, note = one_step_of_theirs(case, Path(folder) / "hivemind.log")
+    return replace(compare(name, METRIC, mine, HIVEMIND, [figure]), note=note)
 
 
 def hivemind_can(case: Case) -> bool:

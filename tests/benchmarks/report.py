@@ -99,13 +99,10 @@ def alternate(
     contenders: Mapping[str, Callable[[], float]],
     runs: int,
     tell: Callable[[str], None],
-    fewer: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Each contender's figures of `runs` rounds, without the warm-up's; those in `fewer` sit out the later rounds."""
+    """Each contender's figures of `runs` rounds, without the warm-up's."""
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for name, round_ in schedule(list(contenders), runs):
-        if round_ > (fewer or {}).get(name, runs):
-            continue
         figure = contenders[name]()
         tell(f"{'warm-up' if not round_ else f'round {round_} of {runs}'}: {name} {figure:,.1f}")
         if round_:

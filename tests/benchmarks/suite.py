@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tests.benchmarks.report import ROOT, Teller, commit, machine, table
 
-BENCHMARKS = ("kernels", "codec", "wire", "scaling", "dispatch", "density", "latency", "averaging", "replicas")
+BENCHMARKS = tuple("kernels codec wire scaling dispatch workload density latency averaging replicas".split())
 """From seconds to half an hour; all of them take an hour and a half on two cores."""
 MARK = "<!-- newest first: tests.benchmarks.suite writes below this line -->\n"
 

@@ -111,12 +111,10 @@ class ProcessSwarm:
         self.nodes.append(node)
         return node
 
-    def host(self, name: str, blocks: str, swarm: Path | None = None) -> Node:
+    def host(self, name: str, blocks: str, swarm: Path | None = None, *, threads: int = 1) -> Node:
         """Start a host; returns before it is announced."""
-        state = self.folder / name
-        return self.start(
-            name, "host", "--swarm", str(swarm or self.swarm_file), "--state", str(state), "--blocks", blocks
-        )
+        place = ("--swarm", str(swarm or self.swarm_file), "--state", str(self.folder / name))
+        return self.start(name, "host", *place, "--blocks", blocks, "--threads", str(threads))
 
     def trainer(self, name: str, *arguments: str) -> Node:
         """Start a trainer with `--plain`."""

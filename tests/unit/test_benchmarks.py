@@ -6,6 +6,7 @@ import io
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,10 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.benchmarks import codec, delayed_gradients, density, dispatch, latency, report, scaling, wire
+from tests.benchmarks import codec, contenders, delayed_gradients, density, dispatch, latency, report, scaling, wire
 from tests.benchmarks.contenders import LAYER, Case, Metered, shares
+from tests.benchmarks.line_peer import NoAnswerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 SMALL, WIDE, MEDIUM, LARGE = dispatch.CASES
@@ -95,11 +99,22 @@ def test_rows_of_too_few_runs_say_so(tmp_path: Path, runs: int, more: list[str])
     assert (written["benchmark"], written["machine"]["notes"]) == ("wire", ["a note", *more])
 
 
-def test_a_slow_contender_sits_out_the_later_rounds_and_its_row_says_so() -> None:
-    figures = report.alternate({"a": lambda: 4.0, "b": lambda: 2.0}, 3, lambda _: None, fewer={"b": 1})
-    assert figures == {"a": [4.0] * 3, "b": [2.0]}
-    row = report.compare("case", "tokens/s", figures["a"], "b", figures["b"])
-    assert (row.ratio, row.runs, row.note) == (2.0, 3, "median of 1 runs, ours of 3")
+def test_a_peer_that_takes_too_long_for_one_step_is_told_as_slower_than_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(case: Case, log: Path) -> AbstractContextManager[Callable[[], float]]:
+        def run() -> float:
+            raise NoAnswerError("not in time")
+
+        return nullcontext(run)
+
+    monkeypatch.setattr(contenders, "theirs", never)
+    assert WIDE.peer_limit_s is not None
+    figure, note = contenders.one_step_of_theirs(WIDE, tmp_path / "log")
+    assert figure == WIDE.tokens / WIDE.peer_limit_s
+    assert "slower than this" in note
+    monkeypatch.setattr(contenders, "theirs", lambda case, log: nullcontext(lambda: 20.0))
+    assert contenders.one_step_of_theirs(WIDE, tmp_path / "log") == (20.0, "one step, its first")
 
 
 def test_a_run_is_metered_in_processor_time_per_token() -> None:

@@ -14,8 +14,8 @@ from torch.optim.adamw import adamw
 if TYPE_CHECKING:
     from protocol.manifest import OptimizerConfig
 
-FUSED_VALUES = 4096
-"""From so many values of a parameter on, an expert is worth a call of its own."""
+SMALL_VALUES = 4096
+"""From so many values of a parameter on, an expert is worth a call of its own and no copy."""
 
 
 @dataclass
@@ -35,6 +35,11 @@ def zero_state(params: dict[str, torch.Tensor]) -> AdamState:
         second={name: torch.zeros_like(p) for name, p in params.items()},
         steps_E=torch.zeros(len(some), dtype=torch.int64, device=some.device),
     )
+
+
+def is_all(touched_G: torch.Tensor, n_experts: int) -> bool:
+    """Whether experts `touched_G` are all there are, in order: nothing has to be gathered then."""
+    return len(touched_G) == n_experts and bool((touched_G[1:] > touched_G[:-1]).all())
 
 
 def clip_per_expert(grads: dict[str, torch.Tensor], max_norm: float) -> torch.Tensor:
@@ -59,7 +64,7 @@ def adam_step(
     lr: float,
     config: OptimizerConfig,
 ) -> None:
-    """One decoupled-weight-decay Adam step (arXiv 1711.05101) of experts `touched_G` (sorted, unique, int64), in place.
+    """One decoupled-weight-decay Adam step (arXiv 1711.05101) of experts `touched_G` (unique, int64), in place.
 
     Bias correction uses each expert's own step count, so an expert met for the first time late in a run starts as
     carefully as any other.
@@ -67,7 +72,7 @@ def adam_step(
     steps_G = state.steps_E.index_select(0, touched_G)
     for name, grad in grads.items():
         tensors = (params[name], state.first[name], state.second[name])
-        step = _step_each if grad[0].numel() >= FUSED_VALUES else _step_stacked
+        step = _step_each if grad[0].numel() >= SMALL_VALUES else _step_stacked
         step(_Touched(tensors, grad, touched_G, steps_G), lr, config)
     state.steps_E.index_copy_(0, touched_G, steps_G + 1)
 
@@ -107,16 +112,17 @@ def _step_each(of: _Touched, lr: float, config: OptimizerConfig) -> None:
 def _step_stacked(of: _Touched, lr: float, config: OptimizerConfig) -> None:
     """All at once: several passes, and copies unless all are touched, but nothing for each expert."""
     tensors, grad, touched_G, steps_G = of
-    whole = len(touched_G) == len(tensors[0])
+    whole = is_all(touched_G, len(tensors[0]))
     p, m, v = tensors if whole else (t.index_select(0, touched_G) for t in tensors)
     m.lerp_(grad, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
-    count = (steps_G + 1).to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
-    update = v.div(1 - config.beta2**count).sqrt_().add_(config.eps).reciprocal_().mul_(m)
-    update.mul_(lr / (1 - config.beta1**count))
     if config.weight_decay:
         p.mul_(1 - lr * config.weight_decay)
-    p.sub_(update)
+    # lr * (m / c1) / (sqrt(v / c2) + eps) = lr * m / (sqrt(v) * c1 / sqrt(c2) + eps * c1), in fewer passes.
+    count = (steps_G + 1).to(torch.float64).view(-1, *[1] * (grad.dim() - 1))
+    c1, c2 = 1 - config.beta1**count, 1 - config.beta2**count
+    bottom = torch.addcmul((config.eps * c1).to(grad.dtype), v.sqrt(), (c1 / c2.sqrt()).to(grad.dtype))
+    p.addcdiv_(m, bottom, value=-lr)
     if not whole:
         for full, part in zip(tensors, (p, m, v), strict=True):
             full.index_copy_(0, touched_G, part)

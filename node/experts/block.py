@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from node.experts.adam import AdamState, adam_step, clip_per_expert, zero_state
+from node.experts.adam import SMALL_VALUES, AdamState, adam_step, clip_per_expert, is_all, zero_state
+from node.experts.grouped import MAX_ROWS, Groups, order_by_size
 from node.experts.kinds import ExpertKind, expert_kind
 from protocol.tensors import DTYPES
 
@@ -39,25 +40,26 @@ class Block:
     @torch.no_grad()
     def forward(self, x_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
         """Outputs [P, D] for pairs sorted by `expert_P` (int64, local to the block)."""
-        ends_E = torch.bincount(expert_P, minlength=len(self.experts)).cumsum(0).to(torch.int32)
-        return self.kind.apply(self.params, x_PD, ends_E)
+        if self._is_small and len(expert_P) <= MAX_ROWS * len(self.experts):
+            touched = _touched(expert_P)
+            return touched.unsort(self.kind.apply(self._gathered(touched), touched.sort(x_PD), touched.groups))
+        # Copies of large weights would cost more than passing by those of experts without pairs.
+        return self.kind.apply(self.params, x_PD, Groups.of(torch.bincount(expert_P, minlength=len(self.experts))))
 
     @torch.no_grad()
     def backward(
         self, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor, weight_P: torch.Tensor
     ) -> BlockGradients:
         """Gradients of `sum(weight_P * (grad_PD * forward(...)).sum(1))`; those of weights for touched experts only."""
-        touched_G, counts_G = torch.unique_consecutive(expert_P, return_counts=True)
-        ends_G = counts_G.cumsum(0).to(torch.int32)
-        whole = len(touched_G) == len(self.experts)
-        params = self.params if whole else {name: p.index_select(0, touched_G) for name, p in self.params.items()}
-        gradients = self.kind.differentiate(params, x_PD, ends_G, grad_PD, weight_P)
+        touched = _touched(expert_P)
+        x_PD, grad_PD, weight_P = touched.sort(x_PD), touched.sort(grad_PD), touched.sort(weight_P)
+        gradients = self.kind.differentiate(self._gathered(touched), x_PD, touched.groups, grad_PD, weight_P)
         return BlockGradients(
-            inputs_PD=gradients.inputs_PD,
-            weight_P=gradients.weight_P,
+            inputs_PD=touched.unsort(gradients.inputs_PD),
+            weight_P=touched.unsort(gradients.weight_P),
             weights=gradients.params,
-            touched_G=touched_G,
-            tokens_G=counts_G,
+            touched_G=touched.experts_G,
+            tokens_G=touched.groups.counts_G,
         )
 
     @torch.no_grad()
@@ -73,6 +75,43 @@ class Block:
             adam_step(self.params, self.adam, weights, touched_G, lr, config)
             self.learnt_E.index_add_(0, touched_G, tokens_G.to(self.learnt_E.dtype))
             self.version += 1
+
+    @property
+    def _is_small(self) -> bool:
+        return all(p[0].numel() < SMALL_VALUES for p in self.params.values())
+
+    def _gathered(self, touched: _Touched) -> dict[str, torch.Tensor]:
+        if is_all(touched.experts_G, len(self.experts)):
+            return self.params
+        return {name: p.index_select(0, touched.experts_G) for name, p in self.params.items()}
+
+
+class _Touched(NamedTuple):
+    """Experts that have pairs, in the order of `groups`; `order_P` brings pairs into it from that of their experts."""
+
+    experts_G: torch.Tensor
+    groups: Groups
+    order_P: torch.Tensor | None
+
+    def sort(self, of_P: torch.Tensor) -> torch.Tensor:
+        """One row per pair, in the order of the groups."""
+        return of_P if self.order_P is None else of_P.index_select(0, self.order_P)
+
+    def unsort(self, of_P: torch.Tensor) -> torch.Tensor:
+        """The way back."""
+        return of_P if self.order_P is None else torch.empty_like(of_P).index_copy_(0, self.order_P, of_P)
+
+
+def _touched(expert_P: torch.Tensor) -> _Touched:
+    experts_G, counts_G = torch.unique_consecutive(expert_P, return_counts=True)
+    ordered = order_by_size(counts_G, len(expert_P))
+    if ordered is None:
+        return _Touched(experts_G, Groups.of(counts_G), None)
+    order_G, groups = ordered
+    starts_G = counts_G.cumsum(0) - counts_G
+    moved_G = starts_G[order_G] - (groups.counts_G.cumsum(0) - groups.counts_G)
+    order_P = torch.repeat_interleave(moved_G, groups.counts_G) + torch.arange(len(expert_P), device=expert_P.device)
+    return _Touched(experts_G[order_G], groups, order_P)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch.nn import functional
 
-from node.experts.grouped import grouped_outer, grouped_product
+from node.experts.grouped import Groups, grouped_outer, grouped_product
 from protocol.errors import ManifestError
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ class ExpertKind(Protocol):
     def init_std(self, model: ModelConfig) -> dict[str, float]:
         """Standard deviation of each parameter's normal initialisation."""
 
-    def apply(self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
+    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Outputs [P, D] of each pair's expert."""
 
     def differentiate(
-        self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor, grad_PD: torch.Tensor, weight_P: torch.Tensor
+        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
     ) -> PairGradients:
         """Gradients of the sum over pairs of `weight_P * (grad_PD * apply(...)).sum(1)`."""
 
@@ -59,27 +59,27 @@ class FfnKind:
         """Unit variance through both products."""
         return {"w_in": model.d_model**-0.5, "w_out": model.expert_hidden**-0.5}
 
-    def apply(self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
+    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
         """`w_out(gelu(w_in(x)))` of each pair's expert."""
-        h_PH = functional.gelu(grouped_product(x_PD, params["w_in"], ends_G))
-        return grouped_product(h_PH, params["w_out"], ends_G)
+        h_PH = functional.gelu(grouped_product(x_PD, params["w_in"], groups))
+        return grouped_product(h_PH, params["w_out"], groups)
 
     def differentiate(
-        self, params: Params, x_PD: torch.Tensor, ends_G: torch.Tensor, grad_PD: torch.Tensor, weight_P: torch.Tensor
+        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
     ) -> PairGradients:
         """Five products: the outputs themselves are not needed, as `grad . (h w_out)` is `(grad w_out^T) . h`."""
         w_in, w_out = params["w_in"], params["w_out"]
-        a_PH = grouped_product(x_PD, w_in, ends_G)
+        a_PH = grouped_product(x_PD, w_in, groups)
         h_PH = functional.gelu(a_PH)
-        grad_h_PH = grouped_product(grad_PD, w_out.mT, ends_G)
+        grad_h_PH = grouped_product(grad_PD, w_out.mT, groups)
         grad_weight_P = torch.linalg.vecdot(grad_h_PH, h_PH)
         grad_a_PH = torch.ops.aten.gelu_backward(grad_h_PH.mul_(weight_P[:, None]), a_PH)
         return PairGradients(
-            inputs_PD=grouped_product(grad_a_PH, w_in.mT, ends_G),
+            inputs_PD=grouped_product(grad_a_PH, w_in.mT, groups),
             weight_P=grad_weight_P,
             params={
-                "w_in": grouped_outer(x_PD, grad_a_PH, ends_G),
-                "w_out": grouped_outer(h_PH.mul_(weight_P[:, None]), grad_PD, ends_G),
+                "w_in": grouped_outer(x_PD, grad_a_PH, groups),
+                "w_out": grouped_outer(h_PH.mul_(weight_P[:, None]), grad_PD, groups),
             },
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from node.experts.block import new_block
-from node.experts.grouped import grouped_outer, grouped_product
+from node.experts.grouped import MAX_ROWS, MIN_RUN, Groups, grouped_outer, grouped_product, order_by_size
 from node.experts.layer import Pairs, check_hosted, layer_backward, layer_forward
 from node.experts.state import (
     MAX_STEPS,
@@ -62,15 +62,18 @@ def stacked(blocks: list[Block]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([b.params[name] for b in blocks]).clone().requires_grad_() for name in blocks[0].params}
 
 
+@pytest.mark.parametrize("model", [{}, {"experts_per_layer": 64, "experts_per_block": 32}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-12), ("fp32", 2e-5)])
-def test_a_layer_computes_and_differentiates_like_a_loop_over_experts(dtype: str, tolerance: float) -> None:
-    manifest = small_manifest(dtype=dtype)
+def test_a_layer_computes_and_differentiates_like_a_loop_over_experts(
+    dtype: str, tolerance: float, model: dict[str, int]
+) -> None:
+    manifest = small_manifest(dtype=dtype, model=model)
     blocks = layer_blocks(manifest)
     weights = stacked(blocks)
     real = torch.float64 if dtype == "fp64" else torch.float32
     x_TD = torch.randn(12, 16, dtype=real, generator=torch.Generator().manual_seed(1)).requires_grad_()
     grad_TD = torch.randn(12, 16, dtype=real, generator=torch.Generator().manual_seed(2))
-    pairs = random_pairs(12, 16, 2, real)
+    pairs = random_pairs(12, manifest.model.experts_per_layer, 2, real)
     weight_P = pairs.weight_P.clone().requires_grad_()
     wanted = plain_layer(weights, x_TD, pairs._replace(weight_P=weight_P))
     names = list(weights)
@@ -148,18 +151,44 @@ def test_an_expert_with_a_gradient_that_is_not_finite_is_left_alone_and_counted(
     assert bool(torch.isfinite(block.params["w_in"]).all())
 
 
+def test_groups_of_equal_size_stand_side_by_side_where_there_are_enough_of_them() -> None:
+    few = [2] * (MIN_RUN - 1)
+    counts_G = torch.tensor([1, MAX_ROWS + 1, *few, 1, 3, *[1] * MIN_RUN, *[3] * MIN_RUN, *[MAX_ROWS + 1] * MIN_RUN])
+    ordered = order_by_size(counts_G, int(counts_G.sum()))
+    assert ordered is not None
+    order_G, groups = ordered
+    assert groups.runs == ((1, MIN_RUN + 2), (3, MIN_RUN + 1))
+    assert groups.counts_G.tolist() == [1] * (MIN_RUN + 2) + [3] * (MIN_RUN + 1) + [9, *few, *[9] * MIN_RUN]
+    assert sorted(order_G.tolist()) == list(range(len(counts_G)))
+    assert torch.equal(counts_G[order_G], groups.counts_G)
+    assert order_by_size(torch.tensor([1, 2, 3, 9, 9, 9, 9]), 42) is None
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("counts", [[1] * 5, [2] * 6 + [1] * 4 + [9, 3], [3] * 4 + [20]])
+def test_groups_in_runs_give_what_a_loop_gives(width: int, counts: list[int]) -> None:
+    ordered = order_by_size(torch.tensor(counts), sum(counts))
+    assert ordered is not None
+    groups = ordered[1]
+    x_PN, y_PM = torch.randn(sum(counts), 8), torch.randn(sum(counts), width)
+    w_GNM, sizes = torch.randn(len(counts), 8, width), groups.counts_G.tolist()
+    wanted = torch.cat([rows @ w for rows, w in zip(x_PN.split(sizes), w_GNM, strict=True)])
+    torch.testing.assert_close(grouped_product(x_PN, w_GNM, groups), wanted)
+    outer = [rows.T @ others for rows, others in zip(x_PN.split(sizes), y_PM.split(sizes), strict=True)]
+    torch.testing.assert_close(grouped_outer(x_PN, y_PM, groups), torch.stack(outer))
+
+
 @pytest.mark.parametrize("hidden", [1, 3, 8])
 def test_the_grouped_product_equals_a_loop_for_aligned_and_other_widths(hidden: int) -> None:
     x_PN, w_GNM = torch.randn(10, 8), torch.randn(4, 8, hidden)
-    ends_G = torch.tensor([3, 3, 7, 10], dtype=torch.int32)
     wanted = torch.cat([x_PN[:3] @ w_GNM[0], x_PN[3:7] @ w_GNM[2], x_PN[7:] @ w_GNM[3]])
-    torch.testing.assert_close(grouped_product(x_PN, w_GNM, ends_G), wanted)
+    torch.testing.assert_close(grouped_product(x_PN, w_GNM, Groups.of(torch.tensor([3, 0, 4, 3]))), wanted)
 
 
 @pytest.mark.parametrize("width", [3, 8])
 def test_the_grouped_outer_product_equals_a_loop_and_is_zero_for_a_group_without_rows(width: int) -> None:
     x_PN, y_PM = torch.randn(10, width), torch.randn(10, 8)
-    got_GNM = grouped_outer(x_PN, y_PM, torch.tensor([3, 3, 7, 10], dtype=torch.int32))
+    got_GNM = grouped_outer(x_PN, y_PM, Groups.of(torch.tensor([3, 0, 4, 3])))
     wanted = [x_PN[:3].T @ y_PM[:3], torch.zeros(width, 8), x_PN[3:7].T @ y_PM[3:7], x_PN[7:].T @ y_PM[7:]]
     torch.testing.assert_close(got_GNM, torch.stack(wanted))
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from dht.announcer import Announcement, Announcer
+from node.allocator import keep_freed_memory
 from node.averaging import service as averaging_service
 from node.averaging.node_averaging import Averaging
 from node.block_store import BlockStore
@@ -69,6 +70,7 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     started = psutil.Process().create_time()
     check_minimums(config, MINIMUMS)
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     device = pick_device(config.device)
     prepare_folder(config.state)
     identity = Identity.load_or_create(config.state / "identity.key")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dht.announcer import Announcement, Announcer
+from node.allocator import keep_freed_memory
 from node.data import open_dataset
 from node.devices import pick_device
 from node.dispatch.dispatcher import DispatchConfig
@@ -70,6 +71,7 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
     if config.shard >= config.n_shards:
         raise ConfigError(f"--shard: must be below --n-shards {config.n_shards}, is {config.shard}")
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     prepare_folder(config.out)
     identity = Identity.load_or_create(config.out / "identity.key")
     events = EventLog(config.out / "events.jsonl")

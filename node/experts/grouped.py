@@ -1,6 +1,6 @@
 """The grouped product: many experts' matrix products in few calls. Innermost step of a host's forward and backward.
 
-`grouped_mm` takes about a microsecond for each group on a CPU, which is most of the time where groups have a row or two.
+`grouped_mm` takes about a microsecond for each group on a CPU: most of the time where groups have a row or two.
 Groups with equally many rows are one batched product instead, without padding: that is why groups are put in order.
 
 Shapes: P pairs sorted by group, Q of one group, G groups, R groups of a run, N inputs, M outputs.

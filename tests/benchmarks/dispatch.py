@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from node.allocator import keep_freed_memory
 from tests.benchmarks.contenders import TRAINER_THREADS, Case, local, one_step_of_theirs, ours, theirs
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare, not_compared
 from tests.support.leaks import adopt_orphans
@@ -57,6 +58,7 @@ class DispatchBenchmark(RunsConfig):
 def main(config: DispatchBenchmark) -> None:
     """Measure, write, print."""
     adopt_orphans()
+    keep_freed_memory()  # as a trainer does
     tell = Teller()
     rows: list[Row] = []
     for case in chosen_cases(config.cases):

@@ -1,6 +1,6 @@
 """python -m tests.benchmarks.hivemind_workload serve --experts 4 --d-model 512 --rows 1024
 
-hivemind's side of `workload.py`: its server of feed-forward experts, and one client of it, each in a process of its own.
+hivemind's side of `workload.py`: its server of feed-forward experts and one client of it, a process of its own each.
 `serve` prints its peer id and addresses, then waits for its input to end. `call` prints `ready`; for each line `run`
 that it reads it sends batches to experts drawn at random, forward and backward, and prints `done`.
 """
@@ -100,5 +100,5 @@ def pass_through(expert: torch.nn.Module, config: Call) -> None:
 
 if __name__ == "__main__":
     adopt_orphans()
-    config = tyro.cli(Serve | Call)  # type: ignore[call-overload]
+    config = tyro.cli(Serve | Call)
     serve(config) if isinstance(config, Serve) else call(config)

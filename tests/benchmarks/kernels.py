@@ -18,6 +18,7 @@ import torch
 import tyro
 from torch import nn
 
+from node.allocator import keep_freed_memory
 from node.experts.layer import Pairs, layer_backward, layer_forward
 from node.moe import LocalExperts
 from tests.benchmarks.contenders import LAYER, Case
@@ -49,6 +50,7 @@ class KernelsBenchmark(RunsConfig):
 def main(config: KernelsBenchmark) -> None:
     """Measure, write, print."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     tell, rows = Teller(), list[Row]()
     for case in CASES:
         sparse, dense = Sparse(case), Dense(case)

@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from coordinator.blocks import block_list_text, split_blocks
+from node.allocator import keep_freed_memory
 from node.config import SwarmConfig
 from node.data import open_dataset
 from node.dispatch.dispatcher import DispatchConfig
@@ -78,6 +79,7 @@ def main(config: LatencyBenchmark) -> None:
     """Measure, write, print."""
     adopt_orphans()
     torch.set_num_threads(1)
+    keep_freed_memory()
     tell = Teller()
     dataset = open_dataset(None, cache_dir=data_cache(), seed=config.seed)
     runs: dict[tuple[int, float], Speed] = {}

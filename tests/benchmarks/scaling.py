@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from node.allocator import keep_freed_memory
 from tests.benchmarks.contenders import Case, Metered, local, ours
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 from tests.support.leaks import adopt_orphans
@@ -53,6 +54,7 @@ class ScalingBenchmark(RunsConfig):
 def main(config: ScalingBenchmark) -> None:
     """Measure, write, print."""
     adopt_orphans()
+    keep_freed_memory()  # as a trainer does
     tell = Teller()
     with tempfile.TemporaryDirectory(prefix="kilohive-bench-") as folder, ExitStack() as stack:
         runs: dict[str, Metered] = {}

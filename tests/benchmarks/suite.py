@@ -20,7 +20,18 @@ from rich.console import Console
 
 from tests.benchmarks.report import ROOT, Teller, commit, machine, table
 
-BENCHMARKS = tuple("kernels codec wire scaling dispatch workload density latency averaging replicas".split())
+BENCHMARKS = (
+    "kernels",
+    "codec",
+    "wire",
+    "scaling",
+    "dispatch",
+    "workload",
+    "density",
+    "latency",
+    "averaging",
+    "replicas",
+)
 """From seconds to half an hour; all of them take an hour and a half on two cores."""
 MARK = "<!-- newest first: tests.benchmarks.suite writes below this line -->\n"
 

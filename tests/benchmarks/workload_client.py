@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import nn
 
+from node.allocator import keep_freed_memory
 from node.config import SwarmConfig
 from node.dispatch.dispatcher import DispatchConfig
 from node.gate.base import GateOutput
@@ -57,6 +58,7 @@ def main(config: ClientConfig) -> None:
     """Serve `run` lines until standard input ends."""
     answers = private_stdout()
     torch.set_num_threads(1)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     with SwarmClient(SwarmConfig(swarm=config.swarm), DispatchConfig(call_timeout_s=START_TIMEOUT_S)) as client:

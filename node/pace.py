@@ -16,6 +16,9 @@ FEWEST = 2
 NO_LOSS, GAIN = 0.99, 1.03
 """Relative speed from which fewer, or more, are kept."""
 
+FIRST_REST_ROUNDS = 8
+"""Before the first try: hosts and caches are still warming up, and memory is not short yet."""
+
 MOST_REST_ROUNDS = 16
 """Longest rest after a try that changed nothing; a rest doubles each time."""
 
@@ -28,7 +31,7 @@ class Pace:
         self.in_flight = min(fixed, most) if fixed else most
         self._chosen, self._speed = self.in_flight, 0.0
         self._up = False
-        self._rest, self._rounds_left = 1, 1
+        self._rest, self._rounds_left = 1, FIRST_REST_ROUNDS
         self._speeds: list[float] = []
 
     def learn(self, tokens_per_s: float) -> None:

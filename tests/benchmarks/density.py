@@ -1,8 +1,8 @@
 """python -m tests.benchmarks.density --json runs/bench/density.json
 
 1,024 and 16,384 experts (D=128, H=64) in one host: seconds from the command to announced, and the memory of the host's
-process tree (python and p2pd) at rest and after some training, against the limits of the design. Medians over fresh
-starts.
+process tree (python and p2pd) at rest and after some training, against the limits of the design; memory and processes
+for each expert, against hivemind's with 64. Medians over fresh starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from node.config import SwarmConfig
 from node.dispatch.dispatcher import DispatchConfig
 from node.experts.kinds import expert_parameters
 from node.swarm import SwarmClient
-from tests.benchmarks.contenders import LAYER, TRAINER_THREADS, Case, LayerRun, shares
+from tests.benchmarks.contenders import LAYER, START_TIMEOUT_S, TRAINER_THREADS, Case, LayerRun, shares
+from tests.benchmarks.line_peer import LinePeer
+from tests.benchmarks.meters import tree
 from tests.benchmarks.report import Row, RunsConfig, Teller, compare
 from tests.support.leaks import adopt_orphans
 from tests.support.processes import ProcessSwarm, process_swarm, wait_until
@@ -43,12 +45,14 @@ TIMEOUT_S = 60.0
 MAX_DEAD_FRACTION = 0.02
 FEW = Case(key="few", experts=1024, d_model=128, hidden=64, tokens=4096, hosts=(1,), steps=5)
 MANY = replace(FEW, key="many", experts=16_384, tokens=16_384, experts_per_block=512)
+PEER_EXPERTS = 64
+HIVEMIND = f"hivemind, {PEER_EXPERTS} experts"
 NOTES = (
     "seconds: until the directory of another process, refreshed every 2 s, has every block; host_seconds: its own word",
     "PSS and rss of the host's python and its p2pd, in MB of 1e6 bytes; PSS counts a share of what others map too",
     "limit: parameters and Adam's moments, times a factor for the rest of a host, and 450 MB",
     f"trained: after {FEW.steps} steps, of {FEW.tokens:,} and {MANY.tokens:,} tokens",
-    "hivemind 1.1.12 takes two processes for each expert, and was not run with so many",
+    f"hivemind 1.1.12 with {PEER_EXPERTS} experts of D=128, H=512, at rest, one start: it takes two processes for each",
 )
 
 
@@ -91,14 +95,59 @@ class Start:
     host_seconds: float
     rest: Memory
     trained: Memory
+    processes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerExpert:
+    """What each of many experts takes."""
+
+    pss_mb: float
+    processes: float
 
 
 def main(config: DensityBenchmark) -> None:
     """Measure, write, print."""
     adopt_orphans()
     tell = Teller()
-    rows = [row for case, limits in CASES.items() for row in rows_of(case, limits, measure(case, config.runs, tell))]
+    rows, theirs = list[Row](), hivemind_per_expert(tell)
+    for case, limits in CASES.items():
+        starts = measure(case, config.runs, tell)
+        rows += [*rows_of(case, limits, starts), *per_expert(case, starts, theirs)]
     config.publish("density", rows, NOTES)
+
+
+def hivemind_per_expert(tell: Teller) -> PerExpert:
+    """Of a server that is up and idle."""
+    arguments = {"--experts": PEER_EXPERTS, "--d-model": FEW.d_model, "--tokens": 1, "--experts-per-token": 1}
+    with (
+        tempfile.TemporaryDirectory(prefix="kilohive-bench-") as folder,
+        tell.busy(f"{HIVEMIND}: starting"),
+    ):
+        peer = LinePeer("tests.benchmarks.hivemind_peer", arguments, Path(folder) / "hivemind.log")
+        try:
+            peer.answer(START_TIMEOUT_S)
+            return PerExpert(
+                pss_mb=tree_memory(peer.pid).pss / MB / PEER_EXPERTS, processes=len(tree(peer.pid)) / PEER_EXPERTS
+            )
+        finally:
+            peer.close()
+
+
+def per_expert(case: Case, starts: Sequence[Start], theirs: PerExpert) -> list[Row]:
+    """What one expert more costs a volunteer."""
+    name = name_of(case)
+    pss_mb = [start.trained.pss / MB / case.experts for start in starts]
+    processes = [start.processes / case.experts for start in starts]
+    return [
+        compare(name, "PSS MB for each expert", pss_mb, HIVEMIND, [theirs.pss_mb] * len(pss_mb)),
+        compare(name, "processes for each expert", processes, HIVEMIND, [theirs.processes] * len(processes)),
+    ]
+
+
+def name_of(case: Case) -> str:
+    """As it stands in the rows."""
+    return f"{case.experts:,} experts in one host, D={case.d_model}, H={case.hidden}"
 
 
 def measure(case: Case, runs: int, tell: Teller) -> list[Start]:
@@ -114,7 +163,7 @@ def measure(case: Case, runs: int, tell: Teller) -> list[Start]:
 
 def rows_of(case: Case, limits: Limits, starts: Sequence[Start]) -> list[Row]:
     """Every figure against its limit: a ratio up to 1 keeps it."""
-    name = f"{case.experts:,} experts in one host, D={case.d_model}, H={case.hidden}"
+    name = name_of(case)
     limit_mb = limits.memory_bytes(case.manifest().model) / MB
     figures = {
         "announced, seconds": ([start.seconds for start in starts], limits.announced_s),
@@ -155,12 +204,12 @@ class _Bench:
             rest = tree_memory(host.child.pid)
             LayerRun(self.layer, self.case, TRAINER_THREADS)()
             self._check_trained(host)
-            trained = tree_memory(host.child.pid)
+            trained, processes = tree_memory(host.child.pid), len(tree(host.child.pid))
         told = f"{seconds:.1f} s ({host_seconds} s), PSS {rest.pss / MB:.0f} MB, then {trained.pss / MB:.0f} MB"
         self.tell(f"{name}: {told}")
         host.stop(TIMEOUT_S)  # it saves gigabytes
         wait_until(lambda: not self.client.directory.snapshot().load_by_peer(), f"{name} has vanished", TIMEOUT_S)
-        return Start(seconds=seconds, host_seconds=host_seconds, rest=rest, trained=trained)
+        return Start(seconds=seconds, host_seconds=host_seconds, rest=rest, trained=trained, processes=processes)
 
     def _check_trained(self, host: Node) -> None:
         dead_fraction, failed = self.layer.gate.stats().dead_fraction, self.client.dispatcher.calls_failed

@@ -47,6 +47,11 @@ class LinePeer:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the process itself; what it started is below it."""
+        return self._popen.pid
+
     def tell(self, command: str) -> None:
         """Write one line to it."""
         if self._popen.stdin is None:

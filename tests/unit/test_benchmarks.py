@@ -15,7 +15,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.benchmarks import codec, contenders, delayed_gradients, density, dispatch, latency, report, scaling, wire
+from tests.benchmarks import (
+    codec,
+    contenders,
+    delayed_gradients,
+    density,
+    dispatch,
+    latency,
+    latency_grid,
+    latency_plot,
+    report,
+    scaling,
+    wire,
+    wire_loss,
+)
 from tests.benchmarks.contenders import LAYER, Case, Metered, shares
 from tests.benchmarks.line_peer import NoAnswerError
 from tests.benchmarks.swarm_training import Outcome
@@ -136,12 +149,54 @@ def test_wire_and_scaling_are_measured_as_the_issue_says() -> None:
     assert (case.d_model, case.experts_per_token, wire.HOSTS, wire.LIMIT_BYTES) == (512, 8, 2, 5300)
     rows = wire.rows_of({"int8": [2650.0], "bf16": [5300.0], "fp32": [10600.0]})
     assert [(row.against, row.ratio) for row in rows] == [("limit", 0.5), ("bf16", 0.5), ("fp32", 0.25)]
-    few, many = scaling.FEW, scaling.MANY
+    few, many = scaling.cases_of(4096)
     assert (few.experts, many.experts, few.d_model, few.hidden, few.gate) == (1024, 65_536, 64, 8, "product_key")
-    assert replace(many, key="few", experts=1024, experts_per_block=few.experts_per_block) == few
+    assert replace(many, key=few.key, experts=1024, experts_per_block=few.experts_per_block) == few
     cases = [(where, case) for where in (scaling.SWARM, scaling.LOCAL) for case in (few, many)]
     rates = {scaling.name_of(where, case): [1e6 / case.experts] for where, case in cases}
-    assert [row.ratio for row in scaling.rows_of(rates, rates)] == pytest.approx([64.0, 1 / 64] * 2, rel=1e-3)
+    assert [row.ratio for row in scaling.rows_of(4096, rates, rates)] == pytest.approx([64.0, 1 / 64] * 2, rel=1e-3)
+    met = scaling.touched(256)
+    assert met.theirs is not None
+    assert met.theirs < met.ours <= 256 * scaling.K
+
+
+def test_int8_is_compared_with_fp32_after_the_same_tokens_of_every_seed() -> None:
+    (row,) = wire_loss.rows_of({"int8": [2.0, 3.0, 4.0], "fp32": [2.0, 2.5, 9.0]}, 1000)
+    assert (row.ours, row.theirs, row.ratio) == (3.0, 2.5, 1.2)
+    int8, fp32 = (wire_loss.plan_of(codec, 7, 8192) for codec in wire_loss.CODECS)
+    assert (
+        (int8.n_steps, int8.steps, int8.manifest.seed)
+        == (fp32.n_steps, fp32.steps, fp32.manifest.seed)
+        == (
+            4,
+            wire_loss.STEPS,
+            7,
+        )
+    )
+    assert replace(int8.manifest, codec="fp32") == fp32.manifest
+
+
+def test_the_grid_is_compared_with_no_delay_and_drawn(tmp_path: Path) -> None:
+    cells = [
+        latency_grid.Cell(task, experts, *fault)
+        for task in ("digits", "text")
+        for experts in (64, 4096)
+        for fault in latency_grid.FAULTS
+    ]
+    losses = {cell: [2.0 if cell.delay_ms else 1.0] for cell in cells}
+    grid = latency_grid.rows_of(losses)
+    assert {row.ratio for row in grid} == {2.0}
+    assert len(grid) == 4 * (len(latency_grid.FAULTS) - 1)
+    outcome = Outcome(100.0, 2.0, 0, 4)
+    speeds = latency.rows_of({(0, 0.0): outcome, (10, 0.0): outcome, (1000, 0.1): outcome}, 0)
+    for name, rows in (("latency", speeds), ("latency_grid", grid)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(report.document(name, rows, [])))
+    latency_plot.main(latency_plot.Plot(rows=tmp_path, out=tmp_path))
+    drawn = (tmp_path / "latency_grid.svg").read_text()
+    assert "<svg" in drawn
+    assert "<svg" in (tmp_path / "latency.svg").read_text()
+    latency_plot.main(latency_plot.Plot(rows=tmp_path, out=tmp_path))
+    assert (tmp_path / "latency_grid.svg").read_text() == drawn
 
 
 def test_latency_compares_every_run_with_the_one_without_delay_and_failures() -> None:
@@ -225,12 +280,19 @@ def test_memory_limits_are_those_of_the_issues() -> None:
 
 def test_density_rows_hold_the_limits() -> None:
     memory = density.Memory(pss=int(500e6), rss=int(600e6))
-    start = density.Start(seconds=5.0, host_seconds=1.0, rest=memory, trained=memory)
+    start = density.Start(seconds=5.0, host_seconds=1.0, rest=memory, trained=memory, processes=2)
     rows = {row.metric: row for row in density.rows_of(density.FEW, density.CASES[density.FEW], [start] * 5)}
     assert (rows["announced, seconds"].ratio, rows["announced, seconds"].runs) == (0.5, 5)
     assert rows["at rest, PSS MB"].ours == 500.0
     assert rows["at rest, PSS MB"].theirs == pytest.approx(701.7)
     assert all(row.against == "limit" for row in rows.values())
+
+
+def test_what_an_expert_takes_is_compared_with_hivemind() -> None:
+    memory = density.Memory(pss=int(512e6), rss=int(600e6))
+    start = density.Start(seconds=5.0, host_seconds=1.0, rest=memory, trained=memory, processes=2)
+    rows = density.per_expert(density.FEW, [start], density.PerExpert(pss_mb=20.0, processes=2.0))
+    assert [(row.ours, row.theirs) for row in rows] == [(0.5, 20.0), (0.001953, 2.0)]
 
 
 def test_a_process_tree_has_memory() -> None:

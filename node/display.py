@@ -171,9 +171,10 @@ def _facts(state: DisplayState, width: int) -> RenderableType:
     since = f"from {state.first_held_out:.3f}" if state.first_held_out is not None else ""
     grid.add_row("held-out", held_out, _trend(state.held_out, trend, since))
     speed = Text.assemble((count_text(step["tokens_per_s"]), "bold"), " tokens/s")
-    grid.add_row(
-        "speed", speed, f"{count_text(step['run_tokens'])} tokens, {bytes_text(step['wire_bytes'])} on the wire"
-    )
+    in_flight = f"{step['in_flight']} micro-batch{'es' * (step['in_flight'] != 1)} in flight"
+    grid.add_row("speed", speed, f"{count_text(step['run_tokens'])} tokens, {in_flight}")
+    per_token = f"{step['wire_bytes_per_token']:,.0f} bytes for each token and layer"
+    grid.add_row("wire", bytes_text(step["wire_bytes"]), per_token)
     grid.add_row("experts", _experts(step), _calls(step))
     _add_sync_rows(grid, step)
     gate = step["gate"]

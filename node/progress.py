@@ -24,7 +24,7 @@ class StepReport:
 
     `steps` is how many this trainer is expected to take in all, `trainers` how many are live; `staleness` is mean and
     most of this step's backwards, in optimizer steps of the experts; `divergence` the trunk's; `exchanged_bytes` what
-    this trainer has sent and received to average it.
+    this trainer has sent and received to average it; `step_wire_bytes` what this step's calls were and were answered.
     """
 
     result: StepResult
@@ -35,6 +35,7 @@ class StepReport:
     staleness: tuple[float, int] = (0.0, 0)
     divergence: float = 0.0
     exchanged_bytes: int = 0
+    step_wire_bytes: int = 0
 
 
 def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, pairs: Counter[str]) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, 
         "calls_ok": progress.calls_ok,
         "calls_failed": progress.calls_failed,
         "wire_bytes": progress.wire_bytes,
+        "wire_bytes_per_token": round(report.step_wire_bytes / (result.n_tokens * len(gates)), 1),
         "time_left_s": round((report.steps - progress.step) * seconds_per_step, 1),
         "grad_norm": round(result.grad_norm, 4),
         "lr": result.lr,

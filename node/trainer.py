@@ -180,14 +180,16 @@ class Trainer:
     async def _step(self) -> None:
         n_trainers = self._observe_trainers()
         self._training.rate_scale = self._sharing.rate_scale()
+        wire_bytes = self._swarm.client.wire_bytes
         result = await asyncio.to_thread(self._training.step)
+        wire_bytes = self._swarm.client.wire_bytes - wire_bytes
         progress, training = self._progress, self._training
         self._tokens.add(result.n_tokens)
         progress.step, progress.run_tokens = training.steps_done, self._tokens.total
         progress.train_seconds += result.seconds
-        self._events.emit("step", **self._step_fields(result, n_trainers))
+        self._events.emit("step", **self._step_fields(result, n_trainers, wire_bytes))
 
-    def _step_fields(self, result: StepResult, n_trainers: int) -> dict[str, object]:
+    def _step_fields(self, result: StepResult, n_trainers: int, wire_bytes: int) -> dict[str, object]:
         dispatcher, averager = self._dispatcher, self._sharing.averaging.averager
         report = StepReport(
             result=result,
@@ -198,6 +200,7 @@ class Trainer:
             staleness=dispatcher.take_staleness(),
             divergence=averager.divergence(TRUNK),
             exchanged_bytes=averager.exchanged_bytes,
+            step_wire_bytes=wire_bytes,
         )
         gates = [layer.gate for layer in self._training.moe_layers]
         return step_event(report, gates, self._swarm.directory, dispatcher.take_pairs_by_peer())

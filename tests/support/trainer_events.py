@@ -52,6 +52,8 @@ def step(number: int, *, n_hosts: int = 4, **changes: Any) -> dict[str, Any]:
         "experts_alive": 1024,
         "experts_total": 1024,
         "calls_ok": 32 * number,
+        "in_flight": 2,
+        "wire_bytes_per_token": 4251.3,
         "calls_failed": 0,
         "wire_bytes": 8_400_000 * number,
         "time_left_s": 0.5 * (400 - number),

@@ -64,6 +64,7 @@ def event(directory: FakeDirectory, pairs: Counter[str]) -> dict[str, object]:
         staleness=(1.234, 7),
         divergence=0.012345,
         exchanged_bytes=1000,
+        step_wire_bytes=4250,
     )
     gate = build_gate(small_manifest().model, torch.Generator().manual_seed(0))
     return step_event(report, [gate], directory, pairs)  # type: ignore[arg-type]
@@ -72,6 +73,7 @@ def event(directory: FakeDirectory, pairs: Counter[str]) -> dict[str, object]:
 def test_the_step_event_has_rates_shares_and_time_left() -> None:
     told = event(FakeDirectory(), Counter(a=30, b=10))
     assert told["tokens_per_s"] == 200.0
+    assert (told["wire_bytes"], told["wire_bytes_per_token"]) == (12345, 42.5)
     assert told["time_left_s"] == 10.0
     assert told["bits_per_byte"] == 1.4427
     assert told["experts_alive"] == 16

@@ -27,6 +27,7 @@ BENCHMARKS = (
     "scaling",
     "dispatch",
     "workload",
+    "step",
     "density",
     "latency",
     "averaging",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.support.faulty_client import Faults, FaultyClient
 from tests.support.processes import process_swarm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from node.data import ByteDataset
     from node.training import StepConfig
     from protocol.errors import TooFewExpertsError
@@ -56,7 +59,16 @@ class Outcome:
 
 def train_over_hosts(plan: Plan, dataset: ByteDataset, tell: Teller) -> Outcome:
     """Train over fresh hosts that share the blocks of every layer; faults end before the held-out loss is measured."""
-    manifest = plan.manifest
+    with (
+        client_of_hosts(plan.manifest, plan.faults) as client,
+        training_over(client, plan.steps, dataset) as training,
+    ):
+        return _train(client, training, plan, tell)
+
+
+@contextmanager
+def client_of_hosts(manifest: Manifest, faults: Faults) -> Iterator[SwarmClient]:
+    """A client of fresh hosts that are up, and share the blocks of every layer."""
     with (
         tempfile.TemporaryDirectory(prefix="kilohive-bench-") as folder,
         process_swarm(Path(folder), manifest) as swarm,
@@ -66,41 +78,48 @@ def train_over_hosts(plan: Plan, dataset: ByteDataset, tell: Teller) -> Outcome:
         with SwarmClient(
             SwarmConfig(swarm=swarm.swarm_file),
             DispatchConfig(call_timeout_s=CALL_TIMEOUT_S, seed=manifest.seed),
-            make_client=partial(FaultyClient, plan.faults),
+            make_client=partial(FaultyClient, faults),
         ) as client:
             client.wait_for_all_blocks(START_TIMEOUT_S)
-            return _train(client, plan, dataset, tell)
+            yield client
 
 
-def _train(client: SwarmClient, plan: Plan, dataset: ByteDataset, tell: Teller) -> Outcome:
-    """The first step, in which everything is met for the first time, is not counted in the speed."""
-    generator = torch.Generator().manual_seed(plan.manifest.seed)
-    layers = [client.moe_layer(layer, generator) for layer in range(plan.manifest.model.n_layers)]
-    model = build_trunk(plan.manifest, layers, generator)
+@contextmanager
+def training_over(client: SwarmClient, steps: StepConfig, dataset: ByteDataset) -> Iterator[Training]:
+    """A trainer with a fresh trunk."""
+    manifest = client.manifest
+    generator = torch.Generator().manual_seed(manifest.seed)
+    layers = [client.moe_layer(layer, generator) for layer in range(manifest.model.n_layers)]
 
     def wait(_: TooFewExpertsError) -> None:
         client.dispatcher.wait_for_change(WAIT_S)
 
-    training = Training(plan.manifest, model, client.dispatcher, dataset, plan.steps, wait)
+    model = build_trunk(manifest, layers, generator)
+    training = Training(manifest, model, client.dispatcher, dataset, steps, wait)
     try:
-        result = training.step()
-        seconds, told_s = 0.0, 0.0
-        for step in range(2, plan.n_steps + 1):
-            result = training.step()
-            seconds += result.seconds
-            if seconds - told_s > TOLD_EVERY_S or step == plan.n_steps:
-                told_s, speed = seconds, (step - 1) * training.tokens_per_step / seconds
-                tell(f"{plan.case}: step {step} of {plan.n_steps}, {speed:,.0f} tokens/s, {result.loss:.3f} nats")
-        failed = client.dispatcher.calls_failed
-        _end_faults(client)
-        return Outcome(
-            tokens_per_s=(plan.n_steps - 1) * training.tokens_per_step / seconds,
-            bits_per_byte=training.evaluate(HELD_OUT_BYTES),
-            calls_failed=failed,
-            in_flight=result.in_flight,
-        )
+        yield training
     finally:
         training.close()
+
+
+def _train(client: SwarmClient, training: Training, plan: Plan, tell: Teller) -> Outcome:
+    """The first step, in which everything is met for the first time, is not counted in the speed."""
+    result = training.step()
+    seconds, told_s = 0.0, 0.0
+    for step in range(2, plan.n_steps + 1):
+        result = training.step()
+        seconds += result.seconds
+        if seconds - told_s > TOLD_EVERY_S or step == plan.n_steps:
+            told_s, speed = seconds, (step - 1) * training.tokens_per_step / seconds
+            tell(f"{plan.case}: step {step} of {plan.n_steps}, {speed:,.0f} tokens/s, {result.loss:.3f} nats")
+    failed = client.dispatcher.calls_failed
+    _end_faults(client)
+    return Outcome(
+        tokens_per_s=(plan.n_steps - 1) * training.tokens_per_step / seconds,
+        bits_per_byte=training.evaluate(HELD_OUT_BYTES),
+        calls_failed=failed,
+        in_flight=result.in_flight,
+    )
 
 
 def _end_faults(client: SwarmClient) -> None:

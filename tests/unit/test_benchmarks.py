@@ -26,6 +26,7 @@ from tests.benchmarks import (
     latency_plot,
     report,
     scaling,
+    step,
     wire,
     wire_loss,
 )
@@ -174,6 +175,23 @@ def test_int8_is_compared_with_fp32_after_the_same_tokens_of_every_seed() -> Non
         )
     )
     assert replace(int8.manifest, codec="fp32") == fp32.manifest
+
+
+def test_whole_steps_are_compared_with_one_process_and_many_experts_with_few() -> None:
+    names = list(step.manifests())
+    figures = {step.name_of(where, name): [100.0] for where in (step.SWARM, step.LOCAL) for name in names}
+    figures[step.name_of(step.SWARM, names[2])] = [50.0]
+    rows = step.rows_of(figures)
+    assert [(row.metric, row.ratio) for row in rows] == [
+        ("tokens/s", 1.0),
+        ("tokens/s", 1.0),
+        ("tokens/s", 0.5),
+        ("seconds per step", 2.0),
+        ("seconds per step", 1.0),
+    ]
+    few, many = (step.manifests()[name].model for name in names[1:])
+    assert (few.experts_per_layer, many.experts_per_layer) == (1024, 65_536)
+    assert replace(many, experts_per_layer=1024, experts_per_block=few.experts_per_block) == few
 
 
 def test_the_grid_is_compared_with_no_delay_and_drawn(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""python -m tests.benchmarks.step --json runs/bench/step.json
+
+A whole training step on Wikipedia's text, trunk and optimizers included: over two hosts against the same model in one
+process, for the default model; and with 65,536 experts a layer against 1,024, of D=64 and H=8 with product keys. Tokens
+per second, medians of runs that take turns.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import tyro
+
+from node.allocator import keep_freed_memory
+from node.data import open_dataset
+from node.folders import data_cache
+from node.moe import LocalExperts, LocalMoE
+from node.training import StepConfig, Training, build_trunk
+from protocol.manifest import Manifest, ModelConfig
+from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
+from tests.benchmarks.swarm_training import HOSTS, client_of_hosts, training_over
+from tests.support.faulty_client import Faults
+from tests.support.leaks import adopt_orphans
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from node.data import ByteDataset
+    from protocol.errors import TooFewExpertsError
+
+METRIC = "tokens/s"
+STEPS = StepConfig(batch=16, micro_batches=2)
+STEPS_OF_A_RUN = 6
+BLOCKS = 32
+FEW, MANY = 1024, 65_536
+SWARM, LOCAL = f"{HOSTS} hosts", "one process"
+NOTES = (
+    f"steps of {STEPS.micro_batches} micro-batches of {STEPS.batch} x {ModelConfig.context} tokens",
+    "hosts and trainer have 1 thread each",
+    "one process: trunk and experts in the benchmark's, its micro-batches on 2 threads",
+    f"a run: {STEPS_OF_A_RUN} steps; the gates have learnt from the runs before",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBenchmark(RunsConfig):
+    """Tokens per second of training."""
+
+
+def main(config: StepBenchmark) -> None:
+    """Measure, write, print."""
+    adopt_orphans()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    tell, dataset = Teller(), open_dataset(None, cache_dir=data_cache(), seed=0)
+    with ExitStack() as stack:
+        contenders: dict[str, Callable[[], float]] = {}
+        for name, manifest in manifests().items():
+            with tell.busy(f"{name}: starting"):
+                client = stack.enter_context(client_of_hosts(manifest, Faults()))
+                training = stack.enter_context(training_over(client, STEPS, dataset))
+            contenders[name_of(SWARM, name)] = run_of(training)
+            here = local_training(manifest, dataset)
+            stack.callback(here.close)
+            contenders[name_of(LOCAL, name)] = run_of(here)
+        figures = alternate(contenders, config.runs, tell)
+    config.publish("step", rows_of(figures), NOTES)
+
+
+def manifests() -> dict[str, Manifest]:
+    """By the model's name."""
+    sizes = {f"{experts:,} small experts a layer": small_model(experts) for experts in (FEW, MANY)}
+    models = {"the default model": ModelConfig(), **sizes}
+    return {name: Manifest(name="bench", model=model) for name, model in models.items()}
+
+
+def small_model(experts: int) -> ModelConfig:
+    """Two layers."""
+    return ModelConfig(
+        d_model=64,
+        expert_hidden=8,
+        experts_per_layer=experts,
+        experts_per_block=experts // BLOCKS,
+        gate="product_key",
+    )
+
+
+def local_training(manifest: Manifest, dataset: ByteDataset) -> Training:
+    """The same model in this process."""
+    experts, generator = LocalExperts(manifest), torch.Generator().manual_seed(manifest.seed)
+    layers = [LocalMoE(experts, layer, generator) for layer in range(manifest.model.n_layers)]
+    return Training(manifest, build_trunk(manifest, layers, generator), experts, dataset, STEPS, give_up)
+
+
+def give_up(error: TooFewExpertsError) -> None:
+    """All experts are here."""
+    raise error
+
+
+def run_of(training: Training) -> Callable[[], float]:
+    """Some steps; tokens per second."""
+
+    def run() -> float:
+        started_s = time.monotonic()
+        for _ in range(STEPS_OF_A_RUN):
+            training.step()
+        return STEPS_OF_A_RUN * training.tokens_per_step / (time.monotonic() - started_s)
+
+    return run
+
+
+def name_of(where: str, model: str) -> str:
+    """One contender."""
+    return f"{model}, {where}"
+
+
+def rows_of(figures: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Every model over hosts against one process; many experts against few by the seconds of a step."""
+    names = list(manifests())
+    pairs = [(name_of(SWARM, name), name_of(LOCAL, name)) for name in names]
+    rows = [compare(ours, METRIC, figures[ours], theirs, figures[theirs]) for ours, theirs in pairs]
+    tokens = STEPS.batch * STEPS.micro_batches * ModelConfig.context
+    for where in (SWARM, LOCAL):
+        few, many = (name_of(where, name) for name in names[1:])
+        seconds = {name: [tokens / rate for rate in figures[name]] for name in (few, many)}
+        rows.append(compare(many, "seconds per step", seconds[many], few, seconds[few]))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(StepBenchmark))
+    except KeyboardInterrupt:
+        sys.exit(130)

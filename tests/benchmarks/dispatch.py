@@ -33,8 +33,8 @@ OURS, LOCAL, LOCAL_1, HIVEMIND = "RemoteMoE", "LocalMoE, every core", "LocalMoE,
 CASES = (
     Case(key="small", experts=64, d_model=64, hidden=256, tokens=256, hosts=(1, 2), steps=40),
     Case(key="wide", experts=64, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=10, peer_limit_s=300),
-    Case(key="medium", experts=256, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=5),
-    Case(key="large", experts=1024, d_model=128, hidden=128, tokens=4096, hosts=(2,), steps=3),
+    Case(key="medium", experts=256, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=12),
+    Case(key="large", experts=1024, d_model=128, hidden=128, tokens=4096, hosts=(2,), steps=10),
 )
 HIVEMIND_NOT_RUN = "hivemind 1.1.12 not run: it takes two processes per expert"
 NOTES = (
@@ -92,7 +92,8 @@ def measure(case: Case, hosts: int, config: DispatchBenchmark, tell: Teller) -> 
         with tell.busy(f"{name}: measuring"):
             figures = alternate(contenders, config.runs, tell)
     times_us = {who: run.cpu_us[1:] for who, run in metered.items()}
-    rows = [*rows_of(case, name, figures), compare(name, CPU, times_us[OURS], LOCAL_1, times_us[LOCAL_1])]
+    rows = rows_of(case, name, figures)
+    rows += [compare(name, CPU, times_us[OURS], other, times_us[other]) for other in (LOCAL, LOCAL_1)]
     if config.peer == "hivemind" and case.peer_limit_s is not None:
         rows.append(against_one_step(case, name, figures[OURS], tell))
     return rows

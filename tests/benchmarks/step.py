@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,7 @@ NOTES = (
     "hosts and trainer have 1 thread each",
     "one process: trunk and experts in the benchmark's, its micro-batches on 2 threads",
     f"a run: {STEPS_OF_A_RUN} steps; the gates have learnt from the runs before",
+    "touched: experts of both layers that one step changes, in one process, after the runs",
 )
 
 
@@ -60,16 +62,20 @@ def main(config: StepBenchmark) -> None:
     tell, dataset = Teller(), open_dataset(None, cache_dir=data_cache(), seed=0)
     with ExitStack() as stack:
         contenders: dict[str, Callable[[], float]] = {}
+        touched: dict[str, Callable[[], int]] = {}
         for name, manifest in manifests().items():
             with tell.busy(f"{name}: starting"):
                 client = stack.enter_context(client_of_hosts(manifest, Faults()))
                 training = stack.enter_context(training_over(client, STEPS, dataset))
             contenders[name_of(SWARM, name)] = run_of(training)
-            here = local_training(manifest, dataset)
+            experts = LocalExperts(manifest)
+            here = local_training(experts, dataset)
             stack.callback(here.close)
             contenders[name_of(LOCAL, name)] = run_of(here)
+            touched[name] = partial(touched_by_a_step, experts, here)
         figures = alternate(contenders, config.runs, tell)
-    config.publish("step", rows_of(figures), NOTES)
+        met = {name: count() for name, count in touched.items()}
+    config.publish("step", [*rows_of(figures), touched_row(met)], NOTES)
 
 
 def manifests() -> dict[str, Manifest]:
@@ -90,9 +96,10 @@ def small_model(experts: int) -> ModelConfig:
     )
 
 
-def local_training(manifest: Manifest, dataset: ByteDataset) -> Training:
+def local_training(experts: LocalExperts, dataset: ByteDataset) -> Training:
     """The same model in this process."""
-    experts, generator = LocalExperts(manifest), torch.Generator().manual_seed(manifest.seed)
+    manifest = experts.manifest
+    generator = torch.Generator().manual_seed(manifest.seed)
     layers = [LocalMoE(experts, layer, generator) for layer in range(manifest.model.n_layers)]
     return Training(manifest, build_trunk(manifest, layers, generator), experts, dataset, STEPS, give_up)
 
@@ -112,6 +119,23 @@ def run_of(training: Training) -> Callable[[], float]:
         return STEPS_OF_A_RUN * training.tokens_per_step / (time.monotonic() - started_s)
 
     return run
+
+
+def touched_by_a_step(experts: LocalExperts, training: Training) -> int:
+    """Experts of all layers that the next step changes."""
+
+    def learnt() -> torch.Tensor:
+        return torch.cat([block.learnt_E.clone() for layer in experts.blocks.values() for block in layer])
+
+    before = learnt()
+    training.step()
+    return int((learnt() != before).sum())
+
+
+def touched_row(met: Mapping[str, int]) -> Row:
+    """Of many experts against few, after the runs."""
+    few, many = list(manifests())[1:]
+    return compare(many, "touched in a step", [met[many]], few, [met[few]])
 
 
 def name_of(where: str, model: str) -> str:

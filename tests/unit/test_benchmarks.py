@@ -189,6 +189,8 @@ def test_whole_steps_are_compared_with_one_process_and_many_experts_with_few() -
         ("seconds per step", 2.0),
         ("seconds per step", 1.0),
     ]
+    row = step.touched_row({names[1]: 100, names[2]: 150})
+    assert (row.case, row.metric, row.ratio) == (names[2], "touched in a step", 1.5)
     few, many = (step.manifests()[name].model for name in names[1:])
     assert (few.experts_per_layer, many.experts_per_layer) == (1024, 65_536)
     assert replace(many, experts_per_layer=1024, experts_per_block=few.experts_per_block) == few

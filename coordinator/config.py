@@ -91,6 +91,8 @@ class CoordinatorConfig(RunConfig):
     """Port of the DHT node; 0: last time's, or a free one."""
     initial_peers: tuple[str, ...] = ()
     """Peers of a swarm that already runs."""
+    invite_days: float = 0.0
+    """Days for which the printed invite holds; 0: for ever."""
     clip_radius: float = AveragingConfig.clip_radius
     """Largest move of an exchange, relative to the norm."""
     max_rate_scale: float = AveragingConfig.max_rate_scale
@@ -153,6 +155,8 @@ class LocalConfig(RunConfig):
 class StatusConfig:
     """Show a swarm as its DHT describes it."""
 
+    join: str = ""
+    """Invite that the run's owner gave, or a file with one."""
     swarm: Path | None = None
     """File swarm.toml that the coordinator wrote."""
     run_id: str = ""
@@ -161,8 +165,8 @@ class StatusConfig:
     """Multiaddresses of peers in the swarm, parted by blanks."""
     json: Flag = False
     """Print JSON, for programs."""
-    listen: str = "127.0.0.1"
-    """Address for this command's own DHT node."""
+    listen: str = "auto"
+    """Address of its DHT node; auto: it reaches the swarm."""
     timeout_s: float = 15.0
     """Seconds to wait for the swarm."""
 

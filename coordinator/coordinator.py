@@ -25,6 +25,8 @@ from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
+from protocol.invite import Invite
+from protocol.settings import check_minimums
 from protocol.swarm_file import SwarmFile
 from protocol.version import SOFTWARE
 
@@ -37,12 +39,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PUBLISH_PERIOD_S = 86_400
+DAY_S = 86_400
+PUBLISH_PERIOD_S = DAY_S
 """The manifest's record lives for 30 days after the owner's last word."""
 
 
 async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> None:
     """Open the run and be its first peer until `stop`. Raises a KilohiveError if that cannot start."""
+    check_minimums(config, {"invite_days": 0})
     config.out.mkdir(parents=True, exist_ok=True)
     identity = Identity.load_or_create(config.out / "owner.key")
     manifest = open_run(config, identity.peer_id)
@@ -62,9 +66,11 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         swarm = SwarmFile(
             run_id=manifest.run_id, initial_peers=(*dht.addresses, *config.initial_peers), owner=manifest.owner
         )
+        invite = invite_of(swarm, config.invite_days)
+        write_atomically(config.out / "invite.txt", f"{invite}\n".encode())
         swarm.write(config.out / "swarm.toml")
         events.emit("start", run_id=manifest.run_id, peer_id=dht.peer_id, addresses=dht.addresses)
-        Console().print(how_to_join(config.out / "swarm.toml", swarm), soft_wrap=True)
+        Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
         await stop.wait()
         events.emit("leave")
 
@@ -123,7 +129,15 @@ def _describer() -> Callable[[], Announcement]:
     return lambda: Announcement(peer=peer)
 
 
-def how_to_join(path: Path, swarm: SwarmFile) -> Text:
+def invite_of(swarm: SwarmFile, days: float) -> str:
+    """Everything a stranger needs, for so many days from now or, with 0, for ever."""
+    expires_s = int(time.time() + days * DAY_S) if days else 0
+    return Invite(
+        run_id=swarm.run_id, initial_peers=swarm.initial_peers, owner=swarm.owner, expires_s=expires_s
+    ).encode()
+
+
+def how_to_join(path: Path, swarm: SwarmFile, invite: str) -> Text:
     """What to type, here and on another machine."""
     text = Text.assemble("run ", (swarm.run_id, "bold"), " is up\n\n")
     for purpose, command in (
@@ -132,6 +146,7 @@ def how_to_join(path: Path, swarm: SwarmFile) -> Text:
         ("look at it", f"status --swarm {path}"),
     ):
         text.append(f"  {purpose:<14}").append(f"{program_name()} {command}\n", style="cyan")
-    text.append("\nelsewhere, in place of --swarm:\n\n  ")
-    text.append(f"--run-id {swarm.run_id} --initial-peers {' '.join(swarm.initial_peers)}\n", style="cyan")
+    where = path.with_name("invite.txt")
+    text.append(f"\nelsewhere, the same with this invite in place of --swarm; it is in {where}:\n\n")
+    text.append(f"{program_name()} host --join {invite}\n", style="cyan")
     return text

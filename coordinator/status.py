@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 
 from coordinator.tables import largest_divergence, largest_gap, render_status
+from dht.addresses import listen_host
 from dht.directory import Directory
 from dht.join import fetch_manifest
 from dht.node import DhtConfig, DhtNode
 from protocol.errors import UnavailableError
 from protocol.identity import Identity
-from protocol.swarm_file import resolve
+from protocol.swarm_choice import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -61,7 +62,7 @@ async def _look(config: StatusConfig) -> tuple[Manifest, DirectoryView]:
     dht_config = DhtConfig(
         identity=Identity.generate(),
         initial_peers=initial_peers,
-        host=config.listen,
+        host=listen_host(config.listen, initial_peers),
         start_timeout_s=config.timeout_s,
     )
     dht = await DhtNode.start(dht_config)

@@ -11,20 +11,24 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class SwarmConfig:
-    """Which swarm to join: a file that the coordinator wrote, or the run id and initial peers that it printed."""
+    """Which swarm to join: an invite, a file that the coordinator wrote, or the run id and initial peers."""
 
+    join: str = ""
+    """Invite that the run's owner gave, or a file with one."""
     swarm: Path | None = None
     """File swarm.toml that the coordinator wrote."""
     run_id: str = ""
     """Run to join, as the coordinator printed it."""
     initial_peers: tuple[str, ...] = ()
     """Multiaddresses of peers in the swarm, parted by blanks."""
-    listen: str = "127.0.0.1"
-    """Address to listen on and to announce. Calls are not encrypted yet: stay on loopback or a private network."""
+    listen: str = "auto"
+    """Address to announce; auto: it reaches the swarm."""
     dht_port: int = 0
     """Port of the DHT node; 0 takes a free one."""
     join_timeout_s: float = 60.0
     """Seconds to wait for the swarm at the start."""
+    insecure_local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Neither encrypt nor sign calls; on this machine only."""
     stop_on_stdin_eof: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave when standard input ends. For a parent process that starts this one."""
 
@@ -80,15 +84,15 @@ class TrainConfig(SwarmConfig):
     n_shards: int = 1
     """Number of shards: one per trainer."""
     wait_for_blocks_s: float = 15.0
-    """Seconds at the start for every block to find a host; then training begins with those that did."""
+    """Seconds to wait at the start for every block."""
     k_min: int = 1
     """Fewest experts that must answer for each token."""
     call_timeout_s: float = 20.0
     """Deadline of one call to a host."""
     hedge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Ask a second replica as well when a call takes longer than most."""
+    """Ask a second replica too when a call is late."""
     port: int = 0
-    """Port of the gRPC server that averages the trunk; 0 takes a free one."""
+    """Port of the trunk's gRPC server; 0 takes a free one."""
     eval_every: int = 50
     """Steps between held-out evaluations; 0: only at the start and the end."""
     eval_bytes: int = 16_384

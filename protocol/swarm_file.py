@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import tomli_w
 
@@ -19,24 +19,8 @@ MAX_FILE_BYTES = 65_536
 MAX_INITIAL_PEERS = 64
 MAX_ADDRESS_CHARS = 512
 HOW_TO_NAME_A_SWARM = (
-    "name the swarm with --swarm FILE (swarm.toml, from its coordinator) or with --run-id and --initial-peers"
+    "name the swarm with --join INVITE or --swarm FILE, from its coordinator, or with --run-id and --initial-peers"
 )
-
-
-class SwarmChoice(Protocol):
-    """The part of a node's configuration that says which swarm to join."""
-
-    @property
-    def swarm(self) -> Path | None:
-        """File written by a coordinator."""
-
-    @property
-    def run_id(self) -> str:
-        """Run to join; wins over the file's."""
-
-    @property
-    def initial_peers(self) -> tuple[str, ...]:
-        """Multiaddresses; they win over the file's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +47,12 @@ class SwarmFile:
             raise ConfigError(f"{path}: owner: must be a peer id")
         try:
             return cls(
-                run_id=_run_id(table.get("run_id")), initial_peers=_peers(table.get("initial_peers")), owner=owner
+                run_id=checked_run_id(table.get("run_id")),
+                initial_peers=checked_peers(table.get("initial_peers")),
+                owner=owner,
             )
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-
-
-def resolve(choice: SwarmChoice) -> tuple[str, tuple[str, ...]]:
-    """Run id and initial peers of the swarm that a configuration names; raises ConfigError."""
-    run_id, initial_peers = choice.run_id, choice.initial_peers
-    if choice.swarm is not None and not (run_id and initial_peers):
-        file = SwarmFile.read(choice.swarm)
-        run_id, initial_peers = run_id or file.run_id, initial_peers or file.initial_peers
-    if not run_id or not initial_peers:
-        raise ConfigError(HOW_TO_NAME_A_SWARM)
-    return _run_id(run_id), _peers(list(initial_peers))
 
 
 def _read_table(path: Path) -> dict[str, object]:
@@ -94,7 +69,8 @@ def _read_table(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: not a swarm file: {error}") from None
 
 
-def _run_id(value: object) -> str:
+def checked_run_id(value: object) -> str:
+    """A run id that somebody gave; raises ConfigError."""
     if not isinstance(value, str) or not value:
         raise ConfigError("run_id: must be the name of a run, as its coordinator printed it")
     plain = value.replace("-", "").replace("_", "")
@@ -103,7 +79,8 @@ def _run_id(value: object) -> str:
     return value
 
 
-def _peers(value: object) -> tuple[str, ...]:
+def checked_peers(value: object) -> tuple[str, ...]:
+    """Initial peers that somebody gave as a list; raises ConfigError."""
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_INITIAL_PEERS:
         raise ConfigError(f"initial_peers: must be 1 to {MAX_INITIAL_PEERS} multiaddresses")
     return tuple(_peer(address) for address in value)

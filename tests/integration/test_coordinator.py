@@ -66,6 +66,8 @@ def test_status_shows_a_run_that_has_no_host_and_the_coordinator_leaves_cleanly(
     with coordinator(tmp_path, "--name", "demo", "--experts", "8", "--experts-per-block", "2") as process:
         swarm = SwarmFile.read(tmp_path / "swarm.toml")
         shown = status("--swarm", str(tmp_path / "swarm.toml"))
+        invite = (tmp_path / "invite.txt").read_text(encoding="utf-8").strip()
+        invited = status("--join", invite, "--json")
         by_hand = status("--run-id", swarm.run_id, "--initial-peers", swarm.initial_peers[0], "--json")
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -73,7 +75,8 @@ def test_status_shows_a_run_that_has_no_host_and_the_coordinator_leaves_cleanly(
         assert time.monotonic() - started < 3.0
     assert process.returncode == 0
     assert "Traceback" not in stderr
-    assert f"--run-id {swarm.run_id} --initial-peers {swarm.initial_peers[0]}" in stdout
+    assert f"host --join {invite}\n" in stdout
+    assert json.loads(invited.stdout)["run_id"] == swarm.run_id
     assert shown.returncode == 0
     assert f"run {swarm.run_id}" in shown.stdout
     assert "4 of 4 blocks have no live replica: 0/0-1,1/0-1" in shown.stdout

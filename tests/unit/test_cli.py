@@ -143,8 +143,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("local", "--log-level", "loud"), "invalid choice: 'loud'"),
         (("local", "--steps", "0"), "error: --steps: must be 1 or more, is 0"),
         (("local", "--config", "none.toml"), "error: --config none.toml: cannot be read: No such file or directory"),
-        (("status",), "error: name the swarm with --swarm FILE"),
-        (("host",), "error: name the swarm with --swarm FILE"),
+        (("status",), "error: name the swarm with --join INVITE"),
+        (("host",), "error: name the swarm with --join INVITE"),
+        (("host", "--join", "kh1oops"), "error: invite: is damaged or cut short; copy it again, whole"),
         (("train", "--swarm", "none.toml"), "error: none.toml: cannot be read: No such file"),
     ],
 )

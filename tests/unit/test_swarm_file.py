@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 
 from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError
-from protocol.swarm_file import MAX_FILE_BYTES, SwarmFile, resolve
+from protocol.swarm_file import MAX_FILE_BYTES, SwarmFile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PEER = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
-OTHER = "/ip4/127.0.0.2/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    swarm: Path | None = None
-    run_id: str = ""
-    initial_peers: tuple[str, ...] = ()
 
 
 def written(path: Path) -> Path:
@@ -43,25 +34,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         write_atomically(path, "not bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["swarm.toml"]
-
-
-def test_a_file_names_the_run_and_its_peers(tmp_path: Path) -> None:
-    assert resolve(Choice(swarm=written(tmp_path / "s.toml"))) == ("demo-0123456789ab", (PEER,))
-
-
-def test_flags_win_over_the_file(tmp_path: Path) -> None:
-    choice = Choice(swarm=written(tmp_path / "s.toml"), initial_peers=(OTHER,))
-    assert resolve(choice) == ("demo-0123456789ab", (OTHER,))
-
-
-def test_flags_alone_are_enough() -> None:
-    assert resolve(Choice(run_id="demo", initial_peers=(PEER,))) == ("demo", (PEER,))
-
-
-@pytest.mark.parametrize("choice", [Choice(), Choice(run_id="demo"), Choice(initial_peers=(PEER,))])
-def test_a_configuration_without_a_swarm_says_how_to_name_one(choice: Choice) -> None:
-    with pytest.raises(ConfigError, match=r"--swarm FILE .* --run-id and --initial-peers"):
-        resolve(choice)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""Which of this machine's addresses others should call, seen from the peers that it knows."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+from typing import TYPE_CHECKING
+
+from protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+AUTO = "auto"
+_ANY_PORT = 9
+
+
+def listen_host(listen: str, initial_peers: Iterable[str]) -> str:
+    """`listen`; for `auto` the address from which this machine would reach the first initial peer that it can.
+
+    Nothing is sent. Raises ConfigError if there is none.
+    """
+    if listen != AUTO:
+        return listen
+    for address in initial_peers:
+        found = _source_towards(address)
+        if found is not None:
+            return found
+    raise ConfigError("--listen: cannot tell which address of this machine the initial peers reach; give one")
+
+
+def _source_towards(multiaddress: str) -> str | None:
+    """None for an address that is not numeric, or that this machine has no way to."""
+    host = multiaddress.split("/")[2]
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        return None
+    family = socket.AF_INET if version == 4 else socket.AF_INET6  # noqa: PLR2004
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((host, _ANY_PORT))
+        return str(probe.getsockname()[0])
+    return None

@@ -1,0 +1,121 @@
+"""An invite: all that a stranger needs to join a run, as one line that survives chats, mails and shells.
+
+`kh1` and the base58check of a protobuf message. Letters and digits only: a double click selects it whole. The `1` is
+the format's version; the check is the first four bytes of a double SHA-256. It proves nothing about who made it and
+needs not: the run id is a hash of the run's manifest, which the owner has signed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import base58
+from google.protobuf.message import DecodeError
+
+from protocol import invite_pb2
+from protocol.errors import ConfigError, IdentityError
+from protocol.identity import peer_id_of, public_key_of
+from protocol.swarm_file import checked_peers, checked_run_id
+from protocol.version import VERSION
+
+FORMAT = 1
+MAX_CHARS = 8192
+"""Twice what 64 addresses of ordinary length come to."""
+
+_SHAPE = re.compile(r"kh(?P<format>[1-9])(?P<body>[1-9A-HJ-NP-Za-km-z]+)", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invite:
+    """A run, peers through which to reach it, its owner. `expires_s`: seconds since 1970, 0 for never."""
+
+    run_id: str
+    initial_peers: tuple[str, ...]
+    owner: str
+    expires_s: int = 0
+
+    def encode(self) -> str:
+        """One line of letters and digits."""
+        message = invite_pb2.Invite(
+            run_id=self.run_id,
+            initial_peers=self.initial_peers,
+            owner=public_key_of(self.owner),
+            expires_s=self.expires_s,
+        )
+        body = base58.b58encode_check(message.SerializeToString(deterministic=True))
+        return f"kh{FORMAT}{body.decode('ascii')}"
+
+    @classmethod
+    def decode(cls, text: str, now_s: float) -> Invite:
+        """Read and check an invite; raises ConfigError that says what is wrong with it and what to do."""
+        message = _parsed(_payload(text))
+        try:
+            invite = cls(
+                run_id=checked_run_id(message.run_id),
+                initial_peers=checked_peers(list(message.initial_peers)),
+                owner=peer_id_of(message.owner),
+                expires_s=message.expires_s,
+            )
+        except (ConfigError, IdentityError) as error:
+            raise ConfigError(f"invite: {error}") from None
+        if 0 < invite.expires_s <= now_s:
+            raise ConfigError(f"invite: expired at {_utc(invite.expires_s)}; ask the run's owner for a new one")
+        return invite
+
+
+def read_invite(text: str, now_s: float) -> Invite:
+    """The invite that a person gave, or the one in the file that they named; raises ConfigError."""
+    text = _joined(text)
+    return Invite.decode(text if _SHAPE.fullmatch(text) else _file_content(text), now_s)
+
+
+def _file_content(name: str) -> str:
+    try:
+        with Path(name).open(encoding="utf-8") as file:
+            return file.read(MAX_CHARS + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigError(
+            f"invite: {name[:40]!r} is neither an invite, which is kh{FORMAT} and letters and digits, nor a file "
+            f"with one ({reason})"
+        ) from None
+
+
+def _payload(text: str) -> bytes:
+    text = _joined(text)
+    if len(text) > MAX_CHARS:
+        raise ConfigError(f"invite: has more than {MAX_CHARS} characters")
+    shape = _SHAPE.fullmatch(text)
+    if shape is None:
+        raise ConfigError(f"invite: must be letters and digits that begin with kh{FORMAT}, is {text[:40]!r}")
+    if int(shape["format"]) != FORMAT:
+        raise ConfigError(
+            f"invite: is of format {shape['format']}, kilohive {VERSION} reads format {FORMAT}; "
+            "install the version that the run's owner uses"
+        )
+    try:
+        return base58.b58decode_check(shape["body"])
+    except ValueError:
+        raise ConfigError("invite: is damaged or cut short; copy it again, whole") from None
+
+
+def _joined(text: str) -> str:
+    """Mail programs break long lines."""
+    return "".join(text.split())
+
+
+def _parsed(payload: bytes) -> invite_pb2.Invite:
+    try:
+        return invite_pb2.Invite.FromString(payload)
+    except DecodeError:
+        raise ConfigError("invite: its check is right but its content is not an invite; ask for a new one") from None
+
+
+def _utc(seconds: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds} s after 1970"

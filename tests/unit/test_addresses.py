@@ -1,0 +1,25 @@
+"""A node announces the address from which it reaches the peers that it knows."""
+
+from __future__ import annotations
+
+import pytest
+
+from dht.addresses import listen_host
+from protocol.errors import ConfigError
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx"
+NAMED = "/dns4/example.org/tcp/4001/p2p/12D3KooWx"
+
+
+def test_what_a_person_gives_is_taken() -> None:
+    assert listen_host("192.0.2.1", [LOOPBACK]) == "192.0.2.1"
+
+
+def test_towards_loopback_it_is_loopback() -> None:
+    assert listen_host("auto", [LOOPBACK]) == "127.0.0.1"
+    assert listen_host("auto", [NAMED, LOOPBACK]) == "127.0.0.1"
+
+
+def test_with_names_alone_it_must_be_given() -> None:
+    with pytest.raises(ConfigError, match="--listen: cannot tell"):
+        listen_host("auto", [NAMED])

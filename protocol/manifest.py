@@ -18,8 +18,8 @@ import tomli_w
 
 from protocol import limits
 from protocol.errors import ManifestError
+from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION, VERSION, is_older, is_version
 
-PROTOCOL_VERSION = 2
 MAX_TOML_BYTES = 8192
 MAX_NAME_CHARS = 48
 MAX_INTEGER = 1 << 63
@@ -120,12 +120,16 @@ class AveragingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that defines a run. `owner` is the peer id of the key that signs it."""
+    """Everything that defines a run. `owner` is the peer id of the key that signs it.
+
+    `minimum_version`: the oldest kilohive that may join, such as 0.2.1; empty for any.
+    """
 
     name: str
     seed: int = 0
     owner: str = ""
     protocol_version: int = PROTOCOL_VERSION
+    minimum_version: str = ""
     codec: Codec = "fp32"
     dtype: Dtype = "fp32"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -154,6 +158,8 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             # tomllib's own error is a ValueError; so is an integer of thousands of digits.
             raise ManifestError(f"manifest: not TOML: {str(error)[:200]}") from None
+        # First of all, as the fields of another version may be unknown here.
+        _check_versions(table.get("protocol_version", PROTOCOL_VERSION), table.get("minimum_version", ""))
         model = _build(ModelConfig, table.pop("model", {}), "model.")
         optimizer = _build(OptimizerConfig, table.pop("optimizer", {}), "optimizer.")
         averaging = _build(AveragingConfig, table.pop("averaging", {}), "averaging.")
@@ -213,17 +219,27 @@ def _check_manifest(manifest: Manifest) -> None:
         or not name.isascii()
     ):
         raise ManifestError(f"name: must be 1 to {MAX_NAME_CHARS} letters, digits, - or _, is {name[:60]!r}")
-    if manifest.protocol_version != PROTOCOL_VERSION:
-        raise ManifestError(
-            f"protocol_version: this run speaks {manifest.protocol_version}, this kilohive speaks {PROTOCOL_VERSION}; "
-            "install the version that the run's owner names"
-        )
+    _check_versions(manifest.protocol_version, manifest.minimum_version)
     if not 0 <= manifest.seed < 1 << 53:
         raise ManifestError(f"seed: must be from 0 to 2**53 - 1, is {manifest.seed}")
     _check_ranges(manifest.model, _MODEL_RANGES, "model.")
     _check_ranges(manifest.optimizer, _OPTIMIZER_RANGES, "optimizer.")
     _check_ranges(manifest.averaging, _AVERAGING_RANGES, "averaging.")
     _check_model(manifest.model)
+
+
+def _check_versions(protocol_version: object, minimum_version: object) -> None:
+    if protocol_version != PROTOCOL_VERSION:
+        raise ManifestError(
+            f"protocol_version: this run speaks {str(protocol_version)[:20]}, this kilohive speaks "
+            f"{PROTOCOL_VERSION}; {HOW_TO_UPDATE}"
+        )
+    if not isinstance(minimum_version, str) or (minimum_version and not is_version(minimum_version)):
+        raise ManifestError(f"minimum_version: must be a version such as 0.2.1, is {str(minimum_version)[:40]!r}")
+    if minimum_version and is_older(VERSION, minimum_version):
+        raise ManifestError(
+            f"minimum_version: this run needs kilohive {minimum_version} or newer, this is {VERSION}; {HOW_TO_UPDATE}"
+        )
 
 
 _MODEL_RANGES: dict[str, tuple[float, float]] = {

@@ -29,6 +29,7 @@ from protocol.announcements import (
 from protocol.errors import IdentityError, ManifestError, RecordError
 from protocol.identity import Identity, peer_id_of, verify
 from protocol.manifest import HASH_CHARS, MAX_TOML_BYTES, TRUNK, BlockId, Manifest
+from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION
 
 MAX_MANIFEST_PAYLOAD_BYTES = MAX_TOML_BYTES + 8
 MAX_RECORD_BYTES = MAX_MANIFEST_PAYLOAD_BYTES + 512
@@ -40,7 +41,7 @@ MAX_ANNOUNCE_TTL_S = 300.0
 MAX_MANIFEST_TTL_S = 30 * 86_400.0
 """A run outlives its owner's last signature by this time."""
 
-_DOMAIN = b"record/1"
+_DOMAIN = b"record/2"
 _KEY = re.compile(
     rf"(?P<run>[A-Za-z0-9_-]{{1,{limits.MAX_RUN_ID_CHARS}}})/(?:(?P<topic>peers|manifest|trunk)|"
     r"(?P<layer>0|[1-9][0-9]{0,4})/(?P<block>0|[1-9][0-9]{0,8}))"
@@ -137,6 +138,11 @@ def verify_record(raw: bytes) -> SignedRecord:
     if len(raw) > MAX_RECORD_BYTES:
         raise RecordError(f"record: is {len(raw)} bytes, but the limit is {MAX_RECORD_BYTES}")
     message = parse_message(records_pb2.SignedRecord, raw)
+    if message.protocol_version != PROTOCOL_VERSION:
+        raise RecordError(
+            f"protocol_version: the record speaks {message.protocol_version}, this kilohive speaks {PROTOCOL_VERSION}; "
+            f"{HOW_TO_UPDATE}"
+        )
     record = SignedRecord(
         key=message.key,
         owner=message.subkey,
@@ -239,6 +245,7 @@ def _signed_bytes(record: SignedRecord) -> bytes:
         record.owner.encode(),
         struct.pack(">Qd", record.version, record.expiration_s),
         record.payload,
+        struct.pack(">I", PROTOCOL_VERSION),
     )
     return b"".join(struct.pack(">I", len(field)) + field for field in fields)
 
@@ -252,4 +259,5 @@ def _encode(record: SignedRecord, public_key: bytes, signature: bytes) -> bytes:
         payload=record.payload,
         public_key=public_key,
         signature=signature,
+        protocol_version=PROTOCOL_VERSION,
     ).SerializeToString(deterministic=True)

@@ -15,7 +15,7 @@ JOINING: ReplicaState
 STORED: ReplicaState
 
 class SignedRecord(_message.Message):
-    __slots__ = ("key", "subkey", "version", "expiration_s", "payload", "public_key", "signature")
+    __slots__ = ("key", "subkey", "version", "expiration_s", "payload", "public_key", "signature", "protocol_version")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SUBKEY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class SignedRecord(_message.Message):
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     key: str
     subkey: str
     version: int
@@ -30,7 +31,8 @@ class SignedRecord(_message.Message):
     payload: bytes
     public_key: bytes
     signature: bytes
-    def __init__(self, key: _Optional[str] = ..., subkey: _Optional[str] = ..., version: _Optional[int] = ..., expiration_s: _Optional[float] = ..., payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, key: _Optional[str] = ..., subkey: _Optional[str] = ..., version: _Optional[int] = ..., expiration_s: _Optional[float] = ..., payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class BlockRecord(_message.Message):
     __slots__ = ("layer", "block", "version", "endpoint", "queue_tokens", "tokens_per_s", "tokens_total", "n_experts", "trunk", "state", "divergence")

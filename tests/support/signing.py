@@ -7,6 +7,7 @@ from protocol.announcements import BlockRecord, PeerRecord, encode_block
 from protocol.identity import Identity
 from protocol.manifest import BlockId
 from protocol.records import _DOMAIN, SignedRecord, _signed_bytes, block_key, sign_record
+from protocol.version import PROTOCOL_VERSION
 
 NOW_S = 1_800_000_000.0
 RUN = "demo-0123456789ab"
@@ -51,6 +52,7 @@ def forged(message: records_pb2.SignedRecord, signer: Identity = OWNER) -> bytes
         expiration_s=message.expiration_s,
         payload=message.payload,
     )
+    message.protocol_version = PROTOCOL_VERSION
     message.public_key, message.signature = signer.public_key, signer.sign(_DOMAIN, _signed_bytes(record))
     return message.SerializeToString(deterministic=True)
 

@@ -18,6 +18,7 @@ from protocol.manifest import (
     parse_block_id,
 )
 from protocol.schedule import averaged_rate_scale, averaged_replicas, learning_rate_factor
+from protocol.version import VERSION, is_older
 
 
 def test_a_manifest_survives_its_own_toml() -> None:
@@ -47,6 +48,10 @@ def test_the_run_id_changes_with_any_field() -> None:
         ('name = "a"\ncodec = "pickle"', "codec"),
         ('name = "a"\ntypo = 1', "typo"),
         ('name = "a"\nprotocol_version = 99', "protocol_version"),
+        ('name = "a"\nnew_field = 1\nprotocol_version = 99', "protocol_version"),
+        ('name = "a"\nnew_field = 1\nminimum_version = "999.0"', "minimum_version"),
+        ('name = "a"\nminimum_version = "soon"', "minimum_version"),
+        ('name = "a"\nminimum_version = 1', "minimum_version"),
         ('name = "a"\nmodel = 3', "model"),
         ('name = "a"\n[model]\nd_model = 1e3', "model.d_model"),
         ('name = "a"\n[model]\nd_model = 0', "model.d_model"),
@@ -103,9 +108,9 @@ def test_how_replicas_are_averaged_is_written_and_read_whole() -> None:
 
 def test_a_run_of_another_version_says_which_versions_and_what_to_do() -> None:
     with pytest.raises(ManifestError) as caught:
-        Manifest.from_toml('name = "a"\nprotocol_version = 1')
+        Manifest.from_toml('name = "a"\nprotocol_version = 2')
     assert str(caught.value) == (
-        "protocol_version: this run speaks 1, this kilohive speaks 2; install the version that the run's owner names"
+        "protocol_version: this run speaks 2, this kilohive speaks 3; install the version that the run's owner names"
     )
 
 
@@ -161,3 +166,26 @@ def test_only_those_who_do_their_part_count_as_replicas(works: tuple[float, ...]
 def test_the_rate_grows_no_further_than_the_manifest_says() -> None:
     assert averaged_rate_scale([1.0] * 10_000, 4.0) == 4.0
     assert averaged_rate_scale([1.0] * 10_000, 1.0) == 1.0
+
+
+def test_an_older_node_is_told_which_version_the_run_needs() -> None:
+    with pytest.raises(ManifestError) as caught:
+        Manifest.from_toml('name = "a"\nminimum_version = "999"')
+    assert str(caught.value) == (
+        f"minimum_version: this run needs kilohive 999 or newer, this is {VERSION}; "
+        "install the version that the run's owner names"
+    )
+
+
+def test_this_version_and_older_minimums_are_enough() -> None:
+    for minimum in ("", "0", VERSION):
+        assert Manifest.from_toml(f'name = "a"\nminimum_version = "{minimum}"').minimum_version == minimum
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("0.1.0", "0.1.1"), ("0.9", "0.10"), ("1", "1.0.1"), ("0.99.99", "1"), ("1.2.3", "1.2.3.4")]
+)
+def test_versions_are_compared_number_by_number(one: str, other: str) -> None:
+    assert is_older(one, other)
+    assert not is_older(other, one)
+    assert not is_older(one, f"{one}.0" if one.count(".") < 3 else one)

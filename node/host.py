@@ -104,15 +104,16 @@ class Host:
                 keep_inputs_s=config.keep_inputs_s,
             ),
         )
-        self.averaging = Averaging(manifest, peer_id, swarm.directory, events, stored=self._store.state)
+        self.averaging = Averaging(manifest, swarm.security, swarm.directory, events, stored=self._store.state)
         self.keeper = self._build_keeper()
         about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id, software=SOFTWARE)
         self._service = ExpertService(manifest, self.runtime, device, about)
         self._server = NodeServer(
             (self._service.handler(), self.averaging.service.handler()),
             (SERVICE_NAME, averaging_service.SERVICE_NAME),
-            config.listen,
+            swarm.listen,
             config.port,
+            swarm.security,
         )
         self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._describe)
         self.keeper.announcer = self._announcer
@@ -145,7 +146,7 @@ class Host:
         try:
             await self._server.start()
             metrics = start_metrics(
-                self.runtime, self._service, config.listen, config.metrics_port, self._exchanged_bytes
+                self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
             )
             with metrics, contextlib.suppress(DrainingError):
                 await until_stopped(self._first_blocks(), stop)

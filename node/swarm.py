@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import uvloop
 
+from dht.addresses import listen_host
 from dht.directory import Directory
 from dht.join import fetch_manifest
 from dht.node import DhtConfig, DhtNode
 from node.dispatch.client import ExpertClient
 from node.dispatch.dispatcher import DispatchConfig, Dispatcher
 from node.moe import RemoteMoE
+from node.security import Security
 from protocol.errors import DrainingError, UnavailableError
 from protocol.identity import Identity
-from protocol.swarm_file import resolve
+from protocol.swarm_choice import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from node.config import SwarmConfig
+    from node.security import Caller
     from protocol.manifest import Manifest
 
 R = TypeVar("R")
@@ -39,10 +42,12 @@ class Swarm:
     """Everything a node needs to find peers and, with `dispatch`, to call their experts."""
 
     def __init__(
-        self, config: SwarmConfig, identity: Identity, make_client: Callable[[], ExpertClient] = ExpertClient
+        self, config: SwarmConfig, identity: Identity, make_client: Callable[[Caller], ExpertClient] = ExpertClient
     ) -> None:
         self._config, self.identity, self._make_client = config, identity, make_client
+        self.security = Security(identity, config.insecure_local)
         self._stack = AsyncExitStack()
+        self.listen: str
         self.dht: DhtNode
         self.manifest: Manifest
         self.directory: Directory
@@ -52,12 +57,14 @@ class Swarm:
     async def join(self) -> None:
         """Join the DHT, fetch and check the manifest, fill the directory; raises UnavailableError if nobody answers."""
         run_id, initial_peers = resolve(self._config)
+        self.listen = listen_host(self._config.listen, initial_peers)
+        self.security.check_listen(self.listen)
         # p2pd is spawned here, before this process's first gRPC call: gRPC does not survive a fork.
         self.dht = await DhtNode.start(
             DhtConfig(
                 identity=self.identity,
                 initial_peers=initial_peers,
-                host=self._config.listen,
+                host=self.listen,
                 port=self._config.dht_port,
             )
         )
@@ -70,7 +77,7 @@ class Swarm:
 
     def dispatch(self, config: DispatchConfig) -> Dispatcher:
         """Dispatcher over this swarm; closed with it."""
-        self.client = self._make_client()
+        self.client = self._make_client(self.security.caller())
         self._stack.push_async_callback(self.client.close)
         loop = asyncio.get_running_loop()
         self.dispatcher = Dispatcher(self.manifest, self.directory, self.client, config, loop)
@@ -93,7 +100,7 @@ class SwarmClient:
         config: SwarmConfig,
         dispatch: DispatchConfig | None = None,
         identity: Identity | None = None,
-        make_client: Callable[[], ExpertClient] = ExpertClient,
+        make_client: Callable[[Caller], ExpertClient] = ExpertClient,
     ) -> None:
         self._config, self._dispatch = config, dispatch or DispatchConfig()
         self._identity = identity or Identity.generate()

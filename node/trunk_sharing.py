@@ -38,9 +38,13 @@ class TrunkSharing:
         self._peer_id = swarm.identity.peer_id
         self._random = random.Random(config.seed)
         self.replica = TrunkReplica(training)
-        self.averaging = Averaging(swarm.manifest, self._peer_id, swarm.directory, events, config.seed)
+        self.averaging = Averaging(swarm.manifest, swarm.security, swarm.directory, events, config.seed)
         self._server = NodeServer(
-            [self.averaging.service.handler()], [averaging_service.SERVICE_NAME], config.listen, config.port
+            [self.averaging.service.handler()],
+            [averaging_service.SERVICE_NAME],
+            swarm.listen,
+            config.port,
+            swarm.security,
         )
 
     @property

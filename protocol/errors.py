@@ -10,6 +10,7 @@
     ├── DeadlineError            the answer would come too late
     ├── DrainingError            the node is leaving
     ├── UnavailableError         a peer cannot be reached
+    ├── UnauthenticatedError     a call that its caller has not signed, or not for this node, or not now
     ├── InternalError            a peer failed in a way it did not name
     ├── TooFewExpertsError       fewer than `k_min` experts answered for some token
     ├── RecordError              a DHT record that is malformed, forged or expired
@@ -49,6 +50,7 @@ __all__ = [
     "OverloadedError",
     "RecordError",
     "TooFewExpertsError",
+    "UnauthenticatedError",
     "UnavailableError",
     "UnknownRequestError",
     "UnknownRunError",
@@ -117,6 +119,10 @@ class UnavailableError(KilohiveError):
     """A peer cannot be reached."""
 
 
+class UnauthenticatedError(KilohiveError):
+    """A call that its caller has not signed, or not for this node, or not now."""
+
+
 class InternalError(KilohiveError):
     """A peer failed in a way that it did not name."""
 
@@ -166,6 +172,7 @@ _STATUS_OF: dict[type[KilohiveError], grpc.StatusCode] = {
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     DrainingError: grpc.StatusCode.UNAVAILABLE,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     KilohiveError: grpc.StatusCode.INTERNAL,
 }
 

@@ -28,6 +28,7 @@ _PRIVATE_HEADER = bytes([0x08, 0x01, 0x12, 2 * KEY_BYTES])
 _PRIVATE_BYTES = len(_PRIVATE_HEADER) + 2 * KEY_BYTES
 _PEER_ID_HEADER = bytes([0x00, 0x24, 0x08, 0x01, 0x12, KEY_BYTES])
 _SIGNED_PREFIX = b"kilohive\x00"
+_TLS_PREFIX = b"libp2p-tls-handshake:"
 _OTHERS_MAY_ACCESS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -68,6 +69,10 @@ class Identity:
         """Sign `message` for one purpose: the signature holds in `domain` only."""
         return self._key.sign(_in_domain(domain, message))
 
+    def certify(self, tls_key: bytes) -> bytes:
+        """Sign a TLS key (DER) as libp2p's TLS specification asks; the signature holds for nothing else."""
+        return self._key.sign(_TLS_PREFIX + tls_key)
+
 
 def verify(public_key: bytes, domain: bytes, message: bytes, signature: bytes) -> None:
     """Raise IdentityError unless `public_key` made `signature` over `message` in `domain`."""
@@ -79,6 +84,14 @@ def verify(public_key: bytes, domain: bytes, message: bytes, signature: bytes) -
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _in_domain(domain, message))
     except (InvalidSignature, ValueError):
         raise IdentityError("signature: does not match the public key and the signed fields") from None
+
+
+def check_certified(public_key: bytes, tls_key: bytes, signature: bytes) -> None:
+    """Raise IdentityError unless `public_key` made `signature` with `Identity.certify`."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _TLS_PREFIX + tls_key)
+    except (InvalidSignature, ValueError):
+        raise IdentityError("certificate: the peer it names has not signed its key") from None
 
 
 def peer_id_of(public_key: bytes) -> str:

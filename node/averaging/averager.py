@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from node.averaging.exchange import ExchangeResult
 from node.averaging.partners import FIRST_BUSY_S, History, candidates, choose_partner
+from node.security import Address
 from protocol.errors import KilohiveError, OverloadedError, UnavailableError
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ class OwnReplicas(Protocol):
 class Exchanger(Protocol):
     """Carries one exchange out."""
 
-    async def exchange(
-        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
-    ) -> ExchangeResult:
+    async def exchange(self, partner: Address, block_ids: Sequence[BlockId], timeout_s: float) -> ExchangeResult:
         """Over these blocks, in this order, within `timeout_s`. Raises KilohiveError."""
 
 
@@ -163,7 +162,7 @@ class Averager:
         begun_s = self._clock()
         try:
             result = await self._client.exchange(
-                partner.endpoint, partner.peer_id, partner.blocks, self._config.timeout_s
+                Address(partner.peer_id, partner.endpoint), partner.blocks, self._config.timeout_s
             )
         except KilohiveError as error:
             result = _failure(partner.peer_id, self._clock() - begun_s, error)

@@ -12,7 +12,8 @@ from node.averaging.download import Download
 from node.averaging.pairing import Pairing, Tally
 from node.averaging.service import SERVICE_NAME
 from node.averaging.wire import Inbox, Wire, within
-from node.dispatch.client import CLOSE_GRACE_S, OPTIONS, rebuilt_error
+from node.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
+from node.dispatch.client import rebuilt_error
 from protocol import averaging_pb2 as pb
 from protocol.errors import KilohiveError, OverloadedError, UnavailableError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from node.averaging.exchange import ExchangeConfig, ExchangeResult
     from node.averaging.replica import ReplicaState, TensorSchema
     from node.averaging.replica_set import ReplicaSet
+    from node.security import Address, Caller
     from protocol.manifest import BlockId
 
 _CUT_IN_A_MESSAGE = "Internal error from Core"
@@ -29,18 +31,16 @@ _CUT_IN_A_MESSAGE = "Internal error from Core"
 
 
 class AveragingClient:
-    """Dials other nodes by endpoint, one exchange at a time. `wire_bytes` counts messages' bytes, both ways."""
+    """Dials other nodes by address, one exchange at a time. `wire_bytes` counts messages' bytes, both ways."""
 
-    def __init__(self, replicas: ReplicaSet, config: ExchangeConfig) -> None:
-        self._replicas, self._config = replicas, config
+    def __init__(self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller) -> None:
+        self._replicas, self._config, self._caller = replicas, config, caller
         self._open: set[grpc.aio.Channel] = set()
         self._dialling = False
         self.wire_bytes = 0
 
-    async def exchange(
-        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
-    ) -> ExchangeResult:
-        """One exchange with `partner_id` over those of the blocks that both have, in this order.
+    async def exchange(self, partner: Address, block_ids: Sequence[BlockId], timeout_s: float) -> ExchangeResult:
+        """One exchange with `partner` over those of the blocks that both have, in this order.
 
         Once the partner has answered the offer, what breaks the exchange is told in the result, beside what was done.
 
@@ -52,13 +52,13 @@ class AveragingClient:
             raise OverloadedError("this node has begun another exchange")
         self._dialling = True
         try:
-            return await self._exchange(endpoint, partner_id, block_ids, timeout_s)
+            return await self._exchange(partner, block_ids, timeout_s)
         finally:
             self._dialling = False
 
     async def download(
         self,
-        endpoint: str,
+        source: Address,
         block_id: BlockId,
         wanted: Sequence[TensorSchema],
         timeout_s: float,
@@ -79,7 +79,7 @@ class AveragingClient:
             while True:
                 download = Download(block_id, wanted, self._config, params_only=params_only)
                 try:
-                    return await self._download(endpoint, request, download, tell)
+                    return await self._download(source, request, download, tell)
                 except OverloadedError as error:
                     await asyncio.sleep(error.retry_after_s)
 
@@ -87,16 +87,14 @@ class AveragingClient:
         """Close every channel; calls in flight end with UnavailableError."""
         await asyncio.gather(*(channel.close(CLOSE_GRACE_S) for channel in self._open))
 
-    async def _exchange(
-        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
-    ) -> ExchangeResult:
+    async def _exchange(self, partner: Address, block_ids: Sequence[BlockId], timeout_s: float) -> ExchangeResult:
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        tally = Tally(partner=partner_id, dialled=True)
-        async with self._channel(endpoint) as channel:
-            method: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
-            method = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")
-            call = method(timeout=timeout_s)
+        tally = Tally(partner=partner.peer_id, dialled=True)
+        async with self._channel(partner, timeout_s) as channel:
+            path = f"/{SERVICE_NAME}/Exchange"
+            method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+            call = method(timeout=timeout_s, metadata=self._caller.metadata(partner, path))
             wire = Wire(_ClientStream(call), self._config.silence_s)
             try:
                 async with within(timeout_s, "the exchange"):
@@ -114,24 +112,25 @@ class AveragingClient:
 
     async def _download(
         self,
-        endpoint: str,
+        source: Address,
         request: pb.DownloadRequest,
         download: Download,
         tell: Callable[[int], None] | None,
     ) -> ReplicaState:
-        async with self._channel(endpoint) as channel:
-            method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
-            method = channel.unary_stream(f"/{SERVICE_NAME}/Download")
-            inbox = Inbox(_ClientReceiver(method(request.SerializeToString())))
+        async with self._channel(source, OPEN_TIMEOUT_S) as channel:
+            path = f"/{SERVICE_NAME}/Download"
+            method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
+            call = method(request.SerializeToString(), metadata=self._caller.metadata(source, path))
+            inbox = Inbox(_ClientReceiver(call))
             try:
                 return await download.receive(inbox, tell)
             finally:
                 self.wire_bytes += inbox.n_bytes
 
     @asynccontextmanager
-    async def _channel(self, endpoint: str) -> AsyncIterator[grpc.aio.Channel]:
+    async def _channel(self, address: Address, timeout_s: float) -> AsyncIterator[grpc.aio.Channel]:
         """A connection for one call: calls are seconds apart, and partners come and go."""
-        channel = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
+        channel = await self._caller.open(address, timeout_s)
         self._open.add(channel)
         try:
             yield channel

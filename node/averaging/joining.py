@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from node.averaging.gossip import relative_distance
+from node.security import address_of
 from protocol.errors import KilohiveError, UnavailableError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from dht.view import Replica
     from node.averaging.replica import ReplicaState, TensorSchema
+    from node.security import Address
     from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class Downloader(Protocol):
 
     async def download(
         self,
-        endpoint: str,
+        source: Address,
         block_id: BlockId,
         wanted: Sequence[TensorSchema],
         timeout_s: float,
@@ -140,7 +142,9 @@ async def _take(
     client: Downloader, source: Replica, wanted: Sequence[TensorSchema], config: JoinConfig, *, params_only: bool
 ) -> ReplicaState | None:
     try:
-        return await client.download(source.endpoint, source.block, wanted, config.timeout_s, params_only=params_only)
+        return await client.download(
+            address_of(source), source.block, wanted, config.timeout_s, params_only=params_only
+        )
     except KilohiveError as error:
         logger.warning("Block %s cannot be taken from %s: %s", source.block, source.peer_id, error)
         return None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from dht.directory import Directory
     from node.averaging.replica import ReplicaState
+    from node.security import Security
     from protocol.events import EventLog
     from protocol.manifest import BlockId, Manifest
 
@@ -30,7 +31,7 @@ class Averaging:
     def __init__(
         self,
         manifest: Manifest,
-        peer_id: str,
+        security: Security,
         directory: Directory,
         events: EventLog,
         seed: int = 0,
@@ -39,17 +40,17 @@ class Averaging:
         self.replicas = ReplicaSet()
         config = ExchangeConfig(
             run_id=manifest.run_id,
-            peer_id=peer_id,
+            peer_id=security.identity.peer_id,
             codec=manifest.averaging.codec,
             dtype=manifest.dtype,
             limits=partial(GossipLimits.from_manifest, manifest),
         )
-        self.client = AveragingClient(self.replicas, config)
+        self.client = AveragingClient(self.replicas, config, security.caller())
         self.averager = Averager(
             self.replicas,
             self.client,
             directory,
-            AveragerConfig(peer_id=peer_id, period_s=manifest.averaging.period_s, seed=seed),
+            AveragerConfig(peer_id=config.peer_id, period_s=manifest.averaging.period_s, seed=seed),
             events,
         )
         self.service = AveragingService(self.replicas, config, self.averager.on_result, stored=stored)

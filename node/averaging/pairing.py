@@ -29,7 +29,8 @@ from node.averaging.wire import MAX_OFFER_MESSAGE_BYTES, require, unpack, within
 from protocol import averaging_pb2 as pb
 from protocol.errors import InvalidInputError, KilohiveError, LimitExceededError, NotHostedError, UnknownRunError
 from protocol.limits import MAX_EXPERTS_PER_LAYER, MAX_OFFERED_BLOCKS, MAX_PEER_ID_CHARS
-from protocol.manifest import PROTOCOL_VERSION, parse_block_id
+from protocol.manifest import parse_block_id
+from protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -108,8 +109,11 @@ class Pairing:
         finally:
             self._replicas.release_all(claim)
 
-    async def answer(self) -> None:
-        """Answer whoever dialled, until it closes its side; raises like `dial`."""
+    async def answer(self, caller: str | None = None) -> None:
+        """Answer whoever dialled, until it closes its side; raises like `dial`.
+
+        `caller`: peer id that has signed the call, None where calls are not signed.
+        """
         config = self._config
         async with within(config.offer_timeout_s, "the offer"):
             raw = await self._wire.receive_or_end()
@@ -118,6 +122,8 @@ class Pairing:
         offer = checked_offer(raw, config)
         if offer.peer_id == config.peer_id:
             raise InvalidInputError("peer_id", "is this node's own")
+        if caller is not None and offer.peer_id != caller:
+            raise InvalidInputError("peer_id", f"is {offer.peer_id!r}, but {caller} has signed the call")
         self.tally.partner = offer.peer_id
         claim = Claim(dialler=offer.peer_id, pending=False)
         try:

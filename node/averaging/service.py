@@ -15,6 +15,7 @@ from node.averaging.replica import ReplicaState
 from node.averaging.wire import Wire, within
 from node.serving.guard import abort_with, failure_of, parse, timeout_s
 from protocol import averaging_pb2 as pb
+from protocol.call_signature import caller_of
 from protocol.errors import InvalidInputError, KilohiveError, NotHostedError, OverloadedError, UnknownRunError
 from protocol.manifest import parse_block_id
 
@@ -67,12 +68,13 @@ class AveragingService:
     async def _exchange(self, _: object, context: Context) -> None:
         tally = Tally(partner="", dialled=False)
         wire = Wire(_ServerStream(context), self._config.silence_s)
+        caller = caller_of(context.invocation_metadata() or ())
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         with self._slot("exchange", MAX_ANSWERED):
             try:
                 async with within(timeout_s(context), "the exchange"):
-                    await Pairing(wire, self._replicas, self._config, tally).answer()
+                    await Pairing(wire, self._replicas, self._config, tally).answer(caller)
             except KilohiveError as error:
                 tally.problem = str(error)
                 raise

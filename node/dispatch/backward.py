@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from node.dispatch.client import NotConnectedError
+from node.security import NotConnectedError, address_of
 from node.wire import decode_rows, encode_inputs
 from protocol import expert_pb2 as pb
 from protocol.errors import (
@@ -104,7 +104,9 @@ class BackwardWork:
 
     async def send(self, request: BackwardCall, timeout_s: float, *, patient: bool) -> pb.BackwardResponse:
         """Call the peer."""
-        return await self._client.backward(request.part.replica.endpoint, request.message, timeout_s, patient=patient)
+        return await self._client.backward(
+            address_of(request.part.replica), request.message, timeout_s, patient=patient
+        )
 
     def accept(self, request: BackwardCall, response: pb.BackwardResponse, seconds: float) -> BackwardAnswer:  # noqa: ARG002 - one signature for both ways
         """The checked gradients."""

@@ -1,4 +1,4 @@
-"""gRPC calls to hosts: one channel per endpoint, a deadline on every call, typed errors back. On the event loop."""
+"""gRPC calls to hosts: one channel per peer, a deadline on every call, typed errors back. On the event loop."""
 
 from __future__ import annotations
 
@@ -8,31 +8,20 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from node.channels import Channels
+from node.security import NotConnectedError
 from protocol import expert_pb2 as pb
 from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError, error_from_status
-from protocol.limits import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Res = TypeVar("Res", bound=Message)
+    from node.security import Address, Caller
 
-OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A host that comes back on the same endpoint is tried again soon.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.use_local_subchannel_pool", 1),
-)
-CLOSE_GRACE_S = 0.5
+Res = TypeVar("Res", bound=Message)
 
 _NOT_CONNECTED = "failed to connect to all addresses"
 """How gRPC's status begins when a call found no connection to leave on."""
-
-
-class NotConnectedError(UnavailableError):
-    """No connection was made: the peer has seen nothing of the call."""
 
 
 def is_lost(error: KilohiveError) -> bool:
@@ -41,44 +30,41 @@ def is_lost(error: KilohiveError) -> bool:
 
 
 class ExpertClient:
-    """Calls hosts by endpoint. `wire_bytes` counts messages' bytes, both ways."""
+    """Calls hosts by address. `wire_bytes` counts messages' bytes, both ways."""
 
-    def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+    def __init__(self, caller: Caller) -> None:
+        self._caller, self._channels = caller, Channels(caller)
         self.wire_bytes = 0
 
     async def forward(
-        self, endpoint: str, request: pb.ForwardRequest, timeout_s: float, *, patient: bool = True
+        self, address: Address, request: pb.ForwardRequest, timeout_s: float, *, patient: bool = True
     ) -> pb.ForwardResponse:
-        """Forward at `endpoint`; raises the host's error, or UnavailableError, DeadlineError.
+        """Forward at `address`; raises the host's error, or UnavailableError, DeadlineError.
 
         A patient call that finds the host overloaded is repeated after the host's own delay while time is left.
         """
-        return await self._call(endpoint, request, pb.ForwardResponse, timeout_s, patient=patient)
+        return await self._call(address, request, pb.ForwardResponse, timeout_s, patient=patient)
 
     async def backward(
-        self, endpoint: str, request: pb.BackwardRequest, timeout_s: float, *, patient: bool = True
+        self, address: Address, request: pb.BackwardRequest, timeout_s: float, *, patient: bool = True
     ) -> pb.BackwardResponse:
-        """Backward at `endpoint`; waits and raises like `forward`."""
-        return await self._call(endpoint, request, pb.BackwardResponse, timeout_s, patient=patient)
+        """Backward at `address`; waits and raises like `forward`."""
+        return await self._call(address, request, pb.BackwardResponse, timeout_s, patient=patient)
 
-    async def describe(self, endpoint: str, request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeResponse:
-        """What the host at `endpoint` holds; waits and raises like a patient `forward`."""
-        return await self._call(endpoint, request, pb.DescribeResponse, timeout_s, patient=True)
+    async def describe(self, address: Address, request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeResponse:
+        """What the host at `address` holds; waits and raises like a patient `forward`."""
+        return await self._call(address, request, pb.DescribeResponse, timeout_s, patient=True)
 
     async def close(self) -> None:
         """Close every channel; calls in flight are cancelled."""
-        channels, self._channels = list(self._channels.values()), {}
-        await asyncio.gather(*(channel.close(CLOSE_GRACE_S) for channel in channels))
+        await self._channels.close()
 
-    async def forget(self, endpoint: str) -> None:
-        """Close the channel to `endpoint`, if there is one."""
-        channel = self._channels.pop(endpoint, None)
-        if channel is not None:
-            await channel.close(CLOSE_GRACE_S)
+    def forget(self, address: Address) -> None:
+        """Close the channel to `address`, if there is one."""
+        self._channels.drop(address)
 
     async def _call(
-        self, endpoint: str, request: Message, response_type: type[Res], timeout_s: float, *, patient: bool
+        self, address: Address, request: Message, response_type: type[Res], timeout_s: float, *, patient: bool
     ) -> Res:
         # A method is named like its request.
         method, raw = request.DESCRIPTOR.name.removesuffix("Request"), request.SerializeToString()
@@ -86,26 +72,28 @@ class ExpertClient:
         while True:
             left_s = deadline - asyncio.get_running_loop().time()
             try:
-                return _parsed(response_type, await self._send(endpoint, method, raw, left_s))
+                return _parsed(response_type, await self._send(address, method, raw, left_s))
             except OverloadedError as error:
                 if not patient or left_s <= error.retry_after_s:
                     raise
                 await asyncio.sleep(error.retry_after_s)
 
-    async def _send(self, endpoint: str, method: str, raw: bytes, timeout_s: float) -> bytes:
-        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
-        call = self._channel(endpoint).unary_unary(f"/{pb.DESCRIPTOR.package}.Expert/{method}")
+    async def _send(self, address: Address, method: str, raw: bytes, timeout_s: float) -> bytes:
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        channel = await self._channels.get(address, timeout_s)
+        path = f"/{pb.DESCRIPTOR.package}.Expert/{method}"
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
         try:
-            answer: bytes = await call(raw, timeout=timeout_s)
+            answer: bytes = await call(raw, timeout=left_s, metadata=self._caller.metadata(address, path))
         except grpc.aio.AioRpcError as error:
-            raise rebuilt_error(error.code(), error.details(), error.trailing_metadata()) from None
+            rebuilt = rebuilt_error(error.code(), error.details(), error.trailing_metadata())
+            if isinstance(rebuilt, NotConnectedError):
+                # A peer that was started again has another certificate: the next call fetches it.
+                self._channels.drop(address)
+            raise rebuilt from None
         self.wire_bytes += len(raw) + len(answer)
         return answer
-
-    def _channel(self, endpoint: str) -> grpc.aio.Channel:
-        if endpoint not in self._channels:
-            self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
-        return self._channels[endpoint]
 
 
 def rebuilt_error(code: grpc.StatusCode, details: str | None, trailing: grpc.aio.Metadata | None) -> KilohiveError:

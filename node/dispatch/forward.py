@@ -9,6 +9,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from node.security import address_of
 from node.wire import decode_rows, encode_inputs
 from protocol import expert_pb2 as pb
 from protocol.limits import REQUEST_ID_BYTES
@@ -90,7 +91,7 @@ class ForwardWork:
 
     async def send(self, request: ForwardCall, timeout_s: float, *, patient: bool) -> pb.ForwardResponse:
         """Call the peer."""
-        return await self._client.forward(request.part.replica.endpoint, request.message, timeout_s, patient=patient)
+        return await self._client.forward(address_of(request.part.replica), request.message, timeout_s, patient=patient)
 
     def accept(self, request: ForwardCall, response: pb.ForwardResponse, seconds: float) -> ForwardAnswer:
         """The checked sums; the peer's cost is learnt from them."""

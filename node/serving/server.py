@@ -1,4 +1,4 @@
-"""The gRPC server of a node: its services, standard health and reflection, bounded."""
+"""The gRPC server of a node: its services, standard health and reflection, bounded; TLS and signed calls."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from node.serving.callers import CallerCheck
 from protocol.errors import ConfigError
 from protocol.limits import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from node.security import Security
 
 MAX_CONCURRENT_CALLS = 64
 """gRPC holds a whole message before we see it: this many times MAX_MESSAGE_BYTES is the most that callers can take."""
@@ -28,9 +31,21 @@ class NodeServer:
     """Owns the gRPC server of one node and the health of its services; `endpoint` is host:port once started."""
 
     def __init__(
-        self, handlers: Sequence[grpc.GenericRpcHandler], service_names: Sequence[str], address: str, port: int
+        self,
+        handlers: Sequence[grpc.GenericRpcHandler],
+        service_names: Sequence[str],
+        address: str,
+        port: int,
+        security: Security,
     ) -> None:
-        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
+        security.check_listen(address)
+        checker = security.checker()
+        self._server = grpc.aio.server(
+            options=OPTIONS,
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+            interceptors=[CallerCheck(checker)] if checker else [],
+        )
+        self._credentials = security.server_credentials()
         self._health = health.aio.HealthServicer()
         self._server.add_generic_rpc_handlers(tuple(handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -43,7 +58,10 @@ class NodeServer:
         """Listen; raises ConfigError when the port is taken."""
         where = f"{_bracketed(self._address)}:{self._port}"
         try:
-            port = self._server.add_insecure_port(where)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(where)
+            else:
+                port = self._server.add_secure_port(where, self._credentials)
         except RuntimeError:
             raise ConfigError(
                 f"cannot listen on {where}: the port is in use or the address is not this machine's; "

@@ -29,6 +29,7 @@ from dht.node import DhtConfig, DhtNode
 from node.averaging.node_averaging import Averaging
 from node.averaging.replica import ReplicaState
 from node.averaging.service import SERVICE_NAME
+from node.security import Security
 from node.serving.server import NodeServer
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.errors import NotHostedError
@@ -177,12 +178,12 @@ class Peer:
         self._blocks = all_blocks(manifest.model)
         self._weights = Weights(config.blocks, answers)
         self._directory = Directory(dht, manifest.run_id, manifest.model)
-        events = EventLog()
+        events, security = EventLog(), Security(identity)
         events.subscribe(self._tell_dialled)
-        self._averaging = Averaging(manifest, identity.peer_id, self._directory, events, seed=config.index)
+        self._averaging = Averaging(manifest, security, self._directory, events, seed=config.index)
         self._replicas: list[SampledReplica] = []
         self._begin_round()
-        self._server = NodeServer((self._averaging.service.handler(),), (SERVICE_NAME,), ADDRESS, 0)
+        self._server = NodeServer((self._averaging.service.handler(),), (SERVICE_NAME,), ADDRESS, 0, security)
         self._announcer = Announcer(dht, identity, manifest.run_id, describe=self._describe)
 
     async def start(self, stack: AsyncExitStack) -> None:

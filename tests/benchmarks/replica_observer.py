@@ -20,8 +20,10 @@ from node.averaging.replica_set import ReplicaSet
 from node.config import SwarmConfig
 from node.experts.block import new_block
 from node.experts.state import block_state
+from node.security import Security, address_of
 from node.swarm import SwarmClient
 from protocol.errors import KilohiveError
+from protocol.identity import Identity
 from protocol.manifest import all_blocks
 
 if TYPE_CHECKING:
@@ -89,7 +91,9 @@ class Observer:
             stack.enter_context(self._client)
             manifest = self._client.manifest
             self._wanted = {block_id: schema_of(manifest, block_id) for block_id in all_blocks(manifest.model)}
-            self._averaging = AveragingClient(ReplicaSet(), exchange_config(manifest))
+            self._averaging = AveragingClient(
+                ReplicaSet(), exchange_config(manifest), Security(Identity.generate()).caller()
+            )
             stack.callback(lambda: self._client.call(self._averaging.close(), CLOSE_TIMEOUT_S))
             self._stack = stack.pop_all()
         return self
@@ -123,7 +127,7 @@ class Observer:
         try:
             one, other = await asyncio.gather(
                 *(
-                    self._averaging.download(r.endpoint, block_id, wanted, DOWNLOAD_TIMEOUT_S, params_only=True)
+                    self._averaging.download(address_of(r), block_id, wanted, DOWNLOAD_TIMEOUT_S, params_only=True)
                     for r in replicas
                 )
             )

@@ -14,15 +14,19 @@ from node.averaging import pieces
 from node.averaging.pieces import cut, piece_message
 from node.averaging.replica import schema, schema_hash
 from node.averaging.service import SERVICE_NAME
+from node.security import Address
 from protocol import averaging_pb2 as pb
+from protocol.call_signature import CallSigner
 from protocol.errors import (
     DrainingError,
     OverloadedError,
     UnavailableError,
     UnknownRunError,
 )
-from protocol.manifest import PROTOCOL_VERSION, TRUNK, BlockId
+from protocol.identity import Identity
+from protocol.manifest import TRUNK, BlockId
 from protocol.tensors import encode
+from protocol.version import PROTOCOL_VERSION
 from tests.support.averaging_parts import (
     BLOCK,
     N_ROWS,
@@ -131,8 +135,9 @@ async def test_nobody_at_the_endpoint_is_unavailable() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         async with averaging_node("peer-a", two_replicas()[0]) as node_a:
+            nobody = Address("peer-b", f"127.0.0.1:{unused.getsockname()[1]}")
             with pytest.raises(UnavailableError):
-                await node_a.client.exchange(f"127.0.0.1:{unused.getsockname()[1]}", "peer-b", [BLOCK], WAIT_S)
+                await node_a.client.exchange(nobody, [BLOCK], WAIT_S)
 
 
 async def test_another_run_is_refused_by_type() -> None:
@@ -304,10 +309,24 @@ async def test_hostile_bytes_are_refused_by_name_and_the_node_goes_on(name: str)
         assert [m.block for m in (await node_a.exchange_with(node_b)).blocks] == [BLOCK]
 
 
-async def send_all(endpoint: str, messages: list[pb.ExchangeMessage | bytes]) -> grpc.aio.AioRpcError:
+async def test_an_offer_in_somebody_elses_name_is_refused() -> None:
+    _, b = two_replicas()
+    caller = Identity.generate()
+    metadata = CallSigner(caller).metadata("peer-b", f"/{SERVICE_NAME}/Exchange")
+    async with averaging_node("peer-b", b) as node_b:
+        error = await send_all(node_b.endpoint, [offer()], metadata)
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert f"is 'evil', but {caller.peer_id} has signed the call" in (error.details() or "")
+        accepted = await send_all(node_b.endpoint, [offer(peer_id=caller.peer_id), piece()], metadata)
+        assert "must be start" in (accepted.details() or ""), "its own name is taken, and what follows is looked at"
+
+
+async def send_all(
+    endpoint: str, messages: list[pb.ExchangeMessage | bytes], metadata: tuple[tuple[str, bytes], ...] = ()
+) -> grpc.aio.AioRpcError:
     """What a dialler that speaks in turn, and then waits, gets told."""
     async with grpc.aio.insecure_channel(endpoint) as channel:
-        call: Any = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S)
+        call: Any = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S, metadata=metadata)
         try:
             for message in messages:
                 await call.write(message if isinstance(message, bytes) else message.SerializeToString())

@@ -15,23 +15,24 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from node.dispatch.client import NotConnectedError
 from node.dispatch.dispatcher import DispatchConfig
 from node.dispatch.hedging import MIN_SAMPLES
 from node.experts.layer import Pairs
 from node.moe import LocalExperts, LocalMoE, RemoteMoE
+from node.security import NotConnectedError
 from node.wire import encode_inputs
 from protocol import expert_pb2 as pb
 from protocol.errors import UnavailableError
 from protocol.limits import REQUEST_ID_BYTES
 from protocol.manifest import all_blocks
 from tests.support.processes import wait_until
-from tests.support.swarm_parts import running_swarm, small_manifest
+from tests.support.swarm_parts import forget, running_swarm, small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from node.moe import MoE
+    from node.security import Address
     from protocol.manifest import BlockId, Manifest
     from tests.support.swarm_parts import TestHost, TestSwarm
 
@@ -72,7 +73,7 @@ def steps_of(host: TestHost) -> dict[BlockId, int]:
 def stop_and_hang_up(swarm: TestSwarm, host: TestHost) -> None:
     """The host is gone, and the trainer's connection with it: the next call finds nobody to connect to."""
     host.stop()
-    swarm.loop.call(swarm.client.forget(host.server.endpoint))
+    forget(swarm, host)
 
 
 def seem_busy(swarm: TestSwarm, peer_ids: set[str]) -> None:
@@ -148,11 +149,11 @@ def test_an_update_whose_answer_was_lost_is_not_made_a_second_time_elsewhere(mon
         call, requests = swarm.client.backward, list[pb.BackwardRequest]()
 
         async def losing(
-            endpoint: str, request: pb.BackwardRequest, timeout_s: float, *, patient: bool
+            address: Address, request: pb.BackwardRequest, timeout_s: float, *, patient: bool
         ) -> pb.BackwardResponse:
             requests.append(request)
-            answer = await call(endpoint, request, timeout_s, patient=patient)
-            if endpoint == first.server.endpoint:
+            answer = await call(address, request, timeout_s, patient=patient)
+            if address == first.address:
                 raise UnavailableError("Socket closed")
             return answer
 
@@ -243,7 +244,7 @@ def test_many_threads_over_two_replicas_of_everything_with_hedges_give_the_same_
 
 def test_only_a_call_that_never_left_says_that_no_connection_was_made() -> None:
     with running_swarm(EXACT, n_hosts=1) as swarm:
-        host, endpoint = swarm.hosts[0], swarm.hosts[0].server.endpoint
+        host = swarm.hosts[0]
         expert = next(iter(host.blocks.values())).experts.start
         pair = Pairs(torch.tensor([0]), torch.tensor([expert]), torch.ones(1))
         request = pb.ForwardRequest(
@@ -253,10 +254,12 @@ def test_only_a_call_that_never_left_says_that_no_connection_was_made() -> None:
             inputs=encode_inputs(tokens(1), pair, EXACT.codec),
         )
         with frozen(host):
-            waiting = asyncio.run_coroutine_threadsafe(swarm.client.forward(endpoint, request, 20.0), swarm.loop.loop)
+            waiting = asyncio.run_coroutine_threadsafe(
+                swarm.client.forward(host.address, request, 20.0), swarm.loop.loop
+            )
             wait_until(lambda: host.runtime.queue_tokens > 0, "the request is at the host", 10)
             swarm.loop.call(host.server.drain(0))
             assert type(waiting.exception(20)) is UnavailableError
-        swarm.loop.call(swarm.client.forget(endpoint))
+        forget(swarm, host)
         with pytest.raises(NotConnectedError):
-            swarm.loop.call(swarm.client.forward(endpoint, request, 20.0))
+            swarm.loop.call(swarm.client.forward(host.address, request, 20.0))

@@ -9,6 +9,8 @@ import torch
 
 from node.block_store import block_path
 from node.checkpoint import read_checkpoint
+from node.security import Security
+from protocol.identity import Identity
 from protocol.manifest import BlockId, all_blocks
 from tests.support.docs import ROOT, python_blocks
 from tests.support.processes import process_swarm
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = small_manifest()
 ENDPOINT = "127.0.0.1:4000"
+HOST_ID = "12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
 
 
 def example(page: str) -> str:
@@ -61,11 +64,14 @@ def checkpoint_version(folder: Path, block: BlockId) -> int:
 
 def test_a_peer_written_by_hand_can_call_a_host() -> None:
     with running_swarm(MANIFEST, n_hosts=0) as swarm:
-        host = swarm.add_host("host", all_blocks(MANIFEST.model))
+        security = Security(Identity.generate())
+        host = swarm.add_host(security.identity.peer_id, all_blocks(MANIFEST.model), security=security)
         code = example("docs/protocol.md")
-        assert ENDPOINT in code
+        for told, real in ((ENDPOINT, host.server.endpoint), (HOST_ID, host.peer_id)):
+            assert told in code
+            code = code.replace(told, real)
         names: dict[str, Any] = {}
-        exec(compile(code.replace(ENDPOINT, host.server.endpoint), "protocol.md", "exec"), names)  # noqa: S102
+        exec(compile(code, "protocol.md", "exec"), names)  # noqa: S102
         about: pb.DescribeResponse = names["about"]
         assert about.run_id == MANIFEST.run_id
         assert names["y_TD"].shape == (2, 16)

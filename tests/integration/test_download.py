@@ -17,6 +17,7 @@ from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_repl
 from node.averaging.pieces import cut, piece_message
 from node.averaging.replica import ReplicaState, schema
 from node.averaging.service import SERVICE_NAME
+from node.security import Address
 from protocol import averaging_pb2 as pb
 from protocol.errors import (
     DeadlineError,
@@ -54,7 +55,7 @@ async def test_a_downloaded_replica_is_equal_to_the_bit(block_id: BlockId, monke
     monkeypatch.setattr(pieces, "MAX_PIECE_BYTES", 512)
     replica, told = MemoryReplica(make_state(), block_id), list[int]()
     async with averaging_node("a", replica, codec="int8") as node, averaging_node("b") as joiner:
-        got = await joiner.client.download(node.endpoint, block_id, WANTED, WAIT_S, tell=told.append)
+        got = await joiner.client.download(node.address, block_id, WANTED, WAIT_S, tell=told.append)
     assert raw(got) == replica.raw()
     assert torch.equal(got.learnt_R, torch.zeros(N_ROWS, dtype=torch.float64))
     assert len(told) == len(cut(WANTED)) > 6
@@ -65,7 +66,7 @@ async def test_a_downloaded_replica_is_equal_to_the_bit(block_id: BlockId, monke
 async def test_weights_alone_come_without_moments() -> None:
     state = make_state()
     async with averaging_node("a", MemoryReplica(state)) as node, averaging_node("b") as joiner:
-        got = await joiner.client.download(node.endpoint, BLOCK, WANTED, WAIT_S, params_only=True)
+        got = await joiner.client.download(node.address, BLOCK, WANTED, WAIT_S, params_only=True)
     assert got.first == got.second == {}
     assert all(torch.equal(got.params[name], p) for name, p in state.params.items())
 
@@ -76,7 +77,7 @@ async def test_a_run_in_float64_is_downloaded_whole() -> None:
         averaging_node("a", MemoryReplica(state), dtype="fp64") as node,
         averaging_node("b", dtype="fp64") as joiner,
     ):
-        got = await joiner.client.download(node.endpoint, BLOCK, schema(state), WAIT_S)
+        got = await joiner.client.download(node.address, BLOCK, schema(state), WAIT_S)
     assert raw(got) == raw(state)
 
 
@@ -88,9 +89,9 @@ async def test_a_checkpoint_of_a_block_that_is_not_held_is_downloaded_too() -> N
         return checkpoint if block_id == BLOCK else None
 
     async with averaging_node("a", stored=stored) as node, averaging_node("b") as joiner:
-        assert raw(await joiner.client.download(node.endpoint, BLOCK, WANTED, WAIT_S)) == raw(checkpoint)
+        assert raw(await joiner.client.download(node.address, BLOCK, WANTED, WAIT_S)) == raw(checkpoint)
         with pytest.raises(NotHostedError, match="block: 1/1 is neither hosted nor stored here"):
-            await joiner.client.download(node.endpoint, BlockId(1, 1), WANTED, WAIT_S)
+            await joiner.client.download(node.address, BlockId(1, 1), WANTED, WAIT_S)
     assert asked == [BLOCK, BlockId(1, 1)]
 
 
@@ -98,7 +99,7 @@ async def test_another_run_or_no_block_is_refused() -> None:
     async with averaging_node("a", MemoryReplica(make_state())) as node:
         async with averaging_node("b", run_id="other") as joiner:
             with pytest.raises(UnknownRunError):
-                await joiner.client.download(node.endpoint, BLOCK, WANTED, WAIT_S)
+                await joiner.client.download(node.address, BLOCK, WANTED, WAIT_S)
         for request, field in (
             (pb.DownloadRequest(run_id=RUN_ID, block="../etc").SerializeToString(), "block"),
             (b"\xff", "message"),
@@ -124,11 +125,11 @@ async def test_a_third_download_waits_for_its_turn() -> None:
     replica.look = count  # type: ignore[method-assign]
     async with averaging_node("a", replica) as node, averaging_node("b") as joiner:
         ask = joiner.client.download
-        tasks = [asyncio.create_task(ask(node.endpoint, BLOCK, WANTED, WAIT_S)) for _ in range(2)]
+        tasks = [asyncio.create_task(ask(node.address, BLOCK, WANTED, WAIT_S)) for _ in range(2)]
         await asyncio.wait_for(both.wait(), WAIT_S)
         with pytest.raises(DeadlineError):
-            await ask(node.endpoint, BLOCK, WANTED, 0.5)
-        third = asyncio.create_task(ask(node.endpoint, BLOCK, WANTED, WAIT_S))
+            await ask(node.address, BLOCK, WANTED, 0.5)
+        third = asyncio.create_task(ask(node.address, BLOCK, WANTED, WAIT_S))
         assert replica.calls == 2
         replica.release()
         for got in await asyncio.gather(*tasks, third):
@@ -209,7 +210,7 @@ async def test_a_download_that_does_not_fit_is_refused_by_field(name: str) -> No
     build, error, problem = BAD[name]
     async with Liar(build()) as endpoint, averaging_node("b") as joiner:
         with pytest.raises(error, match=problem):
-            await joiner.client.download(endpoint, BLOCK, WANTED, WAIT_S)
+            await joiner.client.download(Address("peer-x", endpoint), BLOCK, WANTED, WAIT_S)
 
 
 async def test_a_download_cut_in_the_middle_harms_nobody() -> None:
@@ -217,7 +218,7 @@ async def test_a_download_cut_in_the_middle_harms_nobody() -> None:
     before = replica.raw()
     async with averaging_node("a", replica) as node, averaging_node("b") as joiner:
         async with liar as endpoint:
-            cut_off = asyncio.create_task(joiner.client.download(endpoint, BLOCK, WANTED, WAIT_S))
+            cut_off = asyncio.create_task(joiner.client.download(Address("peer-x", endpoint), BLOCK, WANTED, WAIT_S))
             await asyncio.wait_for(liar.started.wait(), WAIT_S)
         with pytest.raises(UnavailableError):
             await cut_off
@@ -225,11 +226,11 @@ async def test_a_download_cut_in_the_middle_harms_nobody() -> None:
         def leave(n_bytes: int) -> None:
             leaving.cancel()
 
-        leaving = asyncio.create_task(joiner.client.download(node.endpoint, BLOCK, WANTED, WAIT_S, tell=leave))
+        leaving = asyncio.create_task(joiner.client.download(node.address, BLOCK, WANTED, WAIT_S, tell=leave))
         with pytest.raises(asyncio.CancelledError):
             await leaving
         assert replica.raw() == before
-        assert raw(await joiner.client.download(node.endpoint, BLOCK, WANTED, WAIT_S)) == before
+        assert raw(await joiner.client.download(node.address, BLOCK, WANTED, WAIT_S)) == before
 
 
 def replica_at(node: AveragingNode | str, version: int, peer_id: str = "") -> Replica:

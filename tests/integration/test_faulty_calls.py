@@ -12,9 +12,10 @@ import torch
 
 from node.dispatch.dispatcher import DispatchConfig
 from node.moe import LocalExperts, LocalMoE, RemoteMoE
+from node.security import Address
 from protocol.errors import DeadlineError, TooFewExpertsError, UnavailableError
 from tests.support.faulty_client import Faults, FaultyClient
-from tests.support.swarm_parts import running_swarm, small_manifest
+from tests.support.swarm_parts import PLAIN, running_swarm, small_manifest
 
 if TYPE_CHECKING:
     from node.moe import MoE
@@ -38,17 +39,17 @@ class EchoClient(FaultyClient):
     """Its hosts answer at once, with what they were sent."""
 
     def __init__(self, faults: Faults) -> None:
-        super().__init__(faults)
+        super().__init__(faults, PLAIN.caller())
         self.delivered: list[bytes] = []
 
-    async def _deliver(self, endpoint: str, method: str, raw: bytes, timeout_s: float) -> bytes:
+    async def _deliver(self, address: Address, method: str, raw: bytes, timeout_s: float) -> bytes:
         self.delivered.append(raw)
         await asyncio.sleep(0)
         return raw
 
     async def outcomes(self, n_calls: int, timeout_s: float = 5.0) -> list[str]:
         """What became of calls that were made one after the other, without waiting."""
-        calls = [self._send("host", "Forward", bytes([n] * 4), timeout_s) for n in range(n_calls)]
+        calls = [self._send(Address("host", "host:1"), "Forward", bytes([n] * 4), timeout_s) for n in range(n_calls)]
         ended = await asyncio.gather(*calls, return_exceptions=True)
         return [type(end).__name__ if isinstance(end, BaseException) else end.hex() for end in ended]
 

@@ -14,7 +14,7 @@ from node.serving.runtime import RuntimeConfig
 from protocol.errors import DrainingError, TooFewExpertsError
 from protocol.manifest import BlockId, all_blocks
 from tests.support.processes import wait_until
-from tests.support.swarm_parts import running_swarm, small_manifest
+from tests.support.swarm_parts import forget, running_swarm, small_manifest
 
 
 def seeded() -> torch.Generator:
@@ -123,7 +123,7 @@ def test_a_backward_goes_to_another_replica_when_the_first_is_gone() -> None:
         other = swarm.add_host("replica", all_blocks(manifest.model))
         swarm.hosts[0].stop()
         # Nobody to connect to proves that the first replica took no step; a connection that breaks would not.
-        swarm.loop.call(swarm.client.forget(swarm.hosts[0].server.endpoint))
+        forget(swarm, swarm.hosts[0])
         (grad_TD,) = torch.autograd.grad(y_TD.sum(), x_TD)
         assert bool((grad_TD.abs().sum(1) > 0).all())
         assert max(block.version for block in other.blocks.values()) == 1

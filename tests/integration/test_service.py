@@ -21,7 +21,7 @@ from protocol.errors import ConfigError
 from protocol.limits import MAX_MESSAGE_BYTES
 from protocol.manifest import BlockId, all_blocks
 from protocol.tensors import encode
-from tests.support.swarm_parts import LoopThread, TestSwarm, running_swarm, small_manifest
+from tests.support.swarm_parts import PLAIN, LoopThread, TestSwarm, running_swarm, small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -283,7 +283,7 @@ def test_a_host_without_blocks_answers_and_refuses() -> None:
 async def test_one_server_serves_several_services_each_with_its_health() -> None:
     names = ("kilohive.test.One", "kilohive.test.Two")
     handlers = [echo_handler(name) for name in names]
-    server = NodeServer(handlers, names, "127.0.0.1", 0)
+    server = NodeServer(handlers, names, "127.0.0.1", 0, PLAIN)
     await server.start()
     try:
         options = [("grpc.use_local_subchannel_pool", 1)]
@@ -306,7 +306,7 @@ async def test_a_bug_in_a_handler_is_logged_and_named_by_its_type_alone(caplog: 
         raise ZeroDivisionError("a secret of ours")
 
     server = NodeServer(
-        [handler_of("kilohive.test.One", unary(pb.DescribeRequest, broken, counts))], [], "127.0.0.1", 0
+        [handler_of("kilohive.test.One", unary(pb.DescribeRequest, broken, counts))], [], "127.0.0.1", 0, PLAIN
     )
     await server.start()
     try:
@@ -345,7 +345,7 @@ def test_a_port_in_use_is_one_clear_sentence(swarm: TestSwarm) -> None:
     loop = LoopThread()
 
     async def start() -> None:
-        server = NodeServer((host.service.handler(),), (SERVICE_NAME,), "127.0.0.1", port)
+        server = NodeServer((host.service.handler(),), (SERVICE_NAME,), "127.0.0.1", port, PLAIN)
         try:
             await server.start()
         finally:

@@ -17,6 +17,7 @@ from node.averaging.replica import ReplicaState
 from node.config import TrainConfig
 from node.data import open_dataset
 from node.moe import LocalExperts, LocalMoE
+from node.security import Security
 from node.training import StepConfig, Training, build_trunk
 from node.trunk_replica import TrunkReplica
 from node.trunk_sharing import TrunkSharing
@@ -81,6 +82,12 @@ class _Swarm:
     identity: _Identity
     directory: TrunkDirectory
     manifest: Any = MANIFEST
+    listen: str = "127.0.0.1"
+
+    @property
+    def security(self) -> Security:
+        named: Any = self.identity
+        return Security(named, insecure_local=True)
 
 
 @dataclass

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from node.averaging.replica import ReplicaState
+    from node.security import Address
 
 A, B = BlockId(0, 0), BlockId(0, 1)
 
@@ -67,12 +68,10 @@ class FakeClient:
         self.under_way = 0
         self.cancelled = 0
 
-    async def exchange(
-        self, endpoint: str, partner_id: str, block_ids: Sequence[BlockId], timeout_s: float
-    ) -> ExchangeResult:
+    async def exchange(self, partner: Address, block_ids: Sequence[BlockId], timeout_s: float) -> ExchangeResult:
         self.under_way += 1
         assert self.under_way == 1
-        self.calls.append((endpoint, partner_id, tuple(block_ids), timeout_s))
+        self.calls.append((partner.endpoint, partner.peer_id, tuple(block_ids), timeout_s))
         async with self.called:
             self.called.notify_all()
         try:
@@ -83,7 +82,7 @@ class FakeClient:
             raise
         finally:
             self.under_way -= 1
-        return self._answer(partner_id, block_ids)
+        return self._answer(partner.peer_id, block_ids)
 
     async def end(self) -> None:
         """What a cancelled exchange still does."""

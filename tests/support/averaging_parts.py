@@ -24,9 +24,11 @@ from node.averaging.replica import ReplicaState
 from node.averaging.replica_set import ReplicaSet
 from node.averaging.service import AveragingService
 from node.averaging.wire import Wire
+from node.security import Address
 from protocol import averaging_pb2 as pb
 from protocol.errors import KilohiveError, UnavailableError
 from protocol.manifest import BlockId
+from tests.support.swarm_parts import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -279,10 +281,14 @@ class AveragingNode:
     endpoint: str
     results: asyncio.Queue[ExchangeResult]
 
+    @property
+    def address(self) -> Address:
+        return Address(self.peer_id, self.endpoint)
+
     async def exchange_with(
         self, other: AveragingNode, block_ids: Sequence[BlockId] = (BLOCK,), timeout_s: float = 20.0
     ) -> ExchangeResult:
-        return await self.client.exchange(other.endpoint, other.peer_id, block_ids, timeout_s)
+        return await self.client.exchange(other.address, block_ids, timeout_s)
 
 
 @asynccontextmanager
@@ -296,7 +302,7 @@ async def averaging_node(
     held, config = replica_set(*replicas), exchange_config(peer_id, **changes)
     results: asyncio.Queue[ExchangeResult] = asyncio.Queue()
     service = AveragingService(held, config, results.put_nowait, stored=stored)
-    client = AveragingClient(held, config)
+    client = AveragingClient(held, config, PLAIN.caller())
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((service.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from node.security import address_of
 from protocol import expert_pb2 as pb
 from protocol.errors import KilohiveError
 from protocol.manifest import BlockId, all_blocks
@@ -19,6 +20,7 @@ from protocol.manifest import BlockId, all_blocks
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from node.security import Address
     from node.swarm import SwarmClient
     from tests.support.processes import Node, ProcessSwarm
 
@@ -92,12 +94,12 @@ class Churn:
         """How many hosts serve each block: announced, not killed, and they say so themselves when asked."""
         view = self._client.directory.snapshot(with_avoided=True).without(frozenset(self._killed_ids))
         living = [replica for replicas in view.replicas.values() for replica in replicas]
-        held = {endpoint: self._held_at(endpoint) for endpoint in sorted({replica.endpoint for replica in living})}
-        counts = Counter(replica.block for replica in living if replica.block in held[replica.endpoint])
+        held = {address: self._held_at(address) for address in sorted({address_of(replica) for replica in living})}
+        counts = Counter(replica.block for replica in living if replica.block in held[address_of(replica)])
         return {block: counts[block] for block in all_blocks(self._client.manifest.model)}
 
-    def _held_at(self, endpoint: str) -> frozenset[BlockId]:
-        asked = self._client.client.describe(endpoint, self._describe, DESCRIBE_TIMEOUT_S)
+    def _held_at(self, address: Address) -> frozenset[BlockId]:
+        asked = self._client.client.describe(address, self._describe, DESCRIBE_TIMEOUT_S)
         try:
             answer = self._client.call(asked, DESCRIBE_TIMEOUT_S + 1)
         except KilohiveError:

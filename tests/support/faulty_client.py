@@ -9,10 +9,13 @@ import asyncio
 import random
 from collections import Counter
 from dataclasses import dataclass, fields
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from node.dispatch.client import ExpertClient
 from protocol.errors import DeadlineError, UnavailableError
+
+if TYPE_CHECKING:
+    from node.security import Address, Caller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +72,12 @@ class _Fate(NamedTuple):
 class FaultyClient(ExpertClient):
     """Calls hosts through `faults`; `counts` says what has befallen them."""
 
-    def __init__(self, faults: Faults) -> None:
-        super().__init__()
+    def __init__(self, faults: Faults, caller: Caller) -> None:
+        super().__init__(caller)
         self.faults, self.counts = faults, Counter[str]()
         self._random = random.Random(faults.seed)
 
-    async def _send(self, endpoint: str, method: str, raw: bytes, timeout_s: float) -> bytes:
+    async def _send(self, address: Address, method: str, raw: bytes, timeout_s: float) -> bytes:
         # Drawn before the first wait: the n-th call meets the same, however the calls overtake each other.
         fate = _Fate.drawn(self.faults, self._random)
         try:
@@ -82,7 +85,7 @@ class FaultyClient(ExpertClient):
                 await asyncio.sleep(fate.delay_s / 2)
                 if fate.fails and fate.fails_before:
                     self._fail("before the host had it")
-                calls = [self._deliver(endpoint, method, raw, timeout_s) for _ in range(1 + fate.twice)]
+                calls = [self._deliver(address, method, raw, timeout_s) for _ in range(1 + fate.twice)]
                 self.counts["duplicate"] += fate.twice
                 answer = (await asyncio.gather(*calls))[-1]
                 if fate.fails:
@@ -95,8 +98,8 @@ class FaultyClient(ExpertClient):
             raise DeadlineError("the call took too long: an injected fault") from None
         return self._corrupted(answer, fate.where) if fate.corrupt else answer
 
-    async def _deliver(self, endpoint: str, method: str, raw: bytes, timeout_s: float) -> bytes:
-        return await super()._send(endpoint, method, raw, timeout_s)
+    async def _deliver(self, address: Address, method: str, raw: bytes, timeout_s: float) -> bytes:
+        return await super()._send(address, method, raw, timeout_s)
 
     def _fail(self, when: str) -> NoReturn:
         self.counts["fail"] += 1

@@ -15,17 +15,23 @@ from dht.view import Replica
 from node.dispatch.client import ExpertClient
 from node.dispatch.dispatcher import DispatchConfig, Dispatcher
 from node.experts.block import Block, new_block
+from node.security import Address, Security
 from node.serving.runtime import Runtime, RuntimeConfig
 from node.serving.server import NodeServer
 from node.serving.service import SERVICE_NAME, ExpertService
 from protocol import expert_pb2 as pb
+from protocol.identity import Identity
 from protocol.manifest import BlockId, Manifest, ModelConfig, OptimizerConfig, all_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
+    from node.security import Caller
+
 R = TypeVar("R")
 CPU = torch.device("cpu")
+PLAIN = Security(Identity.generate(), insecure_local=True)
+"""Calls inside one process, whose peers have the names that a test gives them."""
 
 
 def small_manifest(**changes: Any) -> Manifest:
@@ -128,6 +134,10 @@ class TestHost:
     loop: LoopThread
 
     @property
+    def address(self) -> Address:
+        return Address(self.peer_id, self.server.endpoint)
+
+    @property
     def blocks(self) -> Mapping[BlockId, Block]:
         return self.runtime.blocks
 
@@ -137,11 +147,16 @@ class TestHost:
 
 
 async def _serve(
-    manifest: Manifest, block_ids: Sequence[BlockId], peer_id: str, config: RuntimeConfig, loop: LoopThread
+    manifest: Manifest,
+    block_ids: Sequence[BlockId],
+    peer_id: str,
+    config: RuntimeConfig,
+    loop: LoopThread,
+    security: Security,
 ) -> TestHost:
     runtime = Runtime([new_block(manifest, block_id, CPU) for block_id in block_ids], manifest, config)
     service = ExpertService(manifest, runtime, CPU, pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id))
-    server = NodeServer((service.handler(),), (SERVICE_NAME,), "127.0.0.1", 0)
+    server = NodeServer((service.handler(),), (SERVICE_NAME,), "127.0.0.1", 0, security)
     runtime.start()
     await server.start()
     return TestHost(peer_id, runtime, server, service, loop)
@@ -160,8 +175,15 @@ class TestSwarm:
     dispatcher: Dispatcher
     hosts: list[TestHost] = field(default_factory=list)
 
-    def add_host(self, peer_id: str, block_ids: Sequence[BlockId], config: RuntimeConfig | None = None) -> TestHost:
-        host = self.loop.call(_serve(self.manifest, block_ids, peer_id, config or RuntimeConfig(), self.loop))
+    def add_host(
+        self,
+        peer_id: str,
+        block_ids: Sequence[BlockId],
+        config: RuntimeConfig | None = None,
+        security: Security = PLAIN,
+    ) -> TestHost:
+        serving = _serve(self.manifest, block_ids, peer_id, config or RuntimeConfig(), self.loop, security)
+        host = self.loop.call(serving)
         self.directory.add(peer_id, host.server.endpoint, block_ids)
         self.hosts.append(host)
         return host
@@ -174,12 +196,21 @@ class TestSwarm:
         return next(host.blocks[block_id] for host in self.hosts if block_id in host.blocks)
 
 
+def forget(swarm: TestSwarm, host: TestHost) -> None:
+    """Close the dispatcher's channel to a host."""
+
+    async def drop() -> None:
+        swarm.client.forget(host.address)
+
+    swarm.loop.call(drop())
+
+
 @contextmanager
 def running_swarm(
     manifest: Manifest,
     n_hosts: int,
     config: DispatchConfig | None = None,
-    make_client: Callable[[], ExpertClient] = ExpertClient,
+    make_client: Callable[[Caller], ExpertClient] = ExpertClient,
 ) -> Iterator[TestSwarm]:
     """`n_hosts` hosts that share every block of `manifest` evenly, one replica each."""
     loop = LoopThread()
@@ -187,7 +218,7 @@ def running_swarm(
         stack.callback(loop.close)
 
         async def build() -> tuple[ExpertClient, Dispatcher]:
-            client = make_client()
+            client = make_client(PLAIN.caller())
             return client, Dispatcher(manifest, directory, client, config or DispatchConfig(), loop.loop)
 
         directory = FakeDirectory()

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from node.dispatch import delivery
-from node.dispatch.client import NotConnectedError
 from node.dispatch.delivery import Delivery, DeliveryLimits
 from node.dispatch.loop_calls import LoopCalls
 from node.dispatch.peers import Peers
 from node.dispatch.plan import Part, flat_pairs, split_by_peer
 from node.dispatch.planner import LayerChoice, Planner
+from node.security import NotConnectedError
 from protocol.errors import DeadlineError, KilohiveError, NotHostedError, OverloadedError, UnavailableError
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import FakeDirectory, LoopThread

@@ -22,8 +22,9 @@ from node.cli import SHARED_FLAGS, help_rows, parse
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.metrics import HostCollector
 from node.report import Summary
-from protocol import averaging_pb2, errors, expert_pb2, limits, records_pb2
-from protocol.manifest import PROTOCOL_VERSION, BlockId
+from protocol import averaging_pb2, errors, expert_pb2, invite_pb2, limits, records_pb2
+from protocol.manifest import BlockId
+from protocol.version import PROTOCOL_VERSION
 from tests.support.docs import (
     PAGES,
     ROOT,
@@ -171,7 +172,7 @@ def test_every_error_that_crosses_the_wire_is_listed_with_its_status() -> None:
 
 MESSAGES = {
     name: message
-    for module in (expert_pb2, averaging_pb2, records_pb2)
+    for module in (expert_pb2, averaging_pb2, records_pb2, invite_pb2)
     for name, message in module.DESCRIPTOR.message_types_by_name.items()
 }
 

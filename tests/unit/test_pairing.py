@@ -13,7 +13,8 @@ from node.averaging.replica_set import MAX_PARTNERS, Claim, ReplicaSet
 from protocol import averaging_pb2 as pb
 from protocol.errors import DeadlineError, InvalidInputError, LimitExceededError, NotHostedError, UnknownRunError
 from protocol.limits import MAX_OFFERED_BLOCKS
-from protocol.manifest import PROTOCOL_VERSION, TRUNK, BlockId
+from protocol.manifest import TRUNK, BlockId
+from protocol.version import PROTOCOL_VERSION
 from tests.support.averaging_faults import Pair, pair, spoil
 from tests.support.averaging_parts import (
     BLOCK,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from node.dispatch import replica_choice
-from node.dispatch.client import NotConnectedError
 from node.dispatch.hedging import MIN_SAMPLES, WINDOW, LatencyWindow
 from node.dispatch.peers import Peers
 from node.dispatch.replica_choice import CostConfig, PeerCosts, choose
+from node.security import NotConnectedError
 from protocol.errors import NotHostedError, OverloadedError, UnavailableError
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import FakeDirectory, make_replica

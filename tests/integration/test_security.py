@@ -1,0 +1,186 @@
+"""Who may call whom, over real TLS: a pinned peer and a signing caller, and everybody else refused."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from node.dispatch.client import ExpertClient
+from node.security import Address, Caller, NotConnectedError, Security
+from node.serving.guard import CallCounts, unary
+from node.serving.server import NodeServer
+from protocol import expert_pb2 as pb
+from protocol.call_signature import CALLER_KEY
+from protocol.errors import ConfigError, DeadlineError, UnauthenticatedError, UnavailableError
+from protocol.identity import Identity
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+HOST, STRANGER, TRAINER = (Security(Identity.generate()) for _ in range(3))
+SERVICE = f"{pb.DESCRIPTOR.package}.Expert"
+WAIT_S = 10.0
+
+
+@asynccontextmanager
+async def serving(security: Security = HOST, port: int = 0) -> AsyncIterator[NodeServer]:
+    async def describe(request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeResponse:
+        return pb.DescribeResponse(run_id=request.run_id, peer_id=security.identity.peer_id)
+
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Describe": grpc.unary_unary_rpc_method_handler(unary(pb.DescribeRequest, describe, CallCounts()))
+    }
+    handler = grpc.method_handlers_generic_handler(SERVICE, methods)
+    server = NodeServer((handler,), (SERVICE,), "127.0.0.1", port, security)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.drain(0)
+
+
+@asynccontextmanager
+async def calling(security: Security = TRAINER) -> AsyncIterator[ExpertClient]:
+    client = ExpertClient(security.caller())
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def at(server: NodeServer, security: Security = HOST) -> Address:
+    return Address(security.identity.peer_id, server.endpoint)
+
+
+async def ask(client: ExpertClient, address: Address) -> pb.DescribeResponse:
+    return await client.describe(address, pb.DescribeRequest(run_id="r"), WAIT_S)
+
+
+async def test_a_signed_call_reaches_the_peer_that_was_meant() -> None:
+    async with serving() as server, calling() as client:
+        answers = await asyncio.gather(*(ask(client, at(server)) for _ in range(20)))
+    assert {answer.peer_id for answer in answers} == {HOST.identity.peer_id}
+
+
+async def test_another_peer_at_the_endpoint_is_not_called() -> None:
+    async with serving(STRANGER) as server, calling() as client:
+        with pytest.raises(NotConnectedError, match=f"proves to be {STRANGER.identity.peer_id}, not"):
+            await ask(client, at(server))
+
+
+async def test_a_peer_that_takes_the_endpoint_over_is_not_called_on_the_old_channel() -> None:
+    async with calling() as client:
+        async with serving() as server:
+            await ask(client, at(server))
+            address, port = at(server), int(server.endpoint.rpartition(":")[2])
+        async with serving(STRANGER, port):
+            told = [await asyncio.gather(ask(client, address), return_exceptions=True) for _ in range(4)]
+            assert all(isinstance(error, UnavailableError) for (error,) in told)
+            assert "proves to be" in str(told[-1][0])
+
+
+async def test_a_peer_that_was_started_again_is_called_with_its_new_certificate() -> None:
+    async with calling() as client:
+        async with serving() as server:
+            await ask(client, at(server))
+            address, port = at(server), int(server.endpoint.rpartition(":")[2])
+        async with serving(HOST, port):
+            # A call that leaves on the old connection is lost; one that finds it closed learns of the new certificate.
+            answers = [await asyncio.gather(ask(client, address), return_exceptions=True) for _ in range(4)]
+            assert {type(answer) for (answer,) in answers[:-1]} & {UnavailableError, NotConnectedError}
+            assert [getattr(answer, "peer_id", answer) for answer in answers[-1]] == [HOST.identity.peer_id]
+
+
+async def test_a_server_without_tls_is_not_called() -> None:
+    async with serving(Security(HOST.identity, insecure_local=True)) as server, calling() as client:
+        with pytest.raises(NotConnectedError, match=r"does not speak TLS|cannot be reached"):
+            await ask(client, at(server))
+
+
+async def test_a_plaintext_dial_is_refused() -> None:
+    async with serving() as server, calling(Security(TRAINER.identity, insecure_local=True)) as client:
+        with pytest.raises(NotConnectedError):
+            await ask(client, at(server))
+
+
+async def test_a_caller_that_does_not_sign_is_refused_health_too() -> None:
+    async with serving() as server:
+        channel = await HOST.caller().open(at(server), WAIT_S)
+        async with channel:
+            for method in (f"/{SERVICE}/Describe", "/grpc.health.v1.Health/Check"):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await channel.unary_unary(method, bytes, bytes)(b"", timeout=WAIT_S)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_health_answers_who_signs() -> None:
+    async with serving() as server:
+        caller, method = TRAINER.caller(), "/grpc.health.v1.Health/Check"
+        async with await caller.open(at(server), WAIT_S) as channel:
+            check = channel.unary_unary(method, bytes, bytes)
+            raw: bytes = await check(b"", metadata=caller.metadata(at(server), method), timeout=WAIT_S)
+    assert health_pb2.HealthCheckResponse.FromString(raw).status == health_pb2.HealthCheckResponse.SERVING
+
+
+class _Signing(Caller):
+    """Sends metadata that was made for something else."""
+
+    def __init__(self, metadata: tuple[tuple[str, bytes], ...]) -> None:
+        super().__init__(TRAINER)
+        self._sent = metadata
+
+    def metadata(self, address: Address, method: str) -> tuple[tuple[str, bytes], ...]:
+        return self._sent
+
+
+def signed_for(server: Security, method: str) -> tuple[tuple[str, bytes], ...]:
+    return TRAINER.caller().metadata(Address(server.identity.peer_id, ""), f"/{SERVICE}/{method}")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        (signed_for(STRANGER, "Describe"), "not for this call"),
+        (signed_for(HOST, "Forward"), "not for this call"),
+        (((CALLER_KEY, b"\3" + b"\0" * 116),), "signed .* ago"),
+        (((CALLER_KEY, b"\2" + b"\0" * 116),), "the caller speaks 2, this kilohive speaks 3"),
+        ((), "every call must be signed"),
+    ],
+)
+async def test_a_signature_for_something_else_is_refused(metadata: tuple[tuple[str, bytes], ...], reason: str) -> None:
+    async with serving() as server:
+        client = ExpertClient(_Signing(metadata))
+        with pytest.raises(UnauthenticatedError, match=reason):
+            await ask(client, at(server))
+        await client.close()
+
+
+async def test_a_replayed_signature_is_refused() -> None:
+    async with serving() as server:
+        client = ExpertClient(_Signing(signed_for(HOST, "Describe")))
+        await ask(client, at(server))
+        with pytest.raises(UnauthenticatedError, match="used before"):
+            await ask(client, at(server))
+        await client.close()
+
+
+async def test_a_port_that_says_nothing_costs_no_more_than_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with calling() as client:
+            address = Address(HOST.identity.peer_id, f"127.0.0.1:{silent.getsockname()[1]}")
+            with pytest.raises(DeadlineError):
+                await client.describe(address, pb.DescribeRequest(), 0.5)
+
+
+async def test_plain_calls_stay_on_this_machine() -> None:
+    plain = Security(HOST.identity, insecure_local=True)
+    with pytest.raises(ConfigError, match="--insecure-local: only with --listen 127"):
+        NodeServer((), (), "192.0.2.1", 0, plain)
+    with pytest.raises(NotConnectedError, match="calls this machine only"):
+        await plain.caller().open(Address(HOST.identity.peer_id, "192.0.2.1:4000"), WAIT_S)

@@ -21,11 +21,13 @@ from tests.benchmarks import (
     delayed_gradients,
     density,
     dispatch,
+    joining,
     latency,
     latency_grid,
     latency_plot,
     report,
     scaling,
+    security,
     step,
     wire,
     wire_loss,
@@ -194,6 +196,14 @@ def test_whole_steps_are_compared_with_one_process_and_many_experts_with_few() -
     few, many = (step.manifests()[name].model for name in names[1:])
     assert (few.experts_per_layer, many.experts_per_layer) == (1024, 65_536)
     assert replace(many, experts_per_layer=1024, experts_per_block=few.experts_per_block) == few
+
+
+def test_a_joiner_and_a_secured_call_are_compared_with_their_limits() -> None:
+    (row,) = joining.rows_of([3.0, 4.0, 5.0])
+    assert (row.ours, row.theirs, row.ratio) == (4.0, joining.LIMIT_S, 4.0 / joining.LIMIT_S)
+    names = [security.name_of(kind, size) for kind in (security.SECURE, security.PLAIN) for size in security.SIZES]
+    rows = security.rows_of(dict(zip(names, [[3.0], [6.0], [1.0], [2.0]], strict=True)))
+    assert [(row.case, row.ratio) for row in rows] == [("64 bytes", 3.0), ("1 MB", 3.0)]
 
 
 def test_the_grid_is_compared_with_no_delay_and_drawn(tmp_path: Path) -> None:

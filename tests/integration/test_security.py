@@ -21,7 +21,7 @@ from protocol.errors import ConfigError, DeadlineError, UnauthenticatedError, Un
 from protocol.identity import Identity
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 HOST, STRANGER, TRAINER = (Security(Identity.generate()) for _ in range(3))
 SERVICE = f"{pb.DESCRIPTOR.package}.Expert"
@@ -144,18 +144,21 @@ def signed_for(server: Security, method: str) -> tuple[tuple[str, bytes], ...]:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "reason"),
+    ("sign", "reason"),
     [
-        (signed_for(STRANGER, "Describe"), "not for this call"),
-        (signed_for(HOST, "Forward"), "not for this call"),
-        (((CALLER_KEY, b"\3" + b"\0" * 116),), "signed .* ago"),
-        (((CALLER_KEY, b"\2" + b"\0" * 116),), "the caller speaks 2, this kilohive speaks 3"),
-        ((), "every call must be signed"),
+        (lambda: signed_for(STRANGER, "Describe"), "not for this call"),
+        (lambda: signed_for(HOST, "Forward"), "not for this call"),
+        (lambda: ((CALLER_KEY, b"\3" + b"\0" * 116),), "signed .* ago"),
+        (lambda: ((CALLER_KEY, b"\2" + b"\0" * 116),), "the caller speaks 2, this kilohive speaks 3"),
+        (tuple, "every call must be signed"),
     ],
+    ids=["for another server", "for another method", "long ago", "of another version", "not at all"],
 )
-async def test_a_signature_for_something_else_is_refused(metadata: tuple[tuple[str, bytes], ...], reason: str) -> None:
+async def test_a_signature_for_something_else_is_refused(
+    sign: Callable[[], tuple[tuple[str, bytes], ...]], reason: str
+) -> None:
     async with serving() as server:
-        client = ExpertClient(_Signing(metadata))
+        client = ExpertClient(_Signing(sign()))
         with pytest.raises(UnauthenticatedError, match=reason):
             await ask(client, at(server))
         await client.close()

@@ -74,11 +74,13 @@ def _peer_table(view: DirectoryView) -> RenderableType:
     return _with_rest(table, len(peers), "peers")
 
 
-def _peer_row(peer: PeerInfo, replicas: Sequence[Replica], now_s: float) -> tuple[str, ...]:
+def _peer_row(peer: PeerInfo, replicas: Sequence[Replica], now_s: float) -> tuple[str | Text, ...]:
     return (
         _short(peer.peer_id),
         peer.role,
-        peer.endpoint or "-",
+        Text(f"{peer.endpoint}, not reached", style="bold red")
+        if peer.reachability == "not reached"
+        else peer.endpoint or "-",
         block_list_text(replica.block for replica in replicas) or "-",
         f"{peer.tokens_per_s:,.0f}",
         f"{peer.queue_tokens:,}",

@@ -217,5 +217,6 @@ def _peer(record: SignedRecord, said: PeerRecord) -> PeerInfo:
         own_tokens=said.own_tokens,
         staleness=said.staleness,
         exchanged_bytes=said.exchanged_bytes,
+        reachability=said.reachability,
         expiration_s=record.expiration_s,
     )

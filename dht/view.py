@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from protocol.announcements import ReplicaState, Role
+    from protocol.announcements import Reachability, ReplicaState, Role
     from protocol.manifest import BlockId
 
 
@@ -55,6 +55,7 @@ class PeerInfo:
     own_tokens: int = 0
     staleness: float = 0.0
     exchanged_bytes: int = 0
+    reachability: Reachability = "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)

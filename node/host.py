@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from dht.announcer import Announcement, Announcer
+from node import reachability
 from node.allocator import keep_freed_memory
 from node.averaging import service as averaging_service
 from node.averaging.node_averaging import Averaging
@@ -21,6 +22,7 @@ from node.folders import prepare_folder
 from node.keeper import BlockKeeper, KeeperParts
 from node.metrics import start_metrics
 from node.placement import PlacementConfig, parse_blocks
+from node.reachability import DialBackService, ReachabilityWatch
 from node.serving.runtime import Runtime, RuntimeConfig
 from node.serving.server import NodeServer
 from node.serving.service import SERVICE_NAME, ExpertService
@@ -109,12 +111,17 @@ class Host:
         about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id, software=SOFTWARE)
         self._service = ExpertService(manifest, self.runtime, device, about)
         self._server = NodeServer(
-            (self._service.handler(), self.averaging.service.handler()),
-            (SERVICE_NAME, averaging_service.SERVICE_NAME),
+            (
+                self._service.handler(),
+                self.averaging.service.handler(),
+                DialBackService(swarm.security.caller()).handler(),
+            ),
+            (SERVICE_NAME, averaging_service.SERVICE_NAME, reachability.SERVICE_NAME),
             swarm.listen,
             config.port,
             swarm.security,
         )
+        self._reach = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
         self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._describe)
         self.keeper.announcer = self._announcer
 
@@ -190,7 +197,7 @@ class Host:
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, endpoint, self._device, seconds)
 
     async def _until(self, stop: asyncio.Event) -> None:
-        work = [self._checkpoints(), self._load_events()]
+        work = [self._checkpoints(), self._load_events(), self._reach.watch(self._server.endpoint)]
         if self._config.recheck_s:
             work.append(self.keeper.recheck_forever())
         async with asyncio.TaskGroup() as group:
@@ -262,6 +269,7 @@ class Host:
             tokens_per_s=runtime.tokens_per_s,
             staleness=min(runtime.staleness, MAX_STALENESS),
             exchanged_bytes=self._exchanged_bytes(),
+            reachability=self._reach.state,
         )
         return Announcement(peer=peer, blocks=tuple(self._records()))
 

@@ -7,9 +7,11 @@ import logging
 import random
 from typing import TYPE_CHECKING
 
+from node import reachability
 from node.averaging import service as averaging_service
 from node.averaging.joining import JoinConfig, fetch_replica
 from node.averaging.node_averaging import Averaging
+from node.reachability import DialBackService
 from node.serving.server import NodeServer
 from node.trunk_replica import TrunkReplica
 from protocol.announcements import MAX_DIVERGENCE, BlockRecord
@@ -40,8 +42,8 @@ class TrunkSharing:
         self.replica = TrunkReplica(training)
         self.averaging = Averaging(swarm.manifest, swarm.security, swarm.directory, events, config.seed)
         self._server = NodeServer(
-            [self.averaging.service.handler()],
-            [averaging_service.SERVICE_NAME],
+            [self.averaging.service.handler(), DialBackService(swarm.security.caller()).handler()],
+            [averaging_service.SERVICE_NAME, reachability.SERVICE_NAME],
             swarm.listen,
             config.port,
             swarm.security,

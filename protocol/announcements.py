@@ -32,6 +32,10 @@ ReplicaState = Literal["serving", "joining", "stored"]
 REPLICA_STATES: Final = get_args(ReplicaState)
 """In the order of the numbers that the proto gives them."""
 
+Reachability = Literal["unknown", "reached", "not reached"]
+REACHABILITIES: Final = get_args(Reachability)
+"""In the order of the numbers that the proto gives them."""
+
 MAX_DIVERGENCE = 1e9
 MAX_STALENESS = 1e15
 
@@ -91,8 +95,13 @@ class PeerRecord:
     own_tokens: int = 0
     staleness: float = 0.0
     exchanged_bytes: int = 0
+    reachability: Reachability = "unknown"
 
     def __post_init__(self) -> None:
+        if self.reachability not in REACHABILITIES:
+            raise RecordError(
+                f"reachability: must be one of {', '.join(REACHABILITIES)}, is {self.reachability[:40]!r}"
+            )
         if self.role not in ROLES:
             raise RecordError(f"role: must be one of {', '.join(ROLES)}, is {self.role[:40]!r}")
         if self.endpoint:
@@ -162,6 +171,7 @@ def encode_peer(record: PeerRecord) -> bytes:
         own_tokens=record.own_tokens,
         staleness=record.staleness,
         exchanged_bytes=record.exchanged_bytes,
+        reachability=REACHABILITIES.index(record.reachability),  # type: ignore[arg-type]  # as above
     ).SerializeToString(deterministic=True)
 
 
@@ -169,6 +179,7 @@ def decode_peer(payload: bytes) -> PeerRecord:
     """Raises RecordError naming the first field that is wrong."""
     check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
     message = parse_message(records_pb2.PeerRecord, payload)
+    check_range("reachability", message.reachability, len(REACHABILITIES) - 1)
     return PeerRecord(
         role=message.role,  # type: ignore[arg-type]  # checked by PeerRecord itself
         endpoint=message.endpoint,
@@ -181,6 +192,7 @@ def decode_peer(payload: bytes) -> PeerRecord:
         own_tokens=message.own_tokens,
         staleness=message.staleness,
         exchanged_bytes=message.exchanged_bytes,
+        reachability=REACHABILITIES[message.reachability],
     )
 
 

@@ -10,9 +10,18 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SERVING: _ClassVar[ReplicaState]
     JOINING: _ClassVar[ReplicaState]
     STORED: _ClassVar[ReplicaState]
+
+class Reachability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UNKNOWN: _ClassVar[Reachability]
+    REACHED: _ClassVar[Reachability]
+    NOT_REACHED: _ClassVar[Reachability]
 SERVING: ReplicaState
 JOINING: ReplicaState
 STORED: ReplicaState
+UNKNOWN: Reachability
+REACHED: Reachability
+NOT_REACHED: Reachability
 
 class SignedRecord(_message.Message):
     __slots__ = ("key", "subkey", "version", "expiration_s", "payload", "public_key", "signature", "protocol_version")
@@ -61,7 +70,7 @@ class BlockRecord(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., block: _Optional[int] = ..., version: _Optional[int] = ..., endpoint: _Optional[str] = ..., queue_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., n_experts: _Optional[int] = ..., trunk: _Optional[bool] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., divergence: _Optional[float] = ...) -> None: ...
 
 class PeerRecord(_message.Message):
-    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes")
+    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes", "reachability")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +82,7 @@ class PeerRecord(_message.Message):
     OWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     EXCHANGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REACHABILITY_FIELD_NUMBER: _ClassVar[int]
     role: str
     endpoint: str
     software: str
@@ -84,7 +94,8 @@ class PeerRecord(_message.Message):
     own_tokens: int
     staleness: float
     exchanged_bytes: int
-    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ...) -> None: ...
+    reachability: Reachability
+    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ..., reachability: _Optional[_Union[Reachability, str]] = ...) -> None: ...
 
 class ManifestRecord(_message.Message):
     __slots__ = ("toml",)

@@ -22,7 +22,7 @@ from node.cli import SHARED_FLAGS, help_rows, parse
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.metrics import HostCollector
 from node.report import Summary
-from protocol import averaging_pb2, errors, expert_pb2, invite_pb2, limits, records_pb2
+from protocol import averaging_pb2, errors, expert_pb2, invite_pb2, limits, reach_pb2, records_pb2
 from protocol.manifest import BlockId
 from protocol.version import PROTOCOL_VERSION
 from tests.support.docs import (
@@ -172,7 +172,7 @@ def test_every_error_that_crosses_the_wire_is_listed_with_its_status() -> None:
 
 MESSAGES = {
     name: message
-    for module in (expert_pb2, averaging_pb2, records_pb2, invite_pb2)
+    for module in (expert_pb2, averaging_pb2, reach_pb2, records_pb2, invite_pb2)
     for name, message in module.DESCRIPTOR.message_types_by_name.items()
 }
 
@@ -184,7 +184,8 @@ def test_every_message_is_described_field_by_field(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "service", "heading"), [(expert_pb2, "Expert", "Calls"), (averaging_pb2, "Averaging", "Averaging")]
+    ("module", "service", "heading"),
+    [(expert_pb2, "Expert", "Calls"), (averaging_pb2, "Averaging", "Averaging"), (reach_pb2, "Reach", "Reach")],
 )
 def test_every_call_of_the_service_is_described(module: ModuleType, service: str, heading: str) -> None:
     methods = module.DESCRIPTOR.services_by_name[service].methods
@@ -193,7 +194,12 @@ def test_every_call_of_the_service_is_described(module: ModuleType, service: str
 
 
 @pytest.mark.parametrize(
-    ("enum", "message"), [(averaging_pb2.Reason, "BlockOffer"), (records_pb2.ReplicaState, "BlockRecord")]
+    ("enum", "message"),
+    [
+        (averaging_pb2.Reason, "BlockOffer"),
+        (records_pb2.ReplicaState, "BlockRecord"),
+        (records_pb2.Reachability, "PeerRecord"),
+    ],
 )
 def test_every_value_of_an_enumeration_is_explained(enum: EnumTypeWrapper, message: str) -> None:
     cells = [row[2] for row in table(DOCS / "protocol.md", message) if row[1] == enum.DESCRIPTOR.name]
@@ -207,7 +213,7 @@ def test_the_version_is_the_one_that_is_spoken() -> None:
 EMITTERS = {
     "hosts and trainers": ("node/averaging/averager.py",),
     "a trainer": ("node/trainer.py", "node/trunk_sharing.py"),
-    "a host": ("node/host.py", "node/keeper.py"),
+    "a host": ("node/host.py", "node/keeper.py", "node/reachability.py"),
     "a coordinator": ("coordinator/coordinator.py",),
     "local": ("coordinator/local.py",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -209,3 +210,8 @@ def test_json_tells_of_averaging() -> None:
     host, trainer = table["peers"][0], table["peers"][-1]
     assert (host["staleness"], host["exchanged_bytes"], trainer["own_tokens"]) == (3.25, 12_345_678, 61_440)
     assert table["manifest"]["averaging"]["target_replicas"] == 2
+
+
+def test_a_host_that_nobody_can_call_is_shown_as_such() -> None:
+    lost = replace(peer_info(0), reachability="not reached")
+    assert f"{lost.endpoint}, not reached" in shown(replace(view(), peers=(lost,)), width=140)

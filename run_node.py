@@ -27,7 +27,7 @@ from rich.text import Text
 
 from coordinator.config import CoordinatorConfig, LocalConfig, StatusConfig, program_name
 from node.cli import Page, parse, print_help, resolved_text
-from node.config import EvaluateConfig, HostConfig, SampleConfig, TrainConfig
+from node.config import EvaluateConfig, HealthConfig, HostConfig, SampleConfig, TrainConfig
 from protocol.errors import ConfigError, KilohiveError
 from protocol.version import VERSION
 
@@ -98,6 +98,13 @@ COMMANDS = (
         config=StatusConfig,
         examples=("status --swarm runs/local/swarm.toml", "status --swarm runs/local/swarm.toml --json"),
         entry="coordinator.status:run_status",
+    ),
+    Command(
+        name="health",
+        summary="ask the node of a folder on this machine whether it serves.",
+        config=HealthConfig,
+        examples=("health --state state/host", "health --state runs/run"),
+        entry="node.health:run_health",
     ),
     Command(
         name="evaluate",

@@ -86,13 +86,15 @@ class CoordinatorConfig(RunConfig):
     total_tokens: int = OptimizerConfig.total_tokens
     """Tokens over which the learning rate decays."""
     listen: str = "127.0.0.1"
-    """Address to listen on and to announce."""
+    """Address to listen on; auto: this machine's."""
     dht_port: int = 0
     """Port of the DHT node; 0: last time's, or a free one."""
     initial_peers: tuple[str, ...] = ()
     """Peers of a swarm that already runs."""
     invite_days: float = 0.0
-    """Days for which the printed invite holds; 0: for ever."""
+    """Days for which the invite holds; 0: for ever."""
+    invite_file: Path | None = None
+    """Where to write the invite too, for other nodes."""
     clip_radius: float = AveragingConfig.clip_radius
     """Largest move of an exchange, relative to the norm."""
     max_rate_scale: float = AveragingConfig.max_rate_scale

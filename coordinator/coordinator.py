@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from coordinator.config import CoordinatorConfig, check_same_run, manifest_of, owned_by, program_name, read_manifest
+from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
 from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
@@ -67,7 +68,8 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
             run_id=manifest.run_id, initial_peers=(*dht.addresses, *config.initial_peers), owner=manifest.owner
         )
         invite = invite_of(swarm, config.invite_days)
-        write_atomically(config.out / "invite.txt", f"{invite}\n".encode())
+        for path in (config.out / "invite.txt", *([config.invite_file] if config.invite_file else [])):
+            write_atomically(path, f"{invite}\n".encode())
         swarm.write(config.out / "swarm.toml")
         events.emit("start", run_id=manifest.run_id, peer_id=dht.peer_id, addresses=dht.addresses)
         Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
@@ -103,7 +105,10 @@ def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
 
 async def _start_dht(config: CoordinatorConfig, identity: Identity) -> DhtNode:
     dht_config = DhtConfig(
-        identity=identity, initial_peers=config.initial_peers, host=config.listen, port=config.dht_port
+        identity=identity,
+        initial_peers=config.initial_peers,
+        host=listen_host(config.listen, config.initial_peers or DEFAULT_ROUTES),
+        port=config.dht_port,
     )
     last_port = _last_port(config.out / "swarm.toml") if config.dht_port == 0 else 0
     if last_port:

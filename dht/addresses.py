@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 AUTO = "auto"
+DEFAULT_ROUTES = ("/ip4/192.0.2.1", "/ip6/2001:db8::1")
+"""In place of initial peers for the first node of a swarm: addresses kept for documentation, so the way leads out."""
+
 _ANY_PORT = 9
 
 
@@ -27,7 +30,7 @@ def listen_host(listen: str, initial_peers: Iterable[str]) -> str:
         found = _source_towards(address)
         if found is not None:
             return found
-    raise ConfigError("--listen: cannot tell which address of this machine the initial peers reach; give one")
+    raise ConfigError("--listen: cannot tell which address of this machine the others reach; give one")
 
 
 def _source_towards(multiaddress: str) -> str | None:

@@ -112,6 +112,18 @@ class TrainConfig(SwarmConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """Ask the node of a folder on this machine whether it serves."""
+
+    state: Path = Path("state/host")
+    """The node's folder: a host's --state, a trainer's or a coordinator's --out."""
+    timeout_s: float = 3.0
+    """Seconds to wait for its answer."""
+    insecure_local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The node was started with --insecure-local."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SwarmConfig):
     """Measure held-out bits per byte of a run, with the trunk from a checkpoint and the swarm's experts."""
 

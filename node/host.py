@@ -19,10 +19,12 @@ from node.averaging.node_averaging import Averaging
 from node.block_store import BlockStore
 from node.devices import pick_device
 from node.folders import prepare_folder
+from node.health import server_told
 from node.keeper import BlockKeeper, KeeperParts
 from node.metrics import start_metrics
 from node.placement import PlacementConfig, parse_blocks
 from node.reachability import DialBackService, ReachabilityWatch
+from node.security import Address
 from node.serving.runtime import Runtime, RuntimeConfig
 from node.serving.server import NodeServer
 from node.serving.service import SERVICE_NAME, ExpertService
@@ -155,7 +157,8 @@ class Host:
             metrics = start_metrics(
                 self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
             )
-            with metrics, contextlib.suppress(DrainingError):
+            told = server_told(config.state, Address(self._swarm.identity.peer_id, self._server.endpoint))
+            with metrics, told, contextlib.suppress(DrainingError):
                 await until_stopped(self._first_blocks(), stop)
                 self.averaging.start()
                 self._tell_announced()

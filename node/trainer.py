@@ -19,11 +19,13 @@ from node.dispatch.dispatcher import DispatchConfig
 from node.display import open_display
 from node.experts.kinds import expert_parameters
 from node.folders import data_cache, prepare_folder
+from node.health import server_told
 from node.moe import RemoteMoE
 from node.progress import StepReport, step_event
 from node.report import Summary, write_report
 from node.run_tokens import RunTokens
 from node.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
+from node.security import Address
 from node.swarm import Swarm, until_stopped, wait_for_blocks
 from node.training import StepConfig, Training, build_trunk
 from node.trunk_sharing import TrunkSharing
@@ -116,10 +118,11 @@ class Trainer:
         try:
             # Announced only with a trunk that is worth averaging with.
             await until_stopped(self._sharing.join(), stop)
-            await announcer.start()
-            work = asyncio.create_task(self._work(stop), name="training")
-            await self._until_done_or(stop, work)
-            await self._finish(work)
+            with server_told(self._config.out, Address(self._swarm.identity.peer_id, self._sharing.endpoint)):
+                await announcer.start()
+                work = asyncio.create_task(self._work(stop), name="training")
+                await self._until_done_or(stop, work)
+                await self._finish(work)
         finally:
             self._dispatcher.close()
             await asyncio.gather(announcer.withdraw(), self._sharing.stop())

@@ -87,6 +87,20 @@ def test_status_shows_a_run_that_has_no_host_and_the_coordinator_leaves_cleanly(
     assert read_manifest(tmp_path / "manifest.toml").run_id == swarm.run_id
 
 
+def test_the_invite_goes_where_others_can_read_it_without_the_owners_key(tmp_path: Path) -> None:
+    shared = tmp_path / "shared" / "invite.txt"
+    with coordinator(tmp_path / "run", "--invite-file", str(shared)):
+        assert shared.read_text() == (tmp_path / "run" / "invite.txt").read_text()
+        assert status("--join", str(shared)).returncode == 0
+        healthy = subprocess.run(
+            [*PROGRAM, "health", "--state", str(tmp_path / "run")], check=False, timeout=PATIENCE_S
+        )
+    assert healthy.returncode == 0
+    assert [path.name for path in shared.parent.iterdir()] == ["invite.txt"]
+    gone = subprocess.run([*PROGRAM, "health", "--state", str(tmp_path / "run")], check=False, timeout=PATIENCE_S)
+    assert gone.returncode == 1
+
+
 def test_a_coordinator_that_was_killed_comes_back_as_the_same_peer_of_the_same_run(tmp_path: Path) -> None:
     port = str(free_port())
     with coordinator(tmp_path, "--dht-port", port) as process:

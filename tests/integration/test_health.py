@@ -1,0 +1,105 @@
+"""`health` against real servers: a node that serves, one that is stopped, one that is somebody else, one that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from node.config import HealthConfig
+from node.health import run_health, server_told
+from node.security import Address, Security
+from node.serving.server import NodeServer
+from protocol.errors import UnavailableError
+from protocol.identity import Identity
+from protocol.swarm_file import SwarmFile
+from tests.support.dht_nodes import running_nodes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+HOST = Security(Identity.generate())
+
+
+@asynccontextmanager
+async def serving(security: Security = HOST) -> AsyncIterator[NodeServer]:
+    server = NodeServer((), (), "127.0.0.1", 0, security)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.drain(0)
+
+
+async def ask(folder: Path, *, timeout_s: float = 10.0, insecure_local: bool = False) -> None:
+    await run_health(HealthConfig(state=folder, timeout_s=timeout_s, insecure_local=insecure_local), asyncio.Event())
+
+
+def at(server: NodeServer, security: Security = HOST) -> Address:
+    return Address(security.identity.peer_id, server.endpoint)
+
+
+async def test_a_node_that_serves_is_healthy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with serving() as server:
+        with server_told(tmp_path, at(server)):
+            await ask(tmp_path)
+        assert capsys.readouterr().out == f"{HOST.identity.peer_id} at {server.endpoint}: SERVING\n"
+
+
+async def test_a_node_without_encryption_is_asked_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with serving(Security(HOST.identity, insecure_local=True)) as server:
+        with server_told(tmp_path, at(server)):
+            await ask(tmp_path, insecure_local=True)
+            with pytest.raises(UnavailableError, match=r"does not speak TLS|cannot be reached"):
+                await ask(tmp_path)
+    assert "SERVING" in capsys.readouterr().out
+
+
+async def test_a_node_that_is_gone_is_not(tmp_path: Path) -> None:
+    async with serving() as server:
+        address = at(server)
+    with server_told(tmp_path, address), pytest.raises(UnavailableError, match="cannot be reached"):
+        await ask(tmp_path)
+
+
+async def test_a_node_that_takes_no_more_calls_is_not(tmp_path: Path) -> None:
+    async with serving() as server:
+        await server._health.enter_graceful_shutdown()
+        with server_told(tmp_path, at(server)), pytest.raises(UnavailableError, match="is NOT_SERVING"):
+            await ask(tmp_path)
+
+
+async def test_another_node_at_the_endpoint_does_not_count(tmp_path: Path) -> None:
+    other = Security(Identity.generate())
+    async with serving(other) as server:
+        with server_told(tmp_path, at(server)), pytest.raises(UnavailableError, match="proves to be"):
+            await ask(tmp_path)
+
+
+def swarm_file(folder: Path, host: str, port: int) -> None:
+    peer = f"/ip4/{host}/tcp/{port}/p2p/{HOST.identity.peer_id}"
+    SwarmFile(run_id="demo-1", initial_peers=(peer,)).write(folder / "swarm.toml")
+
+
+async def test_a_coordinator_is_healthy_while_its_dht_node_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_nodes() as start_one:
+        node = await start_one()
+        _, _, host, _, port, *_ = node.addresses[0].split("/")
+        swarm_file(tmp_path, host, int(port))
+        await ask(tmp_path)
+    assert capsys.readouterr().out == f"{host} port {port}: the DHT node answers\n"
+    with pytest.raises(UnavailableError, match="its DHT node does not answer"):
+        await ask(tmp_path)
+
+
+async def test_a_dht_node_that_hangs_costs_no_more_than_the_timeout(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        swarm_file(tmp_path, *silent.getsockname())
+        with pytest.raises(UnavailableError, match=r"did not answer within 0\.2 s"):
+            await ask(tmp_path, timeout_s=0.2)

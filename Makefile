@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-bench swarm test test-all lint format proto bench lock clean
+.PHONY: help setup setup-dev setup-bench swarm test test-all lint format proto bench compose-test lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -11,7 +11,7 @@ PYTEST_FLAGS ?=#   make test PYTEST_FLAGS="tests/unit -x"
 BENCH_FLAGS ?=#    make bench BENCH_FLAGS="--only codec,wire"
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 setup: .venv/.runtime ## install what a node needs into .venv
 setup-dev: .venv/.dev ## the same, and what tests and checks need
 swarm: setup ## train a real model over a swarm of local processes (flags: SWARM_FLAGS)
@@ -34,6 +34,8 @@ proto: setup-dev ## generate protocol/*_pb2 from protocol/*.proto
 setup-bench: .venv/.bench ## the same, and the digits that one benchmark learns
 bench: setup-bench ## run the benchmarks, an hour and a half for all (flags: BENCH_FLAGS)
 	@$(BIN)/python -m tests.benchmarks.suite $(BENCH_FLAGS)
+compose-test: setup-dev ## build the image, run docker/compose.yaml on a Docker engine and break things
+	@$(BIN)/python -m pytest tests/compose $(PYTEST_FLAGS)
 lock: setup-dev ## bring the lock files up to date with pyproject.toml
 	@$(call compile,requirements.lock,)
 	@$(call compile,requirements-dev.lock,--extra=dev --constraint=requirements.lock)

@@ -103,6 +103,11 @@ def check_command(words: list[str]) -> None:
             assert source.startswith('"""' + " ".join(words)), words
         case ["make", *rest]:
             check_make(rest)
+        case ["docker", *rest]:
+            check_docker(rest)
+        case ["pip", "wheel", "-r", lock, "-w", folder]:
+            assert (ROOT / lock).exists(), words
+            assert (ROOT / folder).is_dir(), words
         case ["source" | "grep", *_]:
             pass
         case _:
@@ -117,12 +122,20 @@ def check_make(words: list[str]) -> None:
         assert re.search(wanted, makefile, re.MULTILINE), word
 
 
+def check_docker(words: list[str]) -> None:
+    """The file that it reads is there; what it runs in a container is a command of ours."""
+    if "-f" in words:
+        assert (ROOT / words[words.index("-f") + 1]).exists(), words
+    if {"run", "exec"} & set(words):
+        check_command(["python", "run_node.py", *words[words.index("kilohive") + 1 :]])
+
+
 @every_page
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     known = {row[0].split()[0] for command in run_node.COMMANDS for row in help_rows(command.config)}
     known |= {flag.split()[0] for flag, _ in SHARED_FLAGS} | {"--help", "--version"}
     for span in spans(page):
-        if span.startswith("python -m"):
+        if span.startswith(("python -m", "docker ")):
             continue
         unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)) - known
         assert not unknown, f"{name_of(page)}: `{span}`"

@@ -11,40 +11,31 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import msgpack  # type: ignore[import-untyped]
-from hivemind.dht.crypto import DHTRecord
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
-from dht.validator import MAX_SUBKEYS
+from dht.packing import DICTIONARY_TAG, MAX_KEYS_PER_REQUEST, place_of_peer, unpack_dictionary
 from protocol.errors import RecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from hivemind.dht.routing import RoutingTable
     from hivemind.p2p import PeerID
 
-    from dht.validator import RecordChecker
+    from dht.packing import RecordChecker
 
 logger = logging.getLogger(__name__)
 
-MAX_KEYS_PER_REQUEST = 4096
 MAX_NEIGHBORS = 64
-_DICTIONARY_EXT = 0x50  # hivemind.dht.storage
-_DICTIONARY_TAG = b""  # hivemind.dht.protocol: the value is a whole dictionary of sub-keys
 
 
 def node_id_of(peer_id: PeerID) -> DHTID:
     """A node's place in the DHT: fixed by its peer id, so that nobody can choose to sit beside a key."""
-    return _place_of(peer_id.to_bytes())
-
-
-def _place_of(peer: bytes) -> DHTID:
-    return DHTID.generate(source=peer)
+    return DHTID.from_bytes(place_of_peer(peer_id.to_bytes()))
 
 
 def is_known(table: RoutingTable, place: int) -> bool:
@@ -66,7 +57,7 @@ def clean_request(request: Any, sender: PeerID, checker: RecordChecker) -> None:
     if isinstance(request, dht_pb2.StoreRequest):
         request.in_cache[:] = [False] * len(request.in_cache)
         for i, (key, tag) in enumerate(zip(request.keys, request.subkeys, strict=False)):
-            if tag == _DICTIONARY_TAG and i < len(request.values):
+            if tag == DICTIONARY_TAG and i < len(request.values):
                 request.values[i] = MSGPackSerializer.dumps(_good_records(key, request.values[i], checker))
 
 
@@ -91,7 +82,7 @@ def clean_response(
 def _clean_neighbors(result: Any, knows: Callable[[int], bool]) -> None:
     pairs = list(zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False))[:MAX_NEIGHBORS]
     new = [(node, peer) for node, peer in pairs if not knows(int.from_bytes(node))]
-    good = [(node, peer) for node, peer in new if node == _place_of(peer).to_bytes()]
+    good = [(node, peer) for node, peer in new if node == place_of_peer(peer)]
     result.nearest_node_ids[:] = [node for node, _ in good]
     result.nearest_peer_ids[:] = [peer for _, peer in good]
 
@@ -109,7 +100,7 @@ def _clean_value(key: bytes, result: Any, checker: RecordChecker) -> None:
 
 def _good_records(key: bytes, packed: bytes, checker: RecordChecker) -> DictionaryDHTValue:
     good = DictionaryDHTValue()
-    for record, owner in _records(key, packed):
+    for record, owner in unpack_dictionary(key, packed):
         try:
             checker.check(record)
         except RecordError as error:
@@ -117,17 +108,3 @@ def _good_records(key: bytes, packed: bytes, checker: RecordChecker) -> Dictiona
         else:
             good.store(owner, record.value, record.expiration_time)
     return good
-
-
-def _records(key: bytes, packed: bytes) -> Iterator[tuple[DHTRecord, str]]:
-    """Records in hivemind's packing: an extension type around [size, latest, [[sub-key, value, expiration], ...]]."""
-    try:
-        outer = msgpack.unpackb(packed)
-        if not isinstance(outer, msgpack.ExtType) or outer.code != _DICTIONARY_EXT:
-            return
-        _, _, items = msgpack.unpackb(outer.data)
-        for owner, value, expiration_s in items[:MAX_SUBKEYS]:
-            if isinstance(owner, str) and isinstance(value, bytes) and isinstance(expiration_s, float):
-                yield DHTRecord(key, MSGPackSerializer.dumps(owner), value, expiration_s), owner
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        logger.debug("ignored a dictionary that cannot be unpacked: %s", error)

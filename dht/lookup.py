@@ -13,7 +13,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.traverse import traverse_dht
 
-from dht.validator import unwrap
+from dht.packing import unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

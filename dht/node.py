@@ -22,9 +22,10 @@ from dht.calls import Calls
 from dht.daemon import Daemon, listen_address
 from dht.lookup import Lookup
 from dht.membership import InitialPeer, Membership, parse_initial_peer
+from dht.packing import RecordChecker
 from dht.store import Entry
 from dht.transport import Transport
-from dht.validator import RecordChecker, RecordValidator
+from dht.validator import RecordValidator
 from protocol.errors import UnavailableError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hivemind.dht.routing import RoutingTable
 
     from dht.daemon import Daemon
-    from dht.validator import RecordChecker
+    from dht.packing import RecordChecker
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
 from dht.answers import clean_request, clean_response, is_known, node_id_of
-from dht.validator import RecordChecker, RecordValidator, wrap
+from dht.packing import RecordChecker, wrap
+from dht.validator import RecordValidator
 from protocol.identity import Identity
 from tests.support.dht_nodes import KEY, entry_by
 

@@ -12,7 +12,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from dht.lookup import MAX_KEYS_PER_CALL, Lookup
-from dht.validator import wrap
+from dht.packing import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -29,7 +29,7 @@ lint: setup-dev ## check style, types, layering and generated code
 format: setup-dev ## format the code and mend what ruff can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
-proto: setup-dev ## generate protocol/*_pb2 from protocol/*.proto
+proto: setup-dev ## generate *_pb2 from the .proto files
 	@$(BIN)/python -m tests.support.generated
 setup-bench: .venv/.bench ## the same, and the digits that one benchmark learns
 bench: setup-bench ## run the benchmarks, an hour and a half for all (flags: BENCH_FLAGS)

@@ -1,4 +1,4 @@
-"""Generates `protocol/*_pb2.py` and `.pyi` from `protocol/*.proto`, or checks that those committed are current.
+"""Generates `*_pb2.py` and `.pyi` beside each `.proto` file of FOLDERS, or checks that those committed are current.
 
     python -m tests.support.generated [--check]
 
@@ -16,19 +16,20 @@ import grpc_tools
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("protocol", "coordinator/lighthouse")
 
 
 def generate(root: Path, out: Path) -> None:
-    """Writes the code of every `root/protocol/*.proto` below `out`, so that it is imported as `protocol.NAME_pb2`.
+    """Writes the code of every `.proto` file below `out`, so that it is imported as `protocol.NAME_pb2` and the like.
 
     Raises:
         SystemExit: protoc found a mistake in a .proto file, and has printed it.
     """
-    protos = sorted(str(path.relative_to(root)) for path in (root / "protocol").glob("*.proto"))
+    protos = sorted(str(path.relative_to(root)) for folder in FOLDERS for path in (root / folder).glob("*.proto"))
     well_known = Path(next(iter(grpc_tools.__path__))) / "_proto"
     arguments = [f"-I{root}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", "--fatal_warnings", *protos]
     if not protos or protoc.main(["protoc", *arguments]) != 0:
-        sys.exit("protoc failed: see above" if protos else f"no .proto file in {root / 'protocol'}")
+        sys.exit("protoc failed: see above" if protos else f"no .proto file in {root}")
 
 
 def stale(root: Path) -> list[str]:
@@ -41,7 +42,8 @@ def stale(root: Path) -> list[str]:
 
 
 def _generated(root: Path) -> dict[Path, bytes]:
-    return {path.relative_to(root): path.read_bytes() for path in root.glob("protocol/*_pb2*.py*")}
+    paths = (path for folder in FOLDERS for path in (root / folder).glob("*_pb2*.py*"))
+    return {path.relative_to(root): path.read_bytes() for path in paths}
 
 
 def main() -> None:

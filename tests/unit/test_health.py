@@ -14,13 +14,13 @@ from node.config import HealthConfig
 from node.health import read_dht, read_server, run_health, server_told
 from node.security import Address
 from protocol.errors import ConfigError, UnavailableError
-from protocol.identity import Identity
+from protocol.identity import peer_id_of
 from protocol.swarm_file import SwarmFile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PEER = Identity.generate().peer_id
+PEER = peer_id_of(bytes(range(32)))  # always the same: it is in the names of tests
 ADDRESS = Address(PEER, "127.0.0.1:4000")
 
 

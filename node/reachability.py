@@ -17,7 +17,7 @@ import grpc
 
 from node.dispatch.client import rebuilt_error
 from node.security import Address
-from node.serving.guard import abort_with, failure_of, parse
+from node.serving.guard import CallCounts, parse, unary_in_context
 from protocol import reach_pb2 as pb
 from protocol.call_signature import caller_of
 from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
@@ -58,18 +58,15 @@ class DialBackService:
     def handler(self) -> grpc.GenericRpcHandler:
         """Handlers for `grpc.aio.Server.add_generic_rpc_handlers`."""
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            "DialBack": grpc.unary_unary_rpc_method_handler(self._handle)
+            "DialBack": grpc.unary_unary_rpc_method_handler(
+                unary_in_context(pb.DialBackRequest, self._answer, CallCounts())
+            )
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
-    async def _handle(self, raw: bytes, context: Context) -> bytes:
-        try:
-            request = parse(pb.DialBackRequest, raw)
-            peer_id = caller_of(context.invocation_metadata() or ()) or ""
-            return (await self._dial_back(request, peer_id, observed_host(context.peer()))).SerializeToString()
-        except Exception as error:  # noqa: BLE001 - task boundary: a bug of ours must not end the node
-            failure = failure_of(error, "DialBack")
-        return await abort_with(failure, context)
+    async def _answer(self, request: pb.DialBackRequest, context: Context) -> pb.DialBackResponse:
+        peer_id = caller_of(context.invocation_metadata() or ()) or ""
+        return await self._dial_back(request, peer_id, observed_host(context.peer()))
 
     async def _dial_back(self, request: pb.DialBackRequest, peer_id: str, host: str) -> pb.DialBackResponse:
         if not 1 <= request.port <= MAX_PORT:

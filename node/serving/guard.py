@@ -1,7 +1,8 @@
 """What every gRPC handler of a node does alike: parse untrusted bytes, bound the deadline, turn errors into statuses.
 
-A unary handler is built whole by `unary`. A streaming one uses `parse`, `timeout_s`, `failure_of` and `abort_with`; it
-aborts after its `except` block and not in it, so that no handler of its own catches the AbortError that gRPC raises.
+A unary handler is built whole by `unary` or `unary_in_context`. A streaming one uses `parse`, `timeout_s`,
+`failure_of` and `abort_with`; it aborts after its `except` block and not in it, so that no handler of its own catches
+the AbortError that gRPC raises.
 """
 
 from __future__ import annotations
@@ -46,9 +47,20 @@ def unary(
 ) -> Callable[[bytes, Context], Awaitable[bytes]]:
     """Handler of raw bytes around `call(request, timeout_s)`, which raises a KilohiveError for anything that is off."""
 
+    async def in_time(request: Req, context: Context) -> Message:
+        return await call(request, timeout_s(context))
+
+    return unary_in_context(request_type, in_time, counts)
+
+
+def unary_in_context(
+    request_type: type[Req], call: Callable[[Req, Context], Awaitable[Message]], counts: CallCounts
+) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    """Like `unary`, around `call(request, context)`: for calls that depend on who makes them."""
+
     async def handle(raw: bytes, context: Context) -> bytes:
         try:
-            answer = await call(parse(request_type, raw), timeout_s(context))
+            answer = await call(parse(request_type, raw), context)
             counts.ok += 1
             return answer.SerializeToString()
         except Exception as error:  # noqa: BLE001 - task boundary: a bug of ours must not end the node

@@ -70,8 +70,15 @@ def is_used(swarm: Compose, peer_id: str) -> bool:
     return any(host["peer_id"] == peer_id and host["share"] > 0 for host in swarm.latest_step()["hosts"])
 
 
+def is_done_without(swarm: Compose, peer_id: str) -> None:
+    trains_on(swarm)
+    wait_until(lambda: not is_used(swarm, peer_id), "the trainer does without it")
+
+
 def comes_back(swarm: Compose, container: str, peer_id: str) -> None:
+    """Healthy, as the peer that it was, and used."""
     wait_until(lambda: health_of(container) == "healthy", f"{container} is healthy again")
+    assert swarm.host_peer_id(container) == peer_id
     wait_until(lambda: is_used(swarm, peer_id), f"{container} is used again")
 
 
@@ -109,11 +116,8 @@ def test_a_killed_host_is_done_without_and_comes_back_as_itself(swarm: Compose) 
     host = swarm.containers("host")[0]
     peer_id = swarm.host_peer_id(host)
     docker("kill", host)
-    trains_on(swarm)
-    wait_until(lambda: not is_used(swarm, peer_id), "the trainer does without it")
+    is_done_without(swarm, peer_id)
     docker("start", host)
-    wait_until(lambda: health_of(host) == "healthy", "the host is back")
-    assert swarm.host_peer_id(host) == peer_id
     comes_back(swarm, host, peer_id)
 
 
@@ -122,8 +126,7 @@ def test_a_paused_host_is_done_without_and_used_again(swarm: Compose) -> None:
     peer_id = swarm.host_peer_id(host)
     docker("pause", host)
     time.sleep(AWAY_S)
-    trains_on(swarm)
-    wait_until(lambda: not is_used(swarm, peer_id), "the trainer does without it")
+    is_done_without(swarm, peer_id)
     docker("unpause", host)
     comes_back(swarm, host, peer_id)
 
@@ -133,8 +136,7 @@ def test_a_host_without_network_is_done_without_and_used_again(swarm: Compose) -
     peer_id = swarm.host_peer_id(host)
     docker("network", "disconnect", swarm.network, host)
     time.sleep(AWAY_S)
-    trains_on(swarm)
-    wait_until(lambda: not is_used(swarm, peer_id), "the trainer does without it")
+    is_done_without(swarm, peer_id)
     docker("network", "connect", swarm.network, host)
     comes_back(swarm, host, peer_id)
 

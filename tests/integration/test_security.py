@@ -62,6 +62,17 @@ async def ask(client: ExpertClient, address: Address) -> pb.DescribeResponse:
     return await client.describe(address, pb.DescribeRequest(run_id="r"), WAIT_S)
 
 
+async def outcomes_after(successor: Security) -> list[object]:
+    """Of four calls to a host whose endpoint `successor` has taken over."""
+    async with calling() as client:
+        async with serving() as server:
+            await ask(client, at(server))
+            address, port = at(server), int(server.endpoint.rpartition(":")[2])
+        async with serving(successor, port):
+            tries = [await asyncio.gather(ask(client, address), return_exceptions=True) for _ in range(4)]
+    return [outcome for (outcome,) in tries]
+
+
 async def test_a_signed_call_reaches_the_peer_that_was_meant() -> None:
     async with serving() as server, calling() as client:
         answers = await asyncio.gather(*(ask(client, at(server)) for _ in range(20)))
@@ -75,26 +86,16 @@ async def test_another_peer_at_the_endpoint_is_not_called() -> None:
 
 
 async def test_a_peer_that_takes_the_endpoint_over_is_not_called_on_the_old_channel() -> None:
-    async with calling() as client:
-        async with serving() as server:
-            await ask(client, at(server))
-            address, port = at(server), int(server.endpoint.rpartition(":")[2])
-        async with serving(STRANGER, port):
-            told = [await asyncio.gather(ask(client, address), return_exceptions=True) for _ in range(4)]
-            assert all(isinstance(error, UnavailableError) for (error,) in told)
-            assert "proves to be" in str(told[-1][0])
+    told = await outcomes_after(STRANGER)
+    assert all(isinstance(error, UnavailableError) for error in told)
+    assert "proves to be" in str(told[-1])
 
 
 async def test_a_peer_that_was_started_again_is_called_with_its_new_certificate() -> None:
-    async with calling() as client:
-        async with serving() as server:
-            await ask(client, at(server))
-            address, port = at(server), int(server.endpoint.rpartition(":")[2])
-        async with serving(HOST, port):
-            # A call that leaves on the old connection is lost; one that finds it closed learns of the new certificate.
-            answers = [await asyncio.gather(ask(client, address), return_exceptions=True) for _ in range(4)]
-            assert {type(answer) for (answer,) in answers[:-1]} & {UnavailableError, NotConnectedError}
-            assert [getattr(answer, "peer_id", answer) for answer in answers[-1]] == [HOST.identity.peer_id]
+    # A call that leaves on the old connection is lost; one that finds it closed learns of the new certificate.
+    told = await outcomes_after(HOST)
+    assert {type(outcome) for outcome in told[:-1]} & {UnavailableError, NotConnectedError}
+    assert getattr(told[-1], "peer_id", told[-1]) == HOST.identity.peer_id
 
 
 async def test_a_server_without_tls_is_not_called() -> None:

@@ -36,7 +36,7 @@ def health_commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", [*told_commands(), *health_commands()], ids=" ".join)
 def test_every_command_in_the_compose_file_can_be_typed(words: list[str]) -> None:
     command = next(command for command in run_node.COMMANDS if command.name == words[0])
-    parse(command, words[1:], "docker")
+    assert isinstance(parse(command, words[1:], "docker").config, command.config)
 
 
 def test_every_role_is_a_service_with_a_health_check() -> None:

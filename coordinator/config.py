@@ -91,6 +91,8 @@ class CoordinatorConfig(RunConfig):
     """Port of the DHT node; 0: last time's, or a free one."""
     initial_peers: tuple[str, ...] = ()
     """Peers of a swarm that already runs."""
+    relay_circuits: int = 64
+    """Most calls carried for peers behind a NAT; 0: none."""
     invite_days: float = 0.0
     """Days for which the invite holds; 0: for ever."""
     invite_file: Path | None = None

@@ -21,6 +21,7 @@ from dht.announcer import Announcement, Announcer
 from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
 from dht.periodic import Periodic
+from dht.relay import Relay, RelayLimits
 from protocol.announcements import PeerRecord
 from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError, UnavailableError
@@ -47,7 +48,7 @@ PUBLISH_PERIOD_S = DAY_S
 
 async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> None:
     """Open the run and be its first peer until `stop`. Raises a KilohiveError if that cannot start."""
-    check_minimums(config, {"invite_days": 0})
+    check_minimums(config, {"invite_days": 0, "relay_circuits": 0})
     config.out.mkdir(parents=True, exist_ok=True)
     identity = Identity.load_or_create(config.out / "owner.key")
     manifest = open_run(config, identity.peer_id)
@@ -61,7 +62,10 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         publishing = Periodic("manifest", PUBLISH_PERIOD_S, lambda: _publish_again(dht, identity, manifest))
         publishing.start()
         stack.push_async_callback(publishing.stop)
-        announcer = Announcer(dht, identity, manifest.run_id, describe=_describer())
+        if config.relay_circuits:
+            await Relay(dht.streams, RelayLimits(max_circuits=config.relay_circuits)).start()
+        relay = dht.udp_addresses[0] if config.relay_circuits and dht.udp_addresses else ""
+        announcer = Announcer(dht, identity, manifest.run_id, describe=_describer(relay))
         await announcer.start()
         stack.push_async_callback(announcer.withdraw)
         swarm = SwarmFile(
@@ -129,8 +133,8 @@ def _last_port(path: Path) -> int:
     return int(port) if port.isascii() and port.isdigit() else 0
 
 
-def _describer() -> Callable[[], Announcement]:
-    peer = PeerRecord(role="coordinator", software=SOFTWARE, started_s=time.time())
+def _describer(relay: str) -> Callable[[], Announcement]:
+    peer = PeerRecord(role="coordinator", software=SOFTWARE, started_s=time.time(), relay=relay)
     return lambda: Announcement(peer=peer)
 
 

@@ -133,6 +133,11 @@ def listen_address(host: str, port: int) -> str:
     return f"/ip{version}/{host}/tcp/{port}"
 
 
+def udp_address(listen: str) -> str:
+    """The same address and port for QUIC, over which nodes behind NATs find direct ways."""
+    return listen.replace("/tcp/", "/udp/") + "/quic-v1"
+
+
 def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
     """p2pd would share a taken port with another p2pd without a word (SO_REUSEPORT), and each get half the calls."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -166,7 +171,7 @@ def _arguments(listen: str, folder: Path) -> list[str]:
     return [
         str(program),
         f"-listen={_control_socket(folder)}",
-        f"-hostAddrs={listen}",
+        f"-hostAddrs={listen},{udp_address(listen)}",
         f"-id={_key_file(folder)}",
         f"-idleTimeout={IDLE_TIMEOUT_S}s",
         "-dhtServer=1",  # libp2p's own DHT finds the addresses of peers whose ids ours names

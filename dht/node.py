@@ -24,6 +24,7 @@ from dht.lookup import Lookup
 from dht.membership import InitialPeer, Membership, parse_initial_peer
 from dht.packing import RecordChecker
 from dht.store import Entry
+from dht.streams import Streams
 from dht.transport import Transport
 from dht.validator import RecordValidator
 from protocol.errors import UnavailableError
@@ -90,7 +91,9 @@ class DhtNode:
         self._stopped = False
         self._tasks: tuple[asyncio.Task[None], ...] = ()
         self.peer_id = config.identity.peer_id
-        self.addresses = addresses
+        self.addresses = tuple(address for address in addresses if "/tcp/" in address)
+        self.udp_addresses = tuple(_without_peer_id(address) for address in addresses if "/udp/" in address)
+        self.streams = Streams(parts.transport)
 
     @classmethod
     async def start(cls, config: DhtConfig) -> DhtNode:
@@ -181,6 +184,7 @@ class DhtNode:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.streams.close()
         self._parts.node.is_alive = False
         await self._parts.transport.close()
         await self._parts.daemon.stop()
@@ -211,6 +215,10 @@ class DhtNode:
             self._kept = {name: entry for name, entry in self._kept.items() if entry.expiration_s > self.now_s()}
             with contextlib.suppress(UnavailableError):
                 await self.store_many(list(self._kept.values()))
+
+
+def _without_peer_id(address: str) -> str:
+    return address.partition("/p2p/")[0]
 
 
 def quiet_hivemind() -> None:

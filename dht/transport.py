@@ -48,15 +48,39 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
         """Set the table of those that this node need not be told of."""
         self._routing_table = routing_table
 
-    async def dial(self, peer_id: PeerID, address: Multiaddr) -> None:
-        """Connect to a peer at an address; raises hivemind's ControlFailure, or OSError or EOFError if p2pd is gone."""
+    async def dial(self, peer_id: PeerID, *addresses: Multiaddr) -> None:
+        """Connect to a peer at its addresses; raises hivemind's ControlFailure, or OSError or EOFError without p2pd."""
+        connect = p2pd_pb2.ConnectRequest(peer=peer_id.to_bytes(), addrs=[address.to_bytes() for address in addresses])
+        await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
+
+    async def hang_up(self, peer_id: PeerID) -> None:
+        """Close the connections to a peer; raises like `dial`."""
+        disconnect = p2pd_pb2.DisconnectRequest(peer=peer_id.to_bytes())
+        await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.DISCONNECT, disconnect=disconnect))
+
+    async def connections(self) -> dict[str, tuple[str, ...]]:
+        """Peers that p2pd has a connection with, and where each is seen; raises like `dial`."""
+        response = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        return {
+            PeerID(peer.id).to_base58(): tuple(str(Multiaddr(address)) for address in peer.addrs)
+            for peer in response.peers
+        }
+
+    async def open_stream(self, peer_id: PeerID, protocol: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A stream of bytes to a peer's handler of `protocol`; raises like `dial`."""
+        reader, writer = await self._client.control.daemon_connector.open_connection()
+        request = p2pd_pb2.StreamOpenRequest(peer=peer_id.to_bytes(), proto=[protocol])
+        try:
+            await _asked(reader, writer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
+        except BaseException:  # cancelled, too: no socket stays
+            writer.close()
+            raise
+        return reader, writer
+
+    async def _ask(self, request: Any) -> Any:
         reader, writer = await self._client.control.daemon_connector.open_connection()
         try:
-            connect = p2pd_pb2.ConnectRequest(peer=peer_id.to_bytes(), addrs=[address.to_bytes()])
-            await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
-            response = p2pd_pb2.Response()
-            await read_pbmsg_safe(reader, response)
-            raise_if_failed(response)
+            return await _asked(reader, writer, request)
         finally:
             writer.close()
 
@@ -111,3 +135,11 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
         for call in list(self._client.control._pending_calls.values()):
             if not call.done():
                 call.set_exception(P2PDaemonError("the connection to p2pd has ended"))
+
+
+async def _asked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Any) -> Any:
+    await write_pbmsg(writer, request)
+    response = p2pd_pb2.Response()
+    await read_pbmsg_safe(reader, response)
+    raise_if_failed(response)
+    return response

@@ -40,6 +40,7 @@ class PeerInfo:
 
     `own_tokens`: what this trainer itself has trained on, of the run's `run_tokens` as it knows them. `staleness`: mean
     optimizer steps between forward and backward at this host, lately. `exchanged_bytes`: averaging and downloads.
+    `relay`: where its p2pd takes QUIC, if it carries calls for others.
     """
 
     peer_id: str
@@ -56,6 +57,7 @@ class PeerInfo:
     staleness: float = 0.0
     exchanged_bytes: int = 0
     reachability: Reachability = "unknown"
+    relay: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

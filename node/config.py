@@ -51,6 +51,8 @@ class HostConfig(SwarmConfig):
     """CPU threads for the experts' arithmetic."""
     port: int = 0
     """Port of the gRPC server; 0 takes a free one."""
+    relay_circuits: int = 16
+    """Most calls to carry at once for peers behind a NAT, if others can dial this host; 0: none."""
     metrics_port: int = 0
     """Port for Prometheus metrics; 0 turns them off."""
     max_queue_tokens: int = 65_536

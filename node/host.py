@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from dht.announcer import Announcement, Announcer
+from dht.relay import Relay, RelayLimits
 from node import reachability
 from node.allocator import keep_freed_memory
 from node.averaging import service as averaging_service
@@ -23,12 +24,13 @@ from node.health import server_told
 from node.keeper import BlockKeeper, KeeperParts
 from node.metrics import start_metrics
 from node.placement import PlacementConfig, parse_blocks
-from node.reachability import DialBackService, ReachabilityWatch
+from node.reachability import DialBackService
 from node.security import Address
 from node.serving.runtime import Runtime, RuntimeConfig
 from node.serving.server import NodeServer
 from node.serving.service import SERVICE_NAME, ExpertService
 from node.swarm import Swarm, until_stopped
+from node.whereabouts import Whereabouts
 from protocol import expert_pb2 as pb
 from protocol.announcements import MAX_DIVERGENCE, MAX_STALENESS, BlockRecord, PeerRecord
 from protocol.errors import CheckpointError, DrainingError, UnavailableError
@@ -54,6 +56,7 @@ MINIMUMS = {
     "threads": 1,
     "port": 0,
     "metrics_port": 0,
+    "relay_circuits": 0,
     "max_queue_tokens": 1,
     "keep_inputs_mb": 0,
     "keep_inputs_s": 0,
@@ -116,14 +119,15 @@ class Host:
             (
                 self._service.handler(),
                 self.averaging.service.handler(),
-                DialBackService(swarm.security.caller()).handler(),
+                DialBackService(swarm.security.caller(), swarm.listen).handler(),
             ),
             (SERVICE_NAME, averaging_service.SERVICE_NAME, reachability.SERVICE_NAME),
             swarm.listen,
             config.port,
             swarm.security,
         )
-        self._reach = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
+        self._whereabouts = Whereabouts(swarm, events)
+        self._relay = Relay(swarm.dht.streams, RelayLimits(max_circuits=config.relay_circuits))
         self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._describe)
         self.keeper.announcer = self._announcer
 
@@ -159,13 +163,18 @@ class Host:
             )
             told = server_told(config.state, Address(self._swarm.identity.peer_id, self._server.endpoint))
             with metrics, told, contextlib.suppress(DrainingError):
+                await until_stopped(self._whereabouts.settle(self._server.endpoint), stop)
+                if config.relay_circuits:
+                    await self._relay.start()
                 await until_stopped(self._first_blocks(), stop)
                 self.averaging.start()
                 self._tell_announced()
                 await self._until(stop)
             await self._leave()
         finally:
-            await asyncio.gather(self._announcer.stop(), self.averaging.stop(), self._server.drain(0))
+            await asyncio.gather(
+                self._announcer.stop(), self.averaging.stop(), self._whereabouts.close(), self._server.drain(0)
+            )
             await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
 
     async def _first_blocks(self) -> None:
@@ -184,7 +193,7 @@ class Host:
     def _tell_announced(self) -> None:
         blocks = self.runtime.blocks
         seconds = round(time.time() - self._started, 2)
-        endpoint = self._server.endpoint
+        endpoint = self._whereabouts.endpoint
         self._events.emit(
             "announced",
             run_id=self._swarm.manifest.run_id,
@@ -200,7 +209,7 @@ class Host:
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, endpoint, self._device, seconds)
 
     async def _until(self, stop: asyncio.Event) -> None:
-        work = [self._checkpoints(), self._load_events(), self._reach.watch(self._server.endpoint)]
+        work = [self._checkpoints(), self._load_events(), self._whereabouts.watch(self._announcer)]
         if self._config.recheck_s:
             work.append(self.keeper.recheck_forever())
         async with asyncio.TaskGroup() as group:
@@ -264,7 +273,7 @@ class Host:
         runtime, serving = self.runtime, self.keeper.serving
         peer = PeerRecord(
             role="host",
-            endpoint=self._server.endpoint,
+            endpoint=self._whereabouts.endpoint,
             software=SOFTWARE,
             started_s=self._started,
             n_blocks=len(serving),
@@ -272,9 +281,16 @@ class Host:
             tokens_per_s=runtime.tokens_per_s,
             staleness=min(runtime.staleness, MAX_STALENESS),
             exchanged_bytes=self._exchanged_bytes(),
-            reachability=self._reach.state,
+            reachability=self._whereabouts.state,
+            relay=self._relay_offer(),
         )
         return Announcement(peer=peer, blocks=tuple(self._records()))
+
+    def _relay_offer(self) -> str:
+        """Where its p2pd takes QUIC, if this node carries calls for others: only who can be dialled can."""
+        addresses = self._swarm.dht.udp_addresses
+        offers = self._config.relay_circuits and self._whereabouts.state == "reached" and addresses
+        return addresses[0] if offers else ""
 
     def _records(self) -> Iterator[BlockRecord]:
         keeper = self.keeper
@@ -290,7 +306,7 @@ class Host:
         return BlockRecord(
             block=block_id,
             version=version,
-            endpoint=self._server.endpoint,
+            endpoint=self._whereabouts.endpoint,
             queue_tokens=runtime.queue_tokens,
             tokens_per_s=runtime.tokens_per_s,
             tokens_total=runtime.tokens_total,

@@ -20,10 +20,11 @@ from node.security import Address
 from node.serving.guard import CallCounts, parse, unary_in_context
 from protocol import reach_pb2 as pb
 from protocol.call_signature import caller_of
+from protocol.endpoints import relays_of
 from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from dht.view import PeerInfo
     from node.security import Caller
@@ -42,18 +43,17 @@ ASK_TIMEOUT_S = 2 * DIAL_TIMEOUT_S
 MAX_DIALLING = 4
 """Dial-backs at once."""
 
-LOOK_AGAIN_S = 600.0
-LOOK_SOON_S = 15.0
-"""After a look that found nobody to ask, or nobody who could call."""
-
 MAX_PORT = 65_535
 
 
 class DialBackService:
-    """Dials those who ask for it, at the address that their call came from and nowhere else."""
+    """Dials those who ask for it, at the address that their call came from and nowhere else.
 
-    def __init__(self, caller: Caller) -> None:
-        self._caller, self._dialling = caller, 0
+    `own_host` is the address that this node listens on: what seems to come from there came through its tunnel.
+    """
+
+    def __init__(self, caller: Caller, own_host: str) -> None:
+        self._caller, self._own_host, self._dialling = caller, own_host, 0
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Handlers for `grpc.aio.Server.add_generic_rpc_handlers`."""
@@ -71,6 +71,8 @@ class DialBackService:
     async def _dial_back(self, request: pb.DialBackRequest, peer_id: str, host: str) -> pb.DialBackResponse:
         if not 1 <= request.port <= MAX_PORT:
             raise InvalidInputError("port", f"must be from 1 to {MAX_PORT}, is {request.port}")
+        if host == self._own_host and not _is_loopback(host):
+            raise UnavailableError("this call came through a tunnel: who made it cannot be dialled back")
         if self._dialling >= MAX_DIALLING:
             raise OverloadedError(f"this node already dials {MAX_DIALLING} others back")
         self._dialling += 1
@@ -93,7 +95,7 @@ class DialBackService:
 
 
 class ReachabilityWatch:
-    """Asks others, from time to time, whether they can call this node. `state` is what they said last."""
+    """Asks others whether they can call this node. `state` is what they said last."""
 
     def __init__(
         self, caller: Caller, peers: Callable[[], Sequence[PeerInfo]], own_id: str, events: EventLog, seed: int = 0
@@ -102,22 +104,30 @@ class ReachabilityWatch:
         self._random = random.Random(f"{seed}/{own_id}")
         self.state: Reachability = "unknown"
 
-    async def watch(self, endpoint: str) -> None:
-        """Look now and again, until cancelled; `endpoint` is what this node announces."""
-        while True:
-            await self.look(endpoint)
-            await asyncio.sleep(LOOK_AGAIN_S if self.state == "reached" else LOOK_SOON_S)
-
     async def look(self, endpoint: str) -> None:
         """Ask up to ASKED others once, and tell what is new."""
-        others = [peer for peer in self._peers() if peer.endpoint and peer.peer_id != self._own_id]
+        others = [
+            peer
+            for peer in self._peers()
+            if peer.endpoint and not relays_of(peer.endpoint) and peer.peer_id != self._own_id
+        ]
         asked = self._random.sample(others, min(ASKED, len(others)))
         answers = await asyncio.gather(*(self._ask(peer, endpoint) for peer in asked))
         heard = [answer for answer in answers if answer is not None]
-        if not heard:
-            return
-        before, self.state = self.state, verdict(heard, endpoint)
-        if self.state != before:
+        if heard:
+            self._conclude(endpoint, verdict(heard, endpoint), heard)
+
+    def look_at_itself(self, endpoint: str, others: Iterable[str]) -> bool:
+        """Whether nobody need be asked: `endpoint` is an address of a home's network, and `others` are not in it."""
+        host = endpoint.rpartition(":")[0]
+        if not _is_private(host) or all(map(_is_private, others)):
+            return False
+        self._conclude(endpoint, "not reached", [pb.DialBackResponse(observed="another address", problem="private")])
+        return True
+
+    def _conclude(self, endpoint: str, state: Reachability, heard: Sequence[pb.DialBackResponse]) -> None:
+        before, self.state = self.state, state
+        if state != before:
             self._tell(endpoint, heard)
 
     async def _ask(self, peer: PeerInfo, endpoint: str) -> pb.DialBackResponse | None:
@@ -160,8 +170,9 @@ def how_to_be_reached(endpoint: str, observed: str, problem: str) -> str:
     host, _, port = endpoint.rpartition(":")
     if observed != host:
         return (
-            f"Others cannot call this node: it announces {endpoint}, but they see it at {observed}, as behind a home's "
-            "NAT. It answers no trainer, and is averaged only with nodes that it calls itself"
+            f"Others cannot call this node at {endpoint}: they see it at {observed}, as behind a home's NAT. Without a "
+            "relay it answers no trainer and is averaged only with nodes that it calls itself. To be called directly, "
+            f"forward port {port} of the router to this machine and say so with --announce"
         )
     return f"Others cannot call this node at {endpoint} ({problem}): let port {port} in through this machine's firewall"
 
@@ -177,6 +188,19 @@ def observed_host(peer: str) -> str:
     except ValueError:
         raise InvalidInputError("peer", f"{host[:60]!r} is not an IP address") from None
     return host
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.strip("[]")).is_loopback
+
+
+def _is_private(host: str) -> bool:
+    """Of one network among many alike; False for a name, whose address is not looked up."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return address.is_private and not address.is_loopback
 
 
 def printable(text: str, most: int = 200) -> str:

@@ -17,19 +17,25 @@ import grpc
 
 from protocol.call_signature import CallChecker, CallSigner
 from protocol.certificate import certificate_of, host_name, pem_of, proven_peer_id
+from protocol.endpoints import relays_of
 from protocol.errors import ConfigError, DeadlineError, IdentityError, UnavailableError
 from protocol.limits import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
+    from dht.tunnel import Tunnels
     from dht.view import Replica
     from protocol.identity import Identity
 
+KEEPALIVE_MS = 10_000
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A host that comes back on the same endpoint is tried again soon.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # A machine that sleeps, or a relay that is killed, closes nothing: its silence is noticed while calls wait.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
     ("grpc.use_local_subchannel_pool", 1),
 )
 
@@ -52,10 +58,11 @@ class NotConnectedError(UnavailableError):
 
 @dataclass(frozen=True)
 class Security:
-    """How this node proves itself and checks others."""
+    """How this node proves itself and checks others. `tunnels` lead to those that it cannot dial."""
 
     identity: Identity
     insecure_local: bool = False
+    tunnels: Tunnels | None = None
 
     def check_listen(self, address: str) -> None:
         """Raise ConfigError for an address that a node without encryption must not listen on."""
@@ -82,7 +89,7 @@ class Caller:
     """Opens channels, and signs calls."""
 
     def __init__(self, security: Security) -> None:
-        self._insecure_local = security.insecure_local
+        self._insecure_local, self._tunnels = security.insecure_local, security.tunnels
         self._signer = CallSigner(security.identity)
 
     async def open(self, address: Address, timeout_s: float) -> grpc.aio.Channel:
@@ -92,19 +99,35 @@ class Caller:
             NotConnectedError: it does not answer, does not speak TLS, or proves to be somebody else.
             DeadlineError: it does not answer in time.
         """
-        host = _host_and_port(address.endpoint)[0]
         if self._insecure_local:
-            if not _is_loopback(host):
-                raise NotConnectedError(f"{address.endpoint}: --insecure-local calls this machine only")
-            return grpc.aio.insecure_channel(address.endpoint, options=OPTIONS)
-        pem = await _proven_certificate(address, timeout_s)
+            return _plain_channel(address)
+        dialled = Address(address.peer_id, await self._dialled(address))
+        pem = await _proven_certificate(dialled, timeout_s)
         pinned = grpc.ssl_channel_credentials(root_certificates=pem)
         name = ("grpc.ssl_target_name_override", host_name(address.peer_id))
-        return grpc.aio.secure_channel(address.endpoint, pinned, options=(*OPTIONS, name))
+        return grpc.aio.secure_channel(dialled.endpoint, pinned, options=(*OPTIONS, name))
+
+    async def _dialled(self, address: Address) -> str:
+        """host:port to connect to."""
+        relays = relays_of(address.endpoint)
+        if not relays:
+            return address.endpoint
+        if self._tunnels is None:
+            raise NotConnectedError(f"{address.peer_id} is reached through relays, and this node has no tunnels")
+        try:
+            return await self._tunnels.endpoint(address.peer_id, relays)
+        except UnavailableError as error:
+            raise NotConnectedError(str(error)) from None
 
     def metadata(self, address: Address, method: str) -> tuple[tuple[str, bytes], ...]:
         """To send with one call of `method`."""
         return () if self._insecure_local else self._signer.metadata(address.peer_id, method)
+
+
+def _plain_channel(address: Address) -> grpc.aio.Channel:
+    if relays_of(address.endpoint) or not _is_loopback(_host_and_port(address.endpoint)[0]):
+        raise NotConnectedError(f"{address.endpoint}: --insecure-local calls this machine only")
+    return grpc.aio.insecure_channel(address.endpoint, options=OPTIONS)
 
 
 async def _proven_certificate(address: Address, timeout_s: float) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from dht.addresses import listen_host
 from dht.directory import Directory
 from dht.join import fetch_manifest
 from dht.node import DhtConfig, DhtNode
+from dht.reservations import RelayOffer
+from dht.tunnel import Tunnels
 from node.dispatch.client import ExpertClient
 from node.dispatch.dispatcher import DispatchConfig, Dispatcher
 from node.moe import RemoteMoE
@@ -48,6 +51,7 @@ class Swarm:
         self.security = Security(identity, config.insecure_local)
         self._stack = AsyncExitStack()
         self.listen: str
+        self.initial_peers: tuple[str, ...]
         self.dht: DhtNode
         self.manifest: Manifest
         self.directory: Directory
@@ -57,6 +61,7 @@ class Swarm:
     async def join(self) -> None:
         """Join the DHT, fetch and check the manifest, fill the directory; raises UnavailableError if nobody answers."""
         run_id, initial_peers = resolve(self._config)
+        self.initial_peers = tuple(initial_peers)
         self.listen = listen_host(self._config.listen, initial_peers)
         self.security.check_listen(self.listen)
         # p2pd is spawned here, before this process's first gRPC call: gRPC does not survive a fork.
@@ -74,6 +79,22 @@ class Swarm:
         self.directory = Directory(self.dht, run_id, self.manifest.model)
         await self.directory.start()
         self._stack.push_async_callback(self.directory.stop)
+        tunnels = Tunnels(self.dht.streams, self._relay_offer, self.dht.udp_addresses)
+        self._stack.push_async_callback(tunnels.close)
+        self.security = replace(self.security, tunnels=tunnels)
+
+    def relay_offers(self) -> list[RelayOffer]:
+        """Peers that carry calls to those whom nobody can dial."""
+        own_id = self.identity.peer_id
+        return [
+            RelayOffer(peer.peer_id, peer.relay)
+            for peer in self.directory.peers()
+            if peer.relay and peer.peer_id != own_id
+        ]
+
+    def _relay_offer(self, peer_id: str) -> RelayOffer:
+        """A relay's, without an address if it is not known as one."""
+        return next((o for o in self.relay_offers() if o.peer_id == peer_id), RelayOffer(peer_id, ""))
 
     def dispatch(self, config: DispatchConfig) -> Dispatcher:
         """Dispatcher over this swarm; closed with it."""

@@ -118,10 +118,14 @@ class Trainer:
         try:
             # Announced only with a trunk that is worth averaging with.
             await until_stopped(self._sharing.join(), stop)
-            with server_told(self._config.out, Address(self._swarm.identity.peer_id, self._sharing.endpoint)):
+            with server_told(self._config.out, Address(self._swarm.identity.peer_id, self._sharing.server_endpoint)):
                 await announcer.start()
                 work = asyncio.create_task(self._work(stop), name="training")
-                await self._until_done_or(stop, work)
+                watching = asyncio.create_task(self._sharing.whereabouts.watch(announcer), name="whereabouts")
+                try:
+                    await self._until_done_or(stop, work)
+                finally:
+                    watching.cancel()
                 await self._finish(work)
         finally:
             self._dispatcher.close()
@@ -349,12 +353,13 @@ class Trainer:
         seconds, tokens = self._progress.train_seconds, self._tokens.own
         peer = PeerRecord(
             role="trainer",
-            endpoint=self._sharing.endpoint,
+            endpoint=self._sharing.whereabouts.endpoint,
             software=SOFTWARE,
             started_s=self._started_at,
             tokens_per_s=tokens / seconds if seconds else 0.0,
             run_tokens=self._tokens.total,
             own_tokens=tokens,
             exchanged_bytes=self._sharing.averaging.averager.exchanged_bytes,
+            reachability=self._sharing.whereabouts.state,
         )
         return Announcement(peer=peer, blocks=(self._sharing.record(),))

@@ -14,6 +14,7 @@ from node.averaging.node_averaging import Averaging
 from node.reachability import DialBackService
 from node.serving.server import NodeServer
 from node.trunk_replica import TrunkReplica
+from node.whereabouts import Whereabouts
 from protocol.announcements import MAX_DIVERGENCE, BlockRecord
 from protocol.errors import UnavailableError
 from protocol.manifest import TRUNK
@@ -42,15 +43,16 @@ class TrunkSharing:
         self.replica = TrunkReplica(training)
         self.averaging = Averaging(swarm.manifest, swarm.security, swarm.directory, events, config.seed)
         self._server = NodeServer(
-            [self.averaging.service.handler(), DialBackService(swarm.security.caller()).handler()],
+            [self.averaging.service.handler(), DialBackService(swarm.security.caller(), swarm.listen).handler()],
             [averaging_service.SERVICE_NAME, reachability.SERVICE_NAME],
             swarm.listen,
             config.port,
             swarm.security,
         )
+        self.whereabouts = Whereabouts(swarm, events)
 
     @property
-    def endpoint(self) -> str:
+    def server_endpoint(self) -> str:
         """host:port of the server, once started."""
         return self._server.endpoint
 
@@ -62,6 +64,7 @@ class TrunkSharing:
         await self._fetch_trunk()
         self.averaging.replicas.add(self.replica)
         await self._server.start()
+        await self.whereabouts.settle(self._server.endpoint)
 
     async def catch_up(self) -> None:
         """One exchange at once, when this trunk is announced: what others learnt during the download. Then gossip."""
@@ -71,6 +74,7 @@ class TrunkSharing:
     async def stop(self) -> None:
         """End exchanges and the server; safe before `join` and twice."""
         await self.averaging.stop()
+        await self.whereabouts.close()
         await self._server.drain(DRAIN_GRACE_S)
 
     def rate_scale(self) -> float:
@@ -83,7 +87,7 @@ class TrunkSharing:
         return BlockRecord(
             block=TRUNK,
             version=self.replica.version,
-            endpoint=self.endpoint,
+            endpoint=self.whereabouts.endpoint,
             tokens_total=self._training.own_tokens,
             divergence=min(self.averaging.averager.divergence(TRUNK), MAX_DIVERGENCE),
         )

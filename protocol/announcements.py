@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar, get_args
 
 from google.protobuf.message import DecodeError, Message
 
 from protocol import limits, records_pb2
+from protocol.endpoints import check_endpoint, is_udp_address
 from protocol.errors import RecordError
 from protocol.manifest import TRUNK, BlockId
 
 MAX_ANNOUNCE_PAYLOAD_BYTES = 512
 MAX_RECORD_VERSION = (1 << 63) - 1
-MAX_ENDPOINT_CHARS = 261
-"""255 characters of host name, brackets, colon, port."""
-
 MAX_SOFTWARE_CHARS = 64
 MAX_TOKENS_PER_S = 1e15
 MAX_TIME_S = 1e11
@@ -32,16 +29,12 @@ ReplicaState = Literal["serving", "joining", "stored"]
 REPLICA_STATES: Final = get_args(ReplicaState)
 """In the order of the numbers that the proto gives them."""
 
-Reachability = Literal["unknown", "reached", "not reached"]
+Reachability = Literal["unknown", "reached", "not reached", "relayed"]
 REACHABILITIES: Final = get_args(Reachability)
 """In the order of the numbers that the proto gives them."""
 
 MAX_DIVERGENCE = 1e9
 MAX_STALENESS = 1e15
-
-_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
-_PORT = re.compile(r"[1-9][0-9]{0,4}")
-_MAX_PORT = 65_535
 
 M = TypeVar("M", bound=Message)
 
@@ -66,7 +59,7 @@ class BlockRecord:
     divergence: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_endpoint(self.endpoint)
+        check_endpoint(self.endpoint)
         if self.state not in REPLICA_STATES:
             raise RecordError(f"state: must be one of {', '.join(REPLICA_STATES)}, is {self.state[:40]!r}")
         if self.block != TRUNK:
@@ -82,7 +75,10 @@ class BlockRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerRecord:
-    """One peer of a run, as it describes itself; an empty endpoint means that nothing listens."""
+    """One peer of a run, as it describes itself; an empty endpoint means that nothing listens.
+
+    `relay`: the multiaddress of its p2pd for QUIC, if it carries calls to others that cannot be dialled.
+    """
 
     role: Role
     endpoint: str = ""
@@ -96,6 +92,7 @@ class PeerRecord:
     staleness: float = 0.0
     exchanged_bytes: int = 0
     reachability: Reachability = "unknown"
+    relay: str = ""
 
     def __post_init__(self) -> None:
         if self.reachability not in REACHABILITIES:
@@ -105,7 +102,9 @@ class PeerRecord:
         if self.role not in ROLES:
             raise RecordError(f"role: must be one of {', '.join(ROLES)}, is {self.role[:40]!r}")
         if self.endpoint:
-            _check_endpoint(self.endpoint)
+            check_endpoint(self.endpoint)
+        if self.relay and not is_udp_address(self.relay):
+            raise RecordError(f"relay: must be like /ip4/192.0.2.1/udp/4001/quic-v1, is {self.relay[:80]!r}")
         # Printable only: these words end up in people's terminals.
         if len(self.software) > MAX_SOFTWARE_CHARS or not self.software.isprintable():
             raise RecordError(f"software: must be at most {MAX_SOFTWARE_CHARS} printable characters")
@@ -172,6 +171,7 @@ def encode_peer(record: PeerRecord) -> bytes:
         staleness=record.staleness,
         exchanged_bytes=record.exchanged_bytes,
         reachability=REACHABILITIES.index(record.reachability),  # type: ignore[arg-type]  # as above
+        relay=record.relay,
     ).SerializeToString(deterministic=True)
 
 
@@ -193,6 +193,7 @@ def decode_peer(payload: bytes) -> PeerRecord:
         staleness=message.staleness,
         exchanged_bytes=message.exchanged_bytes,
         reachability=REACHABILITIES[message.reachability],
+        relay=message.relay,
     )
 
 
@@ -214,10 +215,3 @@ def check_range(field: str, value: float, high: float) -> None:
     """Raise RecordError unless `value` is finite and from 0 to `high`."""
     if not math.isfinite(value) or not 0 <= value <= high:
         raise RecordError(f"{field}: must be from 0 to {high}, is {value}")
-
-
-def _check_endpoint(endpoint: str) -> None:
-    host, _, port = endpoint.rpartition(":")
-    well_formed = len(endpoint) <= MAX_ENDPOINT_CHARS and _HOST_NAME.fullmatch(host) and _PORT.fullmatch(port)
-    if not well_formed or int(port) > _MAX_PORT:
-        raise RecordError(f"endpoint: must be host:port such as 192.0.2.1:4000, is {endpoint[:80]!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 VERSION = "0.1.0"
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Of calls and records; nodes of different ones do not join each other's runs."""
 
 SOFTWARE = f"kilohive/{VERSION}"

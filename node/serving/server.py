@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from node.security import KEEPALIVE_MS
 from node.serving.callers import CallerCheck
 from protocol.errors import ConfigError
 from protocol.limits import MAX_MESSAGE_BYTES
@@ -24,6 +25,8 @@ OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Two nodes on one port would share its calls without a word.
     ("grpc.so_reuseport", 0),
+    # Callers ask whether this node is there while they wait for it; more often than this is too often.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
 )
 
 

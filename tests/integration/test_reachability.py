@@ -30,7 +30,9 @@ WAIT_S = 10.0
 @asynccontextmanager
 async def node(security: Security) -> AsyncIterator[str]:
     """The endpoint of a node that dials others back."""
-    server = NodeServer((DialBackService(security.caller()).handler(),), (SERVICE_NAME,), "127.0.0.1", 0, security)
+    server = NodeServer(
+        (DialBackService(security.caller(), "127.0.0.1").handler(),), (SERVICE_NAME,), "127.0.0.1", 0, security
+    )
     await server.start()
     try:
         yield server.endpoint

@@ -44,15 +44,17 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = STAR
 
 
 class Node:
-    """One `run_node.py` process with its own folder."""
+    """One `run_node.py` process with its own folder. `inside` is put in front of it: `ip netns exec NAME`."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], log_name: str = "log.txt") -> None:
+    def __init__(
+        self, folder: Path, arguments: Sequence[str], log_name: str = "log.txt", inside: Sequence[str] = ()
+    ) -> None:
         self.folder, self.arguments = folder, tuple(arguments)
         self.started = time.monotonic()
         self.child = Child(
             ChildSpec(
                 name=folder.name,
-                argv=(sys.executable, RUN_NODE, *arguments, "--stop-on-stdin-eof"),
+                argv=(*inside, sys.executable, RUN_NODE, *arguments, "--stop-on-stdin-eof"),
                 log=folder / log_name,
                 environment={"OMP_NUM_THREADS": "1"},
             )

@@ -1,0 +1,142 @@
+"""Carries calls to peers that nobody can dial: they have dialled this node, and it passes streams on to them.
+
+What passes is gRPC over TLS between the two ends, so a relay reads nothing and can forge nothing; it can only stop. A
+peer that reserves is told of each caller, so that both can dial at once and go on without the relay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dht.streams import Stream, splice
+from protocol import relay_pb2 as pb
+from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
+from protocol.identity import PEER_ID_CHARS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dht.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+RELAY_PROTOCOL = "kilohive/relay/1"
+TUNNEL_PROTOCOL = "kilohive/tunnel/1"
+REQUEST_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 5.0
+NOTE_EVERY_S = 5.0
+MAX_ADDRESSES = 4
+IDLE_S = 120.0
+"""A circuit over which nothing moved for so long is closed: who still needs it opens another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelayLimits:
+    """How much a node carries for others: peers that reserve, open circuits in all and for one caller."""
+
+    max_reservations: int = 32
+    max_circuits: int = 64
+    max_circuits_per_caller: int = 16
+
+
+class Relay:
+    """One node's service to those behind a NAT. Belongs to the event loop."""
+
+    def __init__(self, streams: Streams, limits: RelayLimits) -> None:
+        self._streams, self._limits = streams, limits
+        self._reserved: dict[str, Stream] = {}
+        self._circuits: Counter[str] = Counter()
+        self.carried_bytes = 0
+
+    @property
+    def reservations(self) -> int:
+        """Peers that are reached through this node."""
+        return len(self._reserved)
+
+    @property
+    def circuits(self) -> int:
+        """Open now."""
+        return self._circuits.total()
+
+    async def start(self) -> None:
+        """Serve until the node's streams are closed. Raises UnavailableError."""
+        await self._streams.serve(RELAY_PROTOCOL, self._answer)
+
+    async def _answer(self, stream: Stream) -> None:
+        request = await stream.receive(pb.RelayRequest, REQUEST_TIMEOUT_S)
+        wanted = request.WhichOneof("wanted")
+        try:
+            if wanted == "reserve":
+                await self._reserve(stream)
+            elif wanted == "connect":
+                await self._connect(stream, request.connect)
+            else:
+                raise InvalidInputError("wanted", "must be reserve or connect")
+        except KilohiveError as error:
+            with contextlib.suppress(UnavailableError):
+                await stream.send(pb.RelayResponse(problem=str(error)))
+            raise
+
+    async def _reserve(self, stream: Stream) -> None:
+        if len(self._reserved) >= self._limits.max_reservations and stream.peer_id not in self._reserved:
+            raise OverloadedError(f"this relay has {self._limits.max_reservations} reservations, the most it takes")
+        self._reserved[stream.peer_id] = stream
+        try:
+            await stream.send(pb.RelayResponse())
+            await self._until_it_leaves(stream)
+        finally:
+            if self._reserved.get(stream.peer_id) is stream:
+                del self._reserved[stream.peer_id]
+
+    async def _until_it_leaves(self, stream: Stream) -> None:
+        """A holder says nothing more: anything to be read, the end too, ends the reservation."""
+        leaving = asyncio.create_task(stream.reader.read(1), name="reservation")
+        try:
+            while not leaving.done():
+                await stream.send(pb.RelayNote())
+                await asyncio.wait({leaving}, timeout=NOTE_EVERY_S)
+        finally:
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+
+    async def _connect(self, stream: Stream, request: pb.ConnectRequest) -> None:
+        caller, target_id = stream.peer_id, request.peer_id[: PEER_ID_CHARS + 1]
+        reservation = self._reserved.get(target_id)
+        if reservation is None:
+            raise UnavailableError(f"{target_id!r} is not reached through this relay")
+        limits = self._limits
+        if self.circuits >= limits.max_circuits or self._circuits[caller] >= limits.max_circuits_per_caller:
+            raise OverloadedError(f"this relay carries {self.circuits} circuits, {self._circuits[caller]} of yours")
+        self._circuits[caller] += 1
+        try:
+            target = await self._streams.open(target_id, TUNNEL_PROTOCOL, OPEN_TIMEOUT_S)
+            with contextlib.closing(target):
+                await self._introduce(stream, reservation, list(request.addresses))
+                await splice(stream, target, IDLE_S, self._count)
+        finally:
+            self._circuits[caller] -= 1
+            if not self._circuits[caller]:
+                del self._circuits[caller]
+
+    async def _introduce(self, stream: Stream, reservation: Stream, told: Sequence[str]) -> None:
+        """Tell each side where the other is seen. What a caller says of itself counts only at its own IP address."""
+        caller_at = await self._streams.seen_at(stream.peer_id, OPEN_TIMEOUT_S)
+        hosts = {_host(address) for address in caller_at}
+        believed = [address for address in told[:MAX_ADDRESSES] if _host(address) in hosts]
+        addresses = list(dict.fromkeys([*caller_at, *believed]))[:MAX_ADDRESSES]
+        target_at = await self._streams.seen_at(reservation.peer_id, OPEN_TIMEOUT_S)
+        await stream.send(pb.RelayResponse(addresses=target_at[:MAX_ADDRESSES]))
+        await reservation.send(pb.RelayNote(peer_id=stream.peer_id, addresses=addresses))
+
+    def _count(self, n_bytes: int) -> None:
+        self.carried_bytes += n_bytes
+
+
+def _host(address: str) -> str:
+    """The /ip4/... or /ip6/... part of a multiaddress."""
+    return "/".join(address.split("/")[:3])

@@ -1,0 +1,177 @@
+"""How a node that nobody can dial stays within reach: it keeps a stream open to each of a few relays.
+
+A relay that falls silent is replaced. When a caller comes through one, this node dials it while it dials this node
+(both NATs then let the other in: B. Ford, P. Srisuresh and D. Kegel, "Peer-to-Peer Communication Across Network Address
+Translators", USENIX 2005). Over UDP, as QUIC needs no agreement on who is client and who is server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dht.relay import NOTE_EVERY_S, RELAY_PROTOCOL
+from protocol import relay_pb2 as pb
+from protocol.endpoints import MAX_RELAYS, is_udp_address
+from protocol.errors import KilohiveError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dht.streams import Stream, Streams
+
+logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 5.0
+SILENCE_S = 3 * NOTE_EVERY_S
+LOOK_EVERY_S = 2.0
+AVOID_S = 30.0
+"""A relay that refused or fell silent is not asked again for so long."""
+
+PUNCH_TRIES = 3
+PUNCH_TIMEOUT_S = 2.0
+PUNCH_PAUSE_S = 0.3
+MAX_PUNCHING = 8
+
+
+@dataclass(frozen=True)
+class RelayOffer:
+    """A peer that carries calls for others, and the multiaddress of its p2pd for QUIC."""
+
+    peer_id: str
+    address: str
+
+
+class Reservations:
+    """One node's relays, up to MAX_RELAYS. Belongs to the event loop.
+
+    `changed` is called when `held` has. Relays are looked for while `wanted` is true, and left when it no longer is.
+    """
+
+    def __init__(
+        self, streams: Streams, offers: Callable[[], Sequence[RelayOffer]], changed: Callable[[], None], seed: str
+    ) -> None:
+        self._streams, self._offers, self._changed = streams, offers, changed
+        self._random = random.Random(seed)
+        self._held: dict[str, asyncio.Task[None]] = {}
+        self._avoided: dict[str, float] = {}
+        self._punching: set[asyncio.Task[bool]] = set()
+        self.wanted = False
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Peer ids of the relays through which this node is reached, the one that it has had longest first."""
+        return tuple(self._held)
+
+    async def keep(self) -> None:
+        """Reserve, and reserve elsewhere when a relay is gone, until cancelled."""
+        while True:
+            if self.wanted:
+                await self.reserve()
+            else:
+                await self.close()
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def reserve(self) -> None:
+        """Ask relays once for what is missing; none that refuses or does not answer is an error."""
+        now_s = asyncio.get_running_loop().time()
+        self._avoided = {peer_id: until_s for peer_id, until_s in self._avoided.items() if until_s > now_s}
+        offers = [o for o in self._offers() if o.peer_id not in self._held and o.peer_id not in self._avoided]
+        self._random.shuffle(offers)
+        for offer in offers:
+            if len(self._held) >= MAX_RELAYS:
+                return
+            await self._reserve_at(offer)
+
+    async def _reserve_at(self, offer: RelayOffer) -> None:
+        try:
+            await prefer_udp(self._streams, offer)
+            stream = await self._streams.open(offer.peer_id, RELAY_PROTOCOL, ASK_TIMEOUT_S)
+        except UnavailableError as error:
+            self._avoid(offer.peer_id, error)
+            return
+        try:
+            await stream.send(pb.RelayRequest(reserve=pb.ReserveRequest()))
+            granted(await stream.receive(pb.RelayResponse, ASK_TIMEOUT_S))
+        except KilohiveError as error:
+            stream.close()
+            self._avoid(offer.peer_id, error)
+            return
+        self._held[offer.peer_id] = asyncio.create_task(self._listen(stream), name="reservation")
+        self._changed()
+
+    def _avoid(self, peer_id: str, error: KilohiveError) -> None:
+        logger.debug("Relay %s: %s", peer_id, error)
+        self._avoided[peer_id] = asyncio.get_running_loop().time() + AVOID_S
+
+    async def _listen(self, stream: Stream) -> None:
+        try:
+            while True:
+                note = await stream.receive(pb.RelayNote, SILENCE_S)
+                if note.peer_id and len(self._punching) < MAX_PUNCHING:
+                    self._punch(note.peer_id, list(note.addresses))
+        except KilohiveError as error:
+            self._avoid(stream.peer_id, error)
+        finally:
+            stream.close()
+            self._held.pop(stream.peer_id, None)
+            self._changed()
+
+    def _punch(self, peer_id: str, addresses: list[str]) -> None:
+        punching = asyncio.create_task(punch(self._streams, peer_id, addresses), name="punch")
+        self._punching.add(punching)
+        punching.add_done_callback(self._punching.discard)
+
+    async def close(self) -> None:
+        """Leave every relay; safe to call twice."""
+        tasks = [*self._held.values(), *self._punching]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def granted(answer: pb.RelayResponse) -> pb.RelayResponse:
+    """What a relay answers; UnavailableError if it refuses."""
+    if answer.problem:
+        raise UnavailableError(f"the relay refuses: {answer.problem[:200]}")
+    return answer
+
+
+async def prefer_udp(streams: Streams, offer: RelayOffer) -> None:
+    """Have a connection with a relay over UDP, where there is one to be had: only that way can it tell others' dials.
+
+    Raises UnavailableError when p2pd does not answer.
+    """
+    seen = await streams.seen_at(offer.peer_id, ASK_TIMEOUT_S)
+    if any(map(is_udp_address, seen)) or not is_udp_address(offer.address):
+        return
+    if seen:
+        await streams.hang_up(offer.peer_id, ASK_TIMEOUT_S)
+    try:
+        await streams.dial(offer.peer_id, [offer.address], PUNCH_TIMEOUT_S)
+    except UnavailableError as error:
+        logger.debug("Relay %s cannot be dialled over UDP: %s", offer.peer_id, error)
+
+
+async def punch(streams: Streams, peer_id: str, addresses: Sequence[str]) -> bool:
+    """Dial a peer that dials this node at the same time; whether there is a direct connection now."""
+    targets = [address for address in addresses if is_udp_address(address)]
+    for _ in range(PUNCH_TRIES if targets else 0):
+        try:
+            await streams.dial(peer_id, targets, PUNCH_TIMEOUT_S)
+        except UnavailableError as error:
+            logger.debug("No direct way to %s yet: %s", peer_id, error)
+        if await _is_connected(streams, peer_id):
+            return True
+        await asyncio.sleep(PUNCH_PAUSE_S)
+    return await _is_connected(streams, peer_id)
+
+
+async def _is_connected(streams: Streams, peer_id: str) -> bool:
+    try:
+        return bool(await streams.seen_at(peer_id, ASK_TIMEOUT_S))
+    except UnavailableError:
+        return False

@@ -1,0 +1,96 @@
+"""Where others call this node: at its own port or, if nobody can, through relays. It asks, acts on it, and tells."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from dht.reservations import Reservations
+from dht.tunnel import expose
+from node.reachability import ReachabilityWatch
+from protocol.endpoints import relayed_endpoint
+from protocol.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from dht.announcer import Announcer
+    from node.swarm import Swarm
+    from protocol.announcements import Reachability
+    from protocol.events import EventLog
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 600.0
+LOOK_SOON_S = 15.0
+"""After a look that found nobody to ask, or nobody who could call."""
+
+
+class Whereabouts:
+    """One node's place for others, from `settle` on. Belongs to the event loop."""
+
+    def __init__(self, swarm: Swarm, events: EventLog) -> None:
+        self._swarm, self._events = swarm, events
+        peer_id = swarm.identity.peer_id
+        self._watch = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
+        self._reservations = Reservations(swarm.dht.streams, swarm.relay_offers, self._relays_changed, peer_id)
+        self._own = ""
+        self._changed = asyncio.Event()
+
+    @property
+    def endpoint(self) -> str:
+        """What this node announces: host:port, or its relays."""
+        relays = self._reservations.held
+        return relayed_endpoint(relays) if relays else self._own
+
+    @property
+    def state(self) -> Reachability:
+        """What it announces of that."""
+        return "relayed" if self._reservations.held else self._watch.state
+
+    async def settle(self, endpoint: str) -> None:
+        """Find out whether `endpoint`, host:port of this node's server, can be called, and find relays if not."""
+        self._own = endpoint
+        await expose(self._swarm.dht.streams, endpoint)
+        await self._look()
+        if self._reservations.wanted:
+            await self._reservations.reserve()
+
+    async def watch(self, announcer: Announcer) -> None:
+        """Look again and again, keep relays while they are needed, announce every change, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._look_forever(), name="reachability")
+            group.create_task(self._reservations.keep(), name="relays")
+            group.create_task(self._announce_changes(announcer), name="whereabouts")
+
+    async def close(self) -> None:
+        """Leave the relays; safe to call twice."""
+        await self._reservations.close()
+
+    async def _look_forever(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_S if self._watch.state == "reached" else LOOK_SOON_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        others = [address.split("/")[2] for address in self._swarm.initial_peers]
+        if not self._watch.look_at_itself(self._own, others):
+            await self._watch.look(self._own)
+        self._reservations.wanted = self._watch.state == "not reached"
+
+    def _relays_changed(self) -> None:
+        relays = self._reservations.held
+        self._events.emit("relays", relays=list(relays))
+        if relays:
+            names = " and ".join(relays)
+            logger.info("Others reach this node through %s: calls take a detour until both sides meet directly", names)
+        else:
+            logger.warning("This node has no relay, and nobody can call it; looking for one")
+        self._changed.set()
+
+    async def _announce_changes(self, announcer: Announcer) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            with contextlib.suppress(UnavailableError):  # the next announcement says it too
+                await announcer.announce_now()

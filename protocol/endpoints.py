@@ -1,0 +1,57 @@
+"""Where a node is called: `host:port`, or `relay:` and the peer ids of those that carry calls to it."""
+
+from __future__ import annotations
+
+import re
+
+from protocol.errors import IdentityError, RecordError
+from protocol.identity import public_key_of
+
+MAX_ENDPOINT_CHARS = 261
+"""255 characters of host name, brackets, colon, port."""
+
+MAX_RELAYS = 2
+RELAY = "relay:"
+MAX_RELAY_ADDRESS_CHARS = 80
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+_MAX_PORT = 65_535
+_UDP_ADDRESS = re.compile(r"/ip(?:4/[0-9.]{7,15}|6/[0-9A-Fa-f:.]{2,45})/udp/([1-9][0-9]{0,4})/quic-v1")
+
+
+def relayed_endpoint(relays: tuple[str, ...]) -> str:
+    """Of a node that is reached through these peers, the best one first."""
+    return RELAY + ",".join(relays)
+
+
+def relays_of(endpoint: str) -> tuple[str, ...]:
+    """Peer ids of the relays that an endpoint names; none if it is dialled itself."""
+    return tuple(endpoint.removeprefix(RELAY).split(",")) if endpoint.startswith(RELAY) else ()
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raise RecordError unless `endpoint` is host:port, or `relay:` and up to MAX_RELAYS different peer ids."""
+    if endpoint.startswith(RELAY):
+        _check_relays(relays_of(endpoint[:MAX_ENDPOINT_CHARS]))
+        return
+    host, _, port = endpoint.rpartition(":")
+    well_formed = len(endpoint) <= MAX_ENDPOINT_CHARS and _HOST_NAME.fullmatch(host) and _PORT.fullmatch(port)
+    if not well_formed or int(port) > _MAX_PORT:
+        raise RecordError(f"endpoint: must be host:port such as 192.0.2.1:4000, is {endpoint[:80]!r}")
+
+
+def is_udp_address(address: str) -> bool:
+    """Whether this is a numeric multiaddress such as /ip4/192.0.2.1/udp/4001/quic-v1."""
+    match = _UDP_ADDRESS.fullmatch(address[: MAX_RELAY_ADDRESS_CHARS + 1])
+    return match is not None and len(address) <= MAX_RELAY_ADDRESS_CHARS and int(match[1]) <= _MAX_PORT
+
+
+def _check_relays(relays: tuple[str, ...]) -> None:
+    if len(relays) > MAX_RELAYS or len(set(relays)) < len(relays):
+        raise RecordError(f"endpoint: names {len(relays)} relays, at most {MAX_RELAYS} different ones are allowed")
+    for relay in relays:
+        try:
+            public_key_of(relay)
+        except IdentityError as error:
+            raise RecordError(f"endpoint: {relay[:60]!r} is no relay's peer id ({error})") from None

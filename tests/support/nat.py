@@ -1,0 +1,135 @@
+"""Homes behind NATs and a public network between them, in network namespaces of this machine. Needs root, ip, iptables.
+
+    public (a bridge, 11.9.0.0/24) ---- each public node in a namespace of its own, 11.9.0.10 and up
+       |            |
+     router A     router B              masquerade; nothing comes in that was not asked for
+       |            |
+     home A       home B                192.168.K.2
+
+Nothing leads to the machine's own network.
+"""
+
+# ruff: noqa: S607 - which `ip` is the machine's business
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BRIDGE = "br0"
+PUBLIC = "11.9.0"
+COMMAND_TIMEOUT_S = 10.0
+
+
+def missing() -> str:
+    """Why no namespaces can be made here; empty if they can."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return "network namespaces need root"
+    absent = [program for program in ("ip", "iptables", "tc") if shutil.which(program) is None]
+    if absent:
+        return f"{', '.join(absent)}: not installed"
+    probe = f"kh{os.getpid()}p"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    _ip("netns", "delete", probe, check=False)
+    return f"ip netns add: {made.stderr.strip()}" if made.returncode else ""
+
+
+class Network:
+    """Namespaces by the names that a test gives them."""
+
+    def __init__(self) -> None:
+        self._prefix = f"kh{os.getpid()}"
+        self._made: list[str] = []
+        self._public_hosts = 10
+        self._namespace("public")
+        self._in("public", "ip", "link", "add", BRIDGE, "type", "bridge")
+        self._in("public", "ip", "link", "set", BRIDGE, "up")
+
+    def public(self, name: str) -> str:
+        """A namespace on the public network; its address."""
+        self._namespace(name)
+        return self._attach(name)
+
+    def home(self, name: str) -> str:
+        """A namespace behind a router of its own that masquerades; its address there."""
+        router = f"{name}-nat"
+        self._namespace(router)
+        self._namespace(name)
+        self._attach(router)
+        net = f"192.168.{len(self._made)}"
+        self._link(router, "in0", name, "eth0")
+        self._in(router, "ip", "addr", "add", f"{net}.1/24", "dev", "in0")
+        self._in(name, "ip", "addr", "add", f"{net}.2/24", "dev", "eth0")
+        self._in(name, "ip", "route", "add", "default", "via", f"{net}.1")
+        self._in(router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        for rule in (
+            "-t nat -A POSTROUTING -o eth0 -j MASQUERADE",
+            "-P FORWARD DROP",
+            "-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
+            "-A FORWARD -i in0 -j ACCEPT",
+            "-A INPUT -i eth0 -m conntrack --ctstate NEW -j DROP",
+        ):
+            self._in(router, "iptables", *rule.split())
+        return f"{net}.2"
+
+    def block_udp(self, home: str) -> None:
+        """From now on the home's router lets no UDP out, as some companies' do."""
+        self._in(f"{home}-nat", "iptables", "-I", "FORWARD", "-p", "udp", "-j", "DROP")
+
+    def allow_udp(self, home: str) -> None:
+        """Take `block_udp` back."""
+        self._in(f"{home}-nat", "iptables", "-D", "FORWARD", "-p", "udp", "-j", "DROP")
+
+    def inside(self, name: str) -> tuple[str, ...]:
+        """What to put in front of a command that is to run there."""
+        return ("ip", "netns", "exec", self._full(name))
+
+    def close(self) -> None:
+        """Remove every namespace, and what was in it."""
+        for name in reversed(self._made):
+            _ip("netns", "delete", self._full(name), check=False)
+
+    def _namespace(self, name: str) -> None:
+        _ip("netns", "add", self._full(name))
+        self._made.append(name)
+        self._in(name, "ip", "link", "set", "lo", "up")
+
+    def _attach(self, name: str) -> str:
+        address, port = f"{PUBLIC}.{self._public_hosts}", f"p{self._public_hosts}"
+        self._public_hosts += 1
+        self._link("public", port, name, "eth0")
+        self._in("public", "ip", "link", "set", port, "master", BRIDGE)
+        self._in(name, "ip", "addr", "add", f"{address}/24", "dev", "eth0")
+        return address
+
+    def _link(self, one: str, one_end: str, other: str, other_end: str) -> None:
+        ends = (one_end, "netns", self._full(one), "type", "veth", "peer", "name", other_end)
+        _ip("link", "add", *ends, "netns", self._full(other))
+        self._in(one, "ip", "link", "set", one_end, "up")
+        self._in(other, "ip", "link", "set", other_end, "up")
+
+    def _in(self, name: str, *command: str) -> None:
+        subprocess.run([*self.inside(name), *command], check=True, timeout=COMMAND_TIMEOUT_S)
+
+    def _full(self, name: str) -> str:
+        return f"{self._prefix}-{name}"
+
+
+@contextlib.contextmanager
+def network() -> Iterator[Network]:
+    """Removed at the end, with whatever still runs in it cut off."""
+    made = Network()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _ip(*arguments: str, check: bool = True) -> None:
+    subprocess.run(["ip", *arguments], check=check, capture_output=not check, timeout=COMMAND_TIMEOUT_S)

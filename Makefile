@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-bench swarm test test-all lint format proto bench compose-test lock clean
+.PHONY: help setup setup-dev setup-bench swarm test test-all lint format proto bench compose-test nat-test lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -36,6 +36,8 @@ bench: setup-bench ## run the benchmarks, an hour and a half for all (flags: BEN
 	@$(BIN)/python -m tests.benchmarks.suite $(BENCH_FLAGS)
 compose-test: setup-dev ## build the image, run docker/compose.yaml on a Docker engine and break things
 	@$(BIN)/python -m pytest tests/compose $(PYTEST_FLAGS)
+nat-test: setup-dev ## reach hosts behind NATs, in network namespaces (root, ip, iptables)
+	@$(BIN)/python -m pytest tests/nat -s $(PYTEST_FLAGS)
 lock: setup-dev ## bring the lock files up to date with pyproject.toml
 	@$(call compile,requirements.lock,)
 	@$(call compile,requirements-dev.lock,--extra=dev --constraint=requirements.lock)

@@ -87,6 +87,8 @@ class CoordinatorConfig(RunConfig):
     """Tokens over which the learning rate decays."""
     listen: str = "127.0.0.1"
     """Address to listen on; auto: this machine's."""
+    announce: str = ""
+    """Address that others dial, if it is another: a router's."""
     dht_port: int = 0
     """Port of the DHT node; 0: last time's, or a free one."""
     initial_peers: tuple[str, ...] = ()
@@ -100,7 +102,7 @@ class CoordinatorConfig(RunConfig):
     clip_radius: float = AveragingConfig.clip_radius
     """Largest move of an exchange, relative to the norm."""
     max_rate_scale: float = AveragingConfig.max_rate_scale
-    """Bound of the trunk's rate's growth with trainers; 1: none."""
+    """Most that trainers raise the trunk's rate; 1: not."""
     max_staleness: int = AveragingConfig.max_staleness
     """Most steps from forward to backward; 0: no limit."""
     stop_on_stdin_eof: Flag = False

@@ -113,6 +113,7 @@ async def _start_dht(config: CoordinatorConfig, identity: Identity) -> DhtNode:
         initial_peers=config.initial_peers,
         host=listen_host(config.listen, config.initial_peers or DEFAULT_ROUTES),
         port=config.dht_port,
+        announce=config.announce,
     )
     last_port = _last_port(config.out / "swarm.toml") if config.dht_port == 0 else 0
     if last_port:

@@ -50,8 +50,8 @@ class Daemon:
         self.control_socket = _control_socket(folder)
 
     @classmethod
-    async def spawn(cls, identity: Identity, listen: str, timeout_s: float) -> Daemon:
-        """Start p2pd with the node's key, listening at the multiaddress `listen`.
+    async def spawn(cls, identity: Identity, listen: str, announced: str, timeout_s: float) -> Daemon:
+        """Start p2pd with the node's key, listening at the multiaddress `listen`; others dial `announced`, if given.
 
         Raises:
             UnavailableError: it cannot be started or is not ready within `timeout_s`.
@@ -59,7 +59,7 @@ class Daemon:
         _remove_stale_folders()
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # mode 0700
         try:
-            daemon = cls(await _launch(identity, listen, folder), folder)
+            daemon = cls(await _launch(identity, listen, announced, folder), folder)
         except BaseException:  # cancelled, too: no folder stays
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -133,6 +133,19 @@ def listen_address(host: str, port: int) -> str:
     return f"/ip{version}/{host}/tcp/{port}"
 
 
+def announced_address(announce: str, port: int) -> str:
+    """Multiaddress at which others dial `port`; empty if that is where this node listens. Raises ConfigError."""
+    if not announce:
+        return ""
+    if not port:
+        raise ConfigError("--announce: needs a --dht-port too, the one that the router forwards")
+    try:
+        version = ipaddress.ip_address(announce).version
+    except ValueError:
+        raise ConfigError(f"--announce: must be an IP address such as 192.0.2.1, is {announce[:80]!r}") from None
+    return f"/ip{version}/{announce}/tcp/{port}"
+
+
 def udp_address(listen: str) -> str:
     """The same address and port for QUIC, over which nodes behind NATs find direct ways."""
     return listen.replace("/tcp/", "/udp/") + "/quic-v1"
@@ -149,13 +162,13 @@ def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
             raise UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}") from None
 
 
-async def _launch(identity: Identity, listen: str, folder: Path) -> asyncio.subprocess.Process:
+async def _launch(identity: Identity, listen: str, announced: str, folder: Path) -> asyncio.subprocess.Process:
     key_file = _key_file(folder)
     key_file.touch(mode=0o600)
     key_file.write_bytes(identity.private_key_protobuf)
     try:
         return await asyncio.create_subprocess_exec(
-            *_arguments(listen, folder),
+            *_arguments(listen, announced, folder),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -166,7 +179,7 @@ async def _launch(identity: Identity, listen: str, folder: Path) -> asyncio.subp
         raise UnavailableError(f"p2pd cannot be started: {error}; reinstall hivemind, which brings it") from error
 
 
-def _arguments(listen: str, folder: Path) -> list[str]:
+def _arguments(listen: str, announced: str, folder: Path) -> list[str]:
     program = importlib.resources.files("hivemind.hivemind_cli").joinpath("p2pd")
     return [
         str(program),
@@ -182,6 +195,7 @@ def _arguments(listen: str, folder: Path) -> list[str]:
         "-natPortMap=0",
         "-relay=0",
         "-autoRelay=0",
+        *([f"-announceAddrs={announced},{udp_address(announced)}"] if announced else []),
     ]
 
 

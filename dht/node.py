@@ -19,7 +19,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 
 from dht.answers import node_id_of
 from dht.calls import Calls
-from dht.daemon import Daemon, listen_address
+from dht.daemon import Daemon, announced_address, listen_address
 from dht.lookup import Lookup
 from dht.membership import InitialPeer, Membership, parse_initial_peer
 from dht.packing import RecordChecker
@@ -56,12 +56,16 @@ MAX_KEPT = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DhtConfig:
-    """One node's part of the DHT. `port` 0 takes any; `clock` gives seconds since 1970."""
+    """One node's part of the DHT. `port` 0 takes any; `clock` gives seconds since 1970.
+
+    `announce`: the IP address at which others reach `port`, if it is not `host`.
+    """
 
     identity: Identity
     initial_peers: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 0
+    announce: str = ""
     start_timeout_s: float = 15.0
     request_timeout_s: float = 10.0
     refresh_period_s: float = 10.0
@@ -105,9 +109,10 @@ class DhtNode:
         """
         initial_peers = tuple(parse_initial_peer(text) for text in config.initial_peers)
         listen = listen_address(config.host, config.port)
+        announced = announced_address(config.announce, config.port)
         quiet_hivemind()
         async with contextlib.AsyncExitStack() as undo:
-            parts = await _build(config, initial_peers, listen, undo)
+            parts = await _build(config, initial_peers, (listen, announced), undo)
             await parts.membership.join(config.start_timeout_s)
             found = await parts.calls.within(STEP_TIMEOUT_S, lambda: parts.transport.get_visible_maddrs(latest=True))
             addresses = tuple(str(address) for address in found)
@@ -228,11 +233,11 @@ def quiet_hivemind() -> None:
 
 
 async def _build(
-    config: DhtConfig, initial_peers: tuple[InitialPeer, ...], listen: str, undo: contextlib.AsyncExitStack
+    config: DhtConfig, initial_peers: tuple[InitialPeer, ...], place: tuple[str, str], undo: contextlib.AsyncExitStack
 ) -> _Parts:
     checker, calls = RecordChecker(config.clock), Calls()
     validator = RecordValidator(checker)
-    daemon = await Daemon.spawn(config.identity, listen, config.start_timeout_s)
+    daemon = await Daemon.spawn(config.identity, *place, config.start_timeout_s)
     undo.push_async_callback(calls.drain, STEP_TIMEOUT_S)
     undo.push_async_callback(daemon.stop)
     transport = await calls.within(STEP_TIMEOUT_S, lambda: Transport.connect_to(daemon, checker))

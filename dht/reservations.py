@@ -45,6 +45,33 @@ class RelayOffer:
     address: str
 
 
+class RelayLinks:
+    """One node's connections with relays: over UDP if they can be, as only there a relay sees where to punch."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._tried: set[str] = set()
+
+    async def open(self, offer: RelayOffer) -> Stream:
+        """A stream to a relay. Raises UnavailableError."""
+        if offer.peer_id not in self._tried and is_udp_address(offer.address):
+            # Once: changing the connection ends every stream over it.
+            self._tried.add(offer.peer_id)
+            await self._prefer_udp(offer)
+        return await self._streams.open(offer.peer_id, RELAY_PROTOCOL, ASK_TIMEOUT_S)
+
+    async def _prefer_udp(self, offer: RelayOffer) -> None:
+        seen = await self._streams.seen_at(offer.peer_id, ASK_TIMEOUT_S)
+        if any(map(is_udp_address, seen)):
+            return
+        if seen:
+            await self._streams.hang_up(offer.peer_id, ASK_TIMEOUT_S)
+        try:
+            await self._streams.dial(offer.peer_id, [offer.address], PUNCH_TIMEOUT_S)
+        except UnavailableError as error:
+            logger.debug("Relay %s cannot be dialled over UDP: %s", offer.peer_id, error)
+
+
 class Reservations:
     """One node's relays, up to MAX_RELAYS. Belongs to the event loop.
 
@@ -52,9 +79,14 @@ class Reservations:
     """
 
     def __init__(
-        self, streams: Streams, offers: Callable[[], Sequence[RelayOffer]], changed: Callable[[], None], seed: str
+        self,
+        streams: Streams,
+        links: RelayLinks,
+        offers: Callable[[], Sequence[RelayOffer]],
+        changed: Callable[[], None],
+        seed: str,
     ) -> None:
-        self._streams, self._offers, self._changed = streams, offers, changed
+        self._streams, self._links, self._offers, self._changed = streams, links, offers, changed
         self._random = random.Random(seed)
         self._held: dict[str, asyncio.Task[None]] = {}
         self._avoided: dict[str, float] = {}
@@ -88,8 +120,7 @@ class Reservations:
 
     async def _reserve_at(self, offer: RelayOffer) -> None:
         try:
-            await prefer_udp(self._streams, offer)
-            stream = await self._streams.open(offer.peer_id, RELAY_PROTOCOL, ASK_TIMEOUT_S)
+            stream = await self._links.open(offer)
         except UnavailableError as error:
             self._avoid(offer.peer_id, error)
             return
@@ -127,6 +158,7 @@ class Reservations:
 
     async def close(self) -> None:
         """Leave every relay; safe to call twice."""
+        self.wanted = False
         tasks = [*self._held.values(), *self._punching]
         for task in tasks:
             task.cancel()
@@ -138,22 +170,6 @@ def granted(answer: pb.RelayResponse) -> pb.RelayResponse:
     if answer.problem:
         raise UnavailableError(f"the relay refuses: {answer.problem[:200]}")
     return answer
-
-
-async def prefer_udp(streams: Streams, offer: RelayOffer) -> None:
-    """Have a connection with a relay over UDP, where there is one to be had: only that way can it tell others' dials.
-
-    Raises UnavailableError when p2pd does not answer.
-    """
-    seen = await streams.seen_at(offer.peer_id, ASK_TIMEOUT_S)
-    if any(map(is_udp_address, seen)) or not is_udp_address(offer.address):
-        return
-    if seen:
-        await streams.hang_up(offer.peer_id, ASK_TIMEOUT_S)
-    try:
-        await streams.dial(offer.peer_id, [offer.address], PUNCH_TIMEOUT_S)
-    except UnavailableError as error:
-        logger.debug("Relay %s cannot be dialled over UDP: %s", offer.peer_id, error)
 
 
 async def punch(streams: Streams, peer_id: str, addresses: Sequence[str]) -> bool:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from dht.relay import RELAY_PROTOCOL, TUNNEL_PROTOCOL
-from dht.reservations import RelayOffer, granted, prefer_udp, punch
+from dht.relay import TUNNEL_PROTOCOL
+from dht.reservations import granted, punch
 from dht.streams import Stream, splice
 from protocol import relay_pb2 as pb
 from protocol.errors import UnavailableError
@@ -21,6 +21,7 @@ from protocol.errors import UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dht.reservations import RelayLinks, RelayOffer
     from dht.streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,13 @@ class Tunnels:
     """
 
     def __init__(
-        self, streams: Streams, offer_of: Callable[[str], RelayOffer], own_addresses: Sequence[str] = ()
+        self,
+        streams: Streams,
+        links: RelayLinks,
+        offer_of: Callable[[str], RelayOffer],
+        own_addresses: Sequence[str] = (),
     ) -> None:
-        self._streams, self._offer_of, self._own_addresses = streams, offer_of, tuple(own_addresses)
+        self._ways = _Ways(streams, links, offer_of, tuple(own_addresses))
         self._open: dict[str, _Tunnel] = {}
 
     async def endpoint(self, peer_id: str, relays: tuple[str, ...]) -> str:
@@ -59,7 +64,7 @@ class Tunnels:
             self._open = {other: tunnel for other, tunnel in self._open.items() if not tunnel.closed}
             if len(self._open) >= MAX_TUNNELS:
                 raise UnavailableError(f"this node has {MAX_TUNNELS} tunnels open, the most it takes")
-            tunnel = self._open[peer_id] = _Tunnel(peer_id, self._streams, self._offer_of, self._own_addresses)
+            tunnel = self._open[peer_id] = _Tunnel(peer_id, self._ways)
         tunnel.relays = relays
         return await tunnel.endpoint()
 
@@ -73,13 +78,20 @@ class Tunnels:
         await asyncio.gather(*(tunnel.close() for tunnel in self._open.values()))
 
 
+class _Ways(NamedTuple):
+    """What all tunnels of a node use."""
+
+    streams: Streams
+    links: RelayLinks
+    offer_of: Callable[[str], RelayOffer]
+    own_addresses: tuple[str, ...]
+
+
 class _Tunnel:
     """To one peer."""
 
-    def __init__(
-        self, peer_id: str, streams: Streams, offer_of: Callable[[str], RelayOffer], own_addresses: tuple[str, ...]
-    ) -> None:
-        self._peer_id, self._streams, self._offer_of, self._own_addresses = peer_id, streams, offer_of, own_addresses
+    def __init__(self, peer_id: str, ways: _Ways) -> None:
+        self._peer_id, self._ways, self._streams = peer_id, ways, ways.streams
         self._server: asyncio.Server | None = None
         self._starting = asyncio.Lock()
         self._links: set[asyncio.Task[None]] = set()
@@ -168,10 +180,9 @@ class _Tunnel:
         raise UnavailableError("; ".join(problems) or f"{self._peer_id} names no relay")
 
     async def _through(self, relay: str) -> Stream:
-        await prefer_udp(self._streams, self._offer_of(relay))
-        stream = await self._streams.open(relay, RELAY_PROTOCOL, LINK_TIMEOUT_S)
+        stream = await self._ways.links.open(self._ways.offer_of(relay))
         try:
-            request = pb.ConnectRequest(peer_id=self._peer_id, addresses=self._own_addresses)
+            request = pb.ConnectRequest(peer_id=self._peer_id, addresses=self._ways.own_addresses)
             await stream.send(pb.RelayRequest(connect=request))
             answer = granted(await stream.receive(pb.RelayResponse, LINK_TIMEOUT_S))
         except BaseException:  # cancelled, too: no stream stays

@@ -22,7 +22,9 @@ class SwarmConfig:
     initial_peers: tuple[str, ...] = ()
     """Multiaddresses of peers in the swarm, parted by blanks."""
     listen: str = "auto"
-    """Address to announce; auto: it reaches the swarm."""
+    """Address to listen on; auto: it reaches the swarm."""
+    announce: str = ""
+    """Address that others call, if it is another: a router's."""
     dht_port: int = 0
     """Port of the DHT node; 0 takes a free one."""
     join_timeout_s: float = 60.0

@@ -20,7 +20,7 @@ from node.security import Address
 from node.serving.guard import CallCounts, parse, unary_in_context
 from protocol import reach_pb2 as pb
 from protocol.call_signature import caller_of
-from protocol.endpoints import relays_of
+from protocol.endpoints import is_relayed
 from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class ReachabilityWatch:
         others = [
             peer
             for peer in self._peers()
-            if peer.endpoint and not relays_of(peer.endpoint) and peer.peer_id != self._own_id
+            if peer.endpoint and not is_relayed(peer.endpoint) and peer.peer_id != self._own_id
         ]
         asked = self._random.sample(others, min(ASKED, len(others)))
         answers = await asyncio.gather(*(self._ask(peer, endpoint) for peer in asked))

@@ -17,7 +17,7 @@ import grpc
 
 from protocol.call_signature import CallChecker, CallSigner
 from protocol.certificate import certificate_of, host_name, pem_of, proven_peer_id
-from protocol.endpoints import relays_of
+from protocol.endpoints import is_relayed, relays_of
 from protocol.errors import ConfigError, DeadlineError, IdentityError, UnavailableError
 from protocol.limits import MAX_MESSAGE_BYTES
 
@@ -109,13 +109,12 @@ class Caller:
 
     async def _dialled(self, address: Address) -> str:
         """host:port to connect to."""
-        relays = relays_of(address.endpoint)
-        if not relays:
+        if not is_relayed(address.endpoint):
             return address.endpoint
         if self._tunnels is None:
             raise NotConnectedError(f"{address.peer_id} is reached through relays, and this node has no tunnels")
         try:
-            return await self._tunnels.endpoint(address.peer_id, relays)
+            return await self._tunnels.endpoint(address.peer_id, relays_of(address.endpoint))
         except UnavailableError as error:
             raise NotConnectedError(str(error)) from None
 
@@ -125,7 +124,7 @@ class Caller:
 
 
 def _plain_channel(address: Address) -> grpc.aio.Channel:
-    if relays_of(address.endpoint) or not _is_loopback(_host_and_port(address.endpoint)[0]):
+    if is_relayed(address.endpoint) or not _is_loopback(_host_and_port(address.endpoint)[0]):
         raise NotConnectedError(f"{address.endpoint}: --insecure-local calls this machine only")
     return grpc.aio.insecure_channel(address.endpoint, options=OPTIONS)
 

@@ -18,12 +18,13 @@ from dht.addresses import listen_host
 from dht.directory import Directory
 from dht.join import fetch_manifest
 from dht.node import DhtConfig, DhtNode
-from dht.reservations import RelayOffer
+from dht.reservations import RelayLinks, RelayOffer
 from dht.tunnel import Tunnels
 from node.dispatch.client import ExpertClient
 from node.dispatch.dispatcher import DispatchConfig, Dispatcher
 from node.moe import RemoteMoE
 from node.security import Security
+from protocol.endpoints import announced_endpoint, announced_host
 from protocol.errors import DrainingError, UnavailableError
 from protocol.identity import Identity
 from protocol.swarm_choice import resolve
@@ -50,7 +51,9 @@ class Swarm:
         self._config, self.identity, self._make_client = config, identity, make_client
         self.security = Security(identity, config.insecure_local)
         self._stack = AsyncExitStack()
+        self.announce = config.announce
         self.listen: str
+        self.relay_links: RelayLinks
         self.initial_peers: tuple[str, ...]
         self.dht: DhtNode
         self.manifest: Manifest
@@ -64,6 +67,7 @@ class Swarm:
         self.initial_peers = tuple(initial_peers)
         self.listen = listen_host(self._config.listen, initial_peers)
         self.security.check_listen(self.listen)
+        announced_endpoint(self.announce, f"{self.listen}:1")  # a mistake in it is told before anything is started
         # p2pd is spawned here, before this process's first gRPC call: gRPC does not survive a fork.
         self.dht = await DhtNode.start(
             DhtConfig(
@@ -71,6 +75,7 @@ class Swarm:
                 initial_peers=initial_peers,
                 host=self.listen,
                 port=self._config.dht_port,
+                announce=announced_host(self._config.announce) if self._config.dht_port else "",
             )
         )
         self._stack.push_async_callback(self.dht.stop)
@@ -79,7 +84,8 @@ class Swarm:
         self.directory = Directory(self.dht, run_id, self.manifest.model)
         await self.directory.start()
         self._stack.push_async_callback(self.directory.stop)
-        tunnels = Tunnels(self.dht.streams, self._relay_offer, self.dht.udp_addresses)
+        self.relay_links = RelayLinks(self.dht.streams)
+        tunnels = Tunnels(self.dht.streams, self.relay_links, self._relay_offer, self.dht.udp_addresses)
         self._stack.push_async_callback(tunnels.close)
         self.security = replace(self.security, tunnels=tunnels)
 

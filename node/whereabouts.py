@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dht.reservations import Reservations
 from dht.tunnel import expose
 from node.reachability import ReachabilityWatch
-from protocol.endpoints import relayed_endpoint
+from protocol.endpoints import announced_endpoint, relayed_endpoint
 from protocol.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -33,24 +33,26 @@ class Whereabouts:
         self._swarm, self._events = swarm, events
         peer_id = swarm.identity.peer_id
         self._watch = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
-        self._reservations = Reservations(swarm.dht.streams, swarm.relay_offers, self._relays_changed, peer_id)
+        self._reservations = Reservations(
+            swarm.dht.streams, swarm.relay_links, swarm.relay_offers, self._relays_changed, peer_id
+        )
         self._own = ""
         self._changed = asyncio.Event()
 
     @property
     def endpoint(self) -> str:
-        """What this node announces: host:port, or its relays."""
-        relays = self._reservations.held
-        return relayed_endpoint(relays) if relays else self._own
+        """What this node announces: host:port or, if that cannot be called, its relays."""
+        return relayed_endpoint(self._reservations.held) if self._reservations.wanted else self._own
 
     @property
     def state(self) -> Reachability:
         """What it announces of that."""
-        return "relayed" if self._reservations.held else self._watch.state
+        through_relays = self._reservations.wanted and self._reservations.held
+        return "relayed" if through_relays else self._watch.state
 
     async def settle(self, endpoint: str) -> None:
         """Find out whether `endpoint`, host:port of this node's server, can be called, and find relays if not."""
-        self._own = endpoint
+        self._own = announced_endpoint(self._swarm.announce, endpoint)
         await expose(self._swarm.dht.streams, endpoint)
         await self._look()
         if self._reservations.wanted:
@@ -84,8 +86,8 @@ class Whereabouts:
         if relays:
             names = " and ".join(relays)
             logger.info("Others reach this node through %s: calls take a detour until both sides meet directly", names)
-        else:
-            logger.warning("This node has no relay, and nobody can call it; looking for one")
+        elif self._reservations.wanted:
+            logger.warning("This node has no relay any more; looking for another")
         self._changed.set()
 
     async def _announce_changes(self, announcer: Announcer) -> None:

@@ -1,10 +1,13 @@
-"""Where a node is called: `host:port`, or `relay:` and the peer ids of those that carry calls to it."""
+"""Where a node is called: `host:port`, or `relay:` and the peer ids of those that carry calls to it, if there are any.
+
+Without any it is reached only by those whom it has dialled itself, over that connection.
+"""
 
 from __future__ import annotations
 
 import re
 
-from protocol.errors import IdentityError, RecordError
+from protocol.errors import ConfigError, IdentityError, RecordError
 from protocol.identity import public_key_of
 
 MAX_ENDPOINT_CHARS = 261
@@ -25,16 +28,47 @@ def relayed_endpoint(relays: tuple[str, ...]) -> str:
     return RELAY + ",".join(relays)
 
 
+def announced_endpoint(announce: str, listening: str) -> str:
+    """`listening`, host:port, as others call it: at the host, or host:port, `announce`, if that is given.
+
+    Raises ConfigError naming --announce.
+    """
+    if not announce:
+        return listening
+    endpoint = f"{announce}:{listening.rpartition(':')[2]}" if _is_host_only(announce) else announce
+    try:
+        _check_address(endpoint)
+    except RecordError:
+        raise ConfigError(f"--announce: must be like 192.0.2.1 or 192.0.2.1:4000, is {announce[:80]!r}") from None
+    return endpoint
+
+
+def announced_host(announce: str) -> str:
+    """The host alone, without brackets."""
+    host = announce if _is_host_only(announce) else announce.rpartition(":")[0]
+    return host.strip("[]")
+
+
+def is_relayed(endpoint: str) -> bool:
+    """Whether nothing can be dialled there."""
+    return endpoint.startswith(RELAY)
+
+
 def relays_of(endpoint: str) -> tuple[str, ...]:
     """Peer ids of the relays that an endpoint names; none if it is dialled itself."""
-    return tuple(endpoint.removeprefix(RELAY).split(",")) if endpoint.startswith(RELAY) else ()
+    named = endpoint.removeprefix(RELAY) if is_relayed(endpoint) else ""
+    return tuple(named.split(",")) if named else ()
 
 
 def check_endpoint(endpoint: str) -> None:
     """Raise RecordError unless `endpoint` is host:port, or `relay:` and up to MAX_RELAYS different peer ids."""
-    if endpoint.startswith(RELAY):
+    if is_relayed(endpoint):
         _check_relays(relays_of(endpoint[:MAX_ENDPOINT_CHARS]))
         return
+    _check_address(endpoint)
+
+
+def _check_address(endpoint: str) -> None:
     host, _, port = endpoint.rpartition(":")
     well_formed = len(endpoint) <= MAX_ENDPOINT_CHARS and _HOST_NAME.fullmatch(host) and _PORT.fullmatch(port)
     if not well_formed or int(port) > _MAX_PORT:
@@ -45,6 +79,10 @@ def is_udp_address(address: str) -> bool:
     """Whether this is a numeric multiaddress such as /ip4/192.0.2.1/udp/4001/quic-v1."""
     match = _UDP_ADDRESS.fullmatch(address[: MAX_RELAY_ADDRESS_CHARS + 1])
     return match is not None and len(address) <= MAX_RELAY_ADDRESS_CHARS and int(match[1]) <= _MAX_PORT
+
+
+def _is_host_only(announce: str) -> bool:
+    return announce.endswith("]") or ":" not in announce
 
 
 def _check_relays(relays: tuple[str, ...]) -> None:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 import pytest_asyncio
 
-from dht import relay as relay_module
 from dht import tunnel as tunnel_module
 from dht.relay import RELAY_PROTOCOL, TUNNEL_PROTOCOL, Relay, RelayLimits
-from dht.reservations import RelayOffer, Reservations, punch
-from dht.streams import MAX_CONTROL_BYTES
+from dht.reservations import RelayLinks, RelayOffer, Reservations, punch
+from dht.streams import MAX_CONTROL_BYTES, Stream
 from dht.tunnel import Tunnels, expose
 from node.security import Address, NotConnectedError, Security
 from node.serving.server import NodeServer
@@ -65,7 +64,9 @@ def offer(node: DhtNode) -> RelayOffer:
 
 
 def reservations(hidden: DhtNode, *relays: DhtNode) -> Reservations:
-    return Reservations(hidden.streams, lambda: [offer(relay) for relay in relays], lambda: None, hidden.peer_id)
+    streams = hidden.streams
+    offers = [offer(relay) for relay in relays]
+    return Reservations(streams, RelayLinks(streams), lambda: offers, lambda: None, hidden.peer_id)
 
 
 async def swarm_of(start: Start, limits: RelayLimits | None = None) -> Swarm:
@@ -80,7 +81,11 @@ async def swarm_of(start: Start, limits: RelayLimits | None = None) -> Swarm:
 
 def tunnels(swarm: Swarm) -> Tunnels:
     apart = Apart(swarm.caller.streams, swarm.hidden.peer_id)
-    return Tunnels(apart, lambda peer_id: RelayOffer(peer_id, ""))  # type: ignore[arg-type]  # stands for Streams
+    return Tunnels(apart, RelayLinks(apart), without_address)  # type: ignore[arg-type]  # stands for Streams
+
+
+def without_address(peer_id: str) -> RelayOffer:
+    return RelayOffer(peer_id, "")
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -135,7 +140,8 @@ async def _is(value: int, expected: int) -> bool:
 async def test_a_connection_that_is_there_is_used_without_the_relay(start: Start) -> None:
     swarm = await swarm_of(start)
     await swarm.hidden.streams.dial(swarm.caller.peer_id, swarm.caller.udp_addresses, WAIT_S)
-    ways = Tunnels(swarm.caller.streams, lambda peer_id: RelayOffer(peer_id, ""))
+    streams = swarm.caller.streams
+    ways = Tunnels(streams, RelayLinks(streams), without_address)
     async with echo_server(swarm.hidden):
         endpoint = await ways.endpoint(swarm.hidden.peer_id, (swarm.public.peer_id,))
         assert await says(endpoint, b"hello") == b"hello"
@@ -190,7 +196,7 @@ async def test_a_relay_that_falls_silent_is_left(start: Start, monkeypatch: pyte
     silent = await start(swarm.public)
     monkeypatch.setattr("dht.reservations.SILENCE_S", 0.5)
 
-    async def grants_and_says_no_more(stream: relay_module.Stream) -> None:
+    async def grants_and_says_no_more(stream: Stream) -> None:
         await stream.receive(pb.RelayRequest, WAIT_S)
         await stream.send(pb.RelayResponse())
         await stream.reader.read()
@@ -254,7 +260,7 @@ async def test_a_relay_that_names_no_peer_to_dial_does_no_harm(start: Start) -> 
     swarm = await swarm_of(start)
     lying = await start(swarm.public)
 
-    async def sends_nonsense(stream: relay_module.Stream) -> None:
+    async def sends_nonsense(stream: Stream) -> None:
         await stream.receive(pb.RelayRequest, WAIT_S)
         await stream.send(pb.RelayResponse())
         await stream.send(pb.RelayNote(peer_id="nobody", addresses=["/ip4/192.0.2.1/udp/1/quic-v1", "nowhere"]))
@@ -346,7 +352,7 @@ async def test_streams_beyond_a_peers_share_are_closed_at_once(start: Start, mon
     public = await start()
     caller = await start(public)
 
-    async def holds(stream: relay_module.Stream) -> None:
+    async def holds(stream: Stream) -> None:
         await stream.send(pb.RelayNote())
         await stream.reader.read()
 

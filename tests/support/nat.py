@@ -57,11 +57,11 @@ class Network:
         return self._attach(name)
 
     def home(self, name: str) -> str:
-        """A namespace behind a router of its own that masquerades; its address there."""
+        """A namespace behind a router of its own that masquerades; the router's address on the public network."""
         router = f"{name}-nat"
         self._namespace(router)
         self._namespace(name)
-        self._attach(router)
+        outside = self._attach(router)
         net = f"192.168.{len(self._made)}"
         self._link(router, "in0", name, "eth0")
         self._in(router, "ip", "addr", "add", f"{net}.1/24", "dev", "in0")
@@ -76,15 +76,11 @@ class Network:
             "-A INPUT -i eth0 -m conntrack --ctstate NEW -j DROP",
         ):
             self._in(router, "iptables", *rule.split())
-        return f"{net}.2"
+        return outside
 
     def block_udp(self, home: str) -> None:
         """From now on the home's router lets no UDP out, as some companies' do."""
         self._in(f"{home}-nat", "iptables", "-I", "FORWARD", "-p", "udp", "-j", "DROP")
-
-    def allow_udp(self, home: str) -> None:
-        """Take `block_udp` back."""
-        self._in(f"{home}-nat", "iptables", "-D", "FORWARD", "-p", "udp", "-j", "DROP")
 
     def inside(self, name: str) -> tuple[str, ...]:
         """What to put in front of a command that is to run there."""

@@ -90,6 +90,20 @@ class Node:
         return self.child.bury()
 
 
+def end_nodes(nodes: Sequence[Node]) -> None:
+    """End every node, the last started first; kill what does not leave."""
+    for node in nodes:
+        if not node.child.ended():
+            node.child.ask_to_stop()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline and not all(node.child.ended() for node in nodes):
+        time.sleep(POLL_S)
+    for node in reversed(nodes):
+        if not node.child.ended():
+            node.child.kill_tree()
+        node.child.bury()
+
+
 class ProcessSwarm:
     """A coordinator and whatever else a test starts, under one folder."""
 
@@ -139,17 +153,8 @@ class ProcessSwarm:
         return answer
 
     def close(self) -> None:
-        """End every node, the last started first; kill what does not leave."""
-        for node in self.nodes:
-            if not node.child.ended():
-                node.child.ask_to_stop()
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while time.monotonic() < deadline and not all(node.child.ended() for node in self.nodes):
-            time.sleep(POLL_S)
-        for node in reversed(self.nodes):
-            if not node.child.ended():
-                node.child.kill_tree()
-            node.child.bury()
+        """End every node."""
+        end_nodes(self.nodes)
 
 
 @contextmanager

@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.endpoints import check_endpoint, is_udp_address, relayed_endpoint, relays_of
-from protocol.errors import RecordError
+from protocol.endpoints import (
+    announced_endpoint,
+    announced_host,
+    check_endpoint,
+    is_relayed,
+    is_udp_address,
+    relayed_endpoint,
+    relays_of,
+)
+from protocol.errors import ConfigError, RecordError
 from protocol.identity import Identity
 
 ONE, TWO, THREE = (Identity.generate().peer_id for _ in range(3))
@@ -22,16 +30,22 @@ def test_relays_are_named_in_order() -> None:
     assert relays_of("192.0.2.1:4000") == ()
 
 
+def test_a_node_without_a_relay_is_not_dialled_either() -> None:
+    check_endpoint(relayed_endpoint(()))
+    assert is_relayed(relayed_endpoint(()))
+    assert relays_of(relayed_endpoint(())) == ()
+    assert not is_relayed("192.0.2.1:4000")
+
+
 @pytest.mark.parametrize(
     ("named", "words"),
     [
         ((ONE, TWO, THREE), "names 3 relays, at most 2"),
         ((ONE, ONE), "names 2 relays, at most 2 different ones"),
-        (("",), "is no relay's peer id"),
         ((ONE, "192.0.2.1:4000"), "is no relay's peer id"),
         ((ONE, ONE[:-1]), "is no relay's peer id"),
     ],
-    ids=["three", "twice the same", "none", "an address", "a part of an id"],
+    ids=["three", "twice the same", "an address", "a part of an id"],
 )
 def test_what_names_no_relays_is_refused(named: tuple[str, ...], words: str) -> None:
     with pytest.raises(RecordError, match=words):
@@ -64,3 +78,25 @@ def test_any_text_is_an_endpoint_or_a_record_error(text: str) -> None:
     with contextlib.suppress(RecordError):
         check_endpoint(text)
         assert ":" in text
+
+
+@pytest.mark.parametrize(
+    ("announce", "endpoint", "host"),
+    [
+        ("", "10.0.0.2:4000", ""),
+        ("192.0.2.1", "192.0.2.1:4000", "192.0.2.1"),
+        ("192.0.2.1:5000", "192.0.2.1:5000", "192.0.2.1"),
+        ("[2001:db8::1]", "[2001:db8::1]:4000", "2001:db8::1"),
+        ("[2001:db8::1]:5000", "[2001:db8::1]:5000", "2001:db8::1"),
+        ("node.example.org", "node.example.org:4000", "node.example.org"),
+    ],
+)
+def test_what_a_router_forwards_is_announced_in_place_of_the_port(announce: str, endpoint: str, host: str) -> None:
+    assert announced_endpoint(announce, "10.0.0.2:4000") == endpoint
+    assert announced_host(announce) == host
+
+
+@pytest.mark.parametrize("announce", ["192.0.2.1:0", "192.0.2.1:70000", "a b", "relay:", "http://example.org"])
+def test_what_cannot_be_announced_is_the_users_mistake(announce: str) -> None:
+    with pytest.raises(ConfigError, match="--announce: must be like"):
+        announced_endpoint(announce, "10.0.0.2:4000")

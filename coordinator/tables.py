@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.blocks import block_list_text
+from protocol.endpoints import SHOWN_CHARS, endpoint_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from protocol.announcements import ReplicaState
     from protocol.manifest import BlockId, Manifest
 
-SHORT_ID_CHARS = 6
 MAX_PEERS_SHOWN = 40
 MAX_BLOCKS_CHARS = 300
 MANY_REPLICAS = 10
@@ -78,9 +78,9 @@ def _peer_row(peer: PeerInfo, replicas: Sequence[Replica], now_s: float) -> tupl
     return (
         _short(peer.peer_id),
         peer.role,
-        Text(f"{peer.endpoint}, not reached", style="bold red")
+        Text(f"{endpoint_text(peer.endpoint)}, not reached", style="bold red")
         if peer.reachability == "not reached"
-        else peer.endpoint or "-",
+        else endpoint_text(peer.endpoint) or "-",
         block_list_text(replica.block for replica in replicas) or "-",
         f"{peer.tokens_per_s:,.0f}",
         f"{peer.queue_tokens:,}",
@@ -189,7 +189,7 @@ def _with_rest(table: Table, count: int, what: str) -> RenderableType:
 
 
 def _short(peer_id: str) -> str:
-    return f"…{peer_id[-SHORT_ID_CHARS:]}"
+    return f"…{peer_id[-SHOWN_CHARS:]}"
 
 
 def _count(number: int, what: str) -> str:

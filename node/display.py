@@ -22,6 +22,7 @@ from rich.text import Text
 
 from node.report import print_end
 from node.text import bytes_text, clock_text, count_text, hosts_text, printable, short_id, sparkline
+from protocol.endpoints import endpoint_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -239,7 +240,7 @@ def _host_row(host: Event, bar_width: int) -> tuple[RenderableType, ...]:
     bar.add_row(ProgressBar(total=1.0, completed=host["share"], width=bar_width), f"{100 * host['share']:3.0f} %")
     return (
         Text(short_id(host["peer_id"]), style=style),
-        Text(host["endpoint"], style=style),
+        Text(endpoint_text(host["endpoint"]), style=style),
         f"{host['n_blocks']:,}",
         bar,
         count_text(host["queue_tokens"]),

@@ -15,6 +15,7 @@ MAX_ENDPOINT_CHARS = 261
 
 MAX_RELAYS = 2
 RELAY = "relay:"
+SHOWN_CHARS = 6
 MAX_RELAY_ADDRESS_CHARS = 80
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
@@ -58,6 +59,14 @@ def relays_of(endpoint: str) -> tuple[str, ...]:
     """Peer ids of the relays that an endpoint names; none if it is dialled itself."""
     named = endpoint.removeprefix(RELAY) if is_relayed(endpoint) else ""
     return tuple(named.split(",")) if named else ()
+
+
+def endpoint_text(endpoint: str) -> str:
+    """As a person reads it: host:port, or the ends of its relays' peer ids."""
+    if not is_relayed(endpoint):
+        return endpoint
+    names = " and ".join(f"…{relay[-SHOWN_CHARS:]}" for relay in relays_of(endpoint))
+    return f"relayed by {names}" if names else "no relay"
 
 
 def check_endpoint(endpoint: str) -> None:

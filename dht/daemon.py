@@ -133,6 +133,11 @@ def listen_address(host: str, port: int) -> str:
     return f"/ip{version}/{host}/tcp/{port}"
 
 
+def _is_at_home(listen: str) -> bool:
+    address = ipaddress.ip_address(listen.split("/")[2])
+    return address.is_private and not address.is_loopback
+
+
 def announced_address(announce: str, port: int) -> str:
     """Multiaddress at which others dial `port`; empty if that is where this node listens. Raises ConfigError."""
     if not announce:
@@ -192,7 +197,8 @@ def _arguments(listen: str, announced: str, folder: Path) -> list[str]:
         "-tls=1",
         "-b=0",  # we connect to the initial peers ourselves, one by one
         "-autonat=0",
-        "-natPortMap=0",
+        # At home p2pd asks for a port that leads to its own (UPnP, NAT-PMP), and finds out by itself if it gets one.
+        f"-natPortMap={int(_is_at_home(listen))}",
         "-relay=0",
         "-autoRelay=0",
         *([f"-announceAddrs={announced},{udp_address(announced)}"] if announced else []),

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dht.streams import Stream, splice
 from protocol import relay_pb2 as pb
@@ -44,12 +44,19 @@ class RelayLimits:
     max_circuits_per_caller: int = 16
 
 
+class _Reservation(NamedTuple):
+    """A peer that is reached through its stream, and where it says that it may be dialled."""
+
+    stream: Stream
+    told: tuple[str, ...]
+
+
 class Relay:
     """One node's service to those behind a NAT. Belongs to the event loop."""
 
     def __init__(self, streams: Streams, limits: RelayLimits) -> None:
         self._streams, self._limits = streams, limits
-        self._reserved: dict[str, Stream] = {}
+        self._reserved: dict[str, _Reservation] = {}
         self._circuits: Counter[str] = Counter()
         self.carried_bytes = 0
 
@@ -72,25 +79,26 @@ class Relay:
         wanted = request.WhichOneof("wanted")
         try:
             if wanted == "reserve":
-                await self._reserve(stream)
+                await self._reserve(stream, request.reserve)
             elif wanted == "connect":
                 await self._connect(stream, request.connect)
             else:
                 raise InvalidInputError("wanted", "must be reserve or connect")
         except KilohiveError as error:
             with contextlib.suppress(UnavailableError):
-                await stream.send(pb.RelayResponse(problem=str(error)))
+                await stream.last(pb.RelayResponse(problem=str(error)))
             raise
 
-    async def _reserve(self, stream: Stream) -> None:
+    async def _reserve(self, stream: Stream, request: pb.ReserveRequest) -> None:
         if len(self._reserved) >= self._limits.max_reservations and stream.peer_id not in self._reserved:
             raise OverloadedError(f"this relay has {self._limits.max_reservations} reservations, the most it takes")
-        self._reserved[stream.peer_id] = stream
+        self._reserved[stream.peer_id] = _Reservation(stream, tuple(request.addresses[:MAX_ADDRESSES]))
         try:
             await stream.send(pb.RelayResponse())
             await self._until_it_leaves(stream)
         finally:
-            if self._reserved.get(stream.peer_id) is stream:
+            held = self._reserved.get(stream.peer_id)
+            if held is not None and held.stream is stream:
                 del self._reserved[stream.peer_id]
 
     async def _until_it_leaves(self, stream: Stream) -> None:
@@ -123,15 +131,19 @@ class Relay:
             if not self._circuits[caller]:
                 del self._circuits[caller]
 
-    async def _introduce(self, stream: Stream, reservation: Stream, told: Sequence[str]) -> None:
-        """Tell each side where the other is seen. What a caller says of itself counts only at its own IP address."""
-        caller_at = await self._streams.seen_at(stream.peer_id, OPEN_TIMEOUT_S)
-        hosts = {_host(address) for address in caller_at}
+    async def _introduce(self, stream: Stream, reservation: _Reservation, told: Sequence[str]) -> None:
+        """Tell each side where the other may be dialled."""
+        target = reservation.stream
+        await stream.send(pb.RelayResponse(addresses=await self._places(target.peer_id, reservation.told)))
+        note = pb.RelayNote(peer_id=stream.peer_id, addresses=await self._places(stream.peer_id, told))
+        await target.send(note)
+
+    async def _places(self, peer_id: str, told: Sequence[str]) -> list[str]:
+        """Where a peer is seen. What it says of itself counts only at an IP address that it is seen at."""
+        seen = await self._streams.seen_at(peer_id, OPEN_TIMEOUT_S)
+        hosts = {_host(address) for address in seen}
         believed = [address for address in told[:MAX_ADDRESSES] if _host(address) in hosts]
-        addresses = list(dict.fromkeys([*caller_at, *believed]))[:MAX_ADDRESSES]
-        target_at = await self._streams.seen_at(reservation.peer_id, OPEN_TIMEOUT_S)
-        await stream.send(pb.RelayResponse(addresses=target_at[:MAX_ADDRESSES]))
-        await reservation.send(pb.RelayNote(peer_id=stream.peer_id, addresses=addresses))
+        return list(dict.fromkeys([*seen, *believed]))[:MAX_ADDRESSES]
 
     def _count(self, n_bytes: int) -> None:
         self.carried_bytes += n_bytes

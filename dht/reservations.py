@@ -125,7 +125,8 @@ class Reservations:
             self._avoid(offer.peer_id, error)
             return
         try:
-            await stream.send(pb.RelayRequest(reserve=pb.ReserveRequest()))
+            addresses = await self._streams.own_addresses(ASK_TIMEOUT_S)
+            await stream.send(pb.RelayRequest(reserve=pb.ReserveRequest(addresses=addresses)))
             granted(await stream.receive(pb.RelayResponse, ASK_TIMEOUT_S))
         except KilohiveError as error:
             stream.close()

@@ -6,6 +6,7 @@ Calls travel in them where no port can be dialled. p2pd encrypts them and proves
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import struct
 from collections import Counter
@@ -78,8 +79,18 @@ class Stream(NamedTuple):
         except DecodeError:
             raise InvalidInputError("message", f"is no {kind.DESCRIPTOR.name}") from None
 
+    async def last(self, message: Message) -> None:
+        """Send what nothing follows, and leave the closing to the other end; raises like `send`.
+
+        p2pd drops what is sent just before a close.
+        """
+        await self.send(message)
+        with contextlib.suppress(OSError):  # TimeoutError is one
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self.reader.read(1)
+
     def close(self) -> None:
-        """Let go of it; what was sent may still arrive."""
+        """Let go of it; what was sent just before may be lost."""
         self.writer.close()
 
 
@@ -111,6 +122,11 @@ class Streams:
     async def seen_at(self, peer_id: str, timeout_s: float) -> tuple[str, ...]:
         """Multiaddresses of this node's connections with a peer; none if there is none. Raises UnavailableError."""
         return (await self._within(timeout_s, self._transport.connections())).get(peer_id, ())
+
+    async def own_addresses(self, timeout_s: float) -> tuple[str, ...]:
+        """Multiaddresses at which p2pd listens, or has had a router open a port. Raises UnavailableError."""
+        found = await self._within(timeout_s, self._transport.get_visible_maddrs(latest=True))
+        return tuple(str(address).partition("/p2p/")[0] for address in found)
 
     async def dial(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
         """Connect to a peer at one of its multiaddresses, unless there is a connection. Raises UnavailableError."""

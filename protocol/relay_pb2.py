@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protocol/relay.proto\x12\x0bkilohive.v1\"x\n\x0cRelayRequest\x12.\n\x07reserve\x18\x01 \x01(\x0b\x32\x1b.kilohive.v1.ReserveRequestH\x00\x12.\n\x07\x63onnect\x18\x02 \x01(\x0b\x32\x1b.kilohive.v1.ConnectRequestH\x00\x42\x08\n\x06wanted\"\x10\n\x0eReserveRequest\"4\n\x0e\x43onnectRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"3\n\rRelayResponse\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"/\n\tRelayNote\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protocol/relay.proto\x12\x0bkilohive.v1\"x\n\x0cRelayRequest\x12.\n\x07reserve\x18\x01 \x01(\x0b\x32\x1b.kilohive.v1.ReserveRequestH\x00\x12.\n\x07\x63onnect\x18\x02 \x01(\x0b\x32\x1b.kilohive.v1.ConnectRequestH\x00\x42\x08\n\x06wanted\"#\n\x0eReserveRequest\x12\x11\n\taddresses\x18\x01 \x03(\t\"4\n\x0e\x43onnectRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"3\n\rRelayResponse\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"/\n\tRelayNote\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELAYREQUEST']._serialized_start=37
   _globals['_RELAYREQUEST']._serialized_end=157
   _globals['_RESERVEREQUEST']._serialized_start=159
-  _globals['_RESERVEREQUEST']._serialized_end=175
-  _globals['_CONNECTREQUEST']._serialized_start=177
-  _globals['_CONNECTREQUEST']._serialized_end=229
-  _globals['_RELAYRESPONSE']._serialized_start=231
-  _globals['_RELAYRESPONSE']._serialized_end=282
-  _globals['_RELAYNOTE']._serialized_start=284
-  _globals['_RELAYNOTE']._serialized_end=331
+  _globals['_RESERVEREQUEST']._serialized_end=194
+  _globals['_CONNECTREQUEST']._serialized_start=196
+  _globals['_CONNECTREQUEST']._serialized_end=248
+  _globals['_RELAYRESPONSE']._serialized_start=250
+  _globals['_RELAYRESPONSE']._serialized_end=301
+  _globals['_RELAYNOTE']._serialized_start=303
+  _globals['_RELAYNOTE']._serialized_end=350
 # @@protoc_insertion_point(module_scope)

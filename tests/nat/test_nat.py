@@ -23,7 +23,7 @@ from tests.support.processes import Node, end_nodes, wait_until
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -224,6 +224,42 @@ def a_dead_relay_is_replaced(lab: Lab, homes: Homes) -> None:
     print(f"{recovered_s:.1f} s after the relay was killed calls were answered again")
     trainer.wait_for("step", TIMEOUT_S, count=steps + 20)
     wait_until(lambda: first_relay not in relays(homes.a), "the dead relay is forgotten", RECOVERED_WITHIN_S)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("opens", [False, True], ids=["shut", "opened"])
+def test_a_home_that_cannot_be_dialled_meets_one_whose_router_opens_a_port(lab: Lab, *, opens: bool) -> None:
+    routers = [lab.net.home(HOMES[0]), lab.net.home(HOMES[1], symmetric=True)]
+    lab.coordinator()
+    with ports_open(lab, HOMES[0] if opens else "") as opened:
+        a = lab.host("a", HOMES[0])
+        wait_until(lambda: len(relays(a)) == 1, "a relay", TIMEOUT_S)
+        opened()
+        with lab.calls(HOMES[1], a, CALLS_S) as calls:
+            calls.median_ms()
+            last = calls.answered()[-1]
+    assert last["direct"] is opens
+    assert all(address.startswith(f"/ip4/{routers[0]}/udp/") for address in last["seen_at"])
+
+
+@contextmanager
+def ports_open(lab: Lab, home: str) -> Iterator[Callable[[], None]]:
+    """While the context lasts the home's router opens ports, if there is a home; calling the value waits for one."""
+    if not home:
+        yield lambda: None
+        return
+    with lab.net.opens_ports(home) as router:
+        stdout = router.stdout
+        assert stdout is not None
+
+        def opened() -> None:
+            while not stdout.readline().startswith("udp"):
+                assert router.poll() is None, "the router goes on"
+
+        try:
+            yield opened
+        finally:
+            router.kill()
 
 
 @pytest.mark.timeout(300)

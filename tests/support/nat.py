@@ -17,6 +17,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Network:
     def __init__(self) -> None:
         self._prefix = f"kh{os.getpid()}"
         self._made: list[str] = []
+        self._addresses: dict[tuple[str, str], str] = {}
         self._public_hosts = 10
         self._namespace("public")
         self._in("public", "ip", "link", "add", BRIDGE, "type", "bridge")
@@ -56,8 +58,11 @@ class Network:
         self._namespace(name)
         return self._attach(name)
 
-    def home(self, name: str) -> str:
-        """A namespace behind a router of its own that masquerades; the router's address on the public network."""
+    def home(self, name: str, *, symmetric: bool = False) -> str:
+        """A namespace behind a router of its own that masquerades; the router's address on the public network.
+
+        A `symmetric` one takes another port for each connection, so that nobody can tell where to dial it.
+        """
         router = f"{name}-nat"
         self._namespace(router)
         self._namespace(name)
@@ -65,11 +70,12 @@ class Network:
         net = f"192.168.{len(self._made)}"
         self._link(router, "in0", name, "eth0")
         self._in(router, "ip", "addr", "add", f"{net}.1/24", "dev", "in0")
+        self._addresses[router, "in0"] = f"{net}.1"
         self._in(name, "ip", "addr", "add", f"{net}.2/24", "dev", "eth0")
         self._in(name, "ip", "route", "add", "default", "via", f"{net}.1")
         self._in(router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         for rule in (
-            "-t nat -A POSTROUTING -o eth0 -j MASQUERADE",
+            f"-t nat -A POSTROUTING -o eth0 -j MASQUERADE{' --random' if symmetric else ''}",
             "-P FORWARD DROP",
             "-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
             "-A FORWARD -i in0 -j ACCEPT",
@@ -81,6 +87,12 @@ class Network:
     def block_udp(self, home: str) -> None:
         """From now on the home's router lets no UDP out, as some companies' do."""
         self._in(f"{home}-nat", "iptables", "-I", "FORWARD", "-p", "udp", "-j", "DROP")
+
+    def opens_ports(self, home: str) -> subprocess.Popen[str]:
+        """From now on, until the process ends, the home's router opens the ports that it is asked for."""
+        inside, outside = (self._addresses[f"{home}-nat", link] for link in ("in0", "eth0"))
+        program = (sys.executable, "-m", "tests.support.nat_pmp", outside, inside)
+        return subprocess.Popen([*self.inside(f"{home}-nat"), *program], stdout=subprocess.PIPE, text=True)
 
     def inside(self, name: str) -> tuple[str, ...]:
         """What to put in front of a command that is to run there."""
@@ -102,6 +114,7 @@ class Network:
         self._link("public", port, name, "eth0")
         self._in("public", "ip", "link", "set", port, "master", BRIDGE)
         self._in(name, "ip", "addr", "add", f"{address}/24", "dev", "eth0")
+        self._addresses[name, "eth0"] = address
         return address
 
     def _link(self, one: str, one_end: str, other: str, other_end: str) -> None:

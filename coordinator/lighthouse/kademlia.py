@@ -19,6 +19,7 @@ from protocol.errors import InvalidInputError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from coordinator.lighthouse.relay import Relay
     from coordinator.lighthouse.streams import Stream
     from coordinator.lighthouse.transport import Transport
 
@@ -39,8 +40,8 @@ _CONNECTED = 1
 class Kademlia:
     """Serves FIND_NODE and PING, and asks others for addresses."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, relay: Relay) -> None:
+        self._transport, self._relay = transport, relay
         self.served = 0
         transport.handle(PROTOCOL, self._serve)
 
@@ -87,13 +88,20 @@ class Kademlia:
             return KademliaMessage(kind=KademliaMessage.PING)
         if request.kind != KademliaMessage.FIND_NODE or not 0 < len(request.key) <= MAX_KEY_BYTES:
             raise UnavailableError("kademlia: only FIND_NODE and PING are answered here")
-        found = ((peer, self._transport.addresses_of(peer)) for peer in self._transport.connected if peer != caller)
-        here = {peer: addresses for peer, addresses in found if addresses}
+        here = self._here(request.key, caller)
         peers = [
             KademliaPeer(id=peer, addresses=here[peer], connection=_CONNECTED)
             for peer in nearest(request.key, here, N_CLOSER)
         ]
         return KademliaMessage(kind=KademliaMessage.FIND_NODE, key=request.key, closer_peers=peers)
+
+    def _here(self, key: bytes, caller: bytes) -> dict[bytes, list[bytes]]:
+        """Addresses of peers that are connected, those through this relay too."""
+        if key == self._transport.me:  # so p2pd finds out whether this is a member, and takes no answer for a no
+            return {key: [address.to_bytes() for address in self._transport.addresses]}
+        others = [peer for peer in self._transport.connected if peer != caller]
+        found = {peer: self._transport.addresses_of(peer) + self._relay.addresses_of(peer) for peer in others}
+        return {peer: addresses for peer, addresses in found.items() if addresses}
 
 
 def nearest(key: bytes, peers: Iterable[bytes], n_peers: int) -> list[bytes]:

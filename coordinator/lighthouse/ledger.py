@@ -81,6 +81,10 @@ class Ledger:
         self._reserved[peer] = _Reserved(self._clock() + RESERVATION_S, address)
         return self._reserved[peer].expires_s
 
+    def has_reserved(self, peer: bytes) -> bool:
+        """Whether a peer's reservation holds."""
+        return peer in self._reserved and self._reserved[peer].expires_s > self._clock()
+
     def keep_only(self, connected: Iterable[bytes]) -> None:
         """Drop reservations of peers that have left: nobody can be led to them."""
         here = set(connected)

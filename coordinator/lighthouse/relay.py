@@ -59,6 +59,12 @@ class Relay:
         self._limit = CircuitLimit(duration_s=math.ceil(limits.circuit_s), data_bytes=limits.circuit_bytes)
         transport.handle(HOP, self._serve)
 
+    def addresses_of(self, peer: bytes) -> list[bytes]:
+        """Where a peer with a reservation is reached through this relay."""
+        if not self._ledger.has_reserved(peer):
+            return []
+        return [address.encapsulate("/p2p-circuit").to_bytes() for address in self._transport.addresses]
+
     def forget_the_gone(self) -> None:
         """Drop reservations of peers without a connection."""
         self._ledger.keep_only(self._transport.connected)

@@ -65,7 +65,8 @@ class Lighthouse:
         self._observer = Observer(self._member, run_id, time.time, self._serve_only)
 
     async def work(self) -> None:
-        """Stay a member, and look at the run from time to time, for ever."""
+        """Join, stay a member, and look at the run from time to time, for ever."""
+        await self._member.refresh()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._member.run)
             nursery.start_soon(self._observe_forever)

@@ -70,8 +70,8 @@ class Member:
     async def run(self) -> None:
         """Stay in touch with the others, for ever."""
         while True:
-            await self.refresh()
             await trio.sleep(REFRESH_S)
+            await self.refresh()
 
     async def refresh(self) -> None:
         """Meet initial peers that are not known, ask the quiet ones, look for neighbors, forget what has expired."""

@@ -220,4 +220,5 @@ def _key_pair(identity: Identity) -> KeyPair:
 
 def quiet_libp2p() -> None:
     """Drop its chatter; LIBP2P_LOGLEVEL=DEBUG brings it back."""
-    logging.getLogger("libp2p").setLevel(os.environ.get("LIBP2P_LOGLEVEL", "CRITICAL"))
+    for name in ("libp2p", "multiaddr"):
+        logging.getLogger(name).setLevel(os.environ.get("LIBP2P_LOGLEVEL", "CRITICAL"))

@@ -134,12 +134,14 @@ class Transport:
 
     async def take_connection(self, tcp: trio.SocketStream) -> None:
         """A connection from outside, until it ends."""
-        raw = TrioTCPStream(tcp)
-        where = raw.get_remote_address()
-        with self._connecting.place(where[0] if where else "") as free:
+        try:
+            where = tcp.socket.getpeername()[0]
+        except OSError:  # it has left already
+            where = ""
+        with self._connecting.place(where) as free:
             try:
                 if free:
-                    await self._serve_connection(RawConnection(raw, initiator=False))
+                    await self._serve_connection(RawConnection(TrioTCPStream(tcp), initiator=False))
             except Exception:  # a task's boundary: nobody's handshake may end the process
                 logger.debug("a connection from %s failed", where, exc_info=True)
             finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,9 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS_PER_PEER = 4
 HANDSHAKE_TIMEOUT_S = 10.0
 DIAL_TIMEOUT_S = 5.0
+VANISHED_TIMEOUT_MS = 60_000
+"""A machine that lost its power says no goodbye, and Yamux does not end a connection whose pings have no answer."""
+
 MAX_ADDRESSES = 8
 """Of one peer, to remember or to tell."""
 
@@ -136,6 +140,8 @@ class Transport:
         """A connection from outside, until it ends."""
         try:
             where = tcp.socket.getpeername()[0]
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, VANISHED_TIMEOUT_MS)
         except OSError:  # it has left already
             where = ""
         with self._connecting.place(where) as free:

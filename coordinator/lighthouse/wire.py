@@ -43,10 +43,15 @@ def framed(message: Message) -> bytes:
 
 
 async def read_frame(read: Callable[[int], Awaitable[bytes]]) -> Frame:
-    """The next frame; `read` gives at most as many bytes as asked for, none at the end. The caller bounds the time.
+    """The next frame, read as `read_message` reads."""
+    return await read_message(read, Frame, MAX_FRAME_BYTES)
+
+
+async def read_message(read: Callable[[int], Awaitable[bytes]], kind: type[M], max_bytes: int) -> M:
+    """The next message; `read` gives at most as many bytes as asked for, none at the end. The caller bounds the time.
 
     Raises:
-        InvalidInputError: the stream ends early, the length is over the limit, or it is no frame.
+        InvalidInputError: the stream ends early, the length is over the limit, or it is no such message.
     """
     length = 0
     for place in range(_MAX_LENGTH_BYTES):
@@ -56,9 +61,9 @@ async def read_frame(read: Callable[[int], Awaitable[bytes]]) -> Frame:
             break
     else:
         raise InvalidInputError("frame", f"its length takes more than {_MAX_LENGTH_BYTES} bytes")
-    if length > MAX_FRAME_BYTES:
-        raise LimitExceededError("frame", length, MAX_FRAME_BYTES)
-    return parsed(Frame, await _read_exactly(read, length), "frame")
+    if length > max_bytes:
+        raise LimitExceededError("frame", length, max_bytes)
+    return parsed(kind, await _read_exactly(read, length), "frame")
 
 
 def parsed(kind: type[M], raw: bytes, field: str) -> M:

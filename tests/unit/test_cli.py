@@ -147,6 +147,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("host",), "error: name the swarm with --join INVITE"),
         (("host", "--join", "kh1oops"), "error: invite: is damaged or cut short; copy it again, whole"),
         (("train", "--swarm", "none.toml"), "error: none.toml: cannot be read: No such file"),
+        (("lighthouse",), "error: "),
     ],
 )
 def test_a_mistake_is_a_sentence_and_exit_code_2(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import run_node
+from coordinator.lighthouse.metrics import Figures, LighthouseCollector
+from coordinator.lighthouse.observer import RunView
 from dht.announcer import PERIOD_S
 from dht.directory import REFRESH_S
 from node.cli import SHARED_FLAGS, help_rows, parse
@@ -228,6 +230,7 @@ EMITTERS = {
     "a trainer": ("node/trainer.py", "node/trunk_sharing.py"),
     "a host": ("node/host.py", "node/keeper.py"),
     "a coordinator": ("coordinator/coordinator.py",),
+    "a lighthouse": ("coordinator/lighthouse/lighthouse.py",),
     "local": ("coordinator/local.py",),
 }
 
@@ -295,6 +298,14 @@ def test_every_metric_is_listed() -> None:
         for sample in family.samples
     }
     assert {code_in(row[0])[0]: row[1] for row in table(DOCS / "running.md", "Metrics")} == served
+
+
+def test_every_metric_of_a_lighthouse_is_listed() -> None:
+    one = dict.fromkeys(("connections", "members", "records", "reservations", "circuits"), 1)
+    now = Figures(run=RunView(), calls={"rpc_ping": 1}, relayed_bytes=1, refused=1, **one)
+    families = LighthouseCollector(lambda: now).collect()
+    served = {sample.name: family.type for family in families for sample in family.samples}
+    assert {code_in(row[0])[0]: row[1] for row in table(DOCS / "running.md", "Metrics of a lighthouse")} == served
 
 
 @pytest.mark.parametrize("block", python_blocks(with_swarm=False), ids=lambda block: name_of(block.page))

@@ -17,6 +17,12 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = PROJECT["dependencies"]
 DEV = PROJECT["optional-dependencies"]["dev"]
+LIGHTHOUSE = PROJECT["optional-dependencies"]["lighthouse"]
+LOCKS = {
+    "requirements.lock": RUNTIME,
+    "requirements-dev.lock": RUNTIME + DEV,
+    "requirements-lighthouse.lock": RUNTIME + LIGHTHOUSE,
+}
 
 
 def _lines(lock: str) -> list[str]:
@@ -28,23 +34,25 @@ def _pins(lock: str) -> dict[str, str]:
     return dict(line.split("==") for line in _lines(lock))
 
 
-@pytest.mark.parametrize(("lock", "wanted"), [("requirements.lock", RUNTIME), ("requirements-dev.lock", RUNTIME + DEV)])
-def test_a_lock_pins_every_dependency_within_its_range(lock: str, wanted: list[str]) -> None:
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_pins_every_dependency_within_its_range(lock: str) -> None:
     pins = _pins(lock)
 
-    for requirement in map(Requirement, wanted):
+    for requirement in map(Requirement, LOCKS[lock]):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, f"run `make lock` for {requirement}"
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_serves_every_machine(lock: str) -> None:
     for line in _lines(lock):
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), f"{line}: neither option, address nor local build"
         assert not line.startswith(("nvidia", "cuda", "triton")), f"{line}: only machines with CUDA have it"
 
 
-def test_both_locks_pin_the_same_versions() -> None:
-    assert _pins("requirements.lock").items() <= _pins("requirements-dev.lock").items()
+def test_the_locks_pin_the_same_versions() -> None:
+    dev, lighthouse = _pins("requirements-dev.lock"), _pins("requirements-lighthouse.lock")
+    assert _pins("requirements.lock").items() <= dev.items()
+    assert {name: dev[name] for name in dev.keys() & lighthouse.keys()}.items() <= lighthouse.items()
 
 
 def test_generated_code_is_checked_against_its_source(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Composition root of a lighthouse: first peer of a run, member of its DHT, relay and observer, in one trio process.
+
+It holds nothing that a run cannot lose. Two or more can serve one run; a node knows them by their addresses. Started
+again in the same folder it has the same peer id and, if that is still free, the same port.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import trio
+from rich.console import Console
+from rich.text import Text
+
+from coordinator.config import program_name
+from coordinator.lighthouse.kademlia import Kademlia
+from coordinator.lighthouse.ledger import Ledger, RelayLimits
+from coordinator.lighthouse.member import Member
+from coordinator.lighthouse.metrics import Figures, LighthouseCollector, serve_metrics
+from coordinator.lighthouse.observer import OBSERVE_S, Observer
+from coordinator.lighthouse.places import announced, initial_members, listen
+from coordinator.lighthouse.relay import Relay
+from coordinator.lighthouse.rpc import Calls
+from coordinator.lighthouse.store import Store
+from coordinator.lighthouse.transport import Transport, quiet_libp2p
+from protocol.events import EventLog
+from protocol.identity import Identity
+from protocol.settings import check_minimums
+from protocol.swarm_choice import resolve
+from protocol.swarm_file import SwarmFile
+
+if TYPE_CHECKING:
+    from coordinator.config import LighthouseConfig
+    from protocol.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+MINIMUMS = {
+    "max_connections": 1,
+    "max_reservations": 0,
+    "max_circuits": 0,
+    "max_circuit_mb": 1,
+    "max_circuit_s": 1,
+    "metrics_port": 0,
+}
+MEGABYTE = 1 << 20
+
+
+class Lighthouse:
+    """The parts, wired."""
+
+    def __init__(self, config: LighthouseConfig, identity: Identity, address: str) -> None:
+        run_id, initial_peers = resolve(config)
+        self._store = Store(run_id, time.time)
+        self._ledger = Ledger(_relay_limits(config), time.time)
+        self.transport = Transport(identity, [address], config.max_connections)
+        self._calls = Calls(self.transport)
+        self._relay = Relay(self.transport, self._ledger)
+        self._kademlia = Kademlia(self.transport, self._relay)
+        initial = initial_members(initial_peers)
+        self._member = Member(self.transport, self._calls, self._kademlia, self._store, initial, time.time)
+        self._observer = Observer(self._member, run_id, time.time, self._serve_only)
+
+    async def work(self) -> None:
+        """Join, stay a member, and look at the run from time to time, for ever."""
+        await self._member.refresh()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._member.run)
+            nursery.start_soon(self._observe_forever)
+
+    def figures(self) -> Figures:
+        """What it does now; safe in any thread."""
+        return Figures(
+            run=self._observer.view,
+            calls={**self._calls.served, "kademlia": self._kademlia.served},
+            connections=len(self.transport.connected),
+            members=len(self._member.table),
+            records=self._store.n_records,
+            reservations=self._ledger.n_reservations,
+            circuits=self._ledger.n_circuits,
+            relayed_bytes=self._ledger.relayed_bytes,
+            refused=self._calls.refused + self._ledger.refused + self.transport.refused,
+        )
+
+    def _serve_only(self, manifest: Manifest) -> None:
+        self._store.serve_only(manifest.model)
+
+    async def _observe_forever(self) -> None:
+        while True:
+            await self._observer.observe()
+            self._relay.forget_the_gone()
+            await trio.sleep(OBSERVE_S)
+
+
+async def serve(config: LighthouseConfig, stop: trio.Event) -> None:
+    """Serve a run until `stop`."""
+    check_minimums(config, MINIMUMS)
+    quiet_libp2p()
+    run_id, initial_peers = resolve(config)
+    identity = Identity.load_or_create(config.state / "identity.key")
+    listener = await listen(config, initial_peers)
+    address = announced(listener, config.announce, identity.peer_id)
+    lighthouse = Lighthouse(config, identity, address)
+    collector = LighthouseCollector(lighthouse.figures)
+    with ExitStack() as stack:
+        stack.enter_context(serve_metrics(collector, config.metrics_listen, config.metrics_port))
+        events = EventLog(config.state / "events.jsonl")
+        stack.callback(events.close)
+        async with lighthouse.transport.running([listener]), trio.open_nursery() as nursery:
+            nursery.start_soon(lighthouse.work)
+            _tell(config, run_id, address, initial_peers)
+            events.emit("start", run_id=run_id, peer_id=identity.peer_id, addresses=[address])
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+        events.emit("leave")
+
+
+def _tell(config: LighthouseConfig, run_id: str, address: str, initial_peers: tuple[str, ...]) -> None:
+    """Write and print how others use this lighthouse."""
+    path = config.state / "swarm.toml"
+    others = [peer for peer in initial_peers if peer != address]
+    SwarmFile(run_id=run_id, initial_peers=(address, *others)).write(path)
+    text = Text.assemble("lighthouse of run ", (run_id, "bold"), f" is up at {address}\n\n")
+    for purpose, command in (
+        ("join through it", f"host --swarm {path} --state state/host"),
+        ("put it in the invite", f"coordinator --initial-peers {address}"),
+    ):
+        text.append(f"  {purpose:<22}").append(f"{program_name()} {command}\n", style="cyan")
+    Console().print(text, soft_wrap=True)
+
+
+def _relay_limits(config: LighthouseConfig) -> RelayLimits:
+    return RelayLimits(
+        reservations=config.max_reservations,
+        circuits=config.max_circuits,
+        circuit_bytes=config.max_circuit_mb * MEGABYTE,
+        circuit_s=config.max_circuit_s,
+    )

@@ -1,0 +1,67 @@
+"""A lighthouse as a process, for tests: it cannot be imported beside hivemind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import socket
+import urllib.request
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+from hivemind.p2p import PeerID
+
+from protocol.identity import Identity
+from tests.support.dht_nodes import RUN
+from tests.support.processes import Node, events
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+needs_libp2p = pytest.mark.skipif(
+    importlib.util.find_spec("libp2p") is None, reason="libp2p is not installed: make setup-lighthouse says why"
+)
+
+NOBODY = f"/ip4/127.0.0.1/tcp/9/p2p/{Identity.generate().peer_id}"
+"""An initial peer that is not there: a lighthouse does without."""
+
+
+class Lighthouse(Node):
+    """A process; `address` is what it tells others."""
+
+    def __init__(self, folder: Path, initial_peers: tuple[str, ...], *flags: str) -> None:
+        folder.mkdir(exist_ok=True)
+        earlier = len(events(folder / "events.jsonl", "start"))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.metrics_port = free.getsockname()[1]
+        where = ("--run-id", RUN, "--initial-peers", *initial_peers, "--state", str(folder))
+        super().__init__(folder, ("lighthouse", *where, "--metrics-port", str(self.metrics_port), *flags))
+        started = self.wait_for("start", count=earlier + 1)
+        self.address = str(started["addresses"][0])
+        self.peer_id = PeerID.from_base58(started["peer_id"])
+
+    def metrics(self) -> dict[str, float]:
+        """What it serves now, each with its labels as they stand there."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+class Light(Protocol):
+    """Starts a lighthouse that joins through `initial_peers`."""
+
+    def __call__(self, *flags: str, initial_peers: tuple[str, ...] = (NOBODY,), name: str = "light") -> Lighthouse: ...
+
+
+@contextlib.contextmanager
+def running_lighthouses(folder: Path) -> Iterator[Light]:
+    """Stops every lighthouse that was started."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*flags: str, initial_peers: tuple[str, ...] = (NOBODY,), name: str = "light") -> Lighthouse:
+            lighthouse = Lighthouse(folder / name, initial_peers, *flags)
+            stack.callback(lighthouse.stop)
+            return lighthouse
+
+        yield start

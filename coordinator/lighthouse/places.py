@@ -73,12 +73,12 @@ def last_port(path: Path) -> int:
 
 
 def _check_announced(host: str, announce: str) -> None:
-    for flag, text in (("--listen", host), ("--announce", announce)):
+    for flag, text, is_told in (("--listen", host, not announce), ("--announce", announce, True)):
         try:
             unspecified = bool(text) and ipaddress.ip_address(text).is_unspecified
         except ValueError:
             raise ConfigError(f"{flag}: must be an IP address such as 192.0.2.1, is {text[:80]!r}") from None
-        if unspecified and (text is announce or not announce):
+        if unspecified and is_told:
             raise ConfigError(f"{flag}: others cannot call {text}; name this machine's own address with --announce")
 
 

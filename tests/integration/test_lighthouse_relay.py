@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 
 from coordinator.lighthouse.bounds import MAX_STREAMS_PER_PEER
@@ -61,8 +62,7 @@ def light(tmp_path: Path) -> Iterator[Light]:
 @asynccontextmanager
 async def peer_of(*lighthouses: Lighthouse) -> AsyncIterator[P2P]:
     """A peer that knows only the lighthouses."""
-    known = [lighthouse.address for lighthouse in lighthouses]
-    p2p = await P2P.create(initial_peers=known, auto_nat=False, nat_port_map=False)
+    p2p = await started(*lighthouses)
     try:
         yield p2p
     finally:
@@ -75,14 +75,9 @@ async def hidden_peer_of(*lighthouses: Lighthouse, monkeypatch: pytest.MonkeyPat
     arguments = P2P._make_process_args
     # Otherwise p2pd looks for public relays first, for minutes.
     monkeypatch.setattr(P2P, "_make_process_args", staticmethod(lambda *a, **k: [*arguments(*a, **k), NO_DISCOVERY]))
-    p2p = await P2P.create(
-        initial_peers=[lighthouse.address for lighthouse in lighthouses],
-        trusted_relays=[lighthouse.address for lighthouse in lighthouses],
-        force_reachability="private",
-        use_auto_relay=True,
-        auto_nat=False,
-        nat_port_map=False,
-        no_listen=True,
+    relays = [lighthouse.address for lighthouse in lighthouses]
+    p2p = await started(
+        *lighthouses, trusted_relays=relays, force_reachability="private", use_auto_relay=True, no_listen=True
     )
     try:
         await p2p.add_binary_stream_handler("echo", echo)
@@ -91,6 +86,18 @@ async def hidden_peer_of(*lighthouses: Lighthouse, monkeypatch: pytest.MonkeyPat
         yield p2p
     finally:
         await p2p.shutdown()
+
+
+async def started(*lighthouses: Lighthouse, **settings: object) -> P2P:
+    """hivemind's p2pd ends if its first dial fails, on a busy machine for one; ours dials again (dht/membership.py)."""
+    known = [lighthouse.address for lighthouse in lighthouses]
+    for tries_left in (2, 1, 0):
+        try:
+            return await P2P.create(initial_peers=known, auto_nat=False, nat_port_map=False, **settings)
+        except P2PDaemonError:
+            if not tries_left:
+                raise
+    raise AssertionError
 
 
 NO_DISCOVERY = "-relayDiscovery=0"

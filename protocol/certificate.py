@@ -72,6 +72,18 @@ def certificate_of(identity: Identity, now_s: float) -> Certificate:
     return Certificate(certificate.public_bytes(serialization.Encoding.PEM), private)
 
 
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What cryptography raises for bytes that are no certificate, or one that it cannot check."""
+
+
 def proven_peer_id(der: bytes, now_s: float) -> str:
     """The peer id that a certificate proves; raises IdentityError if it proves none."""
     if len(der) > MAX_CERTIFICATE_BYTES:
@@ -83,7 +95,7 @@ def proven_peer_id(der: bytes, now_s: float) -> str:
         spki = _spki(certificate.public_key())
     except x509.ExtensionNotFound:
         raise IdentityError("certificate: names no peer; it is not a kilohive node's") from None
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise IdentityError(f"certificate: cannot be read ({type(error).__name__})") from None
     now = _utc(now_s)
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:

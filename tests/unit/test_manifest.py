@@ -110,7 +110,7 @@ def test_a_run_of_another_version_says_which_versions_and_what_to_do() -> None:
     with pytest.raises(ManifestError) as caught:
         Manifest.from_toml('name = "a"\nprotocol_version = 2')
     assert str(caught.value) == (
-        "protocol_version: this run speaks 2, this kilohive speaks 3; install the version that the run's owner names"
+        "protocol_version: this run speaks 2, this kilohive speaks 4; install the version that the run's owner names"
     )
 
 

@@ -26,8 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.config import CoordinatorConfig, LocalConfig, StatusConfig, program_name
-from node.cli import Page, parse, print_help, resolved_text
-from node.config import EvaluateConfig, HealthConfig, HostConfig, SampleConfig, TrainConfig
+from node.cli import HELP_LIMITS, Page, parse, print_help, print_limits, resolved_text
+from node.config import EvaluateConfig, HealthConfig, HostConfig, LimitsConfig, SampleConfig, TrainConfig
 from protocol.errors import ConfigError, KilohiveError
 from protocol.version import VERSION
 
@@ -74,6 +74,7 @@ COMMANDS = (
         summary="host blocks of experts for a run.",
         config=HostConfig,
         examples=("host --swarm runs/run/swarm.toml", "host --swarm swarm.toml --blocks 0/0-3,1/7 --state state/b"),
+        limits=LimitsConfig,
         entry="node.host:run_host",
         endless=True,
     ),
@@ -161,6 +162,9 @@ def _main(arguments: list[str]) -> int:
         raise ConfigError(f"no command {name!r}; it is one of {', '.join(command.name for command in COMMANDS)}")
     if {"-h", "--help"} & set(arguments[1:]):
         print_help(command, Console(), program_name())
+        return EXIT_OK
+    if command.limits and HELP_LIMITS in arguments[1:]:
+        print_limits(command, Console(), program_name())
         return EXIT_OK
     return _run(command, arguments[1:])
 

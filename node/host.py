@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import psutil
@@ -13,18 +14,25 @@ import torch
 
 from dht.announcer import Announcement, Announcer
 from node import reachability
-from node.allocator import keep_freed_memory
+from node.allocator import keep_freed_memory, keep_little_memory
 from node.averaging import service as averaging_service
-from node.averaging.node_averaging import Averaging
+from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.block_store import BlockStore
-from node.devices import pick_device
+from node.devices import limit_device_memory, pick_device
 from node.folders import prepare_folder
+from node.guest.allowance import Allowance
+from node.guest.limits import Limits
+from node.guest.memory import container_limit, lowest_limit
+from node.guest.pressure import MemoryWatch
+from node.guest.use import ProcessUse
 from node.health import server_told
 from node.keeper import BlockKeeper, KeeperParts
 from node.metrics import start_metrics
 from node.placement import PlacementConfig, parse_blocks
 from node.reachability import DialBackService, ReachabilityWatch
+from node.room import events_bytes, room_for, wanted_room
 from node.security import Address
+from node.serving.admission import Admission
 from node.serving.runtime import Runtime, RuntimeConfig
 from node.serving.server import NodeServer
 from node.serving.service import SERVICE_NAME, ExpertService
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
 
     from node.config import HostConfig
     from node.experts.block import Block
+    from node.guest.memory import Room
     from protocol.announcements import ReplicaState
     from protocol.manifest import BlockId
 
@@ -73,16 +82,18 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     # From the command itself: imports take seconds, and a person waits for them too.
     started = psutil.Process().create_time()
     check_minimums(config, MINIMUMS)
+    limits = Limits.of(config)
     torch.set_num_threads(config.threads)
-    keep_freed_memory()
+    _ = keep_freed_memory() if limits.memory_bytes is None else keep_little_memory()
     device = pick_device(config.device)
+    limit_device_memory(device, limits.gpu_memory_bytes)
     prepare_folder(config.state)
     identity = Identity.load_or_create(config.state / "identity.key")
-    events = EventLog(config.state / "events.jsonl")
+    events = EventLog(config.state / "events.jsonl", max_bytes=events_bytes(limits))
     swarm = Swarm(config, identity)
     try:
         await until_stopped(swarm.join(), stop)
-        await Host(config, swarm, device, events, started).serve(stop)
+        await Host(config, limits, swarm, device, events, started).serve(stop)
     finally:
         await swarm.leave()
         events.close()
@@ -92,10 +103,19 @@ class Host:
     """The parts of a running host, wired."""
 
     def __init__(
-        self, config: HostConfig, swarm: Swarm, device: torch.device, events: EventLog, started: float
+        self,
+        config: HostConfig,
+        limits: Limits,
+        swarm: Swarm,
+        device: torch.device,
+        events: EventLog,
+        started: float,
     ) -> None:
-        self._config, self._swarm, self._device, self._events = config, swarm, device, events
+        self._config, self._limits, self._swarm, self._device, self._events = config, limits, swarm, device, events
         self._started = started
+        self._use = ProcessUse(swarm.dht.daemon_pid)
+        self._allowance = Allowance(limits, self._use)
+        self._room = self._find_room()
         manifest, peer_id = swarm.manifest, swarm.identity.peer_id
         self._saved: dict[BlockId, int] = {}
         self._store = BlockStore(config.state, manifest, device)
@@ -103,13 +123,17 @@ class Host:
             (),
             manifest,
             RuntimeConfig(
-                max_queue_tokens=config.max_queue_tokens,
-                keep_inputs_bytes=config.keep_inputs_mb << 20,
+                max_queue_tokens=self._room.max_queue_tokens,
+                max_batch_tokens=self._room.max_batch_tokens,
+                keep_inputs_bytes=self._room.keep_inputs_bytes,
                 keep_inputs_s=config.keep_inputs_s,
             ),
+            rest_s=self._allowance.rest_s,
         )
-        self.averaging = Averaging(manifest, swarm.security, swarm.directory, events, stored=self._store.state)
+        options = AveragingOptions(stored=self._store.state, allowance=self._allowance)
+        self.averaging = Averaging(manifest, swarm.security, swarm.directory, events, options)
         self.keeper = self._build_keeper()
+        self._memory = MemoryWatch(self._memory_limit, self._use, self.keeper.give_up_one)
         about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id, software=SOFTWARE)
         self._service = ExpertService(manifest, self.runtime, device, about)
         self._server = NodeServer(
@@ -122,10 +146,32 @@ class Host:
             swarm.listen,
             config.port,
             swarm.security,
+            Admission(self._allowance, self._memory.refusal),
         )
         self._reach = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
         self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._describe)
         self.keeper.announcer = self._announcer
+
+    @property
+    def _memory_limit(self) -> int | None:
+        return lowest_limit(self._limits.memory_bytes, container_limit())
+
+    def _find_room(self) -> Room:
+        """What the limits leave of what was asked for; told if that is less."""
+        fixed, manifest = self._fixed_blocks(), self._swarm.manifest
+        wanted = wanted_room(self._config, len(fixed) or self._config.max_blocks)
+        used_bytes = self._use.memory_bytes()
+        room = room_for(wanted, self._limits, manifest, self._device, used_bytes, container_limit())
+        if room.max_blocks < wanted.max_blocks:
+            logger.warning(
+                "Room for %d blocks, not for %d, under this host's limits", room.max_blocks, wanted.max_blocks
+            )
+        self._events.emit("limits", limits=self._limits.told(), room=asdict(room), memory_bytes=used_bytes)
+        return room
+
+    def _fixed_blocks(self) -> list[BlockId]:
+        config = self._config
+        return [] if config.blocks == AUTO else parse_blocks(config.blocks, self._swarm.manifest.model)
 
     def _build_keeper(self) -> BlockKeeper:
         config, swarm = self._config, self._swarm
@@ -141,12 +187,11 @@ class Host:
             clock=time.monotonic,
         )
         placement = PlacementConfig(
-            max_blocks=config.max_blocks,
+            max_blocks=self._room.max_blocks,
             target_replicas=swarm.manifest.averaging.target_replicas,
             check_s=config.recheck_s,
         )
-        fixed = () if config.blocks == AUTO else parse_blocks(config.blocks, swarm.manifest.model)
-        return BlockKeeper(parts, placement, fixed)
+        return BlockKeeper(parts, placement, self._fixed_blocks())
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Start, take blocks, announce them, wait for `stop`, leave."""
@@ -200,7 +245,8 @@ class Host:
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, endpoint, self._device, seconds)
 
     async def _until(self, stop: asyncio.Event) -> None:
-        work = [self._checkpoints(), self._load_events(), self._reach.watch(self._server.endpoint)]
+        work = [self._checkpoints(), self._load_events(), self._memory.watch(), self._watch_device()]
+        work.append(self._reach.watch(self._server.endpoint))
         if self._config.recheck_s:
             work.append(self.keeper.recheck_forever())
         async with asyncio.TaskGroup() as group:
@@ -232,8 +278,27 @@ class Host:
             logger.error("%s", error)  # noqa: TRY400 - the sentence says all, a stack trace would hide it
             self._events.emit("checkpoint_failed", reason=str(error))
             return
+        await self._keep_disk_limit()
         if changed:
             self._events.emit("checkpoint", blocks=len(changed), seconds=round(time.monotonic() - started, 3))
+
+    async def _keep_disk_limit(self) -> None:
+        """Fewer stored blocks; those that are hosted stay."""
+        limit = self._limits.disk_bytes
+        if limit is None:
+            return
+        gone = await asyncio.to_thread(self._store.trim, limit, frozenset(self.runtime.blocks))
+        for block_id in gone:
+            self.keeper.stored.pop(block_id, None)
+
+    async def _watch_device(self) -> None:
+        """A device without memory for a batch holds too many blocks."""
+        seen = 0
+        while True:
+            await asyncio.sleep(LOAD_EVENT_PERIOD_S)
+            if self.runtime.out_of_memory > seen:
+                seen = self.runtime.out_of_memory
+                await self.keeper.give_up_one("the device had no memory for a batch")
 
     async def _save_block(self, block: Block) -> int:
         copy = self.runtime.call(lambda: self._store.copy(block))
@@ -244,7 +309,8 @@ class Host:
     async def _load_events(self) -> None:
         while True:
             await asyncio.sleep(LOAD_EVENT_PERIOD_S)
-            runtime = self.runtime
+            runtime, allowance = self.runtime, self._allowance
+            allowance.count_child()
             self._events.emit(
                 "load",
                 tokens_per_s=round(runtime.tokens_per_s, 1),
@@ -255,6 +321,10 @@ class Host:
                 staleness=round(runtime.staleness, 3),
                 steps_refused=runtime.steps_refused,
                 exchanged_bytes=self._exchanged_bytes(),
+                sent_bytes=allowance.sent_bytes,
+                received_bytes=allowance.received_bytes,
+                cpu_s=round(allowance.cpu_s, 2),
+                memory_bytes=self._memory.used_bytes,
             )
 
     def _exchanged_bytes(self) -> int:
@@ -281,7 +351,7 @@ class Host:
         serving = keeper.serving
         yield from (self._record(block_id, block.version, "serving") for block_id, block in serving.items())
         yield from (self._record(block_id, 0, "joining") for block_id in keeper.joining - serving.keys())
-        left = [item for item in keeper.stored.items() if item[0] not in serving and item[0] not in keeper.joining]
+        left = [item for item in keeper.given_up.items() if item[0] not in serving and item[0] not in keeper.joining]
         newest = sorted(left, key=lambda item: -item[1])[:MAX_STORED]
         yield from (self._record(block_id, version, "stored") for block_id, version in newest)
 

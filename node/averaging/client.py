@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from node.averaging.exchange import ExchangeConfig, ExchangeResult
     from node.averaging.replica import ReplicaState, TensorSchema
     from node.averaging.replica_set import ReplicaSet
+    from node.guest.allowance import Allowance
     from node.security import Address, Caller
     from protocol.manifest import BlockId
 
@@ -33,8 +34,10 @@ _CUT_IN_A_MESSAGE = "Internal error from Core"
 class AveragingClient:
     """Dials other nodes by address, one exchange at a time. `wire_bytes` counts messages' bytes, both ways."""
 
-    def __init__(self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller) -> None:
-        self._replicas, self._config, self._caller = replicas, config, caller
+    def __init__(
+        self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller, allowance: Allowance | None = None
+    ) -> None:
+        self._replicas, self._config, self._caller, self._allowance = replicas, config, caller, allowance
         self._open: set[grpc.aio.Channel] = set()
         self._dialling = False
         self.wire_bytes = 0
@@ -95,7 +98,7 @@ class AveragingClient:
             path = f"/{SERVICE_NAME}/Exchange"
             method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
             call = method(timeout=timeout_s, metadata=self._caller.metadata(partner, path))
-            wire = Wire(_ClientStream(call), self._config.silence_s)
+            wire = Wire(_ClientStream(call), self._config.silence_s, self._allowance)
             try:
                 async with within(timeout_s, "the exchange"):
                     await Pairing(wire, self._replicas, self._config, tally).dial(block_ids)
@@ -121,7 +124,7 @@ class AveragingClient:
             path = f"/{SERVICE_NAME}/Download"
             method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
             call = method(request.SerializeToString(), metadata=self._caller.metadata(source, path))
-            inbox = Inbox(_ClientReceiver(call))
+            inbox = Inbox(_ClientReceiver(call), self._allowance)
             try:
                 return await download.receive(inbox, tell)
             finally:

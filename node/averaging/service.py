@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from node.averaging.exchange import ExchangeConfig, ExchangeResult
     from node.averaging.replica_set import ReplicaSet
+    from node.guest.allowance import Allowance
     from protocol.manifest import BlockId
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -52,8 +53,9 @@ class AveragingService:
         on_result: Callable[[ExchangeResult], None],
         *,
         stored: Callable[[BlockId], ReplicaState | None] | None = None,
+        allowance: Allowance | None = None,
     ) -> None:
-        self._replicas, self._config = replicas, config
+        self._replicas, self._config, self._allowance = replicas, config, allowance
         self._on_result, self._stored = on_result, stored
         self._running = {"exchange": 0, "download": 0}
 
@@ -67,7 +69,7 @@ class AveragingService:
 
     async def _exchange(self, _: object, context: Context) -> None:
         tally = Tally(partner="", dialled=False)
-        wire = Wire(_ServerStream(context), self._config.silence_s)
+        wire = Wire(_ServerStream(context), self._config.silence_s, self._allowance)
         caller = caller_of(context.invocation_metadata() or ())
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -92,7 +94,7 @@ class AveragingService:
             async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
                 state = await self._copy_of(block_id)
             async with within(self._config.transfer_timeout_s(state), f"the download of block {block_id}"):
-                wire = Wire(_ServerStream(context), self._config.silence_s)
+                wire = Wire(_ServerStream(context), self._config.silence_s, self._allowance)
                 await send_state(wire, block_id, state, self._config, params_only=request.params_only)
 
     async def _copy_of(self, block_id: BlockId) -> ReplicaState:

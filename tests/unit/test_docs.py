@@ -18,7 +18,7 @@ import pytest
 import run_node
 from dht.announcer import PERIOD_S
 from dht.directory import REFRESH_S
-from node.cli import SHARED_FLAGS, help_rows, parse
+from node.cli import HELP_LIMITS, SHARED_FLAGS, help_rows, parse
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.metrics import HostCollector
 from node.report import Summary
@@ -94,7 +94,7 @@ def check_command(words: list[str]) -> None:
         case ["python", "run_node.py", name, *flags]:
             command = next((command for command in run_node.COMMANDS if command.name == name), None)
             assert command is not None, words
-            if flags != ["--help"]:
+            if flags not in (["--help"], [HELP_LIMITS]):
                 parse(command, flags, "docs")
         case ["python", "-m", "pytest", path, *_]:
             assert (ROOT / path.partition("::")[0]).exists(), words
@@ -133,7 +133,7 @@ def check_docker(words: list[str]) -> None:
 @every_page
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     known = {row[0].split()[0] for command in run_node.COMMANDS for row in help_rows(command.config)}
-    known |= {flag.split()[0] for flag, _ in SHARED_FLAGS} | {"--help", "--version"}
+    known |= {flag.split()[0] for flag, _ in SHARED_FLAGS} | {"--help", "--version", HELP_LIMITS}
     for span in spans(page):
         if span.startswith(("python -m", "docker ")):
             continue

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+NEVER_S = 1000.0
+
+
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
     running = make_runtime()
@@ -50,6 +53,31 @@ def runtime() -> Iterator[Runtime]:
 
 def versions(runtime: Runtime) -> int:
     return sum(block.version for block in runtime.blocks.values())
+
+
+def test_while_it_rests_a_runtime_runs_calls_and_no_batch() -> None:
+    rests_s = [NEVER_S]
+    resting = Runtime([new_block(MANIFEST, BlockId(0, 0), CPU)], MANIFEST, RuntimeConfig(), rest_s=lambda: rests_s[-1])
+    resting.start()
+    try:
+        job = forward(0, experts=range(4))
+        resting.submit(job)
+        assert resting.call(lambda: len(resting.blocks)).result(TIMEOUT_S) == 1
+        assert not job.future.done()
+        rests_s.append(0.0)
+        resting.call(lambda: None).result(TIMEOUT_S)
+        assert len(job.future.result(TIMEOUT_S).combined_TD)
+    finally:
+        resting.stop(TIMEOUT_S)
+
+
+def test_a_runtime_that_stops_finishes_what_waits_without_a_rest() -> None:
+    resting = Runtime([new_block(MANIFEST, BlockId(0, 0), CPU)], MANIFEST, RuntimeConfig(), rest_s=lambda: NEVER_S)
+    resting.start()
+    job = forward(0, experts=range(4))
+    resting.submit(job)
+    resting.stop(TIMEOUT_S)
+    assert job.future.done()
 
 
 def test_requests_merged_into_one_batch_get_what_each_would_get_alone(runtime: Runtime) -> None:

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from coordinator.config import CoordinatorConfig, LocalConfig, StatusConfig, program_name
 from node.cli import HELP_LIMITS, Page, parse, print_help, print_limits, resolved_text
-from node.config import EvaluateConfig, HealthConfig, HostConfig, LimitsConfig, SampleConfig, TrainConfig
+from node.config import ControlConfig, EvaluateConfig, HealthConfig, HostConfig, LimitsConfig, SampleConfig, TrainConfig
 from protocol.errors import ConfigError, KilohiveError
 from protocol.version import VERSION
 
@@ -106,6 +106,27 @@ COMMANDS = (
         config=HealthConfig,
         examples=("health --state state/host", "health --state runs/run"),
         entry="node.health:run_health",
+    ),
+    Command(
+        name="pause",
+        summary="have the host of a folder on this machine stop working; it stays in the swarm.",
+        config=ControlConfig,
+        examples=("pause --state state/host",),
+        entry="node.control:run_pause",
+    ),
+    Command(
+        name="resume",
+        summary="have a paused host work again.",
+        config=ControlConfig,
+        examples=("resume --state state/host",),
+        entry="node.control:run_resume",
+    ),
+    Command(
+        name="leave",
+        summary="have a host hand its blocks over, leave the swarm and end, within 20 s.",
+        config=ControlConfig,
+        examples=("leave --state state/host",),
+        entry="node.control:run_leave",
     ),
     Command(
         name="evaluate",

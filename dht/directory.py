@@ -218,5 +218,6 @@ def _peer(record: SignedRecord, said: PeerRecord) -> PeerInfo:
         staleness=said.staleness,
         exchanged_bytes=said.exchanged_bytes,
         reachability=said.reachability,
+        paused=said.paused,
         expiration_s=record.expiration_s,
     )

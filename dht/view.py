@@ -40,6 +40,7 @@ class PeerInfo:
 
     `own_tokens`: what this trainer itself has trained on, of the run's `run_tokens` as it knows them. `staleness`: mean
     optimizer steps between forward and backward at this host, lately. `exchanged_bytes`: averaging and downloads.
+    `paused`: it does not work now, and takes no blocks.
     """
 
     peer_id: str
@@ -56,6 +57,7 @@ class PeerInfo:
     staleness: float = 0.0
     exchanged_bytes: int = 0
     reachability: Reachability = "unknown"
+    paused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,6 +146,16 @@ class HealthConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """Tell the host of a folder on this machine what its owner wants."""
+
+    state: Path = Path("state/host")
+    """The host's folder."""
+    timeout_s: float = 60.0
+    """Seconds to wait until it has done so."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SwarmConfig):
     """Measure held-out bits per byte of a run, with the trunk from a checkpoint and the swarm's experts."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from dht.announcer import Announcement, Announcer
+from dht.announcer import Announcer
 from node import reachability
 from node.allocator import keep_freed_memory, keep_little_memory
 from node.averaging import service as averaging_service
@@ -21,14 +21,19 @@ from node.block_store import BlockStore
 from node.devices import limit_device_memory, pick_device
 from node.folders import prepare_folder
 from node.guest.allowance import Allowance
+from node.guest.duty import Duty
 from node.guest.limits import Limits
 from node.guest.memory import container_limit, lowest_limit
 from node.guest.pressure import MemoryWatch
+from node.guest.signals import signals_heard
 from node.guest.use import ProcessUse
+from node.guest.watch import DutyWatch
 from node.health import server_told
+from node.host_records import HostRecords
 from node.keeper import BlockKeeper, KeeperParts
 from node.metrics import start_metrics
 from node.placement import PlacementConfig, parse_blocks
+from node.presence import Presence, PresenceParts
 from node.reachability import DialBackService, ReachabilityWatch
 from node.room import events_bytes, room_for, wanted_room
 from node.security import Address
@@ -38,7 +43,6 @@ from node.serving.server import NodeServer
 from node.serving.service import SERVICE_NAME, ExpertService
 from node.swarm import Swarm, until_stopped
 from protocol import expert_pb2 as pb
-from protocol.announcements import MAX_DIVERGENCE, MAX_STALENESS, BlockRecord, PeerRecord
 from protocol.errors import CheckpointError, DrainingError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
@@ -46,12 +50,9 @@ from protocol.settings import check_minimums
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from node.config import HostConfig
     from node.experts.block import Block
     from node.guest.memory import Room
-    from protocol.announcements import ReplicaState
     from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,6 @@ MINIMUMS = {
 LOAD_EVENT_PERIOD_S = 2.0
 DRAIN_GRACE_S = 0.5
 RUNTIME_STOP_S = 1.0
-MAX_STORED = 64
-"""Checkpoints of blocks that are not hosted here any more, announced for others to download."""
 
 
 async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
@@ -115,6 +114,8 @@ class Host:
         self._started = started
         self._use = ProcessUse(swarm.dht.daemon_pid)
         self._allowance = Allowance(limits, self._use)
+        self._duty = Duty()
+        self._watch = DutyWatch(self._duty, limits, self._use)
         self._room = self._find_room()
         manifest, peer_id = swarm.manifest, swarm.identity.peer_id
         self._saved: dict[BlockId, int] = {}
@@ -146,11 +147,12 @@ class Host:
             swarm.listen,
             config.port,
             swarm.security,
-            Admission(self._allowance, self._memory.refusal),
+            Admission(self._allowance, lambda: self._duty.refusal() or self._memory.refusal()),
         )
         self._reach = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
-        self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._describe)
+        self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._records().describe)
         self.keeper.announcer = self._announcer
+        self._presence = self._build_presence()
 
     @property
     def _memory_limit(self) -> int | None:
@@ -185,6 +187,7 @@ class Host:
             events=self._events,
             device=self._device,
             clock=time.monotonic,
+            pausing=self._duty.pausing,
         )
         placement = PlacementConfig(
             max_blocks=self._room.max_blocks,
@@ -192,6 +195,32 @@ class Host:
             check_s=config.recheck_s,
         )
         return BlockKeeper(parts, placement, self._fixed_blocks())
+
+    def _build_presence(self) -> Presence:
+        swarm = self._swarm
+        parts = PresenceParts(
+            peer_id=swarm.identity.peer_id,
+            duty=self._duty,
+            keeper=self.keeper,
+            runtime=self.runtime,
+            averager=self.averaging.averager,
+            directory=swarm.directory,
+            events=self._events,
+        )
+        return Presence(parts)
+
+    def _records(self) -> HostRecords:
+        return HostRecords(
+            manifest=self._swarm.manifest,
+            started=self._started,
+            server=self._server,
+            runtime=self.runtime,
+            keeper=self.keeper,
+            averager=self.averaging.averager,
+            reach=self._reach,
+            duty=self._duty,
+            exchanged_bytes=self._exchanged_bytes,
+        )
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Start, take blocks, announce them, wait for `stop`, leave."""
@@ -202,12 +231,15 @@ class Host:
             metrics = start_metrics(
                 self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
             )
-            told = server_told(config.state, Address(self._swarm.identity.peer_id, self._server.endpoint))
-            with metrics, told, contextlib.suppress(DrainingError):
+            address = Address(self._swarm.identity.peer_id, self._server.endpoint)
+            told = server_told(config.state, address, obeys=True)
+            with metrics, signals_heard(self._duty, self._tell_asked), told, contextlib.suppress(DrainingError):
                 await until_stopped(self._first_blocks(), stop)
                 self.averaging.start()
                 self._tell_announced()
                 await self._until(stop)
+                if not stop.is_set():
+                    await until_stopped(self._presence.hand_over(), stop)
             await self._leave()
         finally:
             await asyncio.gather(self._announcer.stop(), self.averaging.stop(), self._server.drain(0))
@@ -219,7 +251,8 @@ class Host:
         # Others that start now are seen by their first word, and what they join by their second.
         with contextlib.suppress(UnavailableError):
             await self._swarm.directory.refresh_now()
-        await self.keeper.take_first()
+        with contextlib.suppress(DrainingError):
+            await until_stopped(self.keeper.take_first(), self._duty.pausing)
         self._saved = dict.fromkeys(self.runtime.blocks, -1)
         try:
             await self._announcer.announce_now()
@@ -244,14 +277,19 @@ class Host:
         what = f"{n_experts} experts in {len(blocks)} blocks"
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, endpoint, self._device, seconds)
 
+    def _tell_asked(self, word: str) -> None:
+        self._events.emit("asked", word=word, paused=self._duty.away, reasons=list(self._duty.reasons))
+
     async def _until(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set, or the owner asks this host to leave."""
         work = [self._checkpoints(), self._load_events(), self._memory.watch(), self._watch_device()]
-        work.append(self._reach.watch(self._server.endpoint))
+        work += [self._reach.watch(self._server.endpoint), self._watch.watch(), self._presence.follow()]
         if self._config.recheck_s:
             work.append(self.keeper.recheck_forever())
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in work]
-            await stop.wait()
+            with contextlib.suppress(DrainingError):
+                await until_stopped(self._duty.leave.wait(), stop)
             for task in tasks:
                 task.cancel()
 
@@ -329,42 +367,3 @@ class Host:
 
     def _exchanged_bytes(self) -> int:
         return self.averaging.averager.exchanged_bytes + self.keeper.downloaded_bytes
-
-    def _describe(self) -> Announcement:
-        runtime, serving = self.runtime, self.keeper.serving
-        peer = PeerRecord(
-            role="host",
-            endpoint=self._server.endpoint,
-            software=SOFTWARE,
-            started_s=self._started,
-            n_blocks=len(serving),
-            queue_tokens=runtime.queue_tokens,
-            tokens_per_s=runtime.tokens_per_s,
-            staleness=min(runtime.staleness, MAX_STALENESS),
-            exchanged_bytes=self._exchanged_bytes(),
-            reachability=self._reach.state,
-        )
-        return Announcement(peer=peer, blocks=tuple(self._records()))
-
-    def _records(self) -> Iterator[BlockRecord]:
-        keeper = self.keeper
-        serving = keeper.serving
-        yield from (self._record(block_id, block.version, "serving") for block_id, block in serving.items())
-        yield from (self._record(block_id, 0, "joining") for block_id in keeper.joining - serving.keys())
-        left = [item for item in keeper.given_up.items() if item[0] not in serving and item[0] not in keeper.joining]
-        newest = sorted(left, key=lambda item: -item[1])[:MAX_STORED]
-        yield from (self._record(block_id, version, "stored") for block_id, version in newest)
-
-    def _record(self, block_id: BlockId, version: int, state: ReplicaState) -> BlockRecord:
-        runtime = self.runtime
-        return BlockRecord(
-            block=block_id,
-            version=version,
-            endpoint=self._server.endpoint,
-            queue_tokens=runtime.queue_tokens,
-            tokens_per_s=runtime.tokens_per_s,
-            tokens_total=runtime.tokens_total,
-            n_experts=len(self._swarm.manifest.model.block_experts(block_id.block)),
-            state=state,
-            divergence=min(self.averaging.averager.divergence(block_id), MAX_DIVERGENCE),
-        )

@@ -20,7 +20,8 @@ from node.experts.block import new_block
 from node.experts.state import block_from_state, block_state
 from node.placement import PlacementConfig, Plan, check_delay_s, joining_since, overdue, placement_view, plan
 from node.serving.block_replica import BlockReplica
-from protocol.errors import KilohiveError, NoRoomError, UnavailableError
+from node.swarm import until_stopped
+from protocol.errors import DrainingError, KilohiveError, NoRoomError, UnavailableError
 from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ WITHDRAW_GRACE_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class KeeperParts:
-    """What a keeper works with; `clock` counts seconds."""
+    """What a keeper works with; `clock` counts seconds, `pausing` is set while this host takes no blocks."""
 
     manifest: Manifest
     peer_id: str
@@ -63,6 +64,7 @@ class KeeperParts:
     events: EventLog
     device: torch.device
     clock: Callable[[], float]
+    pausing: asyncio.Event
 
 
 class BlockKeeper:
@@ -131,7 +133,7 @@ class BlockKeeper:
         """Say so, serve on for `grace_s` until nobody asks any more, save, then let them go."""
         self._leaving |= set(block_ids)
         try:
-            await self._announce()
+            await self.announce()
             await asyncio.sleep(grace_s)
             # What has left the runtime must get to the disk, whoever loses patience here.
             await asyncio.shield(self._let_go(tuple(block_ids)))
@@ -162,7 +164,10 @@ class BlockKeeper:
         while True:
             await asyncio.sleep(check_delay_s(self._placement, self._rng))
             try:
-                await self.recheck()
+                if not self._parts.pausing.is_set():
+                    await until_stopped(self.recheck(), self._parts.pausing)
+            except DrainingError:
+                continue
             except KilohiveError as error:
                 logger.warning("This host's blocks stay as they are for now: %s", error)
 
@@ -182,7 +187,7 @@ class BlockKeeper:
             await self.take(moves.take)
         finally:
             self.joining -= set(moves.take)
-        await self._announce()
+        await self.announce()
 
     def _plan(self) -> Plan:
         parts = self._parts
@@ -233,11 +238,11 @@ class BlockKeeper:
                 self._since.pop(block_id, None)
 
     async def _download_all(self, wanted: Sequence[tuple[BlockId, Source]]) -> None:
-        await self._announce()
+        await self.announce()
         permits = asyncio.Semaphore(MAX_DOWNLOADS)
         downloads = (self._download(block_id, source, permits) for block_id, source in wanted)
         got = await asyncio.gather(*downloads, return_exceptions=True)
-        await self._catch_up([block_id for block_id in got if isinstance(block_id, BlockId)])
+        await self.catch_up([block_id for block_id in got if isinstance(block_id, BlockId)])
         for failure in got:
             if isinstance(failure, BaseException):
                 raise failure
@@ -286,7 +291,7 @@ class BlockKeeper:
         self._since[block.id] = parts.clock()
         self.stored.pop(block.id, None)
 
-    async def _catch_up(self, block_ids: Sequence[BlockId]) -> None:
+    async def catch_up(self, block_ids: Sequence[BlockId]) -> None:
         """One exchange for each block, so that what was learnt during its download is not missed."""
         left = set(block_ids)
         for _ in range(CATCH_UP_TRIES):
@@ -296,7 +301,8 @@ class BlockKeeper:
             if result is not None:
                 left -= {moved.block for moved in result.blocks}
 
-    async def _announce(self) -> None:
+    async def announce(self) -> None:
+        """Say now what is held; a DHT that does not answer hears of it later."""
         try:
             await self.announcer.announce_now()
         except UnavailableError as error:

@@ -96,6 +96,7 @@ class PeerRecord:
     staleness: float = 0.0
     exchanged_bytes: int = 0
     reachability: Reachability = "unknown"
+    paused: bool = False
 
     def __post_init__(self) -> None:
         if self.reachability not in REACHABILITIES:
@@ -172,6 +173,7 @@ def encode_peer(record: PeerRecord) -> bytes:
         staleness=record.staleness,
         exchanged_bytes=record.exchanged_bytes,
         reachability=REACHABILITIES.index(record.reachability),  # type: ignore[arg-type]  # as above
+        paused=record.paused,
     ).SerializeToString(deterministic=True)
 
 
@@ -193,6 +195,7 @@ def decode_peer(payload: bytes) -> PeerRecord:
         staleness=message.staleness,
         exchanged_bytes=message.exchanged_bytes,
         reachability=REACHABILITIES[message.reachability],
+        paused=message.paused,
     )
 
 

@@ -160,6 +160,10 @@ class Runtime:
         """
         return self.call(lambda: self._worker.blocks.remove(block_id))
 
+    def forget_inputs(self) -> Future[None]:
+        """Keep no inputs for a backward any more: callers send them again."""
+        return self.call(self._kept.clear)
+
     def _drain_estimate_s(self) -> float:
         return min(5.0, max(0.05, self.queue_tokens / max(self.tokens_per_s, 1000.0)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
         events=events,
         device=CPU,
         clock=time.monotonic,
+        pausing=asyncio.Event(),
     )
     keeper = BlockKeeper(parts, PlacementConfig(max_blocks=max_blocks, target_replicas=1), fixed)
 

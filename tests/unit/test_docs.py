@@ -141,11 +141,15 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
         assert not unknown, f"{name_of(page)}: `{span}`"
 
 
+GROUPED = {"evaluate", "sample", "pause", "resume", "leave"}
+"""Commands whose heading names several."""
+
+
 def test_the_commands_page_lists_every_command() -> None:
     listed = [code_in(row[0])[0] for row in table(DOCS / "running.md", "Commands")]
     assert sorted(listed) == sorted(command.name for command in run_node.COMMANDS)
     headings = anchors(DOCS / "running.md")
-    assert all(name in headings or name in {"evaluate", "sample"} for name in listed)
+    assert all(name in headings or name in GROUPED for name in listed)
 
 
 def test_the_exit_codes_are_those_of_the_program() -> None:
@@ -226,7 +230,7 @@ def test_the_version_is_the_one_that_is_spoken() -> None:
 EMITTERS = {
     "hosts and trainers": ("node/averaging/averager.py",),
     "a trainer": ("node/trainer.py", "node/trunk_sharing.py"),
-    "a host": ("node/host.py", "node/keeper.py", "node/reachability.py"),
+    "a host": ("node/host.py", "node/keeper.py", "node/presence.py", "node/reachability.py"),
     "a coordinator": ("coordinator/coordinator.py",),
     "local": ("coordinator/local.py",),
 }

@@ -68,7 +68,7 @@ class HostConfig(LimitsConfig, SwarmConfig):
     recheck_s: float = 10.0
     """Seconds between looks at which blocks to take, to move or to try again; 0: never."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the experts' arithmetic."""
     port: int = 0
@@ -124,7 +124,7 @@ class TrainConfig(SwarmConfig):
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the trunk's checkpoint in --out."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the trunk's arithmetic."""
     seed: int = 0
@@ -168,7 +168,7 @@ class EvaluateConfig(SwarmConfig):
     batch: int = 16
     """Sequences at once."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the trunk."""
 
@@ -188,6 +188,6 @@ class SampleConfig(SwarmConfig):
     seed: int = 0
     """Seed of the draws."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the trunk."""

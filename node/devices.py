@@ -16,9 +16,9 @@ KINDS = "use auto, cpu, cuda, cuda:N or mps"
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one; raises ConfigError saying what this machine has."""
+    """`auto` takes CUDA if there is any; raises ConfigError saying what this machine has."""
     if name == "auto":
-        return torch.device(_best())
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -30,6 +30,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"--device: {name!r}, but this machine has no GPU of Apple's; use cpu")
     return device
+
+
+def knows_float64(device: torch.device) -> bool:
+    """Apple's GPUs do not: what needs it is done on the CPU there."""
+    return device.type != "mps"
 
 
 def limit_device_memory(device: torch.device, n_bytes: int | None) -> None:
@@ -50,7 +55,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no room for a tensor, on a GPU or here. Apple's back end and the CPU's have no type for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("out of memory", "not enough mem"))
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "not enough memory", "allocate memory")
+    )
 
 
 @contextmanager
@@ -63,10 +70,5 @@ def no_room_is_an_error() -> Iterator[None]:
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        raise NoRoomError(f"the device has no memory left: {str(error).splitlines()[0][:120]}") from None
-
-
-def _best() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NoRoomError(f"the device has no memory left: {said[:120]}") from None

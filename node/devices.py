@@ -12,6 +12,7 @@ from protocol.errors import ConfigError, NoRoomError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")
 KINDS = "use auto, cpu, cuda, cuda:N or mps"
 
 

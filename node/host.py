@@ -30,7 +30,7 @@ from node.guest.use import ProcessUse
 from node.guest.watch import DutyWatch
 from node.health import server_told
 from node.host_records import HostRecords
-from node.keeper import BlockKeeper, KeeperParts
+from node.keeper import MAX_DOWNLOADS, BlockKeeper, KeeperParts
 from node.metrics import start_metrics
 from node.placement import PlacementConfig, parse_blocks
 from node.presence import Presence, PresenceParts
@@ -176,7 +176,7 @@ class Host:
         return [] if config.blocks == AUTO else parse_blocks(config.blocks, self._swarm.manifest.model)
 
     def _build_keeper(self) -> BlockKeeper:
-        config, swarm = self._config, self._swarm
+        config, swarm, limits = self._config, self._swarm, self._limits
         parts = KeeperParts(
             manifest=swarm.manifest,
             peer_id=swarm.identity.peer_id,
@@ -188,6 +188,8 @@ class Host:
             device=self._device,
             clock=time.monotonic,
             pausing=self._duty.pausing,
+            # Two at once would wait for each other's rests until their senders give up.
+            max_downloads=1 if limits.down_bytes_per_s or limits.cpu_percent else MAX_DOWNLOADS,
         )
         placement = PlacementConfig(
             max_blocks=self._room.max_blocks,
@@ -224,26 +226,31 @@ class Host:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Start, take blocks, announce them, wait for `stop`, leave."""
-        config = self._config
         self.runtime.start()
-        try:
-            await self._server.start()
-            metrics = start_metrics(
-                self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
-            )
-            address = Address(self._swarm.identity.peer_id, self._server.endpoint)
-            told = server_told(config.state, address, obeys=True)
-            with metrics, signals_heard(self._duty, self._tell_asked), told, contextlib.suppress(DrainingError):
-                await until_stopped(self._first_blocks(), stop)
-                self.averaging.start()
-                self._tell_announced()
-                await self._until(stop)
-                if not stop.is_set():
-                    await until_stopped(self._presence.hand_over(), stop)
-            await self._leave()
-        finally:
-            await asyncio.gather(self._announcer.stop(), self.averaging.stop(), self._server.drain(0))
-            await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
+        # To the end: a signal that nobody hears would kill the node before it has saved.
+        with signals_heard(self._duty, self._tell_asked):
+            try:
+                await self._server.start()
+                await self._work(stop)
+                await self._leave()
+            finally:
+                await asyncio.gather(self._announcer.stop(), self.averaging.stop(), self._server.drain(0))
+                await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set, or the owner asks this host to leave and it has handed its blocks over."""
+        config = self._config
+        metrics = start_metrics(
+            self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
+        )
+        address = Address(self._swarm.identity.peer_id, self._server.endpoint)
+        with metrics, server_told(config.state, address, obeys=True), contextlib.suppress(DrainingError):
+            await until_stopped(self._first_blocks(), stop)
+            self.averaging.start()
+            self._tell_announced()
+            await self._until(stop)
+            if not stop.is_set():
+                await until_stopped(self._presence.hand_over(), stop)
 
     async def _first_blocks(self) -> None:
         self.keeper.stored = await asyncio.to_thread(self._store.versions)
@@ -281,7 +288,7 @@ class Host:
         self._events.emit("asked", word=word, paused=self._duty.away, reasons=list(self._duty.reasons))
 
     async def _until(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, or the owner asks this host to leave."""
+        """What goes on until `stop` is set or the owner asks this host to leave."""
         work = [self._checkpoints(), self._load_events(), self._memory.watch(), self._watch_device()]
         work += [self._reach.watch(self._server.endpoint), self._watch.watch(), self._presence.follow()]
         if self._config.recheck_s:

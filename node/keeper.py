@@ -65,6 +65,7 @@ class KeeperParts:
     device: torch.device
     clock: Callable[[], float]
     pausing: asyncio.Event
+    max_downloads: int = MAX_DOWNLOADS
 
 
 class BlockKeeper:
@@ -82,6 +83,7 @@ class BlockKeeper:
         self._joiners: dict[Joiner, float] = {}
         self._leaving: set[BlockId] = set()
         self._letting_go = asyncio.Lock()
+        self._told_last = False
         self._join_config = JoinConfig(max_distance=parts.manifest.averaging.clip_radius)
         self.joining: set[BlockId] = set()
         self.downloaded_bytes = 0
@@ -144,7 +146,9 @@ class BlockKeeper:
         """Hold a block less from now on, for want of memory; the last one stays."""
         own, view = self.serving, self._parts.directory.snapshot()
         if len(own) < 2:  # noqa: PLR2004 - one would be none
-            logger.warning("This host needs more memory for its last block: %s", reason)
+            level = logging.DEBUG if self._told_last else logging.WARNING  # once, not at every look
+            logger.log(level, "This host has too little memory for its last block: %s", reason)
+            self._told_last = True
             return
         spared = max(own, key=lambda block_id: (len(view.replicas[block_id]), block_id))
         self._fixed = tuple(block_id for block_id in self._fixed if block_id != spared)
@@ -239,7 +243,7 @@ class BlockKeeper:
 
     async def _download_all(self, wanted: Sequence[tuple[BlockId, Source]]) -> None:
         await self.announce()
-        permits = asyncio.Semaphore(MAX_DOWNLOADS)
+        permits = asyncio.Semaphore(self._parts.max_downloads)
         downloads = (self._download(block_id, source, permits) for block_id, source in wanted)
         got = await asyncio.gather(*downloads, return_exceptions=True)
         await self.catch_up([block_id for block_id in got if isinstance(block_id, BlockId)])

@@ -14,6 +14,7 @@ from node.averaging.service import SERVICE_NAME
 from node.averaging.wire import Inbox, Wire, within
 from node.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
 from node.dispatch.client import rebuilt_error
+from node.guest.allowance import Allowance
 from protocol import averaging_pb2 as pb
 from protocol.errors import KilohiveError, OverloadedError, UnavailableError
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from node.averaging.exchange import ExchangeConfig, ExchangeResult
     from node.averaging.replica import ReplicaState, TensorSchema
     from node.averaging.replica_set import ReplicaSet
-    from node.guest.allowance import Allowance
     from node.security import Address, Caller
     from protocol.manifest import BlockId
 
@@ -37,7 +37,8 @@ class AveragingClient:
     def __init__(
         self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller, allowance: Allowance | None = None
     ) -> None:
-        self._replicas, self._config, self._caller, self._allowance = replicas, config, caller, allowance
+        self._replicas, self._config, self._caller = replicas, config, caller
+        self._allowance = allowance or Allowance()
         self._open: set[grpc.aio.Channel] = set()
         self._dialling = False
         self.wire_bytes = 0
@@ -55,6 +56,8 @@ class AveragingClient:
             raise OverloadedError("this node has begun another exchange")
         self._dialling = True
         try:
+            # What was taken before is paid for first: calls are not to wait for averaging.
+            await asyncio.sleep(min(self._allowance.debt_s(), timeout_s))
             return await self._exchange(partner, block_ids, timeout_s)
         finally:
             self._dialling = False

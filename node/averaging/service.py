@@ -13,6 +13,7 @@ from node.averaging.download import send_state
 from node.averaging.pairing import Pairing, Tally
 from node.averaging.replica import ReplicaState
 from node.averaging.wire import Wire, within
+from node.guest.allowance import Allowance
 from node.serving.guard import abort_with, failure_of, parse, timeout_s
 from protocol import averaging_pb2 as pb
 from protocol.call_signature import caller_of
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from node.averaging.exchange import ExchangeConfig, ExchangeResult
     from node.averaging.replica_set import ReplicaSet
-    from node.guest.allowance import Allowance
     from protocol.manifest import BlockId
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -37,6 +37,8 @@ MAX_DOWNLOADS = 2
 """At once: each holds a copy of a block."""
 
 RETRY_AFTER_S = 0.2
+MAX_DEBT_S = 1.0
+"""A node whose owner limits it begins nothing that can wait while it owes more: calls come first."""
 
 
 class AveragingService:
@@ -55,7 +57,7 @@ class AveragingService:
         stored: Callable[[BlockId], ReplicaState | None] | None = None,
         allowance: Allowance | None = None,
     ) -> None:
-        self._replicas, self._config, self._allowance = replicas, config, allowance
+        self._replicas, self._config, self._allowance = replicas, config, allowance or Allowance()
         self._on_result, self._stored = on_result, stored
         self._running = {"exchange": 0, "download": 0}
 
@@ -116,6 +118,8 @@ class AveragingService:
 
     @contextmanager
     def _slot(self, what: str, most: int) -> Iterator[None]:
+        if (debt_s := self._allowance.debt_s()) > MAX_DEBT_S:
+            raise OverloadedError(f"this node's owner limits it: no {what} for now", debt_s)
         if self._running[what] >= most:
             raise OverloadedError(f"this node already has {most} {what}(s) to answer", RETRY_AFTER_S)
         self._running[what] += 1

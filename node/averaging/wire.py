@@ -28,8 +28,9 @@ ALIVE = b""
 """A message without a body."""
 
 ALIVE_PER_SILENCE = 4
-MAX_REST_S = 4.0
-"""Before the next message is read: a sender whose message is not taken for longer believes its partner dead."""
+MAX_REST_S = 2.0
+"""Before the next message is read: a sender whose message is not taken for 5 s believes its partner dead. A longer debt
+stays, for whoever comes next to pay."""
 
 MAX_PIECE_MESSAGE_BYTES = 2 * MAX_PIECE_BYTES
 MAX_OFFER_MESSAGE_BYTES = 1024 + 128 * MAX_OFFERED_BLOCKS

@@ -239,3 +239,13 @@ def test_checkpoints_written_longest_ago_make_room_and_hosted_ones_stay(tmp_path
     assert set(store.versions()) == {ids[0], ids[3]}
     assert store.trim(0, kept=[ids[0]]) == [ids[3]]
     assert set(store.versions()) == {ids[0]}
+
+
+def test_nothing_that_can_wait_is_begun_before_every_debt_is_paid() -> None:
+    clock, use = FakeClock(), FakeUse()
+    allowance = Allowance(Limits(cpu_percent=50.0, up_bytes_per_s=1_000_000), use, clock)
+    assert allowance.debt_s() == 0.0
+    allowance.sent(2_000_000)
+    assert allowance.debt_s() == pytest.approx(2 * OVERHEAD)
+    use.used_s += 5.0
+    assert allowance.debt_s() == pytest.approx(10.0)

@@ -147,7 +147,7 @@ class Host:
             swarm.listen,
             config.port,
             swarm.security,
-            Admission(self._allowance, lambda: self._duty.refusal() or self._memory.refusal()),
+            Admission(self._allowance, lambda: self._duty.refusal() or self._memory.refusal(), self._room.max_calls),
         )
         self._reach = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
         self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._records().describe)

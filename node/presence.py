@@ -35,8 +35,8 @@ PAUSE_GRACE_S = 3.0
 """A pausing host answers for so long after its records say so: trainers look every 2 s."""
 
 EXCHANGE_S = 4.0
-HAND_OVER_S = 11.0
-"""A leaving host waits for others to take its last replicas; with the rest of its leaving this stays below 20 s."""
+HAND_OVER_S = 15.0
+"""After so long a leaving host no longer waits for others to take its last replicas: it is to be gone within 20 s."""
 
 LOOK_S = 1.0
 
@@ -72,6 +72,7 @@ class Presence:
     async def hand_over(self) -> None:
         """Before leaving for good: others get what was learnt here, and the blocks that only this host serves."""
         parts = self._parts
+        until_s = asyncio.get_running_loop().time() + HAND_OVER_S
         blocks = sorted(parts.keeper.serving)
         parts.events.emit("leaving", blocks=len(blocks))
         logger.info("Leaving: handing %d blocks over", len(blocks))
@@ -80,7 +81,7 @@ class Presence:
             async with asyncio.timeout(EXCHANGE_S):
                 await parts.keeper.catch_up(blocks)
         await parts.keeper.give_up(blocks, PAUSE_GRACE_S)
-        left = await self._until_served_elsewhere(blocks)
+        left = await self._until_served_elsewhere(blocks, until_s)
         parts.events.emit("handed_over", blocks=len(blocks) - len(left), left=[str(block_id) for block_id in left])
         if left:
             logger.warning("Nobody has taken %s: they come back with this host's folder", ", ".join(map(str, left)))
@@ -120,10 +121,9 @@ class Presence:
             await self._parts.directory.refresh_now()
         await self._parts.keeper.take_first()
 
-    async def _until_served_elsewhere(self, blocks: Sequence[BlockId]) -> list[BlockId]:
+    async def _until_served_elsewhere(self, blocks: Sequence[BlockId], until_s: float) -> list[BlockId]:
         """Those that nobody else serves in the end. Without other hosts there is nobody to wait for."""
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + HAND_OVER_S - PAUSE_GRACE_S
         while True:
             left = [block_id for block_id in blocks if not self._others(block_id)]
             if not left or not self._other_hosts() or loop.time() > until_s:

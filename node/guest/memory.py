@@ -25,6 +25,10 @@ KEPT_SHARE, BATCH_SHARE = 0.25, 0.4
 """Of what the blocks leave; the rest is for requests that wait, as messages and as tensors."""
 
 MIN_BATCH_TOKENS = 256
+MESSAGE_BYTES = 4_000_000
+"""Of a large call, by which calls at once are counted; what is larger is rare, and seen by who watches the memory."""
+
+MIN_CALLS, MAX_CALLS = 8, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class Room:
     keep_inputs_bytes: int
     max_batch_tokens: int
     max_queue_tokens: int
+    max_calls: int = MAX_CALLS
 
     def with_blocks(self, max_blocks: int) -> Room:
         """The same with so many blocks."""
@@ -89,6 +94,7 @@ def fit(wanted: Room, limit_bytes: int | None, used_bytes: int, need: Need, flag
         keep_inputs_bytes=min(wanted.keep_inputs_bytes, int(left * KEPT_SHARE)),
         max_batch_tokens=_tokens(wanted.max_batch_tokens, left * BATCH_SHARE, need.batch_token_bytes),
         max_queue_tokens=_tokens(wanted.max_queue_tokens, left * queue_share, need.queue_token_bytes),
+        max_calls=min(wanted.max_calls, max(MIN_CALLS, int(left * queue_share // MESSAGE_BYTES))),
     )
 
 

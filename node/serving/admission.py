@@ -31,10 +31,12 @@ REST_SHARE = 0.5
 
 
 class Admission(grpc.aio.ServerInterceptor):
-    """`refusal` says why no call is taken now, None if calls are."""
+    """`refusal` says why no call is taken now, None if calls are; `max_calls` are taken at once, streams among them."""
 
-    def __init__(self, allowance: Allowance, refusal: Callable[[], KilohiveError | None]) -> None:
-        self._allowance, self._refusal = allowance, refusal
+    def __init__(
+        self, allowance: Allowance, refusal: Callable[[], KilohiveError | None], max_calls: int | None = None
+    ) -> None:
+        self._allowance, self._refusal, self.max_calls = allowance, refusal, max_calls
 
     async def intercept_service(
         self,

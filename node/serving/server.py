@@ -46,7 +46,7 @@ class NodeServer:
         in_front = (CallerCheck(checker) if checker else None, admission)
         self._server = grpc.aio.server(
             options=OPTIONS,
-            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+            maximum_concurrent_rpcs=(admission and admission.max_calls) or MAX_CONCURRENT_CALLS,
             interceptors=[one for one in in_front if one is not None],
         )
         self._credentials = security.server_credentials()

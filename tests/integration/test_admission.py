@@ -41,7 +41,7 @@ class Echo:
 
 
 @asynccontextmanager
-async def echo(limits: Limits) -> AsyncIterator[Echo]:
+async def echo(limits: Limits, max_calls: int | None = None) -> AsyncIterator[Echo]:
     async def answer(request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeRequest:
         return request
 
@@ -50,7 +50,7 @@ async def echo(limits: Limits) -> AsyncIterator[Echo]:
         "Echo": grpc.unary_unary_rpc_method_handler(unary(pb.DescribeRequest, answer, CallCounts()))
     }
     handler = grpc.method_handlers_generic_handler(NAME, methods)
-    admission = Admission(allowance, lambda: host.refusal)
+    admission = Admission(allowance, lambda: host.refusal, max_calls)
     server = NodeServer([handler], [NAME], "127.0.0.1", 0, PLAIN, admission)
     await server.start()
     options = [("grpc.use_local_subchannel_pool", 1)]
@@ -95,3 +95,11 @@ async def test_a_refusal_ends_calls_but_not_the_health_check() -> None:
         check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = host.channel.unary_unary("/grpc.health.v1.Health/Check")
         answer = health_pb2.HealthCheckResponse.FromString(await check(b"", timeout=TIMEOUT_S))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_host_with_little_memory_takes_fewer_calls_at_once() -> None:
+    async with echo(Limits(down_bytes_per_s=500_000), max_calls=2) as host:
+        host.allowance.received(1_500_000)  # so that each waits for two seconds and more
+        calls = await asyncio.gather(*(host.call() for _ in range(6)), return_exceptions=True)
+        refused = [call for call in calls if isinstance(call, grpc.aio.AioRpcError)]
+        assert [call.code() for call in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4

@@ -173,7 +173,9 @@ def test_a_child_counts_too_and_its_end_is_no_error() -> None:
 
 def test_what_fits_is_lowered_until_it_does() -> None:
     room = fit(WANTED, 600_000_000, 300_000_000, NEED, "--max-memory")
-    assert room == Room(max_blocks=8, keep_inputs_bytes=32_500_000, max_batch_tokens=5200, max_queue_tokens=45_500)
+    assert room == Room(
+        max_blocks=8, keep_inputs_bytes=32_500_000, max_batch_tokens=5200, max_queue_tokens=45_500, max_calls=11
+    )
     total = 8 * NEED.block_bytes + room.keep_inputs_bytes + room.max_batch_tokens * NEED.batch_token_bytes
     assert 300_000_000 + total + room.max_queue_tokens * NEED.queue_token_bytes < 600_000_000
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from node.guest.signals import SIGNALS
 from protocol.manifest import AveragingConfig
 from tests.support.processes import RUN_NODE, Node, ProcessSwarm, process_swarm, wait_until
 from tests.support.swarm_parts import small_manifest
@@ -90,6 +91,27 @@ def test_a_host_pauses_comes_back_and_leaves_while_a_trainer_trains_on(swarm: Pr
     assert status["blocks_lost"] == []
     assert [one["role"] for one in status["peers"]].count("host") == 1
     assert trainer.stop() == 130
+
+
+@pytest.mark.timeout(240)
+def test_the_last_replicas_go_to_whoever_takes_them_before_their_host_is_gone(swarm: ProcessSwarm) -> None:
+    other = host(swarm, "other")
+    tell("pause", other)
+    guest = host(swarm, "guest")
+    trainer = swarm.trainer("trainer", *TRAIN)
+    trainer.wait_for("step", TIMEOUT_S, count=5)
+    trainer.stop()
+    before = len(other.events("joined"))
+
+    os.kill(guest.child.pid, SIGNALS["leave"])
+    guest.wait_for("leaving")
+    tell("resume", other)
+    assert guest.wait_for("handed_over")["left"] == []
+    assert guest.stop() == 0
+    taken = other.events("joined")[before:]
+    assert len(taken) == N_BLOCKS
+    assert min(event["version"] for event in taken) > 0, "what was learnt is not lost"
+    assert swarm.status()["blocks_lost"] == []
 
 
 def test_outside_its_schedule_a_host_waits_with_what_it_has(swarm: ProcessSwarm) -> None:

@@ -26,8 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.config import CoordinatorConfig, LighthouseConfig, LocalConfig, StatusConfig, program_name
-from node.cli import Page, parse, print_help, resolved_text
-from node.config import EvaluateConfig, HealthConfig, HostConfig, SampleConfig, TrainConfig
+from node.cli import HELP_LIMITS, Page, parse, print_help, print_limits, resolved_text
+from node.config import ControlConfig, EvaluateConfig, HealthConfig, HostConfig, LimitsConfig, SampleConfig, TrainConfig
 from protocol.errors import ConfigError, KilohiveError
 from protocol.version import VERSION
 
@@ -77,6 +77,7 @@ COMMANDS = (
         summary="host blocks of experts for a run.",
         config=HostConfig,
         examples=("host --swarm runs/run/swarm.toml", "host --swarm swarm.toml --blocks 0/0-3,1/7 --state state/b"),
+        limits=LimitsConfig,
         entry="node.host:run_host",
         endless=True,
     ),
@@ -120,6 +121,27 @@ COMMANDS = (
         config=HealthConfig,
         examples=("health --state state/host", "health --state runs/run"),
         entry="node.health:run_health",
+    ),
+    Command(
+        name="pause",
+        summary="have the host of a folder on this machine stop working; it stays in the swarm.",
+        config=ControlConfig,
+        examples=("pause --state state/host",),
+        entry="node.control:run_pause",
+    ),
+    Command(
+        name="resume",
+        summary="have a paused host work again.",
+        config=ControlConfig,
+        examples=("resume --state state/host",),
+        entry="node.control:run_resume",
+    ),
+    Command(
+        name="leave",
+        summary="have a host hand its blocks over, leave the swarm and end, within 20 s.",
+        config=ControlConfig,
+        examples=("leave --state state/host",),
+        entry="node.control:run_leave",
     ),
     Command(
         name="evaluate",
@@ -177,6 +199,9 @@ def _main(arguments: list[str]) -> int:
         raise ConfigError(f"no command {name!r}; it is one of {', '.join(command.name for command in COMMANDS)}")
     if {"-h", "--help"} & set(arguments[1:]):
         print_help(command, Console(), program_name())
+        return EXIT_OK
+    if command.limits and HELP_LIMITS in arguments[1:]:
+        print_limits(command, Console(), program_name())
         return EXIT_OK
     return _run(command, arguments[1:])
 

@@ -148,7 +148,7 @@ class LocalConfig(RunConfig):
     eval_every: int = 50
     """Steps between held-out evaluations."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N, for hosts and trainers."""
+    """Of hosts and trainers: auto, cpu, cuda:N or mps."""
     threads: int = 1
     """CPU threads of each process."""
     stop_on_stdin_eof: Flag = False

@@ -81,7 +81,7 @@ def _peer_row(peer: PeerInfo, replicas: Sequence[Replica], now_s: float) -> tupl
         Text(f"{endpoint_text(peer.endpoint)}, not reached", style="bold red")
         if peer.reachability == "not reached"
         else endpoint_text(peer.endpoint) or "-",
-        block_list_text(replica.block for replica in replicas) or "-",
+        "paused" if peer.paused else block_list_text(replica.block for replica in replicas) or "-",
         f"{peer.tokens_per_s:,.0f}",
         f"{peer.queue_tokens:,}",
         f"{peer.staleness:,.1f}" if peer.role == "host" else "-",

@@ -219,5 +219,6 @@ def _peer(record: SignedRecord, said: PeerRecord) -> PeerInfo:
         exchanged_bytes=said.exchanged_bytes,
         reachability=said.reachability,
         relay=said.relay,
+        paused=said.paused,
         expiration_s=record.expiration_s,
     )

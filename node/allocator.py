@@ -1,4 +1,6 @@
-"""glibc's malloc, told to keep what is freed: a step frees and takes the same megabytes again and again.
+"""glibc's malloc, told to keep what is freed, or little of it where memory is scarce.
+
+A step frees and takes the same megabytes again and again.
 
 By default it gives large pieces back to the kernel, which clears every page of them before the next use: a tenth of a
 host's time. See `mallopt(3)`. Other C libraries are left as they are.
@@ -9,11 +11,15 @@ from __future__ import annotations
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's <malloc.h>
 KEPT_BYTES = 64 << 20
 """So much free memory at the heap's end stays."""
 MAPPED_BYTES = 32 << 20
 """From this size on a piece is mapped for itself; glibc allows no more."""
+
+
+FEW_ARENAS = 2
+"""Each thread that takes memory would else have one, and keep in it what it has freed."""
 
 
 def keep_freed_memory() -> bool:
@@ -22,3 +28,14 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)) and bool(mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES))
+
+
+def keep_little_memory() -> bool:
+    """For this process, from now on, instead of `keep_freed_memory`: under an owner's limit free memory counts too."""
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, FEW_ARENAS))
+
+
+def give_back_memory() -> None:
+    """Return what is free to the kernel, once."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

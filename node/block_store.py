@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from node.checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from node.checkpoint import previous_path, read_checkpoint, read_metadata, write_checkpoint
 from node.experts.block import new_block
 from node.experts.state import block_metadata, block_state, block_tensors, restore_block
 from protocol.errors import CheckpointError
 from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     import torch
@@ -66,6 +68,27 @@ class BlockStore:
         """Replace the block's checkpoint; raises CheckpointError, and the old one stays."""
         write_checkpoint(block_path(self._state, block_id), tensors, metadata)
 
+    def trim(self, max_bytes: int, kept: Collection[BlockId]) -> list[BlockId]:
+        """Delete checkpoints until the whole state folder has `max_bytes`: those written longest ago, never the `kept`.
+
+        Returns the blocks that are gone, also if there is still too much.
+        """
+        gone, left = [], folder_bytes(self._state) - max_bytes
+        for path in sorted(self._paths(kept), key=lambda path: path.stat().st_mtime):
+            if left <= 0:
+                break
+            for file in (path, previous_path(path)):
+                left -= file.stat().st_size if file.exists() else 0
+                file.unlink(missing_ok=True)
+            gone.append(_block_of(path.name))
+        return [block_id for block_id in gone if block_id is not None]
+
+    def _paths(self, without: Collection[BlockId]) -> Iterator[Path]:
+        for path in (self._state / "blocks").glob("*.safetensors"):
+            block_id = _block_of(path.name)
+            if block_id is not None and block_id not in without:
+                yield path
+
     def _in_grid(self, block_id: BlockId) -> bool:
         model = self._manifest.model
         return block_id.layer < model.n_layers and block_id.block < model.blocks_per_layer
@@ -74,6 +97,15 @@ class BlockStore:
         metadata = read_metadata(path)
         version = metadata.get("version", "")
         return int(version) if metadata.get("run_id") == self._manifest.run_id and version.isdecimal() else None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below it; of those that vanish meanwhile, none."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def block_path(state: Path, block_id: BlockId) -> Path:

@@ -33,6 +33,7 @@ C = TypeVar("C", bound="DataclassInstance")
 MAX_CONFIG_BYTES = 65_536
 MAX_CHOICES_CHARS = 12
 LOG_LEVELS = ("debug", "info", "warning", "error")
+HELP_LIMITS = "--help-limits"
 SHARED_FLAGS = (
     ("--config FILE", "TOML file with any of these settings; flags win over it"),
     ("--log-level LEVEL", f"{', '.join(LOG_LEVELS)} [info]"),
@@ -41,12 +42,16 @@ SHARED_FLAGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Page(Generic[C]):
-    """One subcommand as a person meets it: its name, a sentence, examples and the class of its configuration."""
+    """One subcommand as a person meets it: its name, a sentence, examples and the class of its configuration.
+
+    `limits`: the base class of `config` whose flags have a page of their own, if one has; see HELP_LIMITS.
+    """
 
     name: str
     summary: str
     config: type[C]
     examples: tuple[str, ...]
+    limits: type | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,18 +138,31 @@ def _type_words(hint: Any) -> str:  # noqa: ANN401 - see _converted
 
 
 def print_help(page: Page[C], console: Console, program: str) -> None:
-    """One line per flag where it fits: flag, meaning, default."""
+    """One line per flag where it fits: flag, meaning, default. Limits are left to `print_limits`."""
     console.print(Text.assemble((f"{program} {page.name}", "bold"), f": {page.summary}"))
     for example in page.examples:
         console.print(Text(f"  {program} {example}", style="cyan"), soft_wrap=True)
     console.print()
+    apart = {flag for flag, _ in help_rows(page.limits)} if page.limits else set()
+    rows = [(flag, meaning) for flag, meaning in help_rows(page.config) if flag not in apart]
+    if page.limits:
+        rows.append((HELP_LIMITS, Text("flags that limit what it takes of this machine, and when")))
+    _print_rows([*rows, *((flag, Text(words)) for flag, words in SHARED_FLAGS)], console)
+
+
+def print_limits(page: Page[C], console: Console, program: str) -> None:
+    """The flags that `print_help` leaves out; none for a page without limits."""
+    console.print(Text.assemble((f"{program} {page.name}", "bold"), ": what it may take of this machine, and when."))
+    console.print()
+    _print_rows(list(help_rows(page.limits)) if page.limits else [], console)
+
+
+def _print_rows(rows: Sequence[tuple[str, Text]], console: Console) -> None:
     grid = Table.grid(padding=(0, 1))
     grid.add_column(no_wrap=True)
     grid.add_column()
-    for flag, meaning in help_rows(page.config):
+    for flag, meaning in rows:
         grid.add_row(Text(flag, style="bold"), meaning)
-    for flag, words in SHARED_FLAGS:
-        grid.add_row(Text(flag, style="bold"), Text(words))
     console.print(grid)
 
 

@@ -36,7 +36,29 @@ class SwarmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostConfig(SwarmConfig):
+class LimitsConfig:
+    """What a host may take of the machine that it is a guest on, and when. Shown by `host --help-limits`."""
+
+    max_memory: str = ""
+    """Memory for the node and its child process, such as 600MB. A container's own limit counts too, if it is lower."""
+    max_gpu_memory: str = ""
+    """Memory on the GPU, such as 4GB."""
+    max_bandwidth_up: str = ""
+    """Mean rate of what it sends, such as 2MB/s; at least 0.5MB/s."""
+    max_bandwidth_down: str = ""
+    """Mean rate of what it receives, such as 2MB/s; at least 0.5MB/s."""
+    max_cpu_percent: float = 0.0
+    """Mean share of one core, in percent; 400 is four cores, 0 no limit."""
+    max_disk: str = ""
+    """Size of the folder --state, such as 2GB."""
+    schedule: str = ""
+    """Hours of the day at which to work, such as 22:00-07:00, or several parted by commas; by this machine's clock."""
+    only_when_idle: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Work only while nobody else needs the machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostConfig(LimitsConfig, SwarmConfig):
     """Host blocks of experts for a run."""
 
     state: Path = Path("state/host")
@@ -48,7 +70,7 @@ class HostConfig(SwarmConfig):
     recheck_s: float = 10.0
     """Seconds between looks at which blocks to take, to move or to try again; 0: never."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the experts' arithmetic."""
     port: int = 0
@@ -106,7 +128,7 @@ class TrainConfig(SwarmConfig):
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the trunk's checkpoint in --out."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the trunk's arithmetic."""
     seed: int = 0
@@ -128,6 +150,16 @@ class HealthConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """Tell the host of a folder on this machine what its owner wants."""
+
+    state: Path = Path("state/host")
+    """The host's folder."""
+    timeout_s: float = 60.0
+    """Seconds to wait until it has done so."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SwarmConfig):
     """Measure held-out bits per byte of a run, with the trunk from a checkpoint and the swarm's experts."""
 
@@ -140,7 +172,7 @@ class EvaluateConfig(SwarmConfig):
     batch: int = 16
     """Sequences at once."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the trunk."""
 
@@ -160,6 +192,6 @@ class SampleConfig(SwarmConfig):
     seed: int = 0
     """Seed of the draws."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the trunk."""

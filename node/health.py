@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import grpc
+import psutil
 from grpc_health.v1 import health_pb2
 
 from node.security import Address, Security
@@ -41,11 +43,15 @@ GREETING = b"\x13/multistream/1.0.0\n"
 
 
 @contextmanager
-def server_told(folder: Path, address: Address) -> Iterator[None]:
-    """Say in `folder` where this node's server is, while the context lasts. A full disk is reported, no more."""
+def server_told(folder: Path, address: Address, *, obeys: bool = False) -> Iterator[None]:
+    """Say in `folder` where this node's server is, while the context lasts. A full disk is reported, no more.
+
+    A node that `obeys` signals also says which process it is.
+    """
     path = folder / SERVER_FILE
+    process = {"pid": os.getpid(), "started_s": psutil.Process().create_time()} if obeys else {}
     try:
-        write_atomically(path, (json.dumps(address._asdict()) + "\n").encode())
+        write_atomically(path, (json.dumps({**address._asdict(), **process}) + "\n").encode())
     except OSError as error:
         logger.warning("%s: cannot be written, so `health` will not find this node: %s", path, error.strerror)
     try:

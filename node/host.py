@@ -6,33 +6,44 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from dht.announcer import Announcement, Announcer
-from dht.relay import Relay, RelayLimits
+from dht.announcer import Announcer
 from node import reachability
-from node.allocator import keep_freed_memory
+from node.allocator import keep_freed_memory, keep_little_memory
 from node.averaging import service as averaging_service
-from node.averaging.node_averaging import Averaging
+from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.block_store import BlockStore
-from node.devices import pick_device
+from node.devices import limit_device_memory, pick_device
 from node.folders import prepare_folder
+from node.guest.allowance import Allowance
+from node.guest.duty import Duty
+from node.guest.limits import Limits
+from node.guest.memory import container_limit, lowest_limit
+from node.guest.pressure import MemoryWatch
+from node.guest.signals import signals_heard
+from node.guest.use import ProcessUse
+from node.guest.watch import DutyWatch
 from node.health import server_told
-from node.keeper import BlockKeeper, KeeperParts
+from node.host_records import HostRecords
+from node.keeper import MAX_DOWNLOADS, BlockKeeper, KeeperParts
 from node.metrics import start_metrics
 from node.placement import PlacementConfig, parse_blocks
+from node.presence import Presence, PresenceParts
 from node.reachability import DialBackService
+from node.room import events_bytes, room_for, wanted_room
 from node.security import Address
+from node.serving.admission import Admission
 from node.serving.runtime import Runtime, RuntimeConfig
 from node.serving.server import NodeServer
 from node.serving.service import SERVICE_NAME, ExpertService
 from node.swarm import Swarm, until_stopped
 from node.whereabouts import Whereabouts
 from protocol import expert_pb2 as pb
-from protocol.announcements import MAX_DIVERGENCE, MAX_STALENESS, BlockRecord, PeerRecord
 from protocol.errors import CheckpointError, DrainingError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
@@ -40,11 +51,9 @@ from protocol.settings import check_minimums
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from node.config import HostConfig
     from node.experts.block import Block
-    from protocol.announcements import ReplicaState
+    from node.guest.memory import Room
     from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
@@ -67,8 +76,6 @@ MINIMUMS = {
 LOAD_EVENT_PERIOD_S = 2.0
 DRAIN_GRACE_S = 0.5
 RUNTIME_STOP_S = 1.0
-MAX_STORED = 64
-"""Checkpoints of blocks that are not hosted here any more, announced for others to download."""
 
 
 async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
@@ -76,16 +83,18 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     # From the command itself: imports take seconds, and a person waits for them too.
     started = psutil.Process().create_time()
     check_minimums(config, MINIMUMS)
+    limits = Limits.of(config)
     torch.set_num_threads(config.threads)
-    keep_freed_memory()
+    _ = keep_freed_memory() if limits.memory_bytes is None else keep_little_memory()
     device = pick_device(config.device)
+    limit_device_memory(device, limits.gpu_memory_bytes)
     prepare_folder(config.state)
     identity = Identity.load_or_create(config.state / "identity.key")
-    events = EventLog(config.state / "events.jsonl")
+    events = EventLog(config.state / "events.jsonl", max_bytes=events_bytes(limits))
     swarm = Swarm(config, identity)
     try:
         await until_stopped(swarm.join(), stop)
-        await Host(config, swarm, device, events, started).serve(stop)
+        await Host(config, limits, swarm, device, events, started).serve(stop)
     finally:
         await swarm.leave()
         events.close()
@@ -95,10 +104,21 @@ class Host:
     """The parts of a running host, wired."""
 
     def __init__(
-        self, config: HostConfig, swarm: Swarm, device: torch.device, events: EventLog, started: float
+        self,
+        config: HostConfig,
+        limits: Limits,
+        swarm: Swarm,
+        device: torch.device,
+        events: EventLog,
+        started: float,
     ) -> None:
-        self._config, self._swarm, self._device, self._events = config, swarm, device, events
+        self._config, self._limits, self._swarm, self._device, self._events = config, limits, swarm, device, events
         self._started = started
+        self._use = ProcessUse(swarm.dht.daemon_pid)
+        self._allowance = Allowance(limits, self._use)
+        self._duty = Duty()
+        self._watch = DutyWatch(self._duty, limits, self._use)
+        self._room = self._find_room()
         manifest, peer_id = swarm.manifest, swarm.identity.peer_id
         self._saved: dict[BlockId, int] = {}
         self._store = BlockStore(config.state, manifest, device)
@@ -106,13 +126,17 @@ class Host:
             (),
             manifest,
             RuntimeConfig(
-                max_queue_tokens=config.max_queue_tokens,
-                keep_inputs_bytes=config.keep_inputs_mb << 20,
+                max_queue_tokens=self._room.max_queue_tokens,
+                max_batch_tokens=self._room.max_batch_tokens,
+                keep_inputs_bytes=self._room.keep_inputs_bytes,
                 keep_inputs_s=config.keep_inputs_s,
             ),
+            rest_s=self._allowance.rest_s,
         )
-        self.averaging = Averaging(manifest, swarm.security, swarm.directory, events, stored=self._store.state)
+        options = AveragingOptions(stored=self._store.state, allowance=self._allowance)
+        self.averaging = Averaging(manifest, swarm.security, swarm.directory, events, options)
         self.keeper = self._build_keeper()
+        self._memory = MemoryWatch(self._memory_limit, self._use, self.keeper.give_up_one)
         about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id, software=SOFTWARE)
         self._service = ExpertService(manifest, self.runtime, device, about)
         self._server = NodeServer(
@@ -125,14 +149,36 @@ class Host:
             swarm.listen,
             config.port,
             swarm.security,
+            Admission(self._allowance, lambda: self._duty.refusal() or self._memory.refusal(), self._room.max_calls),
         )
-        self._whereabouts = Whereabouts(swarm, events)
-        self._relay = Relay(swarm.dht.streams, RelayLimits(max_circuits=config.relay_circuits))
-        self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._describe)
+        self._whereabouts = Whereabouts(swarm, events, config.relay_circuits)
+        self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._records().describe)
         self.keeper.announcer = self._announcer
+        self._presence = self._build_presence()
+
+    @property
+    def _memory_limit(self) -> int | None:
+        return lowest_limit(self._limits.memory_bytes, container_limit())
+
+    def _find_room(self) -> Room:
+        """What the limits leave of what was asked for; told if that is less."""
+        fixed, manifest = self._fixed_blocks(), self._swarm.manifest
+        wanted = wanted_room(self._config, len(fixed) or self._config.max_blocks)
+        used_bytes = self._use.memory_bytes()
+        room = room_for(wanted, self._limits, manifest, self._device, used_bytes, container_limit())
+        if room.max_blocks < wanted.max_blocks:
+            logger.warning(
+                "Room for %d blocks, not for %d, under this host's limits", room.max_blocks, wanted.max_blocks
+            )
+        self._events.emit("limits", limits=self._limits.told(), room=asdict(room), memory_bytes=used_bytes)
+        return room
+
+    def _fixed_blocks(self) -> list[BlockId]:
+        config = self._config
+        return [] if config.blocks == AUTO else parse_blocks(config.blocks, self._swarm.manifest.model)
 
     def _build_keeper(self) -> BlockKeeper:
-        config, swarm = self._config, self._swarm
+        config, swarm, limits = self._config, self._swarm, self._limits
         parts = KeeperParts(
             manifest=swarm.manifest,
             peer_id=swarm.identity.peer_id,
@@ -143,39 +189,72 @@ class Host:
             events=self._events,
             device=self._device,
             clock=time.monotonic,
+            pausing=self._duty.pausing,
+            # Two at once would wait for each other's rests until their senders give up.
+            max_downloads=1 if limits.down_bytes_per_s or limits.cpu_percent else MAX_DOWNLOADS,
         )
         placement = PlacementConfig(
-            max_blocks=config.max_blocks,
+            max_blocks=self._room.max_blocks,
             target_replicas=swarm.manifest.averaging.target_replicas,
             check_s=config.recheck_s,
         )
-        fixed = () if config.blocks == AUTO else parse_blocks(config.blocks, swarm.manifest.model)
-        return BlockKeeper(parts, placement, fixed)
+        return BlockKeeper(parts, placement, self._fixed_blocks())
+
+    def _build_presence(self) -> Presence:
+        swarm = self._swarm
+        parts = PresenceParts(
+            peer_id=swarm.identity.peer_id,
+            duty=self._duty,
+            keeper=self.keeper,
+            runtime=self.runtime,
+            averager=self.averaging.averager,
+            directory=swarm.directory,
+            events=self._events,
+        )
+        return Presence(parts)
+
+    def _records(self) -> HostRecords:
+        return HostRecords(
+            manifest=self._swarm.manifest,
+            started=self._started,
+            whereabouts=self._whereabouts,
+            runtime=self.runtime,
+            keeper=self.keeper,
+            averager=self.averaging.averager,
+            duty=self._duty,
+            exchanged_bytes=self._exchanged_bytes,
+        )
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Start, take blocks, announce them, wait for `stop`, leave."""
-        config = self._config
         self.runtime.start()
-        try:
-            await self._server.start()
-            metrics = start_metrics(
-                self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
-            )
-            told = server_told(config.state, Address(self._swarm.identity.peer_id, self._server.endpoint))
-            with metrics, told, contextlib.suppress(DrainingError):
-                await until_stopped(self._whereabouts.settle(self._server.endpoint), stop)
-                if config.relay_circuits:
-                    await self._relay.start()
-                await until_stopped(self._first_blocks(), stop)
-                self.averaging.start()
-                self._tell_announced()
-                await self._until(stop)
-            await self._leave()
-        finally:
-            await asyncio.gather(
-                self._announcer.stop(), self.averaging.stop(), self._whereabouts.close(), self._server.drain(0)
-            )
-            await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
+        # To the end: a signal that nobody hears would kill the node before it has saved.
+        with signals_heard(self._duty, self._tell_asked):
+            try:
+                await self._server.start()
+                await self._work(stop)
+                await self._leave()
+            finally:
+                await asyncio.gather(
+                    self._announcer.stop(), self.averaging.stop(), self._whereabouts.close(), self._server.drain(0)
+                )
+                await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set, or the owner asks this host to leave and it has handed its blocks over."""
+        config = self._config
+        metrics = start_metrics(
+            self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
+        )
+        address = Address(self._swarm.identity.peer_id, self._server.endpoint)
+        with metrics, server_told(config.state, address, obeys=True), contextlib.suppress(DrainingError):
+            await until_stopped(self._whereabouts.settle(self._server.endpoint), stop)
+            await until_stopped(self._first_blocks(), stop)
+            self.averaging.start()
+            self._tell_announced()
+            await self._until(stop)
+            if not stop.is_set():
+                await until_stopped(self._presence.hand_over(), stop)
 
     async def _first_blocks(self) -> None:
         self.keeper.stored = await asyncio.to_thread(self._store.versions)
@@ -183,7 +262,8 @@ class Host:
         # Others that start now are seen by their first word, and what they join by their second.
         with contextlib.suppress(UnavailableError):
             await self._swarm.directory.refresh_now()
-        await self.keeper.take_first()
+        with contextlib.suppress(DrainingError):
+            await until_stopped(self.keeper.take_first(), self._duty.pausing)
         self._saved = dict.fromkeys(self.runtime.blocks, -1)
         try:
             await self._announcer.announce_now()
@@ -208,13 +288,19 @@ class Host:
         what = f"{n_experts} experts in {len(blocks)} blocks"
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, endpoint, self._device, seconds)
 
+    def _tell_asked(self, word: str) -> None:
+        self._events.emit("asked", word=word, paused=self._duty.away, reasons=list(self._duty.reasons))
+
     async def _until(self, stop: asyncio.Event) -> None:
-        work = [self._checkpoints(), self._load_events(), self._whereabouts.watch(self._announcer)]
+        """What goes on until `stop` is set or the owner asks this host to leave."""
+        work = [self._checkpoints(), self._load_events(), self._memory.watch(), self._watch_device()]
+        work += [self._whereabouts.watch(self._announcer), self._watch.watch(), self._presence.follow()]
         if self._config.recheck_s:
             work.append(self.keeper.recheck_forever())
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in work]
-            await stop.wait()
+            with contextlib.suppress(DrainingError):
+                await until_stopped(self._duty.leave.wait(), stop)
             for task in tasks:
                 task.cancel()
 
@@ -241,8 +327,27 @@ class Host:
             logger.error("%s", error)  # noqa: TRY400 - the sentence says all, a stack trace would hide it
             self._events.emit("checkpoint_failed", reason=str(error))
             return
+        await self._keep_disk_limit()
         if changed:
             self._events.emit("checkpoint", blocks=len(changed), seconds=round(time.monotonic() - started, 3))
+
+    async def _keep_disk_limit(self) -> None:
+        """Fewer stored blocks; those that are hosted stay."""
+        limit = self._limits.disk_bytes
+        if limit is None:
+            return
+        gone = await asyncio.to_thread(self._store.trim, limit, frozenset(self.runtime.blocks))
+        for block_id in gone:
+            self.keeper.stored.pop(block_id, None)
+
+    async def _watch_device(self) -> None:
+        """A device without memory for a batch holds too many blocks."""
+        seen = 0
+        while True:
+            await asyncio.sleep(LOAD_EVENT_PERIOD_S)
+            if self.runtime.out_of_memory > seen:
+                seen = self.runtime.out_of_memory
+                await self.keeper.give_up_one("the device had no memory for a batch")
 
     async def _save_block(self, block: Block) -> int:
         copy = self.runtime.call(lambda: self._store.copy(block))
@@ -253,7 +358,8 @@ class Host:
     async def _load_events(self) -> None:
         while True:
             await asyncio.sleep(LOAD_EVENT_PERIOD_S)
-            runtime = self.runtime
+            runtime, allowance = self.runtime, self._allowance
+            allowance.count_child()
             self._events.emit(
                 "load",
                 tokens_per_s=round(runtime.tokens_per_s, 1),
@@ -264,53 +370,11 @@ class Host:
                 staleness=round(runtime.staleness, 3),
                 steps_refused=runtime.steps_refused,
                 exchanged_bytes=self._exchanged_bytes(),
+                sent_bytes=allowance.sent_bytes,
+                received_bytes=allowance.received_bytes,
+                cpu_s=round(allowance.cpu_s, 2),
+                memory_bytes=self._memory.used_bytes,
             )
 
     def _exchanged_bytes(self) -> int:
         return self.averaging.averager.exchanged_bytes + self.keeper.downloaded_bytes
-
-    def _describe(self) -> Announcement:
-        runtime, serving = self.runtime, self.keeper.serving
-        peer = PeerRecord(
-            role="host",
-            endpoint=self._whereabouts.endpoint,
-            software=SOFTWARE,
-            started_s=self._started,
-            n_blocks=len(serving),
-            queue_tokens=runtime.queue_tokens,
-            tokens_per_s=runtime.tokens_per_s,
-            staleness=min(runtime.staleness, MAX_STALENESS),
-            exchanged_bytes=self._exchanged_bytes(),
-            reachability=self._whereabouts.state,
-            relay=self._relay_offer(),
-        )
-        return Announcement(peer=peer, blocks=tuple(self._records()))
-
-    def _relay_offer(self) -> str:
-        """Where its p2pd takes QUIC, if this node carries calls for others: only who can be dialled can."""
-        addresses = self._swarm.dht.udp_addresses
-        offers = self._config.relay_circuits and self._whereabouts.state == "reached" and addresses
-        return addresses[0] if offers else ""
-
-    def _records(self) -> Iterator[BlockRecord]:
-        keeper = self.keeper
-        serving = keeper.serving
-        yield from (self._record(block_id, block.version, "serving") for block_id, block in serving.items())
-        yield from (self._record(block_id, 0, "joining") for block_id in keeper.joining - serving.keys())
-        left = [item for item in keeper.stored.items() if item[0] not in serving and item[0] not in keeper.joining]
-        newest = sorted(left, key=lambda item: -item[1])[:MAX_STORED]
-        yield from (self._record(block_id, version, "stored") for block_id, version in newest)
-
-    def _record(self, block_id: BlockId, version: int, state: ReplicaState) -> BlockRecord:
-        runtime = self.runtime
-        return BlockRecord(
-            block=block_id,
-            version=version,
-            endpoint=self._whereabouts.endpoint,
-            queue_tokens=runtime.queue_tokens,
-            tokens_per_s=runtime.tokens_per_s,
-            tokens_total=runtime.tokens_total,
-            n_experts=len(self._swarm.manifest.model.block_experts(block_id.block)),
-            state=state,
-            divergence=min(self.averaging.averager.divergence(block_id), MAX_DIVERGENCE),
-        )

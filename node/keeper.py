@@ -1,7 +1,8 @@
 """Which blocks a host holds, over its life: taken from a replica, a checkpoint or the run's seed; given up; announced.
 
 A block is announced as `joining` while it is on its way, as `serving` once it is whole and has caught up by one
-exchange, as `stored` when only its checkpoint is left here. Nothing is served before it is whole.
+exchange, as `stored` when it is given up and soon only its checkpoint is left here. Nothing is served before it is
+whole.
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_replica
 from node.averaging.replica import schema
+from node.devices import no_room_is_an_error
 from node.experts.block import new_block
 from node.experts.state import block_from_state, block_state
 from node.placement import PlacementConfig, Plan, check_delay_s, joining_since, overdue, placement_view, plan
 from node.serving.block_replica import BlockReplica
-from protocol.errors import KilohiveError, UnavailableError
+from node.swarm import until_stopped
+from protocol.errors import DrainingError, KilohiveError, NoRoomError, UnavailableError
+from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     import torch
 
@@ -29,12 +33,13 @@ if TYPE_CHECKING:
     from dht.directory import Directory
     from node.averaging.joining import Source
     from node.averaging.node_averaging import Averaging
+    from node.averaging.replica import ReplicaState
     from node.block_store import BlockStore
     from node.experts.block import Block
     from node.placement import Joiner
     from node.serving.runtime import Runtime
     from protocol.events import EventLog
-    from protocol.manifest import BlockId, Manifest
+    from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ WITHDRAW_GRACE_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class KeeperParts:
-    """What a keeper works with; `clock` counts seconds."""
+    """What a keeper works with; `clock` counts seconds, `pausing` is set while this host takes no blocks."""
 
     manifest: Manifest
     peer_id: str
@@ -59,6 +64,8 @@ class KeeperParts:
     events: EventLog
     device: torch.device
     clock: Callable[[], float]
+    pausing: asyncio.Event
+    max_downloads: int = MAX_DOWNLOADS
 
 
 class BlockKeeper:
@@ -75,10 +82,23 @@ class BlockKeeper:
         self._since: dict[BlockId, float] = {}
         self._joiners: dict[Joiner, float] = {}
         self._leaving: set[BlockId] = set()
+        self._letting_go = asyncio.Lock()
+        self._told_last = False
         self._join_config = JoinConfig(max_distance=parts.manifest.averaging.clip_radius)
         self.joining: set[BlockId] = set()
         self.downloaded_bytes = 0
         self.stored: dict[BlockId, int] = {}
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks that this host may hold now."""
+        return self._placement.max_blocks
+
+    @property
+    def given_up(self) -> dict[BlockId, int]:
+        """Versions of blocks that can be downloaded here and are not served, or not for long."""
+        going = {block_id: block.version for block_id, block in self._parts.runtime.blocks.items()}
+        return {**self.stored, **{block_id: going[block_id] for block_id in self._leaving & going.keys()}}
 
     @property
     def serving(self) -> dict[BlockId, Block]:
@@ -88,12 +108,14 @@ class BlockKeeper:
 
     async def take_first(self) -> None:
         """The fixed blocks, or those that the swarm needs most, most needed first, and that there is room for."""
-        await self.take(self._fixed or self._plan().take)
+        await self.take(self._fixed[: self.max_blocks] or self._plan().take)
 
     async def take(self, block_ids: Iterable[BlockId]) -> None:
         """Hold these blocks too, the first of them first. One that cannot be had now is logged and left out.
 
-        Raises CheckpointError if one of this host's own checkpoints cannot be read.
+        Where the device has no room for all of them, the host holds fewer from then on.
+
+        Raises CheckpointError if one of this host's own checkpoints cannot be read, NoRoomError if no block fits.
         """
         wanted = [block_id for block_id in dict.fromkeys(block_ids) if block_id not in self._parts.runtime.blocks]
         self.joining |= set(wanted)
@@ -104,48 +126,72 @@ class BlockKeeper:
                 self.joining.discard(block_id)
             if elsewhere:
                 await self._download_all(elsewhere)
+        except NoRoomError as error:
+            self.hold_at_most(len(self._parts.runtime.blocks), str(error))
         finally:
             self.joining -= set(wanted)
 
-    async def give_up(self, block_id: BlockId) -> None:
-        """Say so, save, serve on until nobody asks any more, then let it go."""
-        parts, block = self._parts, self._parts.runtime.blocks[block_id]
-        self._leaving.add(block_id)
+    async def give_up(self, block_ids: Collection[BlockId], grace_s: float) -> None:
+        """Say so, serve on for `grace_s` until nobody asks any more, save, then let them go."""
+        self._leaving |= set(block_ids)
         try:
-            await self._announce()
-            await asyncio.sleep(WITHDRAW_GRACE_S)
-            parts.averaging.replicas.remove(block_id)
-            removed = await asyncio.wrap_future(parts.runtime.remove_block(block_id))
-            await asyncio.to_thread(parts.store.write, block_id, *parts.store.copy(removed))
-            self.stored[block_id] = block.version
-            self._since.pop(block_id, None)
+            await self.announce()
+            await asyncio.sleep(grace_s)
+            # What has left the runtime must get to the disk, whoever loses patience here.
+            await asyncio.shield(self._let_go(tuple(block_ids)))
         finally:
-            self._leaving.discard(block_id)
+            self._leaving -= set(block_ids)
+
+    async def give_up_one(self, reason: str) -> None:
+        """Hold a block less from now on, for want of memory; the last one stays."""
+        own, view = self.serving, self._parts.directory.snapshot()
+        if len(own) < 2:  # noqa: PLR2004 - one would be none
+            level = logging.DEBUG if self._told_last else logging.WARNING  # once, not at every look
+            logger.log(level, "This host has too little memory for its last block: %s", reason)
+            self._told_last = True
+            return
+        spared = max(own, key=lambda block_id: (len(view.replicas[block_id]), block_id))
+        self._fixed = tuple(block_id for block_id in self._fixed if block_id != spared)
+        self.hold_at_most(len(own) - 1, reason)
+        await self.give_up([spared], WITHDRAW_GRACE_S)
+
+    def hold_at_most(self, n_blocks: int, reason: str) -> None:
+        """From now on; raises NoRoomError if that is none."""
+        if n_blocks < 1:
+            raise NoRoomError(f"there is no room for a single block: {reason}")
+        self._placement = replace(self._placement, max_blocks=n_blocks)
+        logger.warning("This host holds %d blocks at most from now on: %s", n_blocks, reason)
+        self._parts.events.emit("fewer_blocks", max_blocks=n_blocks, reason=reason)
 
     async def recheck_forever(self) -> None:
         """Look again and again which blocks the swarm needs, and follow."""
         while True:
             await asyncio.sleep(check_delay_s(self._placement, self._rng))
             try:
-                await self.recheck()
+                if not self._parts.pausing.is_set():
+                    await until_stopped(self.recheck(), self._parts.pausing)
+            except DrainingError:
+                continue
             except KilohiveError as error:
                 logger.warning("This host's blocks stay as they are for now: %s", error)
 
     async def recheck(self) -> None:
         """Take what the swarm needs and there is room for; move a block if that is worth the transfer."""
-        missing = tuple(block_id for block_id in self._fixed if block_id not in self._parts.runtime.blocks)
+        hosted = self._parts.runtime.blocks
+        free = max(0, self.max_blocks - len(hosted))
+        missing = tuple(block_id for block_id in self._fixed if block_id not in hosted)[:free]
         moves = Plan(take=missing) if self._fixed else self._plan()
         if not (moves.take or moves.drop):
             return
         self._parts.events.emit("placement", take=list(map(str, moves.take)), drop=list(map(str, moves.drop)))
         self.joining |= set(moves.take)  # announced with the drop, so that others leave these to this host
         try:
-            for block_id in moves.drop:
-                await self.give_up(block_id)
+            if moves.drop:
+                await self.give_up(moves.drop, WITHDRAW_GRACE_S)
             await self.take(moves.take)
         finally:
             self.joining -= set(moves.take)
-        await self._announce()
+        await self.announce()
 
     def _plan(self) -> Plan:
         parts = self._parts
@@ -176,23 +222,40 @@ class BlockKeeper:
         here = [item for item in sources if item[1].origin in {Origin.SEED, Origin.OWN_CHECKPOINT}]
         return here, [item for item in sources if item not in here]
 
+    @no_room_is_an_error()
     def _load(self, block_id: BlockId, source: Source) -> Block:
         parts = self._parts
         if source.origin is Origin.OWN_CHECKPOINT:
             return parts.store.load_or_new(block_id)
-        return new_block(parts.manifest, block_id, parts.device)
+        return self._new(block_id)
+
+    async def _let_go(self, block_ids: Sequence[BlockId]) -> None:
+        parts = self._parts
+        async with self._letting_go:
+            for block_id in block_ids:
+                if block_id not in parts.runtime.blocks:
+                    continue
+                parts.averaging.replicas.remove(block_id)
+                removed = await asyncio.wrap_future(parts.runtime.remove_block(block_id))
+                await asyncio.to_thread(parts.store.write, block_id, *parts.store.copy(removed))
+                self.stored[block_id] = removed.version
+                self._since.pop(block_id, None)
 
     async def _download_all(self, wanted: Sequence[tuple[BlockId, Source]]) -> None:
-        await self._announce()
-        permits = asyncio.Semaphore(MAX_DOWNLOADS)
-        got = await asyncio.gather(*(self._download(block_id, source, permits) for block_id, source in wanted))
-        await self._catch_up([block_id for block_id in got if block_id is not None])
+        await self.announce()
+        permits = asyncio.Semaphore(self._parts.max_downloads)
+        downloads = (self._download(block_id, source, permits) for block_id, source in wanted)
+        got = await asyncio.gather(*downloads, return_exceptions=True)
+        await self.catch_up([block_id for block_id in got if isinstance(block_id, BlockId)])
+        for failure in got:
+            if isinstance(failure, BaseException):
+                raise failure
 
     async def _download(self, block_id: BlockId, source: Source, permits: asyncio.Semaphore) -> BlockId | None:
         parts = self._parts
-        template = await asyncio.to_thread(new_block, parts.manifest, block_id, parts.device)
         started = parts.clock()
         try:
+            template = await asyncio.to_thread(self._new, block_id)
             async with permits:
                 state = await fetch_replica(
                     parts.averaging.client,
@@ -201,7 +264,9 @@ class BlockKeeper:
                     self._join_config,
                     self._rng,
                 )
-            block = await asyncio.to_thread(block_from_state, parts.manifest, block_id, state, parts.device)
+            block = await asyncio.to_thread(self._from_state, block_id, state)
+        except NoRoomError:
+            raise
         except KilohiveError as error:
             logger.warning("Block %s is not taken now: %s", block_id, error)
             parts.events.emit("join_failed", block=str(block_id), reason=str(error))
@@ -215,6 +280,14 @@ class BlockKeeper:
         )
         return block_id
 
+    @no_room_is_an_error()
+    def _new(self, block_id: BlockId) -> Block:
+        return new_block(self._parts.manifest, block_id, self._parts.device)
+
+    @no_room_is_an_error()
+    def _from_state(self, block_id: BlockId, state: ReplicaState) -> Block:
+        return block_from_state(self._parts.manifest, block_id, state, self._parts.device)
+
     async def _add(self, block: Block) -> None:
         parts = self._parts
         await asyncio.wrap_future(parts.runtime.add_block(block))
@@ -222,7 +295,7 @@ class BlockKeeper:
         self._since[block.id] = parts.clock()
         self.stored.pop(block.id, None)
 
-    async def _catch_up(self, block_ids: Sequence[BlockId]) -> None:
+    async def catch_up(self, block_ids: Sequence[BlockId]) -> None:
         """One exchange for each block, so that what was learnt during its download is not missed."""
         left = set(block_ids)
         for _ in range(CATCH_UP_TRIES):
@@ -232,7 +305,8 @@ class BlockKeeper:
             if result is not None:
                 left -= {moved.block for moved in result.blocks}
 
-    async def _announce(self) -> None:
+    async def announce(self) -> None:
+        """Say now what is held; a DHT that does not answer hears of it later."""
         try:
             await self.announcer.announce_now()
         except UnavailableError as error:

@@ -137,7 +137,7 @@ def placement_view(view: DirectoryView, own_peer_id: str, ignored: Collection[Jo
         if joiner not in ignored:
             holders[joiner.block] = holders.get(joiner.block, frozenset()) | {joiner.peer_id}
     busy = frozenset[str]().union(*holders.values())
-    idle = {peer.peer_id for peer in view.peers if peer.role == "host" and not peer.n_blocks}
+    idle = {peer.peer_id for peer in view.peers if peer.role == "host" and not peer.n_blocks and not peer.paused}
     return PlacementView(
         own_peer_id=own_peer_id,
         serving=MappingProxyType(serving),

@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         for _ in range(n_bytes):
             window = list(text[-self.context :])
             logits_V = self(torch.tensor([window], device=self.embedding_VD.device))[0, -1]
-            text.append(_sample(logits_V.double().cpu(), temperature, generator))
+            text.append(_sample(logits_V.cpu().double(), temperature, generator))
         return bytes(text[n_prompt:])
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from node import reachability
 from node.averaging import service as averaging_service
 from node.averaging.joining import JoinConfig, fetch_replica
-from node.averaging.node_averaging import Averaging
+from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.reachability import DialBackService
 from node.serving.server import NodeServer
 from node.trunk_replica import TrunkReplica
@@ -41,7 +41,8 @@ class TrunkSharing:
         self._peer_id = swarm.identity.peer_id
         self._random = random.Random(config.seed)
         self.replica = TrunkReplica(training)
-        self.averaging = Averaging(swarm.manifest, swarm.security, swarm.directory, events, config.seed)
+        options = AveragingOptions(seed=config.seed)
+        self.averaging = Averaging(swarm.manifest, swarm.security, swarm.directory, events, options)
         self._server = NodeServer(
             [self.averaging.service.handler(), DialBackService(swarm.security.caller(), swarm.listen).handler()],
             [averaging_service.SERVICE_NAME, reachability.SERVICE_NAME],

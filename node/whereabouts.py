@@ -7,6 +7,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from dht.relay import Relay, RelayLimits
 from dht.reservations import Reservations
 from dht.tunnel import expose
 from node.reachability import ReachabilityWatch
@@ -27,9 +28,13 @@ LOOK_SOON_S = 15.0
 
 
 class Whereabouts:
-    """One node's place for others, from `settle` on. Belongs to the event loop."""
+    """One node's place for others, from `settle` on. Belongs to the event loop.
 
-    def __init__(self, swarm: Swarm, events: EventLog) -> None:
+    With `relay_circuits` it is a relay for others too, as long as others can dial it.
+    """
+
+    def __init__(self, swarm: Swarm, events: EventLog, relay_circuits: int = 0) -> None:
+        self._relay = Relay(swarm.dht.streams, RelayLimits(max_circuits=relay_circuits)) if relay_circuits else None
         self._swarm, self._events = swarm, events
         peer_id = swarm.identity.peer_id
         self._watch = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
@@ -50,10 +55,18 @@ class Whereabouts:
         through_relays = self._reservations.wanted and self._reservations.held
         return "relayed" if through_relays else self._watch.state
 
+    @property
+    def relay_offer(self) -> str:
+        """Where its p2pd takes QUIC, if this node carries calls for others: only who can be dialled can."""
+        addresses = self._swarm.dht.udp_addresses
+        return addresses[0] if self._relay and addresses and self._watch.state == "reached" else ""
+
     async def settle(self, endpoint: str) -> None:
         """Find out whether `endpoint`, host:port of this node's server, can be called, and find relays if not."""
         self._own = announced_endpoint(self._swarm.announce, endpoint)
         await expose(self._swarm.dht.streams, endpoint)
+        if self._relay is not None:
+            await self._relay.start()
         await self._look()
         if self._reservations.wanted:
             await self._reservations.reserve()

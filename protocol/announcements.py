@@ -93,6 +93,7 @@ class PeerRecord:
     exchanged_bytes: int = 0
     reachability: Reachability = "unknown"
     relay: str = ""
+    paused: bool = False
 
     def __post_init__(self) -> None:
         if self.reachability not in REACHABILITIES:
@@ -172,6 +173,7 @@ def encode_peer(record: PeerRecord) -> bytes:
         exchanged_bytes=record.exchanged_bytes,
         reachability=REACHABILITIES.index(record.reachability),  # type: ignore[arg-type]  # as above
         relay=record.relay,
+        paused=record.paused,
     ).SerializeToString(deterministic=True)
 
 
@@ -194,6 +196,7 @@ def decode_peer(payload: bytes) -> PeerRecord:
         exchanged_bytes=message.exchanged_bytes,
         reachability=REACHABILITIES[message.reachability],
         relay=message.relay,
+        paused=message.paused,
     )
 
 

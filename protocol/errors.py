@@ -11,6 +11,7 @@
     ├── DrainingError            the node is leaving
     ├── UnavailableError         a peer cannot be reached
     ├── UnauthenticatedError     a call that its caller has not signed, or not for this node, or not now
+    ├── NoRoomError              a device without memory for one more block or batch
     ├── InternalError            a peer failed in a way it did not name
     ├── TooFewExpertsError       fewer than `k_min` experts answered for some token
     ├── RecordError              a DHT record that is malformed, forged or expired
@@ -46,6 +47,7 @@ __all__ = [
     "KilohiveError",
     "LimitExceededError",
     "ManifestError",
+    "NoRoomError",
     "NotHostedError",
     "OverloadedError",
     "RecordError",
@@ -121,6 +123,10 @@ class UnavailableError(KilohiveError):
 
 class UnauthenticatedError(KilohiveError):
     """A call that its caller has not signed, or not for this node, or not now."""
+
+
+class NoRoomError(KilohiveError):
+    """A device has no memory for one more block, or for a batch."""
 
 
 class InternalError(KilohiveError):

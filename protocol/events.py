@@ -6,11 +6,11 @@ import json
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Event = dict[str, Any]
 
@@ -18,9 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 class EventLog:
-    """Appends events to `path` (or only tells subscribers, if None). Thread-safe."""
+    """Appends events to `path` (or only tells subscribers, if None). Thread-safe.
 
-    def __init__(self, path: Path | None = None, clock: Callable[[], float] = time.time) -> None:
+    A file of `max_bytes` becomes `NAME.previous`, in place of the one before, and a new one is begun.
+    """
+
+    def __init__(
+        self, path: Path | None = None, clock: Callable[[], float] = time.time, max_bytes: int | None = None
+    ) -> None:
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._clock = clock
         self._subscribers: list[Callable[[Event], None]] = []
@@ -56,6 +62,18 @@ class EventLog:
         if not complete and not self._lost_lines:
             logger.error("cannot write the event log %s: %s; going on without it", self._file.name, reason)
         self._lost_lines = 0 if complete else self._lost_lines + 1
+        if self._max_bytes is not None and self._file.tell() >= self._max_bytes:
+            self._begin_anew(Path(self._file.name))
+
+    def _begin_anew(self, path: Path) -> None:
+        try:
+            path.replace(path.with_name(f"{path.name}.previous"))
+            self._file, full = path.open("ab", buffering=0), self._file
+        except OSError as error:
+            logger.warning("the event log %s cannot be begun anew: %s", path, error.strerror)
+            return
+        if full is not None:
+            full.close()
 
     def close(self) -> None:
         """Close the file; later events still reach the subscribers."""

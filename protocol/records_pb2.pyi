@@ -72,7 +72,7 @@ class BlockRecord(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., block: _Optional[int] = ..., version: _Optional[int] = ..., endpoint: _Optional[str] = ..., queue_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., n_experts: _Optional[int] = ..., trunk: _Optional[bool] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., divergence: _Optional[float] = ...) -> None: ...
 
 class PeerRecord(_message.Message):
-    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes", "reachability", "relay")
+    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes", "reachability", "relay", "paused")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class PeerRecord(_message.Message):
     EXCHANGED_BYTES_FIELD_NUMBER: _ClassVar[int]
     REACHABILITY_FIELD_NUMBER: _ClassVar[int]
     RELAY_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
     role: str
     endpoint: str
     software: str
@@ -99,7 +100,8 @@ class PeerRecord(_message.Message):
     exchanged_bytes: int
     reachability: Reachability
     relay: str
-    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., relay: _Optional[str] = ...) -> None: ...
+    paused: bool
+    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., relay: _Optional[str] = ..., paused: _Optional[bool] = ...) -> None: ...
 
 class ManifestRecord(_message.Message):
     __slots__ = ("toml",)

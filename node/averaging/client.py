@@ -14,6 +14,7 @@ from node.averaging.service import SERVICE_NAME
 from node.averaging.wire import Inbox, Wire, within
 from node.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
 from node.dispatch.client import rebuilt_error
+from node.guest.allowance import Allowance
 from protocol import averaging_pb2 as pb
 from protocol.errors import KilohiveError, OverloadedError, UnavailableError
 
@@ -33,8 +34,11 @@ _CUT_IN_A_MESSAGE = "Internal error from Core"
 class AveragingClient:
     """Dials other nodes by address, one exchange at a time. `wire_bytes` counts messages' bytes, both ways."""
 
-    def __init__(self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller) -> None:
+    def __init__(
+        self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller, allowance: Allowance | None = None
+    ) -> None:
         self._replicas, self._config, self._caller = replicas, config, caller
+        self._allowance = allowance or Allowance()
         self._open: set[grpc.aio.Channel] = set()
         self._dialling = False
         self.wire_bytes = 0
@@ -52,6 +56,8 @@ class AveragingClient:
             raise OverloadedError("this node has begun another exchange")
         self._dialling = True
         try:
+            # What was taken before is paid for first: calls are not to wait for averaging.
+            await asyncio.sleep(min(self._allowance.debt_s(), timeout_s))
             return await self._exchange(partner, block_ids, timeout_s)
         finally:
             self._dialling = False
@@ -95,7 +101,7 @@ class AveragingClient:
             path = f"/{SERVICE_NAME}/Exchange"
             method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
             call = method(timeout=timeout_s, metadata=self._caller.metadata(partner, path))
-            wire = Wire(_ClientStream(call), self._config.silence_s)
+            wire = Wire(_ClientStream(call), self._config.silence_s, self._allowance)
             try:
                 async with within(timeout_s, "the exchange"):
                     await Pairing(wire, self._replicas, self._config, tally).dial(block_ids)
@@ -121,7 +127,7 @@ class AveragingClient:
             path = f"/{SERVICE_NAME}/Download"
             method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
             call = method(request.SerializeToString(), metadata=self._caller.metadata(source, path))
-            inbox = Inbox(_ClientReceiver(call))
+            inbox = Inbox(_ClientReceiver(call), self._allowance)
             try:
                 return await download.receive(inbox, tell)
             finally:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from node.devices import knows_float64
 from protocol.announcements import MAX_DIVERGENCE
 from protocol.errors import InvalidInputError, LimitExceededError
 from protocol.limits import MAX_RUN_TOKENS
@@ -200,6 +201,7 @@ def _row_norms(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _norm_of_rows(t: torch.Tensor) -> torch.Tensor:
     """Norms (float64) of the rows of [R, columns, last dimension], in the tensor's own type as far as that is safe."""
+    t = t if knows_float64(t.device) else t.cpu()
     norm_RC: torch.Tensor = torch.linalg.vector_norm(t, dim=2)
     low, high = _SAFE_NORMS
     if not bool(((norm_RC == 0) | ((norm_RC > low) & (norm_RC < high))).all()):

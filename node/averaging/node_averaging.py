@@ -5,6 +5,7 @@ Hosts put their blocks into `replicas`, trainers their trunk; the rest is the sa
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from node.averaging.exchange import ExchangeConfig
 from node.averaging.gossip import GossipLimits
 from node.averaging.replica_set import ReplicaSet
 from node.averaging.service import AveragingService
+from node.guest.allowance import Allowance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     from protocol.manifest import BlockId, Manifest
 
 
+@dataclass(frozen=True, kw_only=True)
+class AveragingOptions:
+    """`seed` of this node's choices; `stored` reads the checkpoint of a block; `allowance` is what the owner allows."""
+
+    seed: int = 0
+    stored: Callable[[BlockId], ReplicaState | None] | None = None
+    allowance: Allowance = field(default_factory=Allowance)
+
+
 class Averaging:
     """The parts, wired. Belongs to the event loop; `service.handler()` goes into the node's gRPC server."""
 
@@ -34,9 +45,9 @@ class Averaging:
         security: Security,
         directory: Directory,
         events: EventLog,
-        seed: int = 0,
-        stored: Callable[[BlockId], ReplicaState | None] | None = None,
+        options: AveragingOptions | None = None,
     ) -> None:
+        options = options or AveragingOptions()
         self.replicas = ReplicaSet()
         config = ExchangeConfig(
             run_id=manifest.run_id,
@@ -45,15 +56,21 @@ class Averaging:
             dtype=manifest.dtype,
             limits=partial(GossipLimits.from_manifest, manifest),
         )
-        self.client = AveragingClient(self.replicas, config, security.caller())
+        self.client = AveragingClient(self.replicas, config, security.caller(), options.allowance)
         self.averager = Averager(
             self.replicas,
             self.client,
             directory,
-            AveragerConfig(peer_id=config.peer_id, period_s=manifest.averaging.period_s, seed=seed),
+            AveragerConfig(peer_id=config.peer_id, period_s=manifest.averaging.period_s, seed=options.seed),
             events,
         )
-        self.service = AveragingService(self.replicas, config, self.averager.on_result, stored=stored)
+        self.service = AveragingService(
+            self.replicas,
+            config,
+            self.averager.on_result,
+            stored=options.stored,
+            allowance=options.allowance,
+        )
 
     def start(self) -> None:
         """Begin exchanges with other replicas' holders, until `stop`."""

@@ -13,6 +13,7 @@ from node.averaging.download import send_state
 from node.averaging.pairing import Pairing, Tally
 from node.averaging.replica import ReplicaState
 from node.averaging.wire import Wire, within
+from node.guest.allowance import Allowance
 from node.serving.guard import abort_with, failure_of, parse, timeout_s
 from protocol import averaging_pb2 as pb
 from protocol.call_signature import caller_of
@@ -36,6 +37,8 @@ MAX_DOWNLOADS = 2
 """At once: each holds a copy of a block."""
 
 RETRY_AFTER_S = 0.2
+MAX_DEBT_S = 1.0
+"""A node whose owner limits it begins nothing that can wait while it owes more: calls come first."""
 
 
 class AveragingService:
@@ -52,8 +55,9 @@ class AveragingService:
         on_result: Callable[[ExchangeResult], None],
         *,
         stored: Callable[[BlockId], ReplicaState | None] | None = None,
+        allowance: Allowance | None = None,
     ) -> None:
-        self._replicas, self._config = replicas, config
+        self._replicas, self._config, self._allowance = replicas, config, allowance or Allowance()
         self._on_result, self._stored = on_result, stored
         self._running = {"exchange": 0, "download": 0}
 
@@ -67,7 +71,7 @@ class AveragingService:
 
     async def _exchange(self, _: object, context: Context) -> None:
         tally = Tally(partner="", dialled=False)
-        wire = Wire(_ServerStream(context), self._config.silence_s)
+        wire = Wire(_ServerStream(context), self._config.silence_s, self._allowance)
         caller = caller_of(context.invocation_metadata() or ())
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -92,7 +96,7 @@ class AveragingService:
             async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
                 state = await self._copy_of(block_id)
             async with within(self._config.transfer_timeout_s(state), f"the download of block {block_id}"):
-                wire = Wire(_ServerStream(context), self._config.silence_s)
+                wire = Wire(_ServerStream(context), self._config.silence_s, self._allowance)
                 await send_state(wire, block_id, state, self._config, params_only=request.params_only)
 
     async def _copy_of(self, block_id: BlockId) -> ReplicaState:
@@ -114,6 +118,8 @@ class AveragingService:
 
     @contextmanager
     def _slot(self, what: str, most: int) -> Iterator[None]:
+        if (debt_s := self._allowance.debt_s()) > MAX_DEBT_S:
+            raise OverloadedError(f"this node's owner limits it: no {what} for now", debt_s)
         if self._running[what] >= most:
             raise OverloadedError(f"this node already has {most} {what}(s) to answer", RETRY_AFTER_S)
         self._running[what] += 1

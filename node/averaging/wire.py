@@ -10,6 +10,7 @@ import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from node.guest.allowance import Allowance
 from node.serving.guard import parse
 from protocol import averaging_pb2 as pb
 from protocol.errors import DeadlineError, InvalidInputError, KilohiveError, LimitExceededError, UnavailableError
@@ -27,6 +28,10 @@ ALIVE = b""
 """A message without a body."""
 
 ALIVE_PER_SILENCE = 4
+MAX_REST_S = 2.0
+"""Before the next message is read: a sender whose message is not taken for 5 s believes its partner dead. A longer debt
+stays, for whoever comes next to pay."""
+
 MAX_PIECE_MESSAGE_BYTES = 2 * MAX_PIECE_BYTES
 MAX_OFFER_MESSAGE_BYTES = 1024 + 128 * MAX_OFFERED_BLOCKS
 
@@ -50,10 +55,13 @@ class Stream(Receiver, Protocol):
 
 
 class Inbox:
-    """Messages that come; `n_bytes` counts them. Empty ones only say that the partner is alive, and are passed over."""
+    """Messages that come; `n_bytes` counts them. Empty ones only say that the partner is alive, and are passed over.
 
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver = receiver
+    After a message it rests as long as the `allowance` asks for.
+    """
+
+    def __init__(self, receiver: Receiver, allowance: Allowance | None = None) -> None:
+        self._receiver, self._allowance = receiver, allowance or Allowance()
         self.n_bytes = 0
 
     async def receive(self) -> bytes:
@@ -67,7 +75,9 @@ class Inbox:
         """The next message, or None."""
         while (raw := await self._next()) == ALIVE:
             pass
-        self.n_bytes += len(raw or b"")
+        if raw:
+            self.n_bytes += len(raw)
+            await asyncio.sleep(min(self._allowance.received(len(raw)), MAX_REST_S))
         return raw
 
     async def _next(self) -> bytes | None:
@@ -81,16 +91,19 @@ class Wire(Inbox):
     partner that is frozen, its connection still open, costs no more than that.
     """
 
-    def __init__(self, stream: Stream, silence_s: float) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: Stream, silence_s: float, allowance: Allowance | None = None) -> None:
+        super().__init__(stream, allowance)
         self._stream, self._silence_s = stream, silence_s
         self._waiting: set[asyncio.Timeout] = set()
 
     async def send(self, raw: bytes) -> None:
-        """Send one serialised message."""
+        """Send one serialised message, then rest as long as the allowance asks for."""
         self.n_bytes += len(raw)
         async with self._not_silent():
             await self._stream.send(raw)
+        rest_s = self._allowance.sent(len(raw)) if raw else 0.0
+        if rest_s:
+            await self.while_alive(asyncio.sleep(rest_s))
 
     async def while_alive(self, work: Awaitable[T]) -> T:
         """Await what may take longer than a partner bears silence; it is told meanwhile that this side is alive."""

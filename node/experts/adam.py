@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
+from node.devices import knows_float64
+
 if TYPE_CHECKING:
     from protocol.manifest import OptimizerConfig
 
@@ -119,9 +121,10 @@ def _step_stacked(of: _Touched, lr: float, config: OptimizerConfig) -> None:
     if config.weight_decay:
         p.mul_(1 - lr * config.weight_decay)
     # lr * (m / c1) / (sqrt(v / c2) + eps) = lr * m / (sqrt(v) * c1 / sqrt(c2) + eps * c1), in fewer passes.
+    steps_G = steps_G if knows_float64(steps_G.device) else steps_G.cpu()
     count = (steps_G + 1).to(torch.float64).view(-1, *[1] * (grad.dim() - 1))
     c1, c2 = 1 - config.beta1**count, 1 - config.beta2**count
-    bottom = torch.addcmul((config.eps * c1).to(grad.dtype), v.sqrt(), (c1 / c2.sqrt()).to(grad.dtype))
+    bottom = torch.addcmul((config.eps * c1).to(grad), v.sqrt(), (c1 / c2.sqrt()).to(grad))
     p.addcdiv_(m, bottom, value=-lr)
     if not whole:
         for full, part in zip(tensors, (p, m, v), strict=True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from node.devices import knows_float64
 from node.experts.adam import SMALL_VALUES, AdamState, adam_step, clip_per_expert, is_all, zero_state
 from node.experts.grouped import MAX_ROWS, Groups, order_by_size
 from node.experts.kinds import ExpertKind, expert_kind
@@ -73,7 +74,8 @@ class Block:
             weights = {name: g[finite_G] for name, g in weights.items()}
         if len(touched_G):
             adam_step(self.params, self.adam, weights, touched_G, lr, config)
-            self.learnt_E.index_add_(0, touched_G, tokens_G.to(self.learnt_E.dtype))
+            learnt_E = self.learnt_E
+            learnt_E.index_add_(0, touched_G.to(learnt_E.device), tokens_G.to(learnt_E))
             self.version += 1
 
     @property
@@ -139,5 +141,6 @@ def new_block(manifest: Manifest, block_id: BlockId, device: torch.device) -> Bl
         .to(device=device, dtype=DTYPES[manifest.dtype])
         for name, shape in kind.shapes(model).items()
     }
-    learnt_E = torch.zeros(len(experts), dtype=torch.float64, device=device)
+    counting = device if knows_float64(device) else torch.device("cpu")
+    learnt_E = torch.zeros(len(experts), dtype=torch.float64, device=counting)
     return Block(id=block_id, experts=experts, kind=kind, params=params, adam=zero_state(params), learnt_E=learnt_E)

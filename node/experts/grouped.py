@@ -103,14 +103,14 @@ def _runs(groups: Groups) -> Iterator[tuple[slice, slice, int]]:
 
 
 def _product(x_PN: torch.Tensor, w_GNM: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
-    if _fast(x_PN.dtype, x_PN.shape[1], w_GNM.shape[2]):
+    if _fast(x_PN, x_PN.shape[1], w_GNM.shape[2]):
         return functional.grouped_mm(x_PN, w_GNM, offs=ends_G)
     pairs = zip(x_PN.split(_counts(ends_G)), w_GNM.unbind(0), strict=True)
     return torch.cat([rows_QN @ w_NM for rows_QN, w_NM in pairs])
 
 
 def _outer(x_PN: torch.Tensor, y_PM: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
-    if _fast(x_PN.dtype, x_PN.shape[1], y_PM.shape[1]):
+    if _fast(x_PN, x_PN.shape[1], y_PM.shape[1]):
         return functional.grouped_mm(x_PN.mT, y_PM, offs=ends_G)
     counts = _counts(ends_G)
     pairs = zip(x_PN.split(counts), y_PM.split(counts), strict=True)
@@ -121,7 +121,8 @@ def _counts(ends_G: torch.Tensor) -> list[int]:
     return torch.diff(ends_G, prepend=ends_G.new_zeros(1)).tolist()
 
 
-def _fast(dtype: torch.dtype, *widths: int) -> bool:
-    # grouped_mm knows no float64 and wants rows that start at multiples of 16 bytes.
-    aligned = not any(width * dtype.itemsize % _ALIGNMENT_BYTES for width in widths)
-    return hasattr(functional, "grouped_mm") and dtype in _FAST_DTYPES and aligned
+def _fast(of: torch.Tensor, *widths: int) -> bool:
+    # grouped_mm knows neither float64 nor Apple's GPUs, and wants rows that start at multiples of 16 bytes.
+    aligned = not any(width * of.itemsize % _ALIGNMENT_BYTES for width in widths)
+    known = of.dtype in _FAST_DTYPES and of.device.type != "mps"
+    return hasattr(functional, "grouped_mm") and known and aligned

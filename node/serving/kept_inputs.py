@@ -80,6 +80,11 @@ class KeptInputs:
         self.n_bytes -= entry[1].n_bytes
         return entry[1]
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._kept.clear()
+        self.n_bytes = 0
+
     def _expire(self) -> None:
         oldest_allowed = self._clock() - self._max_age_s
         while self._kept and next(iter(self._kept.values()))[0] < oldest_allowed:

@@ -2,7 +2,7 @@
 
 Requests come from the event loop through `submit`; a batch is every queued request of the same kind and layer, oldest
 first. Between batches the thread runs whatever else needs the weights (`call`): checkpoints, averaging, blocks that
-come and go.
+come and go; and it rests if the machine's owner limits it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class RuntimeConfig:
 
 
 class Runtime:
-    """Runs jobs over `blocks` on its own thread, first come first served, merged by kind and layer."""
+    """Runs jobs over `blocks` on its own thread, first come first served, merged by kind and layer.
+
+    `rest_s` says how many seconds to rest before the next batch; asked from any thread.
+    """
 
     def __init__(
         self,
@@ -50,8 +53,9 @@ class Runtime:
         manifest: Manifest,
         config: RuntimeConfig,
         clock: Callable[[], float] = time.monotonic,
+        rest_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._config = config
+        self._config, self._rest_s = config, rest_s
         self._kept = KeptInputs(config.keep_inputs_bytes, config.keep_inputs_s, clock)
         self._worker = BlockWorker(blocks, manifest, self._kept, clock)
         self._jobs: deque[Job] = deque()
@@ -91,6 +95,11 @@ class Runtime:
     def steps_refused(self) -> int:
         """Backwards that stepped nothing because they came too late."""
         return self._worker.steps_refused
+
+    @property
+    def out_of_memory(self) -> int:
+        """Batches for which the device had no memory."""
+        return self._worker.out_of_memory
 
     def layer_blocks(self, layer: int) -> Sequence[Block]:
         """Hosted blocks of `layer` now, in order."""
@@ -151,6 +160,10 @@ class Runtime:
         """
         return self.call(lambda: self._worker.blocks.remove(block_id))
 
+    def forget_inputs(self) -> Future[None]:
+        """Keep no inputs for a backward any more: callers send them again."""
+        return self.call(self._kept.clear)
+
     def _drain_estimate_s(self) -> float:
         return min(5.0, max(0.05, self.queue_tokens / max(self.tokens_per_s, 1000.0)))
 
@@ -159,16 +172,22 @@ class Runtime:
             # Calls first: what they change of blocks and versions decides what may be merged.
             for run in self._take_calls():
                 run()
-            batch = self._take_batch()
+            batch = [] if self._resting_s() else self._take_batch()
             if batch:
                 self._worker.run(batch)
 
     def _wait_for_work(self) -> bool:
-        """False once everything is done and the host is leaving."""
+        """False once everything is done and the host is leaving. Jobs wait for the end of a rest, calls do not."""
         with self._wake:
-            while not (self._jobs or self._calls or self._stopping):
-                self._wake.wait()
+            while not (self._calls or self._stopping):
+                resting_s = self._resting_s() if self._jobs else None
+                if resting_s == 0:
+                    break
+                self._wake.wait(resting_s)
             return bool(self._jobs or self._calls)
+
+    def _resting_s(self) -> float:
+        return 0.0 if self._stopping else self._rest_s()
 
     def _take_calls(self) -> deque[Callable[[], None]]:
         with self._wake:

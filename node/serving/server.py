@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from node.security import Security
+    from node.serving.admission import Admission
 
 MAX_CONCURRENT_CALLS = 64
 """gRPC holds a whole message before we see it: this many times MAX_MESSAGE_BYTES is the most that callers can take."""
@@ -40,13 +41,16 @@ class NodeServer:
         address: str,
         port: int,
         security: Security,
+        admission: Admission | None = None,
     ) -> None:
         security.check_listen(address)
         checker = security.checker()
+        # Whoever is not let in is not counted either.
+        in_front = (CallerCheck(checker) if checker else None, admission)
         self._server = grpc.aio.server(
             options=OPTIONS,
-            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
-            interceptors=[CallerCheck(checker)] if checker else [],
+            maximum_concurrent_rpcs=(admission and admission.max_calls) or MAX_CONCURRENT_CALLS,
+            interceptors=[one for one in in_front if one is not None],
         )
         self._credentials = security.server_credentials()
         self._health = health.aio.HealthServicer()

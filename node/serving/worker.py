@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from node.devices import is_out_of_memory
 from node.experts.layer import LayerGradients, layer_backward, layer_forward
 from node.serving.figures import Rate, RecentMean
 from node.serving.hosted_blocks import HostedBlocks
 from node.serving.jobs import BackwardJob, BackwardResult, ForwardJob, ForwardResult, Job, merged_inputs
 from node.serving.kept_inputs import KeptInputs, SteppedIds
 from node.serving.staleness import is_stale, rate_scale, staleness_of
-from protocol.errors import DeadlineError, KilohiveError, UnknownRequestError
+from protocol.errors import DeadlineError, KilohiveError, NoRoomError, UnknownRequestError
 from protocol.schedule import learning_rate_factor
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class BlockWorker:
         self.rate, self.staleness = Rate(clock), RecentMean()
         self.tokens_total = 0
         self.steps_refused = 0
+        self.out_of_memory = 0
         self._optimizer, self._averaging = manifest.optimizer, manifest.averaging
         self._kept, self._clock = kept, clock
         self._stepped = SteppedIds()
@@ -92,12 +94,18 @@ class BlockWorker:
         try:
             self._forward([job for job in alive if isinstance(job, ForwardJob)])
             self._backward([job for job in alive if isinstance(job, BackwardJob)])
-        except Exception as error:  # task boundary: one batch must not end the thread that owns the weights
-            logger.exception("A batch failed")
-            failure = error if isinstance(error, KilohiveError) else KilohiveError("the host failed on this batch")
+        except Exception as error:  # noqa: BLE001 - task boundary: one batch must not end the thread that owns the weights
+            failure = self._failure_of(error)
             for job in alive:
                 if not job.future.done():
                     job.future.set_exception(failure)
+
+    def _failure_of(self, error: Exception) -> KilohiveError:
+        if is_out_of_memory(error):
+            self.out_of_memory += 1
+            return NoRoomError("this host's device had no memory for the batch: choose another replica")
+        logger.error("A batch failed", exc_info=error)
+        return error if isinstance(error, KilohiveError) else KilohiveError("the host failed on this batch")
 
     def _joins(self, job: Job, effect: _Effect) -> bool:
         return effect is not _Effect.STALE and self._effect(job) is effect

@@ -26,7 +26,7 @@ import uvloop
 from dht.announcer import Announcement, Announcer
 from dht.directory import Directory
 from dht.node import DhtConfig, DhtNode
-from node.averaging.node_averaging import Averaging
+from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.averaging.replica import ReplicaState
 from node.averaging.service import SERVICE_NAME
 from node.security import Security
@@ -180,7 +180,8 @@ class Peer:
         self._directory = Directory(dht, manifest.run_id, manifest.model)
         events, security = EventLog(), Security(identity)
         events.subscribe(self._tell_dialled)
-        self._averaging = Averaging(manifest, security, self._directory, events, seed=config.index)
+        options = AveragingOptions(seed=config.index)
+        self._averaging = Averaging(manifest, security, self._directory, events, options)
         self._replicas: list[SampledReplica] = []
         self._begin_round()
         self._server = NodeServer((self._averaging.service.handler(),), (SERVICE_NAME,), ADDRESS, 0, security)

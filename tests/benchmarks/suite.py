@@ -31,6 +31,7 @@ BENCHMARKS = (
     "step",
     "density",
     "joining",
+    "limits",
     "latency",
     "averaging",
     "replicas",

@@ -14,6 +14,8 @@ from node.averaging import pieces
 from node.averaging.pieces import cut, piece_message
 from node.averaging.replica import schema, schema_hash
 from node.averaging.service import SERVICE_NAME
+from node.guest.allowance import Allowance
+from node.guest.limits import Limits
 from node.security import Address
 from protocol import averaging_pb2 as pb
 from protocol.call_signature import CallSigner
@@ -167,6 +169,20 @@ async def test_two_exchanges_at_once_are_one_too_many() -> None:
         assert [m.block for m in (await dialling).blocks] == [BLOCK]
         await answered_by(node_b)
         assert [m.block for m in (await node_c.exchange_with(node_b)).blocks] == [BLOCK]
+
+
+async def test_a_node_in_debt_to_its_owner_averages_only_once_it_is_paid() -> None:
+    a, b = two_replicas()
+    allowance = Allowance(Limits(up_bytes_per_s=500_000, down_bytes_per_s=500_000))
+    async with averaging_node("peer-a", a) as node_a, averaging_node("peer-b", b, allowance=allowance) as node_b:
+        allowance.sent(2_000_000)
+        with pytest.raises(OverloadedError, match="owner limits it: no exchange for now") as caught:
+            await node_a.exchange_with(node_b)
+        assert 2.0 < caught.value.retry_after_s < 5.0
+        result = await node_b.exchange_with(node_a)  # it waits, and then begins one itself
+        assert [m.block for m in result.blocks] == [BLOCK]
+        assert allowance.debt_s() < 2.0
+        assert allowance.sent_bytes > 2_000_000
 
 
 async def test_a_node_that_leaves_says_so() -> None:

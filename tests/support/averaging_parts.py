@@ -33,6 +33,8 @@ from tests.support.swarm_parts import PLAIN
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from node.guest.allowance import Allowance
+
 R = TypeVar("R")
 
 RUN_ID = "run"
@@ -296,13 +298,14 @@ async def averaging_node(
     peer_id: str,
     *replicas: MemoryReplica,
     stored: Callable[[BlockId], ReplicaState | None] | None = None,
+    allowance: Allowance | None = None,
     **changes: Any,
 ) -> AsyncIterator[AveragingNode]:
     """A node on a free port of this machine."""
     held, config = replica_set(*replicas), exchange_config(peer_id, **changes)
     results: asyncio.Queue[ExchangeResult] = asyncio.Queue()
-    service = AveragingService(held, config, results.put_nowait, stored=stored)
-    client = AveragingClient(held, config, PLAIN.caller())
+    service = AveragingService(held, config, results.put_nowait, stored=stored, allowance=allowance)
+    client = AveragingClient(held, config, PLAIN.caller(), allowance)
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((service.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")

@@ -108,6 +108,11 @@ def test_our_own_mistakes_are_caught_before_they_are_signed() -> None:
         replace(BLOCK, block=BlockId(-2, 0))
 
 
+def test_a_peer_says_whether_it_is_paused() -> None:
+    for paused in (True, False):
+        assert decode_peer(encode_peer(replace(PEER, paused=paused))).paused is paused
+
+
 def test_a_state_is_a_number_of_the_proto() -> None:
     names = records_pb2.ReplicaState.keys()
     assert [name.lower() for name in names] == list(REPLICA_STATES)

@@ -20,7 +20,7 @@ from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.observer import RunView
 from dht.announcer import PERIOD_S
 from dht.directory import REFRESH_S
-from node.cli import SHARED_FLAGS, help_rows, parse
+from node.cli import HELP_LIMITS, SHARED_FLAGS, help_rows, parse
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.metrics import HostCollector
 from node.report import Summary
@@ -96,7 +96,7 @@ def check_command(words: list[str]) -> None:
         case ["python", "run_node.py", name, *flags]:
             command = next((command for command in run_node.COMMANDS if command.name == name), None)
             assert command is not None, words
-            if flags != ["--help"]:
+            if flags not in (["--help"], [HELP_LIMITS]):
                 parse(command, flags, "docs")
         case ["python", "-m", "pytest", path, *_]:
             assert (ROOT / path.partition("::")[0]).exists(), words
@@ -135,7 +135,7 @@ def check_docker(words: list[str]) -> None:
 @every_page
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     known = {row[0].split()[0] for command in run_node.COMMANDS for row in help_rows(command.config)}
-    known |= {flag.split()[0] for flag, _ in SHARED_FLAGS} | {"--help", "--version"}
+    known |= {flag.split()[0] for flag, _ in SHARED_FLAGS} | {"--help", "--version", HELP_LIMITS}
     for span in spans(page):
         if span.startswith(("python -m", "docker ")):
             continue
@@ -143,11 +143,15 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
         assert not unknown, f"{name_of(page)}: `{span}`"
 
 
+GROUPED = {"evaluate", "sample", "pause", "resume", "leave"}
+"""Commands whose heading names several."""
+
+
 def test_the_commands_page_lists_every_command() -> None:
     listed = [code_in(row[0])[0] for row in table(DOCS / "running.md", "Commands")]
     assert sorted(listed) == sorted(command.name for command in run_node.COMMANDS)
     headings = anchors(DOCS / "running.md")
-    assert all(name in headings or name in {"evaluate", "sample"} for name in listed)
+    assert all(name in headings or name in GROUPED for name in listed)
 
 
 def test_the_exit_codes_are_those_of_the_program() -> None:
@@ -228,7 +232,7 @@ def test_the_version_is_the_one_that_is_spoken() -> None:
 EMITTERS = {
     "hosts and trainers": ("node/averaging/averager.py", "node/reachability.py", "node/whereabouts.py"),
     "a trainer": ("node/trainer.py", "node/trunk_sharing.py"),
-    "a host": ("node/host.py", "node/keeper.py"),
+    "a host": ("node/host.py", "node/keeper.py", "node/presence.py"),
     "a coordinator": ("coordinator/coordinator.py",),
     "a lighthouse": ("coordinator/lighthouse/lighthouse.py",),
     "local": ("coordinator/local.py",),

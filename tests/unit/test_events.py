@@ -66,3 +66,14 @@ def test_a_full_disk_is_told_once_and_costs_no_more_than_the_lines(caplog: pytes
     assert [event["step"] for event in heard] == [0, 1, 2]
     assert len(caplog.records) == 1
     assert "cannot write the event log /dev/full: No space left on device" in caplog.text
+
+
+def test_a_log_with_a_limit_keeps_the_newest_lines_in_two_files(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl", clock=lambda: 1.0, max_bytes=200)
+    for step in range(40):
+        log.emit("step", step=step)
+    log.close()
+    newest, before = tmp_path / "events.jsonl", tmp_path / "events.jsonl.previous"
+    assert newest.stat().st_size < 200 <= before.stat().st_size < 250
+    steps = [json.loads(line)["step"] for line in (*lines(before), *lines(newest))]
+    assert steps == list(range(steps[0], 40))

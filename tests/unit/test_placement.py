@@ -192,6 +192,11 @@ class TestHerds:
         assert 5 < sum(movers) / len(movers) < 7
         assert max(movers) <= 14
 
+    def test_a_paused_host_is_no_rival(self) -> None:
+        view = directory({A: []}, idle=["working", "resting"])
+        resting = tuple(replace(peer, paused=peer.peer_id == "resting") for peer in view.peers)
+        assert placement_view(replace(view, peers=resting), ME).rivals() == 1
+
     def test_invented_idle_hosts_slow_a_claim_down_but_never_to_nothing(self) -> None:
         view = placement_view(directory({A: [], B: ["p", "q"]}, idle=some(100_000, "sybil")), ME)
         claims = [plan(view, {}, (), config(), random.Random(seed)).take == (A,) for seed in range(1000)]

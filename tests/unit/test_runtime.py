@@ -9,6 +9,7 @@ import torch
 
 from node.experts.block import new_block
 from node.experts.layer import layer_backward, layer_forward
+from node.serving import worker as worker_module
 from node.serving.jobs import BackwardJob
 from node.serving.kept_inputs import KeptInputs, SteppedIds
 from node.serving.runtime import Runtime, RuntimeConfig
@@ -17,6 +18,7 @@ from protocol.errors import (
     DrainingError,
     InvalidInputError,
     KilohiveError,
+    NoRoomError,
     NotHostedError,
     OverloadedError,
     UnknownRequestError,
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+NEVER_S = 1000.0
+
+
 @pytest.fixture
 def runtime() -> Iterator[Runtime]:
     running = make_runtime()
@@ -50,6 +55,62 @@ def runtime() -> Iterator[Runtime]:
 
 def versions(runtime: Runtime) -> int:
     return sum(block.version for block in runtime.blocks.values())
+
+
+def test_while_it_rests_a_runtime_runs_calls_and_no_batch() -> None:
+    rests_s = [NEVER_S]
+    resting = Runtime([new_block(MANIFEST, BlockId(0, 0), CPU)], MANIFEST, RuntimeConfig(), rest_s=lambda: rests_s[-1])
+    resting.start()
+    try:
+        job = forward(0, experts=range(4))
+        resting.submit(job)
+        assert resting.call(lambda: len(resting.blocks)).result(TIMEOUT_S) == 1
+        assert not job.future.done()
+        rests_s.append(0.0)
+        resting.call(lambda: None).result(TIMEOUT_S)
+        assert len(job.future.result(TIMEOUT_S).combined_TD)
+    finally:
+        resting.stop(TIMEOUT_S)
+
+
+def test_a_runtime_that_stops_finishes_what_waits_without_a_rest() -> None:
+    resting = Runtime([new_block(MANIFEST, BlockId(0, 0), CPU)], MANIFEST, RuntimeConfig(), rest_s=lambda: NEVER_S)
+    resting.start()
+    job = forward(0, experts=range(4))
+    resting.submit(job)
+    resting.stop(TIMEOUT_S)
+    assert job.future.done()
+
+
+def test_a_batch_that_finds_no_memory_is_told_and_counted_and_the_next_one_runs(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(worker_module, "layer_forward", full)
+        job = forward(0)
+        runtime.submit(job)
+        with pytest.raises(NoRoomError, match="no memory for the batch"):
+            job.future.result(TIMEOUT_S)
+    assert runtime.out_of_memory == 1
+    again = forward(1)
+    runtime.submit(again)
+    assert len(again.future.result(TIMEOUT_S).combined_TD)
+
+
+def test_inputs_that_are_forgotten_are_asked_for_again(runtime: Runtime) -> None:
+    job = forward(0)
+    runtime.submit(job)
+    job.future.result(TIMEOUT_S)
+    assert runtime.kept_bytes > 0
+    runtime.forget_inputs().result(TIMEOUT_S)
+    assert runtime.kept_bytes == 0
+    late = backward(0)
+    runtime.submit(late)
+    with pytest.raises(UnknownRequestError):
+        late.future.result(TIMEOUT_S)
 
 
 def test_requests_merged_into_one_batch_get_what_each_would_get_alone(runtime: Runtime) -> None:

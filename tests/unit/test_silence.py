@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from node.averaging.wire import ALIVE, ALIVE_PER_SILENCE, Wire
+from node.guest.allowance import Allowance
+from node.guest.limits import Limits
 from protocol.errors import DeadlineError, UnavailableError
 from protocol.manifest import TRUNK
 from tests.support.averaging_faults import kind, pair
@@ -150,3 +152,37 @@ async def test_an_error_of_the_work_itself_is_raised() -> None:
 
     with pytest.raises(UnavailableError, match="the block is gone"):
         await Wire(CableEnd(Cable(), "dialler", "answerer"), SILENCE_S).while_alive(fail())
+
+
+class Resting(Allowance):
+    """Asks for rests longer than a partner's patience, after each message that is sent."""
+
+    def sent(self, n_bytes: int) -> float:
+        return 2 * SLOW_SILENCE_S
+
+
+async def test_a_node_that_rests_for_its_owners_limit_is_not_taken_for_dead() -> None:
+    cable = Cable()
+    near = Wire(CableEnd(cable, "dialler", "answerer"), SLOW_SILENCE_S, Resting())
+    far = Wire(CableEnd(cable, "answerer", "dialler"), SLOW_SILENCE_S)
+
+    async def send() -> None:
+        for raw in (b"one", b"two"):
+            await near.send(raw)
+
+    sending = asyncio.create_task(send())
+    assert [await far.receive() for _ in range(2)] == [b"one", b"two"]
+    assert not sending.done()
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+
+
+async def test_what_has_come_is_read_on_before_its_sender_despairs() -> None:
+    cable = Cable(capacity=3)
+    for raw in (b"one", b"two"):
+        await cable.put("answerer", raw)
+    limited = Allowance(Limits(down_bytes_per_s=500_000))
+    limited.received(1 << 40)
+    near = Wire(CableEnd(cable, "dialler", "answerer"), SLOW_SILENCE_S, limited)
+    async with asyncio.timeout(WAIT_S):
+        assert [await near.receive() for _ in range(2)] == [b"one", b"two"]

@@ -215,3 +215,9 @@ def test_json_tells_of_averaging() -> None:
 def test_a_host_that_nobody_can_call_is_shown_as_such() -> None:
     lost = replace(peer_info(0), reachability="not reached")
     assert f"{lost.endpoint}, not reached" in shown(replace(view(), peers=(lost,)), width=140)
+
+
+def test_a_paused_host_is_shown_as_such() -> None:
+    resting = replace(peer_info(0, n_blocks=0), paused=True)
+    row = next(line for line in shown(replace(view(), peers=(resting,)), width=140).splitlines() if "host " in line)
+    assert " paused " in row

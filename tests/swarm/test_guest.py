@@ -1,0 +1,151 @@
+"""A host that pauses, comes back, leaves and sleeps while others train: nothing is lost, and nobody waits for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from node.guest.signals import SIGNALS
+from protocol.manifest import AveragingConfig
+from tests.support.processes import RUN_NODE, Node, ProcessSwarm, process_swarm, wait_until
+from tests.support.swarm_parts import small_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MANIFEST = small_manifest(
+    optimizer={"total_tokens": 1_000_000_000}, averaging=AveragingConfig(target_replicas=2, period_s=1.0)
+)
+N_BLOCKS = 8
+AUTO = ("--blocks", "auto", "--max-blocks", str(N_BLOCKS), "--recheck-s", "2", "--threads", "1")
+TRAIN = ("--steps", "100000", "--batch", "2", "--micro-batches", "1", "--eval-every", "0", "--eval-bytes", "256")
+LEAVE_S = 20.0
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture
+def swarm(tmp_path: Path) -> Iterator[ProcessSwarm]:
+    with process_swarm(tmp_path / "swarm", MANIFEST) as running:
+        yield running
+
+
+def host(swarm: ProcessSwarm, name: str, *flags: str) -> Node:
+    place = ("--swarm", str(swarm.swarm_file), "--state", str(swarm.folder / name))
+    node = swarm.start(name, "host", *place, *AUTO, *flags)
+    node.wait_for("announced")
+    return node
+
+
+def tell(word: str, node: Node) -> str:
+    command = (sys.executable, RUN_NODE, word, "--state", str(node.folder), "--log-level", "warning")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr + node.child.log_tail()
+    return done.stdout
+
+
+def peer(swarm: ProcessSwarm, node: Node) -> dict[str, Any]:
+    peer_id = node.events("announced")[-1]["peer_id"]
+    found: dict[str, Any] = next(peer for peer in swarm.status()["peers"] if peer["peer_id"] == peer_id)
+    return found
+
+
+def steps_on(trainer: Node) -> None:
+    """It trains on, and none of its steps failed."""
+    trainer.wait_for("step", TIMEOUT_S, count=len(trainer.events("step")) + 20)
+    assert not trainer.child.ended(), trainer.child.log_tail()
+
+
+@pytest.mark.timeout(240)
+def test_a_host_pauses_comes_back_and_leaves_while_a_trainer_trains_on(swarm: ProcessSwarm) -> None:
+    guest, other = host(swarm, "guest"), host(swarm, "other")
+    trainer = swarm.trainer("trainer", *TRAIN)
+    trainer.wait_for("step", TIMEOUT_S, count=5)
+
+    assert tell("pause", guest).startswith("paused, with its blocks stored in ")
+    assert guest.events("paused")[-1]["stored"] == N_BLOCKS
+    told = peer(swarm, guest)
+    assert (told["paused"], told["n_blocks"]) == (True, 0)
+    steps_on(trainer)
+    assert swarm.status()["blocks_lost"] == []
+    before = {event["block"] for event in guest.events("joined")}
+
+    assert tell("resume", guest) == f"it works again, with {N_BLOCKS} blocks\n"
+    fetched = {event["block"]: event for event in guest.events("joined") if event["block"] not in before}
+    assert {event["source"] for event in fetched.values()} == {"replicas"}
+    assert min(event["version"] for event in fetched.values()) > 0, "what was learnt meanwhile is there"
+    assert not peer(swarm, guest)["paused"]
+
+    began_s = time.monotonic()
+    assert tell("leave", other).splitlines()[-1] == "left"
+    assert time.monotonic() - began_s < LEAVE_S
+    assert other.events("handed_over")[-1]["left"] == []
+    steps_on(trainer)
+    status = swarm.status()
+    assert status["blocks_lost"] == []
+    assert [one["role"] for one in status["peers"]].count("host") == 1
+    assert trainer.stop() == 130
+
+
+@pytest.mark.timeout(240)
+def test_the_last_replicas_go_to_whoever_takes_them_before_their_host_is_gone(swarm: ProcessSwarm) -> None:
+    other = host(swarm, "other")
+    tell("pause", other)
+    guest = host(swarm, "guest")
+    trainer = swarm.trainer("trainer", *TRAIN)
+    trainer.wait_for("step", TIMEOUT_S, count=5)
+    trainer.stop()
+    before = len(other.events("joined"))
+
+    os.kill(guest.child.pid, SIGNALS["leave"])
+    guest.wait_for("leaving")
+    tell("resume", other)
+    assert guest.wait_for("handed_over")["left"] == []
+    assert guest.stop() == 0
+    taken = other.events("joined")[before:]
+    assert len(taken) == N_BLOCKS
+    assert min(event["version"] for event in taken) > 0, "what was learnt is not lost"
+    assert swarm.status()["blocks_lost"] == []
+
+
+def test_outside_its_schedule_a_host_waits_with_what_it_has(swarm: ProcessSwarm) -> None:
+    now = time.localtime()
+    hour = (now.tm_hour + 12) % 24
+    guest = host(swarm, "guest", "--schedule", f"{hour:02}:00-{hour:02}:30")
+    assert guest.wait_for("paused")["reasons"] == ["it is outside its schedule"]
+    assert guest.events("announced")[-1]["versions"] == {}
+    assert tell("resume", guest) == "no longer paused by its owner, but it is outside its schedule\n"
+    assert tell("leave", guest).splitlines() == [
+        "handing 0 blocks over",
+        "others serve 0 of them",
+        "withdrawing its records",
+        "left",
+    ]
+
+
+@pytest.mark.slow  # half a minute of sleep
+@pytest.mark.timeout(240)
+def test_a_host_that_slept_fetches_its_blocks_before_it_serves_them(swarm: ProcessSwarm) -> None:
+    guest, _ = host(swarm, "guest"), host(swarm, "other")
+    trainer = swarm.trainer("trainer", *TRAIN)
+    trainer.wait_for("step", TIMEOUT_S, count=5)
+    os.kill(guest.child.pid, signal.SIGSTOP)
+    try:
+        peer_id = guest.events("announced")[-1]["peer_id"]
+        wait_until(lambda: peer_id not in [one["peer_id"] for one in swarm.status()["peers"]], "it is forgotten")
+        steps_on(trainer)
+    finally:
+        os.kill(guest.child.pid, signal.SIGCONT)
+    assert guest.wait_for("paused", TIMEOUT_S)["reasons"] == ["the machine slept"]
+    assert guest.wait_for("resumed", TIMEOUT_S)["blocks"] == N_BLOCKS
+    woken = guest.events("joined")[-N_BLOCKS:]
+    assert {event["source"] for event in woken} == {"replicas"}
+    assert min(event["version"] for event in woken) > 0
+    steps_on(trainer)
+    assert trainer.stop() == 130

@@ -30,6 +30,7 @@ from node.swarm import Swarm, until_stopped, wait_for_blocks
 from node.training import StepConfig, Training, build_trunk
 from node.trunk_sharing import TrunkSharing
 from node.trunk_state import Progress, load_trunk, save_trunk
+from node.whereabouts import Whereabouts
 from protocol.announcements import PeerRecord
 from protocol.errors import CheckpointError, ConfigError, DrainingError, UnavailableError
 from protocol.events import EventLog
@@ -105,7 +106,8 @@ class Trainer:
             )
         )
         self._training = self._build(dataset)
-        self._sharing = TrunkSharing(config, swarm, self._training, events)
+        self._whereabouts = Whereabouts(swarm, events)
+        self._sharing = TrunkSharing(config, swarm, self._training, events, self._whereabouts)
         self._progress = Progress()
         self._tokens = RunTokens(swarm.identity.peer_id)
         self._n_experts = self._manifest.model.experts_per_layer * self._manifest.model.n_layers
@@ -121,7 +123,7 @@ class Trainer:
             with server_told(self._config.out, Address(self._swarm.identity.peer_id, self._sharing.server_endpoint)):
                 await announcer.start()
                 work = asyncio.create_task(self._work(stop), name="training")
-                watching = asyncio.create_task(self._sharing.whereabouts.watch(announcer), name="whereabouts")
+                watching = asyncio.create_task(self._whereabouts.watch(announcer), name="whereabouts")
                 try:
                     await self._until_done_or(stop, work)
                 finally:
@@ -353,13 +355,13 @@ class Trainer:
         seconds, tokens = self._progress.train_seconds, self._tokens.own
         peer = PeerRecord(
             role="trainer",
-            endpoint=self._sharing.whereabouts.endpoint,
+            endpoint=self._whereabouts.endpoint,
             software=SOFTWARE,
             started_s=self._started_at,
             tokens_per_s=tokens / seconds if seconds else 0.0,
             run_tokens=self._tokens.total,
             own_tokens=tokens,
             exchanged_bytes=self._sharing.averaging.averager.exchanged_bytes,
-            reachability=self._sharing.whereabouts.state,
+            reachability=self._whereabouts.state,
         )
         return Announcement(peer=peer, blocks=(self._sharing.record(),))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from node import reachability
 from node.averaging import service as averaging_service
@@ -14,7 +14,6 @@ from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.reachability import DialBackService
 from node.serving.server import NodeServer
 from node.trunk_replica import TrunkReplica
-from node.whereabouts import Whereabouts
 from protocol.announcements import MAX_DIVERGENCE, BlockRecord
 from protocol.errors import UnavailableError
 from protocol.manifest import TRUNK
@@ -33,10 +32,26 @@ TRY_AGAIN_S = 1.0
 DRAIN_GRACE_S = 0.2
 
 
+class Place(Protocol):
+    """Where others call this trainer."""
+
+    @property
+    def endpoint(self) -> str:
+        """What it announces."""
+
+    async def settle(self, endpoint: str) -> None:
+        """Find that out, `endpoint` being host:port of its server."""
+
+    async def close(self) -> None:
+        """Let go of what was opened for it; safe to call twice."""
+
+
 class TrunkSharing:
     """Keeps one trainer's trunk in sync with the others'. Belongs to the event loop."""
 
-    def __init__(self, config: TrainConfig, swarm: Swarm, training: Training, events: EventLog) -> None:
+    def __init__(
+        self, config: TrainConfig, swarm: Swarm, training: Training, events: EventLog, whereabouts: Place
+    ) -> None:
         self._config, self._swarm, self._training, self._events = config, swarm, training, events
         self._peer_id = swarm.identity.peer_id
         self._random = random.Random(config.seed)
@@ -50,7 +65,7 @@ class TrunkSharing:
             config.port,
             swarm.security,
         )
-        self.whereabouts = Whereabouts(swarm, events)
+        self._whereabouts = whereabouts
 
     @property
     def server_endpoint(self) -> str:
@@ -65,7 +80,7 @@ class TrunkSharing:
         await self._fetch_trunk()
         self.averaging.replicas.add(self.replica)
         await self._server.start()
-        await self.whereabouts.settle(self._server.endpoint)
+        await self._whereabouts.settle(self._server.endpoint)
 
     async def catch_up(self) -> None:
         """One exchange at once, when this trunk is announced: what others learnt during the download. Then gossip."""
@@ -75,7 +90,7 @@ class TrunkSharing:
     async def stop(self) -> None:
         """End exchanges and the server; safe before `join` and twice."""
         await self.averaging.stop()
-        await self.whereabouts.close()
+        await self._whereabouts.close()
         await self._server.drain(DRAIN_GRACE_S)
 
     def rate_scale(self) -> float:
@@ -88,7 +103,7 @@ class TrunkSharing:
         return BlockRecord(
             block=TRUNK,
             version=self.replica.version,
-            endpoint=self.whereabouts.endpoint,
+            endpoint=self._whereabouts.endpoint,
             tokens_total=self._training.own_tokens,
             divergence=min(self.averaging.averager.divergence(TRUNK), MAX_DIVERGENCE),
         )

@@ -19,6 +19,7 @@ from protocol import expert_pb2 as pb
 from protocol.call_signature import CALLER_KEY
 from protocol.errors import ConfigError, DeadlineError, UnauthenticatedError, UnavailableError
 from protocol.identity import Identity
+from protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -149,8 +150,8 @@ def signed_for(server: Security, method: str) -> tuple[tuple[str, bytes], ...]:
     [
         (lambda: signed_for(STRANGER, "Describe"), "not for this call"),
         (lambda: signed_for(HOST, "Forward"), "not for this call"),
-        (lambda: ((CALLER_KEY, b"\3" + b"\0" * 116),), "signed .* ago"),
-        (lambda: ((CALLER_KEY, b"\2" + b"\0" * 116),), "the caller speaks 2, this kilohive speaks 3"),
+        (lambda: ((CALLER_KEY, bytes([PROTOCOL_VERSION]) + b"\0" * 116),), "signed .* ago"),
+        (lambda: ((CALLER_KEY, b"\2" + b"\0" * 116),), f"speaks 2, this kilohive speaks {PROTOCOL_VERSION}"),
         (tuple, "every call must be signed"),
     ],
     ids=["for another server", "for another method", "long ago", "of another version", "not at all"],

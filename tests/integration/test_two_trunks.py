@@ -90,6 +90,18 @@ class _Swarm:
         return Security(named, insecure_local=True)
 
 
+class KnownPlace:
+    """A trainer that others can call where it listens."""
+
+    endpoint = ""
+
+    async def settle(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+
+    async def close(self) -> None:
+        """Nothing was opened."""
+
+
 @dataclass
 class Trainer:
     training: Training
@@ -135,7 +147,7 @@ async def trainer(
     training, events, told = new_training(dataset, shard, seed), EventLog(), list[dict[str, Any]]()
     events.subscribe(lambda event: told.append(event) if event["event"] == "exchange" else None)
     swarm: Any = _Swarm(_Identity(peer_id), directory)
-    sharing = TrunkSharing(TrainConfig(join_timeout_s=join_timeout_s), swarm, training, events)
+    sharing = TrunkSharing(TrainConfig(join_timeout_s=join_timeout_s), swarm, training, events, KnownPlace())
     try:
         await asyncio.wait_for(sharing.join(), HANG_S)
         directory.trainers[peer_id] = Trainer(training, sharing, told)
@@ -272,7 +284,7 @@ async def test_a_resumed_trunk_that_is_ahead_is_kept(dataset: ByteDataset) -> No
         for _ in range(2):
             training.step()
         swarm: Any = _Swarm(_Identity("peer-b"), directory)
-        sharing = TrunkSharing(TrainConfig(), swarm, training, EventLog())
+        sharing = TrunkSharing(TrainConfig(), swarm, training, EventLog(), KnownPlace())
         try:
             before = await asyncio.wrap_future(sharing.replica.call(ReplicaState.copy))
             await asyncio.wait_for(sharing.join(), HANG_S)

@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.timeout(1800), pytest.mark.leaks_checked_per_module]
 
 HOSTS = 4
 IMAGE = "kilohive-compose-test"
+SERVICES = ("coordinator", "lighthouse", "host", "trainer")
 AWAY_S = 20
 """As long as a record lives: who is away for that long is forgotten by the others."""
 
@@ -39,6 +40,11 @@ import json, socket, urllib.request
 addresses = sorted({info[4][0] for info in socket.getaddrinfo("host", 9464, socket.AF_INET)})
 pages = {a: urllib.request.urlopen(f"http://{a}:9464/metrics", timeout=5).read().decode() for a in addresses}
 print(json.dumps(pages))
+"""
+
+FETCH_LIGHTHOUSE = """
+import urllib.request
+print(urllib.request.urlopen("http://lighthouse:9465/metrics", timeout=5).read().decode())
 """
 
 
@@ -112,6 +118,13 @@ def test_prometheus_would_find_every_host_by_its_services_name(swarm: Compose) -
     assert all("kilohive_tokens_total" in page for page in pages.values())
 
 
+def test_the_lighthouse_sees_the_run(swarm: Compose) -> None:
+    (trainer,) = swarm.containers("trainer")
+    page = swarm.exec(trainer, "python", "-c", FETCH_LIGHTHOUSE)
+    figures = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("kilohive_run"))
+    assert float(figures['kilohive_run_peers{role="host"}']) == HOSTS
+
+
 def test_a_killed_host_is_done_without_and_comes_back_as_itself(swarm: Compose) -> None:
     host = swarm.containers("host")[0]
     peer_id = swarm.host_peer_id(host)
@@ -149,7 +162,7 @@ def test_the_loss_went_on_falling_through_all_of_it(swarm: Compose) -> None:
 
 
 def test_stop_ends_every_node_by_itself_and_down_leaves_nothing(swarm: Compose) -> None:
-    services = {name: service for service in ("coordinator", "host", "trainer") for name in swarm.containers(service)}
+    services = {name: service for service in SERVICES for name in swarm.containers(service)}
     started = time.monotonic()
     swarm.run("stop")
     FIGURES["stop_s"] = time.monotonic() - started

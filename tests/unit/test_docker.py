@@ -40,17 +40,17 @@ def test_every_command_in_the_compose_file_can_be_typed(words: list[str]) -> Non
 
 
 def test_every_role_is_a_service_with_a_health_check() -> None:
-    assert Counter(words[0] for words in told_commands()) == {"coordinator": 1, "host": 1, "train": 1}
-    assert len(health_commands()) == 3
+    assert Counter(words[0] for words in told_commands()) == {"coordinator": 1, "lighthouse": 1, "host": 1, "train": 1}
+    assert len(health_commands()) == 4
     assert 'CMD ["kilohive", "health"]' in DOCKERFILE
 
 
-def test_prometheus_asks_the_port_that_hosts_serve() -> None:
-    (host,) = (words for words in told_commands() if words[0] == "host")
-    port = host[host.index("--metrics-port") + 1]
+@pytest.mark.parametrize("service", ["host", "lighthouse"])
+def test_prometheus_asks_the_port_that_a_service_serves(service: str) -> None:
+    (words,) = (words for words in told_commands() if words[0] == service)
+    port = words[words.index("--metrics-port") + 1]
     found = (DOCKER / "prometheus.yml").read_text(encoding="utf-8")
-    assert f"port: {port}\n" in found
-    assert "names: [host]" in found
+    assert re.search(rf"names: \[{service}\]\n        type: A\n        port: {port}\n", found)
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
@@ -77,7 +77,16 @@ def test_the_image_gets_every_package_and_nothing_private() -> None:
     kept = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     assert "*" in ignored
     assert all((ROOT / path).exists() for path in kept)
-    assert kept >= {"protocol", "dht", "node", "coordinator", "run_node.py", "pyproject.toml", "requirements.lock"}
+    assert kept >= {
+        "protocol",
+        "dht",
+        "node",
+        "coordinator",
+        "run_node.py",
+        "pyproject.toml",
+        "requirements.lock",
+        "requirements-lighthouse.lock",
+    }
     assert kept >= set(re.findall(r"^COPY (docker/\S+)", DOCKERFILE, re.MULTILINE))
 
 

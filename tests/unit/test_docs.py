@@ -110,7 +110,7 @@ def check_command(words: list[str]) -> None:
         case ["pip", "wheel", "-r", lock, "-w", folder]:
             assert (ROOT / lock).exists(), words
             assert (ROOT / folder).is_dir(), words
-        case ["source" | "grep", *_]:
+        case ["source" | "grep" | "cp" | "useradd" | "systemctl" | "journalctl" | "tar", *_]:
             pass
         case _:
             pytest.fail(f"unknown command: {words}")

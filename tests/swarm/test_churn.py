@@ -50,14 +50,14 @@ MANIFEST = small_manifest(
 )
 AUTO = ("--blocks", "auto", "--max-blocks", str(MAX_BLOCKS), "--recheck-s", "2")
 TRAIN = (
-    "--batch", "16", "--micro-batches", "1", "--n-shards", "2", "--eval-every", "25", "--eval-bytes", "16384",
+    "--batch", "16", "--micro-batches", "1", "--n-shards", "2", "--eval-every", "25", "--eval-bytes", "8192",
     "--save-every", "100000",
 )  # fmt: skip
 TOLERANCE = 0.02
 LAST_EVALUATIONS = 8
 """Of each trainer: over the last 200 steps."""
 
-MIN_STEPS = 600
+MIN_STEPS = 400
 """Of each trainer: they go on after a minute's churn, as a loss that still falls steeply compares badly."""
 
 TIMEOUT_S = 90.0

@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dht.relay import NOTE_EVERY_S, RELAY_PROTOCOL
+from dht.relaying import NOTE_EVERY_S, RELAY_PROTOCOL
 from protocol import relay_pb2 as pb
 from protocol.endpoints import MAX_RELAYS, is_udp_address
 from protocol.errors import KilohiveError, UnavailableError

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
-from dht.relay import TUNNEL_PROTOCOL
+from dht.relaying import IDLE_S, TUNNEL_PROTOCOL
 from dht.reservations import granted, punch
 from dht.streams import Stream, splice
 from protocol import relay_pb2 as pb
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 LINK_TIMEOUT_S = 5.0
 DIRECT_TIMEOUT_S = 2.0
-IDLE_S = 120.0
 UNUSED_S = 60.0
 """A port without connections is closed after so long."""
 

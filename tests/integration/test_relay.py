@@ -12,9 +12,9 @@ import pytest
 import pytest_asyncio
 
 from dht import tunnel as tunnel_module
-from dht.relay import RELAY_PROTOCOL, TUNNEL_PROTOCOL, Relay, RelayLimits
+from dht.relay import Relay, RelayLimits
+from dht.relaying import MAX_CONTROL_BYTES, RELAY_PROTOCOL, TUNNEL_PROTOCOL
 from dht.reservations import RelayLinks, RelayOffer, Reservations, punch
-from dht.streams import MAX_CONTROL_BYTES, Stream
 from dht.tunnel import Tunnels, expose
 from node.security import Address, NotConnectedError, Security
 from node.serving.server import NodeServer
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from dht.node import DhtNode
-    from dht.streams import Streams
+    from dht.streams import Stream, Streams
 
 WAIT_S = 10.0
 PIECES = 64

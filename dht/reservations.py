@@ -39,7 +39,7 @@ MAX_PUNCHING = 8
 
 @dataclass(frozen=True)
 class RelayOffer:
-    """A peer that carries calls for others, and the multiaddress of its p2pd for QUIC."""
+    """A peer that carries calls for others, and its multiaddress: for QUIC, or a lighthouse's for TCP."""
 
     peer_id: str
     address: str
@@ -58,6 +58,8 @@ class RelayLinks:
             # Once: changing the connection ends every stream over it.
             self._tried.add(offer.peer_id)
             await self._prefer_udp(offer)
+        elif offer.address and not is_udp_address(offer.address):
+            await self._streams.dial(offer.peer_id, [offer.address], ASK_TIMEOUT_S)
         return await self._streams.open(offer.peer_id, RELAY_PROTOCOL, ASK_TIMEOUT_S)
 
     async def _prefer_udp(self, offer: RelayOffer) -> None:

@@ -43,7 +43,7 @@ MAX_TUNNELS = 256
 class Tunnels:
     """One node's ways to those that it cannot dial. Belongs to the event loop.
 
-    `offer_of` tells where a relay's p2pd takes QUIC; `own_addresses` where this node's does.
+    `offer_of` tells where a relay is; `own_addresses` where this node's p2pd takes QUIC.
     """
 
     def __init__(

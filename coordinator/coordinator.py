@@ -64,7 +64,7 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         stack.push_async_callback(publishing.stop)
         if config.relay_circuits:
             await Relay(dht.streams, RelayLimits(max_circuits=config.relay_circuits)).start()
-        relay = dht.udp_addresses[0] if config.relay_circuits and dht.udp_addresses else ""
+        relay = dht.relay_address if config.relay_circuits else ""
         announcer = Announcer(dht, identity, manifest.run_id, describe=_describer(relay))
         await announcer.start()
         stack.push_async_callback(announcer.withdraw)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dht.periodic import Periodic
+from dht.stamps import PERIOD_S, TTL_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, Stamps
 from dht.store import Entry
 from protocol.announcements import encode_block, encode_peer
 from protocol.errors import KilohiveError
-from protocol.records import block_key, max_ttl_s, peers_key, sign_record
+from protocol.records import block_key, peers_key, sign_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from protocol.identity import Identity
 
 logger = logging.getLogger(__name__)
-
-PERIOD_S = 4.0
-TTL_S = 20.0
-"""Four announcements in a row may be lost before others forget this node."""
-
-WITHDRAW_TIMEOUT_S = 1.0
-_WITHDRAWN = b""
-_SOONER_S = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +52,8 @@ class Announcer:
         self._period_s = period_s
         self._ttl_s = ttl_s
         self._announced: set[str] = set()
-        self._version = 0
+        self._stamps = Stamps(ttl_s)
         self._problem = ""
-        self._expiration_s = 0.0
         self._one_at_a_time = asyncio.Lock()
         self._announcing = Periodic("announcer", period_s, self._announce_or_log)
 
@@ -82,7 +74,7 @@ class Announcer:
         """
         async with self._one_at_a_time:
             payloads = self._payloads(self._describe())
-            gone = dict.fromkeys(self._announced - payloads.keys(), _WITHDRAWN)
+            gone = dict.fromkeys(self._announced - payloads.keys(), WITHDRAWN)
             self._announced |= payloads.keys()
             taken = await self._store({**payloads, **gone})
             if taken:
@@ -95,7 +87,7 @@ class Announcer:
         async with self._one_at_a_time:
             try:
                 async with asyncio.timeout(WITHDRAW_TIMEOUT_S):
-                    await self._store(dict.fromkeys(self._announced, _WITHDRAWN))
+                    await self._store(dict.fromkeys(self._announced, WITHDRAWN))
             except (KilohiveError, TimeoutError) as error:
                 logger.warning("this node's records could not be withdrawn and expire in %g s: %r", self._ttl_s, error)
             self._announced.clear()
@@ -106,21 +98,14 @@ class Announcer:
         return payloads
 
     async def _store(self, payloads: Mapping[str, bytes]) -> bool:
-        self._advance(self._dht.now_s())
-        owner, until_s = self._identity.peer_id, self._expiration_s
+        self._stamps.advance(self._dht.now_s())
+        owner, until_s = self._identity.peer_id, self._stamps.expiration_s
         entries = [Entry(key, owner, self._sign(key, payload), until_s) for key, payload in payloads.items()]
         return all(await self._dht.store_many(entries))
 
-    def _advance(self, now_s: float) -> None:
-        """Both must grow: peers keep the record that expires last, readers the one with the highest version."""
-        self._version = max(self._version + 1, int(now_s * 1000))
-        latest_s = now_s + max_ttl_s(peers_key(self._run_id))
-        self._expiration_s = min(max(now_s + self._ttl_s, self._expiration_s + _SOONER_S), latest_s)
-
     def _sign(self, key: str, payload: bytes) -> bytes:
-        return sign_record(
-            self._identity, key=key, version=self._version, expiration_s=self._expiration_s, payload=payload
-        )
+        version, until_s = self._stamps.version, self._stamps.expiration_s
+        return sign_record(self._identity, key=key, version=version, expiration_s=until_s, payload=payload)
 
     async def _announce_or_log(self) -> None:
         problem = ""

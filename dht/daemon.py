@@ -19,7 +19,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from protocol.errors import ConfigError, UnavailableError
 
@@ -50,8 +50,8 @@ class Daemon:
         self.control_socket = _control_socket(folder)
 
     @classmethod
-    async def spawn(cls, identity: Identity, listen: str, announced: str, timeout_s: float) -> Daemon:
-        """Start p2pd with the node's key, listening at the multiaddress `listen`; others dial `announced`, if given.
+    async def spawn(cls, identity: Identity, place: Place, timeout_s: float) -> Daemon:
+        """Start p2pd with the node's key.
 
         Raises:
             UnavailableError: it cannot be started or is not ready within `timeout_s`.
@@ -59,7 +59,7 @@ class Daemon:
         _remove_stale_folders()
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # mode 0700
         try:
-            daemon = cls(await _launch(identity, listen, announced, folder), folder)
+            daemon = cls(await _launch(identity, place, folder), folder)
         except BaseException:  # cancelled, too: no folder stays
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -133,9 +133,27 @@ def listen_address(host: str, port: int) -> str:
     return f"/ip{version}/{host}/tcp/{port}"
 
 
-def _is_at_home(listen: str) -> bool:
-    address = ipaddress.ip_address(listen.split("/")[2])
-    return address.is_private and not address.is_loopback
+class Place(NamedTuple):
+    """Multiaddresses at which p2pd listens, and that it tells to others; `udp` is where it takes QUIC, if it does.
+
+    QUIC is for those behind NATs, who need it to find direct ways, and is told to nobody else: a peer that has died
+    refuses a TCP connection at once, and lets one over UDP wait for seconds.
+    """
+
+    listen: tuple[str, ...]
+    announced: str = ""
+    udp: str = ""
+
+
+def place_of(host: str, port: int, announce: str) -> Place:
+    """Where p2pd listens, and is dialled at the IP address `announce` if that is given. Raises as `listen_address`."""
+    tcp = listen_address(host, port)
+    if ipaddress.ip_address(host).is_loopback:
+        return Place((tcp,), announced_address(announce, port))
+    if not port and not announce:
+        tcp = listen_address(host, _free_port(host))
+    announced = announced_address(announce, port) or tcp
+    return Place((tcp, udp_address(tcp)), announced, udp_address(announced))
 
 
 def announced_address(announce: str, port: int) -> str:
@@ -151,9 +169,22 @@ def announced_address(announce: str, port: int) -> str:
     return f"/ip{version}/{announce}/tcp/{port}"
 
 
-def udp_address(listen: str) -> str:
-    """The same address and port for QUIC, over which nodes behind NATs find direct ways."""
-    return listen.replace("/tcp/", "/udp/") + "/quic-v1"
+def udp_address(tcp: str) -> str:
+    """The same address and port for QUIC."""
+    return tcp.replace("/tcp/", "/udp/") + "/quic-v1"
+
+
+def _free_port(host: str) -> int:
+    """One that is told to others must be known before p2pd starts."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_at_home(listen: str) -> bool:
+    address = ipaddress.ip_address(listen.split("/")[2])
+    return address.is_private and not address.is_loopback
 
 
 def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
@@ -167,13 +198,13 @@ def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
             raise UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}") from None
 
 
-async def _launch(identity: Identity, listen: str, announced: str, folder: Path) -> asyncio.subprocess.Process:
+async def _launch(identity: Identity, place: Place, folder: Path) -> asyncio.subprocess.Process:
     key_file = _key_file(folder)
     key_file.touch(mode=0o600)
     key_file.write_bytes(identity.private_key_protobuf)
     try:
         return await asyncio.create_subprocess_exec(
-            *_arguments(listen, announced, folder),
+            *_arguments(place, folder),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -184,12 +215,12 @@ async def _launch(identity: Identity, listen: str, announced: str, folder: Path)
         raise UnavailableError(f"p2pd cannot be started: {error}; reinstall hivemind, which brings it") from error
 
 
-def _arguments(listen: str, announced: str, folder: Path) -> list[str]:
+def _arguments(place: Place, folder: Path) -> list[str]:
     program = importlib.resources.files("hivemind.hivemind_cli").joinpath("p2pd")
     return [
         str(program),
         f"-listen={_control_socket(folder)}",
-        f"-hostAddrs={listen},{udp_address(listen)}",
+        f"-hostAddrs={','.join(place.listen)}",
         f"-id={_key_file(folder)}",
         f"-idleTimeout={IDLE_TIMEOUT_S}s",
         "-dhtServer=1",  # libp2p's own DHT finds the addresses of peers whose ids ours names
@@ -198,10 +229,10 @@ def _arguments(listen: str, announced: str, folder: Path) -> list[str]:
         "-b=0",  # we connect to the initial peers ourselves, one by one
         "-autonat=0",
         # At home p2pd asks for a port that leads to its own (UPnP, NAT-PMP), and finds out by itself if it gets one.
-        f"-natPortMap={int(_is_at_home(listen))}",
+        f"-natPortMap={int(_is_at_home(place.listen[0]))}",
         "-relay=0",
         "-autoRelay=0",
-        *([f"-announceAddrs={announced},{udp_address(announced)}"] if announced else []),
+        *([f"-announceAddrs={place.announced}"] if place.announced else []),
     ]
 
 

@@ -19,7 +19,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 
 from dht.answers import node_id_of
 from dht.calls import Calls
-from dht.daemon import Daemon, announced_address, listen_address
+from dht.daemon import Daemon, Place, place_of
 from dht.lookup import Lookup
 from dht.membership import InitialPeer, Membership, parse_initial_peer
 from dht.packing import RecordChecker
@@ -88,7 +88,7 @@ class _Parts:
 class DhtNode:
     """A member of the DHT that stores records for others; made by `start`, ended by `stop`."""
 
-    def __init__(self, config: DhtConfig, parts: _Parts, addresses: tuple[str, ...]) -> None:
+    def __init__(self, config: DhtConfig, parts: _Parts, addresses: tuple[str, ...], udp_address: str) -> None:
         self._config = config
         self._parts = parts
         self._kept: dict[tuple[str, str], Entry] = {}
@@ -96,7 +96,7 @@ class DhtNode:
         self._tasks: tuple[asyncio.Task[None], ...] = ()
         self.peer_id = config.identity.peer_id
         self.addresses = tuple(address for address in addresses if "/tcp/" in address)
-        self.udp_addresses = tuple(_without_peer_id(address) for address in addresses if "/udp/" in address)
+        self.udp_address = udp_address
         self.streams = Streams(parts.transport)
 
     @classmethod
@@ -108,21 +108,25 @@ class DhtNode:
             UnavailableError: the port is taken, p2pd does not start, or no initial peer answers.
         """
         initial_peers = tuple(parse_initial_peer(text) for text in config.initial_peers)
-        listen = listen_address(config.host, config.port)
-        announced = announced_address(config.announce, config.port)
+        place = place_of(config.host, config.port, config.announce)
         quiet_hivemind()
         async with contextlib.AsyncExitStack() as undo:
-            parts = await _build(config, initial_peers, (listen, announced), undo)
+            parts = await _build(config, initial_peers, place, undo)
             await parts.membership.join(config.start_timeout_s)
             found = await parts.calls.within(STEP_TIMEOUT_S, lambda: parts.transport.get_visible_maddrs(latest=True))
             addresses = tuple(str(address) for address in found)
             undo.pop_all()
-        started = cls(config, parts, addresses)
+        started = cls(config, parts, addresses, place.udp)
         started._tasks = (
             asyncio.create_task(started._refresh_forever(), name="dht refresh"),
             asyncio.create_task(started._keep_forever(), name="dht keep"),
         )
         return started
+
+    @property
+    def relay_address(self) -> str:
+        """Where it is dialled as a relay: over QUIC, if it takes that."""
+        return self.udp_address or self.addresses[0].partition("/p2p/")[0]
 
     @property
     def known_peers(self) -> int:
@@ -222,10 +226,6 @@ class DhtNode:
                 await self.store_many(list(self._kept.values()))
 
 
-def _without_peer_id(address: str) -> str:
-    return address.partition("/p2p/")[0]
-
-
 def quiet_hivemind() -> None:
     """Send hivemind's log through ours and drop its chatter; HIVEMIND_LOGLEVEL=DEBUG brings it back."""
     use_hivemind_log_handler("nowhere")
@@ -233,11 +233,11 @@ def quiet_hivemind() -> None:
 
 
 async def _build(
-    config: DhtConfig, initial_peers: tuple[InitialPeer, ...], place: tuple[str, str], undo: contextlib.AsyncExitStack
+    config: DhtConfig, initial_peers: tuple[InitialPeer, ...], place: Place, undo: contextlib.AsyncExitStack
 ) -> _Parts:
     checker, calls = RecordChecker(config.clock), Calls()
     validator = RecordValidator(checker)
-    daemon = await Daemon.spawn(config.identity, *place, config.start_timeout_s)
+    daemon = await Daemon.spawn(config.identity, place, config.start_timeout_s)
     undo.push_async_callback(calls.drain, STEP_TIMEOUT_S)
     undo.push_async_callback(daemon.stop)
     transport = await calls.within(STEP_TIMEOUT_S, lambda: Transport.connect_to(daemon, checker))

@@ -13,10 +13,23 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from dht.relaying import (
+    IDLE_S,
+    MAX_ADDRESSES,
+    NOTE_EVERY_S,
+    OPEN_TIMEOUT_S,
+    RELAY_PROTOCOL,
+    REQUEST_TIMEOUT_S,
+    TUNNEL_PROTOCOL,
+    no_circuit_left,
+    no_reservation_left,
+    not_reached,
+    not_what_is_wanted,
+    places,
+)
 from dht.streams import Stream, splice
 from protocol import relay_pb2 as pb
-from protocol.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
-from protocol.identity import PEER_ID_CHARS
+from protocol.errors import KilohiveError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,15 +37,6 @@ if TYPE_CHECKING:
     from dht.streams import Streams
 
 logger = logging.getLogger(__name__)
-
-RELAY_PROTOCOL = "kilohive/relay/1"
-TUNNEL_PROTOCOL = "kilohive/tunnel/1"
-REQUEST_TIMEOUT_S = 5.0
-OPEN_TIMEOUT_S = 5.0
-NOTE_EVERY_S = 5.0
-MAX_ADDRESSES = 4
-IDLE_S = 120.0
-"""A circuit over which nothing moved for so long is closed: who still needs it opens another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ class Relay:
             elif wanted == "connect":
                 await self._connect(stream, request.connect)
             else:
-                raise InvalidInputError("wanted", "must be reserve or connect")
+                raise not_what_is_wanted()
         except KilohiveError as error:
             with contextlib.suppress(UnavailableError):
                 await stream.last(pb.RelayResponse(problem=str(error)))
@@ -91,7 +95,7 @@ class Relay:
 
     async def _reserve(self, stream: Stream, request: pb.ReserveRequest) -> None:
         if len(self._reserved) >= self._limits.max_reservations and stream.peer_id not in self._reserved:
-            raise OverloadedError(f"this relay has {self._limits.max_reservations} reservations, the most it takes")
+            raise no_reservation_left(self._limits.max_reservations)
         self._reserved[stream.peer_id] = _Reservation(stream, tuple(request.addresses[:MAX_ADDRESSES]))
         try:
             await stream.send(pb.RelayResponse())
@@ -113,13 +117,13 @@ class Relay:
             await asyncio.gather(leaving, return_exceptions=True)
 
     async def _connect(self, stream: Stream, request: pb.ConnectRequest) -> None:
-        caller, target_id = stream.peer_id, request.peer_id[: PEER_ID_CHARS + 1]
+        caller, target_id = stream.peer_id, request.peer_id
         reservation = self._reserved.get(target_id)
         if reservation is None:
-            raise UnavailableError(f"{target_id!r} is not reached through this relay")
+            raise not_reached(target_id)
         limits = self._limits
         if self.circuits >= limits.max_circuits or self._circuits[caller] >= limits.max_circuits_per_caller:
-            raise OverloadedError(f"this relay carries {self.circuits} circuits, {self._circuits[caller]} of yours")
+            raise no_circuit_left(self.circuits, self._circuits[caller])
         self._circuits[caller] += 1
         try:
             target = await self._streams.open(target_id, TUNNEL_PROTOCOL, OPEN_TIMEOUT_S)
@@ -139,16 +143,7 @@ class Relay:
         await target.send(note)
 
     async def _places(self, peer_id: str, told: Sequence[str]) -> list[str]:
-        """Where a peer is seen. What it says of itself counts only at an IP address that it is seen at."""
-        seen = await self._streams.seen_at(peer_id, OPEN_TIMEOUT_S)
-        hosts = {_host(address) for address in seen}
-        believed = [address for address in told[:MAX_ADDRESSES] if _host(address) in hosts]
-        return list(dict.fromkeys([*seen, *believed]))[:MAX_ADDRESSES]
+        return places(await self._streams.seen_at(peer_id, OPEN_TIMEOUT_S), told[:MAX_ADDRESSES])
 
     def _count(self, n_bytes: int) -> None:
         self.carried_bytes += n_bytes
-
-
-def _host(address: str) -> str:
-    """The /ip4/... or /ip6/... part of a multiaddress."""
-    return "/".join(address.split("/")[:3])

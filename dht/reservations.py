@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dht.relay import NOTE_EVERY_S, RELAY_PROTOCOL
+from dht.relaying import NOTE_EVERY_S, RELAY_PROTOCOL
 from protocol import relay_pb2 as pb
 from protocol.endpoints import MAX_RELAYS, is_udp_address
 from protocol.errors import KilohiveError, UnavailableError
@@ -39,17 +39,21 @@ MAX_PUNCHING = 8
 
 @dataclass(frozen=True)
 class RelayOffer:
-    """A peer that carries calls for others, and the multiaddress of its p2pd for QUIC."""
+    """A peer that carries calls for others, and its multiaddress: for QUIC, or a lighthouse's for TCP."""
 
     peer_id: str
     address: str
 
 
 class RelayLinks:
-    """One node's connections with relays: over UDP if they can be, as only there a relay sees where to punch."""
+    """One node's connections with relays: over UDP if they can be, as only there a relay sees where to punch.
 
-    def __init__(self, streams: Streams) -> None:
+    `own_address` is where this node takes QUIC, for those who can dial it there.
+    """
+
+    def __init__(self, streams: Streams, own_address: str = "") -> None:
         self._streams = streams
+        self.own_addresses = [own_address] if own_address else []
         self._tried: set[str] = set()
 
     async def open(self, offer: RelayOffer) -> Stream:
@@ -58,6 +62,8 @@ class RelayLinks:
             # Once: changing the connection ends every stream over it.
             self._tried.add(offer.peer_id)
             await self._prefer_udp(offer)
+        elif offer.address and not is_udp_address(offer.address):
+            await self._streams.dial(offer.peer_id, [offer.address], ASK_TIMEOUT_S)
         return await self._streams.open(offer.peer_id, RELAY_PROTOCOL, ASK_TIMEOUT_S)
 
     async def _prefer_udp(self, offer: RelayOffer) -> None:
@@ -125,8 +131,8 @@ class Reservations:
             self._avoid(offer.peer_id, error)
             return
         try:
-            addresses = await self._streams.own_addresses(ASK_TIMEOUT_S)
-            await stream.send(pb.RelayRequest(reserve=pb.ReserveRequest(addresses=addresses)))
+            reserve = pb.ReserveRequest(addresses=self._links.own_addresses)
+            await stream.send(pb.RelayRequest(reserve=reserve))
             granted(await stream.receive(pb.RelayResponse, ASK_TIMEOUT_S))
         except KilohiveError as error:
             stream.close()

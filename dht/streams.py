@@ -8,16 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import struct
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
-from protocol.errors import IdentityError, InvalidInputError, KilohiveError, UnavailableError
+from dht.relaying import LENGTH_BYTES, PIECE_BYTES, SEND_TIMEOUT_S, length_in, packed, parsed
+from protocol.errors import IdentityError, KilohiveError, UnavailableError
 from protocol.identity import public_key_of
 
 if TYPE_CHECKING:
@@ -31,15 +31,11 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 1 << 16
-MAX_CONTROL_BYTES = 4096
 MAX_STREAMS = 256
 """That others hold open to this node at once."""
 
 MAX_STREAMS_PER_PEER = 64
-SEND_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
-_LENGTH = struct.Struct(">I")
 
 
 class Stream(NamedTuple):
@@ -51,10 +47,9 @@ class Stream(NamedTuple):
 
     async def send(self, message: Message) -> None:
         """Send one message; raises UnavailableError when the stream has ended or does not take it in time."""
-        raw = message.SerializeToString()
         try:
             async with asyncio.timeout(SEND_TIMEOUT_S):
-                self.writer.write(_LENGTH.pack(len(raw)) + raw)
+                self.writer.write(packed(message))
                 await self.writer.drain()
         except OSError as error:  # TimeoutError is one
             raise UnavailableError(f"the stream to {self.peer_id} has ended: {error}") from None
@@ -68,16 +63,12 @@ class Stream(NamedTuple):
         """
         try:
             async with asyncio.timeout(timeout_s):
-                (length,) = _LENGTH.unpack(await self.reader.readexactly(_LENGTH.size))
-                if length > MAX_CONTROL_BYTES:
-                    raise InvalidInputError("message", f"is {length} bytes, the limit is {MAX_CONTROL_BYTES}")
-                return kind.FromString(await self.reader.readexactly(length))
+                length = length_in(await self.reader.readexactly(LENGTH_BYTES))
+                return parsed(kind, await self.reader.readexactly(length))
         except TimeoutError:
             raise UnavailableError(f"{self.peer_id} said nothing for {timeout_s:g} s") from None
         except (OSError, EOFError):
             raise UnavailableError(f"the stream to {self.peer_id} has ended") from None
-        except DecodeError:
-            raise InvalidInputError("message", f"is no {kind.DESCRIPTOR.name}") from None
 
     async def last(self, message: Message) -> None:
         """Send what nothing follows, and leave the closing to the other end; raises like `send`.
@@ -122,11 +113,6 @@ class Streams:
     async def seen_at(self, peer_id: str, timeout_s: float) -> tuple[str, ...]:
         """Multiaddresses of this node's connections with a peer; none if there is none. Raises UnavailableError."""
         return (await self._within(timeout_s, self._transport.connections())).get(peer_id, ())
-
-    async def own_addresses(self, timeout_s: float) -> tuple[str, ...]:
-        """Multiaddresses at which p2pd listens, or has had a router open a port. Raises UnavailableError."""
-        found = await self._within(timeout_s, self._transport.get_visible_maddrs(latest=True))
-        return tuple(str(address).partition("/p2p/")[0] for address in found)
 
     async def dial(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
         """Connect to a peer at one of its multiaddresses, unless there is a connection. Raises UnavailableError."""

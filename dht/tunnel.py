@@ -12,14 +12,14 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
-from dht.relay import TUNNEL_PROTOCOL
+from dht.relaying import IDLE_S, TUNNEL_PROTOCOL
 from dht.reservations import granted, punch
 from dht.streams import Stream, splice
 from protocol import relay_pb2 as pb
 from protocol.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from dht.reservations import RelayLinks, RelayOffer
     from dht.streams import Streams
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 LINK_TIMEOUT_S = 5.0
 DIRECT_TIMEOUT_S = 2.0
-IDLE_S = 120.0
 UNUSED_S = 60.0
 """A port without connections is closed after so long."""
 
@@ -42,19 +41,10 @@ MAX_TUNNELS = 256
 
 
 class Tunnels:
-    """One node's ways to those that it cannot dial. Belongs to the event loop.
+    """One node's ways to those that it cannot dial; `offer_of` finds a relay. Belongs to the event loop."""
 
-    `offer_of` tells where a relay's p2pd takes QUIC; `own_addresses` where this node's does.
-    """
-
-    def __init__(
-        self,
-        streams: Streams,
-        links: RelayLinks,
-        offer_of: Callable[[str], RelayOffer],
-        own_addresses: Sequence[str] = (),
-    ) -> None:
-        self._ways = _Ways(streams, links, offer_of, tuple(own_addresses))
+    def __init__(self, streams: Streams, links: RelayLinks, offer_of: Callable[[str], RelayOffer]) -> None:
+        self._ways = _Ways(streams, links, offer_of)
         self._open: dict[str, _Tunnel] = {}
 
     async def endpoint(self, peer_id: str, relays: tuple[str, ...]) -> str:
@@ -84,7 +74,6 @@ class _Ways(NamedTuple):
     streams: Streams
     links: RelayLinks
     offer_of: Callable[[str], RelayOffer]
-    own_addresses: tuple[str, ...]
 
 
 class _Tunnel:
@@ -182,7 +171,7 @@ class _Tunnel:
     async def _through(self, relay: str) -> Stream:
         stream = await self._ways.links.open(self._ways.offer_of(relay))
         try:
-            request = pb.ConnectRequest(peer_id=self._peer_id, addresses=self._ways.own_addresses)
+            request = pb.ConnectRequest(peer_id=self._peer_id, addresses=self._ways.links.own_addresses)
             await stream.send(pb.RelayRequest(connect=request))
             answer = granted(await stream.receive(pb.RelayResponse, LINK_TIMEOUT_S))
         except BaseException:  # cancelled, too: no stream stays

@@ -40,8 +40,7 @@ class PeerInfo:
 
     `own_tokens`: what this trainer itself has trained on, of the run's `run_tokens` as it knows them. `staleness`: mean
     optimizer steps between forward and backward at this host, lately. `exchanged_bytes`: averaging and downloads.
-    `relay`: where its p2pd takes QUIC, if it carries calls for others.
-    `paused`: it does not work now, and takes no blocks.
+    `relay`: its multiaddress, if it carries calls for others. `paused`: it does not work now, and takes no blocks.
     """
 
     peer_id: str

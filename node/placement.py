@@ -14,7 +14,7 @@ may drop it only if `keep` holders that it sees serve it rank before it. The fir
 never see so many, so they stay, however old or different the views of all the others are: unless one of them leaves or
 crashes, which moving has no part in. `keep` is the target; for a lost block's sake alone it is 1.
 
-Recovery bound. A block whose last server crashes is hidden when its record expires (`dht.announcer.TTL_S`), seen as
+Recovery bound. A block whose last server crashes is hidden when its record expires (`dht.stamps.TTL_S`), seen as
 lost with the next refresh (`dht.directory.REFRESH_S`), claimed at the checks that follow: hosts check at random times
 `check_s` apart, `surge * target` of them per period on average, all of them where they are fewer, so that two periods
 (of 1.25 `check_s` at most) pass without a claim once in e^(2 * surge * target) times. Then comes the transfer. So

@@ -84,8 +84,8 @@ class Swarm:
         self.directory = Directory(self.dht, run_id, self.manifest.model)
         await self.directory.start()
         self._stack.push_async_callback(self.directory.stop)
-        self.relay_links = RelayLinks(self.dht.streams)
-        tunnels = Tunnels(self.dht.streams, self.relay_links, self._relay_offer, self.dht.udp_addresses)
+        self.relay_links = RelayLinks(self.dht.streams, self.dht.udp_address)
+        tunnels = Tunnels(self.dht.streams, self.relay_links, self._relay_offer)
         self._stack.push_async_callback(tunnels.close)
         self.security = replace(self.security, tunnels=tunnels)
 

@@ -57,9 +57,8 @@ class Whereabouts:
 
     @property
     def relay_offer(self) -> str:
-        """Where its p2pd takes QUIC, if this node carries calls for others: only who can be dialled can."""
-        addresses = self._swarm.dht.udp_addresses
-        return addresses[0] if self._relay and addresses and self._watch.state == "reached" else ""
+        """Where this node is dialled as a relay, if it is one: only who can be dialled can."""
+        return self._swarm.dht.relay_address if self._relay and self._watch.state == "reached" else ""
 
     async def settle(self, endpoint: str) -> None:
         """Find out whether `endpoint`, host:port of this node's server, can be called, and find relays if not."""

@@ -1,4 +1,4 @@
-"""What a host, trainer or coordinator says about itself: payloads of block and peer records, checked field by field.
+"""What peers say about themselves: payloads of block and peer records, checked field by field.
 
 `records.py` signs them and proves whose they are; here every field gets its range.
 """
@@ -12,7 +12,7 @@ from typing import Final, Literal, TypeVar, get_args
 from google.protobuf.message import DecodeError, Message
 
 from protocol import limits, records_pb2
-from protocol.endpoints import check_endpoint, is_udp_address
+from protocol.endpoints import check_endpoint, is_relay_address
 from protocol.errors import RecordError
 from protocol.manifest import TRUNK, BlockId
 
@@ -23,7 +23,7 @@ MAX_TOKENS_PER_S = 1e15
 MAX_TIME_S = 1e11
 MAX_UINT32 = (1 << 32) - 1
 
-Role = Literal["host", "trainer", "coordinator"]
+Role = Literal["host", "trainer", "coordinator", "lighthouse"]
 ROLES: Final = get_args(Role)
 ReplicaState = Literal["serving", "joining", "stored"]
 REPLICA_STATES: Final = get_args(ReplicaState)
@@ -77,7 +77,7 @@ class BlockRecord:
 class PeerRecord:
     """One peer of a run, as it describes itself; an empty endpoint means that nothing listens.
 
-    `relay`: the multiaddress of its p2pd for QUIC, if it carries calls to others that cannot be dialled.
+    `relay`: its multiaddress, for QUIC but for lighthouses, if it carries calls to others that cannot be dialled.
     """
 
     role: Role
@@ -104,8 +104,9 @@ class PeerRecord:
             raise RecordError(f"role: must be one of {', '.join(ROLES)}, is {self.role[:40]!r}")
         if self.endpoint:
             check_endpoint(self.endpoint)
-        if self.relay and not is_udp_address(self.relay):
-            raise RecordError(f"relay: must be like /ip4/192.0.2.1/udp/4001/quic-v1, is {self.relay[:80]!r}")
+        if self.relay and not is_relay_address(self.relay):
+            forms = "/ip4/192.0.2.1/udp/4001/quic-v1 or /ip4/192.0.2.1/tcp/4001"
+            raise RecordError(f"relay: must be like {forms}, is {self.relay[:80]!r}")
         # Printable only: these words end up in people's terminals.
         if len(self.software) > MAX_SOFTWARE_CHARS or not self.software.isprintable():
             raise RecordError(f"software: must be at most {MAX_SOFTWARE_CHARS} printable characters")

@@ -21,6 +21,7 @@ MAX_RELAY_ADDRESS_CHARS = 80
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _MAX_PORT = 65_535
+_TCP_ADDRESS = re.compile(r"/ip(?:4/[0-9.]{7,15}|6/[0-9A-Fa-f:.]{2,45})/tcp/([1-9][0-9]{0,4})")
 _UDP_ADDRESS = re.compile(r"/ip(?:4/[0-9.]{7,15}|6/[0-9A-Fa-f:.]{2,45})/udp/([1-9][0-9]{0,4})/quic-v1")
 
 
@@ -86,7 +87,16 @@ def _check_address(endpoint: str) -> None:
 
 def is_udp_address(address: str) -> bool:
     """Whether this is a numeric multiaddress such as /ip4/192.0.2.1/udp/4001/quic-v1."""
-    match = _UDP_ADDRESS.fullmatch(address[: MAX_RELAY_ADDRESS_CHARS + 1])
+    return _has_form(address, _UDP_ADDRESS)
+
+
+def is_relay_address(address: str) -> bool:
+    """Whether a relay can be dialled there: over UDP as above or, at a lighthouse, at /ip4/192.0.2.1/tcp/4001."""
+    return _has_form(address, _UDP_ADDRESS) or _has_form(address, _TCP_ADDRESS)
+
+
+def _has_form(address: str, form: re.Pattern[str]) -> bool:
+    match = form.fullmatch(address[: MAX_RELAY_ADDRESS_CHARS + 1])
     return match is not None and len(address) <= MAX_RELAY_ADDRESS_CHARS and int(match[1]) <= _MAX_PORT
 
 

@@ -62,7 +62,7 @@ class Answers:
         for key in request.keys:
             result = response.results.add()
             left -= self._add_records(key, result, left)
-            near = heapq.nsmallest(N_NEIGHBORS, places, key=partial(_distance, key))
+            near = heapq.nsmallest(N_NEIGHBORS, places, key=partial(distance, key))
             result.nearest_node_ids.extend(near)
             result.nearest_peer_ids.extend(places[place] for place in near)
         return response
@@ -97,5 +97,6 @@ def _check_keys(n_keys: int, limit: int) -> None:
         raise LimitExceededError("keys", n_keys, limit)
 
 
-def _distance(key: bytes, place: bytes) -> int:
+def distance(key: bytes, place: bytes) -> int:
+    """Between two places in the DHT."""
     return int.from_bytes(place) ^ int.from_bytes(key)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ipaddress
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from dht.relaying import no_circuit_left, no_reservation_left
 from protocol.errors import OverloadedError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+Way = Literal["libp2p", "kilohive"]
+"""How a peer is reached through its reservation: libp2p's circuits, or streams as nodes relay them."""
 
 RESERVATION_S = 3600.0
 """A reservation's life; peers renew theirs long before."""
@@ -57,7 +61,7 @@ class Ledger:
 
     def __init__(self, limits: RelayLimits, clock: Callable[[], float]) -> None:
         self.limits, self._clock = limits, clock
-        self._reserved: dict[bytes, _Reserved] = {}
+        self._reserved: dict[tuple[Way, bytes], _Reserved] = {}
         self._circuits: set[Circuit] = set()
         self.relayed_bytes = 0
         self.refused = 0
@@ -73,32 +77,39 @@ class Ledger:
         """Circuits that are open."""
         return len(self._circuits)
 
-    def reserve(self, peer: bytes, address: str) -> float:
+    def reserve(self, peer: bytes, address: str, way: Way = "libp2p") -> float:
         """Reserve for a peer that is connected from `address`, or renew; until when. Raises OverloadedError."""
         self._expire()
-        if peer not in self._reserved:
+        if (way, peer) not in self._reserved:
             self._check_room(address)
-        self._reserved[peer] = _Reserved(self._clock() + RESERVATION_S, address)
-        return self._reserved[peer].expires_s
+        expires_s = self._clock() + RESERVATION_S
+        self._reserved[way, peer] = _Reserved(expires_s, address)
+        return expires_s
 
-    def has_reserved(self, peer: bytes) -> bool:
+    def has_reserved(self, peer: bytes, way: Way = "libp2p") -> bool:
         """Whether a peer's reservation holds."""
-        return peer in self._reserved and self._reserved[peer].expires_s > self._clock()
+        reserved = self._reserved.get((way, peer))
+        return reserved is not None and reserved.expires_s > self._clock()
+
+    def release(self, peer: bytes, way: Way) -> None:
+        """A peer gives its reservation up."""
+        self._reserved.pop((way, peer), None)
 
     def keep_only(self, connected: Iterable[bytes]) -> None:
         """Drop reservations of peers that have left: nobody can be led to them."""
         here = set(connected)
-        self._reserved = {peer: reserved for peer, reserved in self._reserved.items() if peer in here}
+        self._reserved = {held: reserved for held, reserved in self._reserved.items() if held[1] in here}
 
-    def open(self, source: bytes, target: bytes) -> Circuit:
+    def open(self, source: bytes, target: bytes, way: Way = "libp2p") -> Circuit:
         """Open a circuit. Raises UnavailableError if the target has no reservation, OverloadedError at a limit."""
         self._expire()
-        if target not in self._reserved:
+        if (way, target) not in self._reserved:
             raise UnavailableError("relay: the peer has no reservation here")
-        if len(self._circuits) >= self.limits.circuits:
-            self._refuse("relay: all circuits are taken")
-        if self._busiest(source, target) >= MAX_CIRCUITS_PER_PEER:
-            self._refuse("relay: the peer has too many circuits")
+        out_of, into = self._circuits_of(source, target)
+        if len(self._circuits) >= self.limits.circuits or out_of >= MAX_CIRCUITS_PER_PEER:
+            self._refuse(no_circuit_left(len(self._circuits), out_of))
+        if into >= MAX_CIRCUITS_PER_PEER:
+            self._refuse(OverloadedError(f"this relay carries {into} circuits to that peer, the most it takes"))
         circuit = Circuit(source, target, self.limits.circuit_bytes)
         self._circuits.add(circuit)
         return circuit
@@ -114,25 +125,27 @@ class Ledger:
         """A circuit has ended. Safe to call twice."""
         self._circuits.discard(circuit)
 
-    def _busiest(self, source: bytes, target: bytes) -> int:
-        out = Counter(circuit.source for circuit in self._circuits)
+    def _circuits_of(self, source: bytes, target: bytes) -> tuple[int, int]:
+        """Out of the one peer, and into the other."""
+        out_of = Counter(circuit.source for circuit in self._circuits)
         into = Counter(circuit.target for circuit in self._circuits)
-        return max(out[source], into[target])
+        return out_of[source], into[target]
 
     def _check_room(self, address: str) -> None:
         if len(self._reserved) >= self.limits.reservations:
-            self._refuse("relay: all reservations are taken")
+            self._refuse(no_reservation_left(self.limits.reservations))
         from_there = sum(reserved.address == address for reserved in self._reserved.values())
         if _is_public(address) and from_there >= MAX_RESERVATIONS_PER_ADDRESS:
-            self._refuse("relay: too many reservations from one address")
+            words = f"this relay has {from_there} reservations from one address, the most it takes"
+            self._refuse(OverloadedError(words))
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, error: OverloadedError) -> None:
         self.refused += 1
-        raise OverloadedError(reason)
+        raise error
 
     def _expire(self) -> None:
         now_s = self._clock()
-        self._reserved = {peer: reserved for peer, reserved in self._reserved.items() if reserved.expires_s > now_s}
+        self._reserved = {held: reserved for held, reserved in self._reserved.items() if reserved.expires_s > now_s}
 
 
 def _is_public(address: str) -> bool:

@@ -16,21 +16,25 @@ from rich.console import Console
 from rich.text import Text
 
 from coordinator.config import program_name
+from coordinator.lighthouse.announcer import Announcer
 from coordinator.lighthouse.kademlia import Kademlia
 from coordinator.lighthouse.ledger import Ledger, RelayLimits
 from coordinator.lighthouse.member import Member
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector, serve_metrics
+from coordinator.lighthouse.node_relay import NodeRelay
 from coordinator.lighthouse.observer import OBSERVE_S, Observer
 from coordinator.lighthouse.places import announced, initial_members, listen
 from coordinator.lighthouse.relay import Relay
 from coordinator.lighthouse.rpc import Calls
 from coordinator.lighthouse.store import Store
 from coordinator.lighthouse.transport import Transport, quiet_libp2p
+from protocol.announcements import PeerRecord
 from protocol.events import EventLog
 from protocol.identity import Identity
 from protocol.settings import check_minimums
 from protocol.swarm_choice import resolve
 from protocol.swarm_file import SwarmFile
+from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
     from coordinator.config import LighthouseConfig
@@ -59,9 +63,12 @@ class Lighthouse:
         self.transport = Transport(identity, [address], config.max_connections)
         self._calls = Calls(self.transport)
         self._relay = Relay(self.transport, self._ledger)
+        NodeRelay(self.transport, self._ledger)
         self._kademlia = Kademlia(self.transport, self._relay)
         initial = initial_members(initial_peers)
         self._member = Member(self.transport, self._calls, self._kademlia, self._store, initial, time.time)
+        said = _described(config, address)
+        self._announcer = Announcer(self._member, identity, run_id, said, time.time)
         self._observer = Observer(self._member, run_id, time.time, self._serve_only)
 
     async def work(self) -> None:
@@ -69,7 +76,12 @@ class Lighthouse:
         await self._member.refresh()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._member.run)
+            nursery.start_soon(self._announcer.run)
             nursery.start_soon(self._observe_forever)
+
+    async def leave(self) -> None:
+        """Tell the run; bounded in time."""
+        await self._announcer.withdraw()
 
     def figures(self) -> Figures:
         """What it does now; safe in any thread."""
@@ -109,12 +121,14 @@ async def serve(config: LighthouseConfig, stop: trio.Event) -> None:
         stack.enter_context(serve_metrics(collector, config.metrics_listen, config.metrics_port))
         events = EventLog(config.state / "events.jsonl")
         stack.callback(events.close)
-        async with lighthouse.transport.running([listener]), trio.open_nursery() as nursery:
-            nursery.start_soon(lighthouse.work)
-            _tell(config, run_id, address, initial_peers)
-            events.emit("start", run_id=run_id, peer_id=identity.peer_id, addresses=[address])
-            await stop.wait()
-            nursery.cancel_scope.cancel()
+        async with lighthouse.transport.running([listener]):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lighthouse.work)
+                _tell(config, run_id, address, initial_peers)
+                events.emit("start", run_id=run_id, peer_id=identity.peer_id, addresses=[address])
+                await stop.wait()
+                nursery.cancel_scope.cancel()
+            await lighthouse.leave()
         events.emit("leave")
 
 
@@ -130,6 +144,13 @@ def _tell(config: LighthouseConfig, run_id: str, address: str, initial_peers: tu
     ):
         text.append(f"  {purpose:<22}").append(f"{program_name()} {command}\n", style="cyan")
     Console().print(text, soft_wrap=True)
+
+
+def _described(config: LighthouseConfig, address: str) -> PeerRecord:
+    """What others are told in the run's directory."""
+    relays = config.max_reservations and config.max_circuits
+    relay = address.partition("/p2p/")[0] if relays else ""
+    return PeerRecord(role="lighthouse", software=SOFTWARE, started_s=time.time(), relay=relay)
 
 
 def _relay_limits(config: LighthouseConfig) -> RelayLimits:

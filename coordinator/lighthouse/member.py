@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 from typing import TYPE_CHECKING
 
 import trio
 
-from coordinator.lighthouse.answers import MAX_KEYS_PER_SEARCH, Answers
+from coordinator.lighthouse.answers import MAX_KEYS_PER_SEARCH, Answers, distance
 from coordinator.lighthouse.hivemind_pb2 import (
     FindRequest,
     FindResponse,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from coordinator.lighthouse.rpc import Calls
     from coordinator.lighthouse.store import Store
     from coordinator.lighthouse.transport import Transport
+    from dht.packing import Record
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,11 @@ MAX_CALLBACKS = 64
 """Of peers that ask to be called back, at a time."""
 
 MAX_CALLS_AT_ONCE = 8
+N_STORED_AT = 5
+"""Members that keep a record of this node's, as many as nodes have keep theirs."""
+
+SEARCH_TIMEOUT_S = 5.0
+"""For those that are to keep it; then those that have answered must do."""
 
 
 class Member:
@@ -97,6 +104,37 @@ class Member:
             own = batch[start : start + MAX_KEYS_PER_SEARCH]
             search.answered(self._transport.me, own, self._answers.find(FindRequest(keys=own), ()))
         await self._run(search)
+
+    async def nearest_to(self, key: str) -> list[bytes]:
+        """Members that are to keep a record under a key, but for this one."""
+        place = place_of_key(key)
+        search = Search({place: key}, self.table, self._transport.me)
+        with trio.move_on_after(SEARCH_TIMEOUT_S):
+            await self._run(search)
+        return heapq.nsmallest(N_STORED_AT, search.answered_by, key=lambda peer: distance(place, place_of_peer(peer)))
+
+    async def store(self, record: Record, members: Iterable[bytes]) -> None:
+        """Keep a record of this node's here and at other members; who does not answer has others beside it."""
+        request = StoreRequest(
+            keys=[record.key],
+            subkeys=[record.subkey],
+            values=[record.value],
+            expiration_time=[record.expiration_time],
+            in_cache=[False],
+            peer=self._me,
+        )
+        self._answers.store(request)
+        async with trio.open_nursery() as nursery:
+            for peer in members:
+                nursery.start_soon(self._store_at, peer, request)
+
+    async def _store_at(self, peer: bytes, request: StoreRequest) -> None:
+        try:
+            await self._connect(peer)
+            await self._calls.call(peer, "rpc_store", request, StoreResponse)
+        except (UnavailableError, InvalidInputError) as error:
+            logger.debug("a member did not take this lighthouse's record: %s", error)
+            self.table.silent(peer)
 
     async def _run(self, search: Search) -> None:
         limit = trio.CapacityLimiter(MAX_CALLS_AT_ONCE)

@@ -11,6 +11,7 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 from multiaddr.exceptions import MultiaddrError
 
+from coordinator.lighthouse.streams import tcp_address
 from dht.addresses import listen_host
 from protocol.errors import ConfigError, IdentityError, UnavailableError
 from protocol.identity import public_key_of
@@ -44,8 +45,7 @@ async def listen(config: LighthouseConfig, initial_peers: Sequence[str]) -> trio
 def announced(listener: trio.SocketListener, announce: str, peer_id: str) -> str:
     """The multiaddress that others are told."""
     host, port = listener.socket.getsockname()[:2]
-    address = ipaddress.ip_address(announce or host)
-    return f"/ip{address.version}/{address}/tcp/{port}/p2p/{peer_id}"
+    return f"{tcp_address(announce or host, port)}/p2p/{peer_id}"
 
 
 def initial_members(initial_peers: Sequence[str]) -> dict[bytes, list[bytes]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from coordinator.lighthouse.circuits import Account, carry
 from coordinator.lighthouse.libp2p_pb2 import (
     CONNECTION_FAILED,
     MALFORMED_MESSAGE,
@@ -43,11 +44,6 @@ STOP = "/libp2p/circuit/relay/0.2.0/stop"
 
 MAX_MESSAGE_BYTES = 4096
 MESSAGE_TIMEOUT_S = 10.0
-PIECE_BYTES = 64 << 10
-STALL_TIMEOUT_S = 60.0
-"""For the side that is written to, to make room for one piece."""
-
-ROOM_POLL_S = 0.002
 
 
 class Relay:
@@ -124,7 +120,7 @@ class Relay:
         whole = False
         try:
             await _answer(source, HopMessage(kind=HopMessage.STATUS, status=OK, limit=self._limit))
-            whole = await self._pump_both(source, target, circuit)
+            whole = await carry(source, target, Account(self._ledger, circuit))
         finally:
             for stream in (source, target):
                 await (stream.close() if whole else stream.reset())
@@ -144,41 +140,10 @@ class Relay:
             return stream
         raise UnavailableError("the target did not answer")
 
-    async def _pump_both(self, source: Stream, target: Stream, circuit: Circuit) -> bool:
-        """Until both have ended, one has failed, or a limit is reached; whether it was the first of these."""
-        with trio.move_on_after(self._ledger.limits.circuit_s):
-            async with trio.open_nursery() as nursery:
-                for one, other in ((source, target), (target, source)):
-                    nursery.start_soon(self._pump, one, other, circuit, nursery.cancel_scope)
-            return not nursery.cancel_scope.cancel_called
-        return False
-
-    async def _pump(self, source: Stream, target: Stream, circuit: Circuit, both: trio.CancelScope) -> None:
-        try:
-            while data := await source.read(PIECE_BYTES):
-                if not self._ledger.pass_bytes(circuit, len(data)):
-                    both.cancel()
-                    return
-                await _wait_for_room(target, len(data))
-                await target.write(data)
-            await target.end()
-        except UnavailableError as error:
-            logger.debug("relay: a circuit has ended: %s", error)
-            both.cancel()
-
 
 def _check_agreed(answer: StopMessage) -> None:
     if answer.status != OK:
         raise UnavailableError(f"the target refused with status {answer.status}")
-
-
-async def _wait_for_room(stream: Stream, n_bytes: int) -> None:
-    """py-libp2p gives a stream up when its other side makes no room for five seconds: a busy peer takes longer."""
-    with trio.move_on_after(STALL_TIMEOUT_S):
-        while stream.room() < n_bytes:  # noqa: ASYNC110 - libp2p tells nobody
-            await trio.sleep(ROOM_POLL_S)
-        return
-    raise UnavailableError(f"made no room for {STALL_TIMEOUT_S:g} s")
 
 
 async def _refuse(stream: Stream, status: Status) -> None:

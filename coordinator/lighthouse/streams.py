@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -34,12 +35,19 @@ class Stream:
     def __init__(self, stream: Any) -> None:  # noqa: ANN401 - libp2p is not on every machine that checks types
         self._stream = stream
         self.peer: bytes = stream.muxed_conn.peer_id.to_bytes()
+        self.peer_id = str(stream.muxed_conn.peer_id)
 
     @property
     def address(self) -> str:
         """From where the peer is connected; empty if that is not known."""
         where = self._stream.muxed_conn.get_remote_address()
         return str(where[0]) if where else ""
+
+    @property
+    def seen_at(self) -> str:
+        """The same as a multiaddress, with its port; empty if that is not known."""
+        where = self._stream.muxed_conn.get_remote_address()
+        return tcp_address(str(where[0]), int(where[1])) if where else ""
 
     async def read(self, n_bytes: int) -> bytes:
         """At most so many bytes; none at the end. Raises UnavailableError."""
@@ -48,6 +56,16 @@ class Stream:
                 return bytes(await self._stream.read(n_bytes))
             except EOFError:
                 return b""
+
+    async def read_exactly(self, n_bytes: int) -> bytes:
+        """So many bytes; raises UnavailableError if the stream ends before. The caller bounds the time."""
+        found = b""
+        while len(found) < n_bytes:
+            piece = await self.read(n_bytes - len(found))
+            if not piece:
+                raise UnavailableError(f"libp2p: read: the stream ends {n_bytes - len(found)} bytes early")
+            found += piece
+        return found
 
     async def write(self, data: bytes) -> None:
         """All of `data`; raises UnavailableError."""
@@ -75,6 +93,12 @@ class Stream:
         """Cut it off. Never fails, and never waits for long."""
         with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True), contextlib.suppress(*LIBP2P_ERRORS):
             await self._stream.reset()
+
+
+def tcp_address(host: str, port: int) -> str:
+    """As a multiaddress."""
+    address = ipaddress.ip_address(host)
+    return f"/ip{address.version}/{address}/tcp/{port}"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import time
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from dht.announcer import TTL_S
+from dht.stamps import TTL_S
 from protocol.errors import DrainingError
 
 if TYPE_CHECKING:

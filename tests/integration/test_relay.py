@@ -12,9 +12,9 @@ import pytest
 import pytest_asyncio
 
 from dht import tunnel as tunnel_module
-from dht.relay import RELAY_PROTOCOL, TUNNEL_PROTOCOL, Relay, RelayLimits
-from dht.reservations import RelayLinks, RelayOffer, Reservations, punch
-from dht.streams import MAX_CONTROL_BYTES, Stream
+from dht.relay import Relay, RelayLimits
+from dht.relaying import MAX_CONTROL_BYTES, RELAY_PROTOCOL, TUNNEL_PROTOCOL
+from dht.reservations import RelayLinks, RelayOffer, punch
 from dht.tunnel import Tunnels, expose
 from node.security import Address, NotConnectedError, Security
 from node.serving.server import NodeServer
@@ -23,14 +23,15 @@ from protocol.endpoints import relayed_endpoint
 from protocol.errors import UnavailableError
 from protocol.identity import Identity
 from tests.support.dht_nodes import Start, eventually, running_nodes
+from tests.support.relayed import WAIT_S, connect, echo_server, reservations_of, says, tunnels_apart
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from dht.node import DhtNode
-    from dht.streams import Streams
+    from dht.reservations import Reservations
+    from dht.streams import Stream
 
-WAIT_S = 10.0
 PIECES = 64
 
 
@@ -38,17 +39,6 @@ PIECES = 64
 async def start() -> AsyncIterator[Start]:
     async with running_nodes() as start_one:
         yield start_one
-
-
-class Apart:
-    """Streams that see no connection with one peer, as if both were behind NATs."""
-
-    def __init__(self, streams: Streams, hidden: str) -> None:
-        self._streams, self.hidden = streams, hidden
-        self.open, self.dial, self.hang_up, self.serve = streams.open, streams.dial, streams.hang_up, streams.serve
-
-    async def seen_at(self, peer_id: str, timeout_s: float) -> tuple[str, ...]:
-        return () if peer_id == self.hidden else await self._streams.seen_at(peer_id, timeout_s)
 
 
 class Swarm(NamedTuple):
@@ -60,13 +50,11 @@ class Swarm(NamedTuple):
 
 
 def offer(node: DhtNode) -> RelayOffer:
-    return RelayOffer(node.peer_id, node.udp_addresses[0])
+    return RelayOffer(node.peer_id, node.relay_address)
 
 
 def reservations(hidden: DhtNode, *relays: DhtNode) -> Reservations:
-    streams = hidden.streams
-    offers = [offer(relay) for relay in relays]
-    return Reservations(streams, RelayLinks(streams), lambda: offers, lambda: None, hidden.peer_id)
+    return reservations_of(hidden, *map(offer, relays))
 
 
 async def swarm_of(start: Start, limits: RelayLimits | None = None) -> Swarm:
@@ -80,45 +68,11 @@ async def swarm_of(start: Start, limits: RelayLimits | None = None) -> Swarm:
 
 
 def tunnels(swarm: Swarm) -> Tunnels:
-    apart = Apart(swarm.caller.streams, swarm.hidden.peer_id)
-    return Tunnels(apart, RelayLinks(apart), without_address)  # type: ignore[arg-type]  # stands for Streams
+    return tunnels_apart(swarm.caller, swarm.hidden.peer_id)
 
 
 def without_address(peer_id: str) -> RelayOffer:
     return RelayOffer(peer_id, "")
-
-
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while piece := await reader.read(1 << 16):
-        writer.write(piece)
-        await writer.drain()
-    writer.close()
-
-
-@asynccontextmanager
-async def echo_server(node: DhtNode) -> AsyncIterator[None]:
-    """What the node's tunnel leads to."""
-    server = await asyncio.start_server(echo, "127.0.0.1", 0)
-    await expose(node.streams, f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    try:
-        yield
-    finally:
-        server.close()
-
-
-async def connect(endpoint: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = endpoint.rpartition(":")
-    return await asyncio.open_connection(host, int(port))
-
-
-async def says(endpoint: str, words: bytes) -> bytes:
-    reader, writer = await connect(endpoint)
-    try:
-        writer.write(words)
-        async with asyncio.timeout(WAIT_S):
-            return await reader.readexactly(len(words))
-    finally:
-        writer.close()
 
 
 async def test_bytes_pass_through_a_relay_both_ways_and_are_counted(start: Start) -> None:
@@ -139,7 +93,7 @@ async def _is(value: int, expected: int) -> bool:
 
 async def test_a_connection_that_is_there_is_used_without_the_relay(start: Start) -> None:
     swarm = await swarm_of(start)
-    await swarm.hidden.streams.dial(swarm.caller.peer_id, swarm.caller.udp_addresses, WAIT_S)
+    await swarm.hidden.streams.dial(swarm.caller.peer_id, [swarm.caller.relay_address], WAIT_S)
     streams = swarm.caller.streams
     ways = Tunnels(streams, RelayLinks(streams), without_address)
     async with echo_server(swarm.hidden):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dht.announcer import PERIOD_S, TTL_S
 from dht.directory import REFRESH_S
+from dht.stamps import PERIOD_S, TTL_S
 from node.averaging.gossip import GossipLimits, Move, apply_move, checked_moments, relative_distance, share_R
 from node.averaging.partners import History, candidates, choose_partner
 from node.placement import (

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dht.announcer import PERIOD_S, TTL_S, Announcer
+from dht.announcer import Announcer
 from dht.directory import MAX_AVOID_S, Directory
+from dht.stamps import PERIOD_S, TTL_S
 from dht.view import PeerLoad
 from protocol.errors import UnavailableError
 from protocol.identity import Identity

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dht.announcer import TTL_S
 from dht.directory import Directory
+from dht.stamps import TTL_S
 from protocol.identity import Identity
 from protocol.manifest import TRUNK
 from tests.support.announcing import FIRST, MODEL, RUN, Host, forged_trunk

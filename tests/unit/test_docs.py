@@ -18,8 +18,8 @@ import pytest
 import run_node
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.observer import RunView
-from dht.announcer import PERIOD_S
 from dht.directory import REFRESH_S
+from dht.stamps import PERIOD_S
 from node.cli import HELP_LIMITS, SHARED_FLAGS, help_rows, parse
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.metrics import HostCollector

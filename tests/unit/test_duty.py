@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dht.announcer import TTL_S
+from dht.stamps import TTL_S
 from node.guest.duty import Duty, Reason, clock_with_sleep
 from node.guest.idle import BUSY_SAMPLES, IDLE_FOR_S, INPUT_S, IdleJudge, MachineUse, Sample
 from node.guest.limits import Limits

@@ -69,7 +69,7 @@ def test_peers_are_counted_by_role_and_blocks_by_their_replicas() -> None:
     records.put(owner, peers_key(run), peer("coordinator"))
     observer, told = seen(records, manifest)
     assert told == [manifest]
-    assert dict(observer.view.peers) == {"host": 2, "trainer": 0, "coordinator": 1}
+    assert dict(observer.view.peers) == {"host": 2, "trainer": 0, "coordinator": 1, "lighthouse": 0}
     assert observer.view.n_blocks == {"lost": 1, "few": 0, "full": 1}
 
 
@@ -95,5 +95,5 @@ def test_forged_records_and_another_runs_manifest_are_not_believed() -> None:
     records.by_key[manifest_key(manifest.run_id)] = {owner.peer_id: raw, "x": b"\xff"}
     observer, told = seen(records, manifest)
     assert told == []
-    assert dict(observer.view.peers) == {"host": 0, "trainer": 0, "coordinator": 0}
+    assert dict(observer.view.peers) == {"host": 0, "trainer": 0, "coordinator": 0, "lighthouse": 0}
     assert observer.view.n_blocks == {"lost": 0, "few": 0, "full": 0}

@@ -127,7 +127,7 @@ def test_a_reservation_is_for_an_hour_and_is_renewed_though_all_are_taken() -> N
     ledger = Ledger(LIMITS, clock)
     assert ledger.reserve(PEERS[0], "127.0.0.1") == 1000.0 + RESERVATION_S
     ledger.reserve(PEERS[1], "127.0.0.1")
-    with pytest.raises(OverloadedError, match="all reservations are taken"):
+    with pytest.raises(OverloadedError, match="this relay has 2 reservations, the most it takes"):
         ledger.reserve(PEERS[2], "127.0.0.1")
     clock.now_s += 10.0
     ledger.reserve(PEERS[0], "127.0.0.1")
@@ -157,7 +157,7 @@ def test_circuits_lead_to_who_has_reserved_and_are_bounded() -> None:
         ledger.open(PEERS[0], PEERS[1])
     ledger.reserve(PEERS[1], "127.0.0.1")
     first, _ = ledger.open(PEERS[0], PEERS[1]), ledger.open(PEERS[0], PEERS[1])
-    with pytest.raises(OverloadedError, match="all circuits"):
+    with pytest.raises(OverloadedError, match="this relay carries 2 circuits, 2 of yours"):
         ledger.open(PEERS[0], PEERS[1])
     ledger.close(first)
     ledger.close(first)
@@ -170,9 +170,30 @@ def test_one_peer_does_not_get_all_circuits() -> None:
         ledger.reserve(peer, "127.0.0.1")
     for number in range(MAX_CIRCUITS_PER_PEER):
         ledger.open(PEERS[9], PEERS[number % 2])
-    with pytest.raises(OverloadedError, match="too many circuits"):
+    with pytest.raises(OverloadedError, match=f"{MAX_CIRCUITS_PER_PEER} of yours"):
         ledger.open(PEERS[9], PEERS[2])
-    ledger.open(PEERS[8], PEERS[2])
+    for number in range(MAX_CIRCUITS_PER_PEER):
+        ledger.open(PEERS[10 + number], PEERS[2])
+    with pytest.raises(OverloadedError, match="circuits to that peer"):
+        ledger.open(PEERS[8], PEERS[2])
+
+
+def test_nodes_and_peers_of_libp2p_share_the_limits_and_are_reached_each_their_way() -> None:
+    ledger = Ledger(LIMITS, Clock())
+    ledger.reserve(PEERS[1], "127.0.0.1")
+    ledger.reserve(PEERS[2], "127.0.0.1", "kilohive")
+    with pytest.raises(OverloadedError, match="the most it takes"):
+        ledger.reserve(PEERS[3], "127.0.0.1", "kilohive")
+    with pytest.raises(UnavailableError, match="no reservation"):
+        ledger.open(PEERS[0], PEERS[2])
+    ledger.open(PEERS[0], PEERS[1])
+    ledger.open(PEERS[0], PEERS[2], "kilohive")
+    with pytest.raises(OverloadedError, match="2 circuits"):
+        ledger.open(PEERS[4], PEERS[2], "kilohive")
+    ledger.release(PEERS[1], "kilohive")
+    assert ledger.has_reserved(PEERS[1])
+    ledger.release(PEERS[2], "kilohive")
+    ledger.reserve(PEERS[3], "127.0.0.1", "kilohive")
 
 
 def test_a_circuit_carries_its_bytes_and_not_one_more() -> None:

@@ -1,0 +1,57 @@
+"""Says in the DHT that this lighthouse is there and where it relays, as `dht/announcer.py` does for nodes."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from dht.packing import Record, pack, place_of_key, wrap
+from dht.stamps import PERIOD_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, Stamps
+from protocol.announcements import encode_peer
+from protocol.records import peers_key, sign_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from coordinator.lighthouse.member import Member
+    from protocol.announcements import PeerRecord
+    from protocol.identity import Identity
+
+logger = logging.getLogger(__name__)
+
+
+class Announcer:
+    """Announces one record every PERIOD_S; `clock` gives seconds since 1970."""
+
+    def __init__(
+        self, member: Member, identity: Identity, run_id: str, said: PeerRecord, clock: Callable[[], float]
+    ) -> None:
+        self._member, self._identity, self._clock = member, identity, clock
+        self._key, self._payload = peers_key(run_id), encode_peer(said)
+        self._stamps = Stamps()
+        self._told: Sequence[bytes] = ()
+
+    async def run(self) -> None:
+        """Announce again and again, for ever."""
+        while True:
+            self._told = await self._member.nearest_to(self._key)
+            await self._say(self._payload)
+            await trio.sleep(PERIOD_S)
+
+    async def withdraw(self) -> None:
+        """Take back what was said, so that others drop this lighthouse at their next look; bounded in time."""
+        with trio.move_on_after(WITHDRAW_TIMEOUT_S) as limit:
+            await self._say(WITHDRAWN)
+        if limit.cancelled_caught:
+            logger.warning("this lighthouse's record could not be withdrawn everywhere and expires soon")
+
+    async def _say(self, payload: bytes) -> None:
+        stamps = self._stamps
+        stamps.advance(self._clock())
+        raw = sign_record(
+            self._identity, key=self._key, version=stamps.version, expiration_s=stamps.expiration_s, payload=payload
+        )
+        owner = pack(self._identity.peer_id)
+        await self._member.store(Record(place_of_key(self._key), owner, wrap(raw), stamps.expiration_s), self._told)

@@ -1,0 +1,74 @@
+"""Carries a circuit's bytes both ways, within what the ledger allows: libp2p's circuits and those of nodes alike."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from dht.relaying import PIECE_BYTES
+from protocol.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from coordinator.lighthouse.ledger import Circuit, Ledger
+    from coordinator.lighthouse.streams import Stream
+
+logger = logging.getLogger(__name__)
+
+STALL_TIMEOUT_S = 60.0
+"""For the side that is written to, to make room for one piece."""
+
+ROOM_POLL_S = 0.002
+
+
+class Account(NamedTuple):
+    """A circuit, and the ledger that it is in; it ends when nothing moves for `idle_s`."""
+
+    ledger: Ledger
+    circuit: Circuit
+    idle_s: float = math.inf
+
+
+async def carry(source: Stream, target: Stream, account: Account) -> bool:
+    """Until both have ended, one has failed, or a limit is reached; whether it was the first of these."""
+    with trio.move_on_after(account.ledger.limits.circuit_s), trio.move_on_after(account.idle_s) as silence:
+        async with trio.open_nursery() as nursery:
+            flow = _Flow(account, silence, nursery.cancel_scope)
+            for one, other in ((source, target), (target, source)):
+                nursery.start_soon(flow.pump, one, other)
+        return not nursery.cancel_scope.cancel_called
+    return False
+
+
+class _Flow(NamedTuple):
+    """A circuit while it is carried: `silence` ends it when its time is over, `both` at once."""
+
+    account: Account
+    silence: trio.CancelScope
+    both: trio.CancelScope
+
+    async def pump(self, source: Stream, target: Stream) -> None:
+        ledger, circuit, idle_s = self.account
+        try:
+            while data := await source.read(PIECE_BYTES):
+                if not ledger.pass_bytes(circuit, len(data)):
+                    self.both.cancel()
+                    return
+                self.silence.deadline = trio.current_time() + idle_s
+                await _wait_for_room(target, len(data))
+                await target.write(data)
+            await target.end()
+        except UnavailableError as error:
+            logger.debug("relay: a circuit has ended: %s", error)
+            self.both.cancel()
+
+
+async def _wait_for_room(stream: Stream, n_bytes: int) -> None:
+    """py-libp2p gives a stream up when its other side makes no room for five seconds: a busy peer takes longer."""
+    with trio.move_on_after(STALL_TIMEOUT_S):
+        while stream.room() < n_bytes:  # noqa: ASYNC110 - libp2p tells nobody
+            await trio.sleep(ROOM_POLL_S)
+        return
+    raise UnavailableError(f"made no room for {STALL_TIMEOUT_S:g} s")

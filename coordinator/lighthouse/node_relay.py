@@ -1,0 +1,160 @@
+"""Carries calls to nodes that nobody can dial, as `dht/relay.py` does, with the ledger that libp2p's circuits have too.
+
+py-libp2p has TCP only: here a peer is seen at no address where others could meet it over QUIC. What it says of itself
+is passed on, if that is at the IP address that it is seen at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from coordinator.lighthouse.circuits import Account, carry
+from dht import relaying
+from protocol import relay_pb2 as pb
+from protocol.errors import InvalidInputError, KilohiveError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from google.protobuf.message import Message
+
+    from coordinator.lighthouse.ledger import Circuit, Ledger
+    from coordinator.lighthouse.streams import Stream
+    from coordinator.lighthouse.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+class _Reservation:
+    """A node that is reached through its stream, and where it says that it may be dialled."""
+
+    def __init__(self, stream: Stream, told: Iterable[str]) -> None:
+        self.stream, self.told = stream, tuple(told)
+        self._one_at_a_time = trio.Lock()
+
+    async def note(self, note: pb.RelayNote) -> None:
+        """Tell the node something; raises UnavailableError."""
+        async with self._one_at_a_time:
+            await _send(self.stream, note)
+
+
+class NodeRelay:
+    """Serves RELAY_PROTOCOL within the ledger's limits."""
+
+    def __init__(self, transport: Transport, ledger: Ledger) -> None:
+        self._transport, self._ledger = transport, ledger
+        self._reserved: dict[str, _Reservation] = {}
+        transport.handle(relaying.RELAY_PROTOCOL, self._serve)
+
+    async def _serve(self, stream: Stream) -> None:
+        request = await _request(stream)
+        try:
+            await self._grant(stream, request)
+        except KilohiveError as error:
+            logger.debug("relay: refused: %s", error)
+            await _last(stream, pb.RelayResponse(problem=str(error)))
+
+    async def _grant(self, stream: Stream, request: pb.RelayRequest) -> None:
+        wanted = request.WhichOneof("wanted")
+        if wanted == "reserve":
+            await self._reserve(stream, request.reserve)
+        elif wanted == "connect":
+            await self._connect(stream, request.connect)
+        else:
+            raise relaying.not_what_is_wanted()
+
+    async def _reserve(self, stream: Stream, request: pb.ReserveRequest) -> None:
+        self._ledger.keep_only(self._transport.connected)
+        self._ledger.reserve(stream.peer, stream.address, "kilohive")
+        reservation = _Reservation(stream, request.addresses[: relaying.MAX_ADDRESSES])
+        self._reserved[stream.peer_id] = reservation
+        try:
+            await _send(stream, pb.RelayResponse())
+            await self._until_it_leaves(reservation)
+        finally:
+            if self._reserved.get(stream.peer_id) is reservation:  # it has not reserved again
+                del self._reserved[stream.peer_id]
+                self._ledger.release(stream.peer, "kilohive")
+
+    async def _until_it_leaves(self, reservation: _Reservation) -> None:
+        """A holder says nothing more: anything to be read, the end too, ends the reservation."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._say_alive, reservation, nursery.cancel_scope)
+            with contextlib.suppress(UnavailableError):
+                await reservation.stream.read(1)
+            nursery.cancel_scope.cancel()
+
+    async def _say_alive(self, reservation: _Reservation, both: trio.CancelScope) -> None:
+        stream = reservation.stream
+        try:
+            while True:
+                await reservation.note(pb.RelayNote())
+                await trio.sleep(relaying.NOTE_EVERY_S)
+                self._ledger.reserve(stream.peer, stream.address, "kilohive")
+        except KilohiveError as error:
+            logger.debug("relay: a reservation has ended: %s", error)
+            both.cancel()
+
+    async def _connect(self, stream: Stream, request: pb.ConnectRequest) -> None:
+        reservation = self._reserved.get(request.peer_id)
+        if reservation is None:
+            raise relaying.not_reached(request.peer_id)
+        circuit = self._ledger.open(stream.peer, reservation.stream.peer, "kilohive")
+        try:
+            target = await self._reach(reservation)
+            try:
+                await self._introduce(stream, reservation, request.addresses)
+                await self._carry(stream, target, circuit)
+            finally:
+                await target.reset()  # of no effect once both ends have ended
+        finally:
+            self._ledger.close(circuit)
+
+    async def _reach(self, reservation: _Reservation) -> Stream:
+        with trio.move_on_after(relaying.OPEN_TIMEOUT_S):
+            return await self._transport.open_stream(reservation.stream.peer, relaying.TUNNEL_PROTOCOL)
+        raise UnavailableError(f"{reservation.stream.peer_id} does not answer")
+
+    async def _introduce(self, stream: Stream, reservation: _Reservation, told: Iterable[str]) -> None:
+        """Tell each side where the other may be dialled."""
+        await reservation.note(pb.RelayNote(peer_id=stream.peer_id, addresses=_places(stream, told)))
+        # Last: after it come the other side's bytes, and no refusal.
+        await _send(stream, pb.RelayResponse(addresses=_places(reservation.stream, reservation.told)))
+
+    async def _carry(self, source: Stream, target: Stream, circuit: Circuit) -> None:
+        account = Account(self._ledger, circuit, relaying.IDLE_S)
+        if not await carry(source, target, account):
+            await source.reset()
+
+
+def _places(stream: Stream, told: Iterable[str]) -> list[str]:
+    return relaying.places([stream.seen_at] if stream.seen_at else [], list(told)[: relaying.MAX_ADDRESSES])
+
+
+async def _request(stream: Stream) -> pb.RelayRequest:
+    """What a peer wants; raises UnavailableError when it says nothing, or nothing that makes sense."""
+    with trio.move_on_after(relaying.REQUEST_TIMEOUT_S):
+        try:
+            length = relaying.length_in(await stream.read_exactly(relaying.LENGTH_BYTES))
+            return relaying.parsed(pb.RelayRequest, await stream.read_exactly(length))
+        except InvalidInputError as error:
+            raise UnavailableError(f"relay: {error}") from None
+    raise UnavailableError(f"relay: said nothing for {relaying.REQUEST_TIMEOUT_S:g} s")
+
+
+async def _send(stream: Stream, message: Message) -> None:
+    with trio.move_on_after(relaying.SEND_TIMEOUT_S):
+        await stream.write(relaying.packed(message))
+        return
+    raise UnavailableError(f"relay: takes nothing for {relaying.SEND_TIMEOUT_S:g} s")
+
+
+async def _last(stream: Stream, message: Message) -> None:
+    """Send what nothing follows; the other end closes, as p2pd drops what is sent just before a close."""
+    await _send(stream, message)
+    with trio.move_on_after(relaying.SEND_TIMEOUT_S):
+        await stream.read(1)

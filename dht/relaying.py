@@ -1,0 +1,88 @@
+"""What every relay speaks and grants alike, on asyncio (`dht/relay.py`) or on trio (the lighthouse). Pure.
+
+Imports no hivemind, so that a lighthouse can.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from protocol.errors import InvalidInputError, OverloadedError, UnavailableError
+from protocol.identity import PEER_ID_CHARS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+M = TypeVar("M", bound=Message)
+
+RELAY_PROTOCOL = "kilohive/relay/1"
+TUNNEL_PROTOCOL = "kilohive/tunnel/1"
+REQUEST_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 5.0
+SEND_TIMEOUT_S = 5.0
+NOTE_EVERY_S = 5.0
+MAX_ADDRESSES = 4
+MAX_CONTROL_BYTES = 4096
+IDLE_S = 120.0
+"""A circuit over which nothing moved for so long is closed: who still needs it opens another."""
+
+PIECE_BYTES = 1 << 16
+_LENGTH = struct.Struct(">I")
+LENGTH_BYTES = _LENGTH.size
+
+
+def packed(message: Message) -> bytes:
+    """A message with its length before it."""
+    raw = message.SerializeToString()
+    return _LENGTH.pack(len(raw)) + raw
+
+
+def length_in(header: bytes) -> int:
+    """Bytes of the message that LENGTH_BYTES announce; raises InvalidInputError over the limit."""
+    length: int = _LENGTH.unpack(header)[0]
+    if length > MAX_CONTROL_BYTES:
+        raise InvalidInputError("message", f"is {length} bytes, the limit is {MAX_CONTROL_BYTES}")
+    return length
+
+
+def parsed(kind: type[M], raw: bytes) -> M:
+    """A peer's bytes as a message; raises InvalidInputError."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise InvalidInputError("message", f"is no {kind.DESCRIPTOR.name}") from None
+
+
+def places(seen: Sequence[str], told: Iterable[str]) -> list[str]:
+    """Where a peer may be dialled. What it says of itself counts only at an IP address that it is seen at."""
+    hosts = {_host(address) for address in seen}
+    believed = [address for address in told if _host(address) in hosts]
+    return list(dict.fromkeys([*seen, *believed]))[:MAX_ADDRESSES]
+
+
+def not_what_is_wanted() -> InvalidInputError:
+    """To who asks for nothing that a relay has."""
+    return InvalidInputError("wanted", "must be reserve or connect")
+
+
+def not_reached(peer_id: str) -> UnavailableError:
+    """To who wants to reach a peer that has not reserved."""
+    return UnavailableError(f"{peer_id[: PEER_ID_CHARS + 1]!r} is not reached through this relay")
+
+
+def no_reservation_left(limit: int) -> OverloadedError:
+    """To who comes when all places are taken."""
+    return OverloadedError(f"this relay has {limit} reservations, the most it takes")
+
+
+def no_circuit_left(n_circuits: int, of_caller: int) -> OverloadedError:
+    """To who wants one circuit too many."""
+    return OverloadedError(f"this relay carries {n_circuits} circuits, {of_caller} of yours")
+
+
+def _host(address: str) -> str:
+    """The /ip4/... or /ip6/... part of a multiaddress."""
+    return "/".join(address.split("/")[:3])

@@ -16,7 +16,7 @@ from dht.relaying import IDLE_S, TUNNEL_PROTOCOL
 from dht.reservations import granted, punch
 from dht.streams import Stream, splice
 from protocol import relay_pb2 as pb
-from protocol.errors import UnavailableError
+from protocol.errors import KilohiveError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,7 +164,7 @@ class _Tunnel:
         for relay in self.relays:
             try:
                 return await self._through(relay)
-            except UnavailableError as error:
+            except KilohiveError as error:  # a relay may answer with anything
                 problems.append(f"relay {relay}: {error}")
         raise UnavailableError("; ".join(problems) or f"{self._peer_id} names no relay")
 

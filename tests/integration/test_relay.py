@@ -210,6 +210,23 @@ async def test_what_is_no_request_is_refused_and_the_relay_goes_on(start: Start,
         assert problem == ""
 
 
+async def test_a_relay_that_answers_with_nonsense_is_passed_over_for_the_next(start: Start) -> None:
+    swarm = await swarm_of(start)
+    lying = await start(swarm.public)
+
+    async def answers_with_nonsense(stream: Stream) -> None:
+        await stream.receive(pb.RelayRequest, WAIT_S)
+        stream.writer.write(struct.pack(">I", MAX_CONTROL_BYTES + 1))
+        await stream.reader.read()
+
+    await lying.streams.serve(RELAY_PROTOCOL, answers_with_nonsense)
+    ways = tunnels(swarm)
+    async with echo_server(swarm.hidden):
+        endpoint = await ways.endpoint(swarm.hidden.peer_id, (lying.peer_id, swarm.public.peer_id))
+        assert await says(endpoint, b"hello") == b"hello"
+    await ways.close()
+
+
 async def test_a_relay_that_names_no_peer_to_dial_does_no_harm(start: Start) -> None:
     swarm = await swarm_of(start)
     lying = await start(swarm.public)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dht.relaying import NOTE_EVERY_S, RELAY_PROTOCOL
@@ -134,7 +135,8 @@ class Reservations:
             stream.close()
             self._avoid(offer.peer_id, error)
             return
-        self._held[offer.peer_id] = asyncio.create_task(self._listen(stream), name="reservation")
+        listening = self._held[offer.peer_id] = asyncio.create_task(self._listen(stream), name="reservation")
+        listening.add_done_callback(partial(self._left, stream))
         self._changed()
 
     def _avoid(self, peer_id: str, error: KilohiveError) -> None:
@@ -149,10 +151,12 @@ class Reservations:
                     self._punch(note.peer_id, list(note.addresses))
         except KilohiveError as error:
             self._avoid(stream.peer_id, error)
-        finally:
-            stream.close()
-            self._held.pop(stream.peer_id, None)
-            self._changed()
+
+    def _left(self, stream: Stream, _: asyncio.Task[None]) -> None:
+        """Called for a task that was cancelled before it began, too."""
+        stream.close()
+        self._held.pop(stream.peer_id, None)
+        self._changed()
 
     def _punch(self, peer_id: str, addresses: list[str]) -> None:
         punching = asyncio.create_task(punch(self._streams, peer_id, addresses), name="punch")

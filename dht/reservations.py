@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dht.relaying import NOTE_EVERY_S, RELAY_PROTOCOL
@@ -97,12 +98,13 @@ class Reservations:
         self._held: dict[str, asyncio.Task[None]] = {}
         self._avoided: dict[str, float] = {}
         self._punching: set[asyncio.Task[bool]] = set()
+        self._helping: set[str] = set()
         self.wanted = False
 
     @property
     def held(self) -> tuple[str, ...]:
-        """Peer ids of the relays through which this node is reached, the one that it has had longest first."""
-        return tuple(self._held)
+        """Peer ids of the relays through which this node is reached; first those that help both ends to meet."""
+        return tuple(sorted(self._held, key=lambda peer_id: peer_id not in self._helping))
 
     async def keep(self) -> None:
         """Reserve, and reserve elsewhere when a relay is gone, until cancelled."""
@@ -119,9 +121,10 @@ class Reservations:
         self._avoided = {peer_id: until_s for peer_id, until_s in self._avoided.items() if until_s > now_s}
         offers = [o for o in self._offers() if o.peer_id not in self._held and o.peer_id not in self._avoided]
         self._random.shuffle(offers)
-        for offer in offers:
-            if len(self._held) >= MAX_RELAYS:
-                return
+        while offers and len(self._held) < MAX_RELAYS:
+            helping = [] if self._helping else [offer for offer in offers if is_udp_address(offer.address)]
+            offer = (helping or offers)[0]
+            offers.remove(offer)
             await self._reserve_at(offer)
 
     async def _reserve_at(self, offer: RelayOffer) -> None:
@@ -138,7 +141,10 @@ class Reservations:
             stream.close()
             self._avoid(offer.peer_id, error)
             return
-        self._held[offer.peer_id] = asyncio.create_task(self._listen(stream), name="reservation")
+        if is_udp_address(offer.address):
+            self._helping.add(offer.peer_id)
+        listening = self._held[offer.peer_id] = asyncio.create_task(self._listen(stream), name="reservation")
+        listening.add_done_callback(partial(self._left, stream))
         self._changed()
 
     def _avoid(self, peer_id: str, error: KilohiveError) -> None:
@@ -153,10 +159,13 @@ class Reservations:
                     self._punch(note.peer_id, list(note.addresses))
         except KilohiveError as error:
             self._avoid(stream.peer_id, error)
-        finally:
-            stream.close()
-            self._held.pop(stream.peer_id, None)
-            self._changed()
+
+    def _left(self, stream: Stream, _: asyncio.Task[None]) -> None:
+        """Called for a task that was cancelled before it began, too."""
+        stream.close()
+        self._held.pop(stream.peer_id, None)
+        self._helping.discard(stream.peer_id)
+        self._changed()
 
     def _punch(self, peer_id: str, addresses: list[str]) -> None:
         punching = asyncio.create_task(punch(self._streams, peer_id, addresses), name="punch")

@@ -106,11 +106,12 @@ class NodeRelay:
         circuit = self._ledger.open(stream.peer, reservation.stream.peer, "kilohive")
         try:
             target = await self._reach(reservation)
+            whole = False
             try:
                 await self._introduce(stream, reservation, request.addresses)
-                await self._carry(stream, target, circuit)
+                whole = await self._carry(stream, target, circuit)
             finally:
-                await target.reset()  # of no effect once both ends have ended
+                await (target.close() if whole else target.reset())
         finally:
             self._ledger.close(circuit)
 
@@ -125,10 +126,12 @@ class NodeRelay:
         # Last: after it come the other side's bytes, and no refusal.
         await _send(stream, pb.RelayResponse(addresses=_places(reservation.stream, reservation.told)))
 
-    async def _carry(self, source: Stream, target: Stream, circuit: Circuit) -> None:
-        account = Account(self._ledger, circuit, relaying.IDLE_S)
-        if not await carry(source, target, account):
+    async def _carry(self, source: Stream, target: Stream, circuit: Circuit) -> bool:
+        """Whether both ends have ended it."""
+        whole = await carry(source, target, Account(self._ledger, circuit, relaying.IDLE_S))
+        if not whole:
             await source.reset()
+        return whole
 
 
 def _places(stream: Stream, told: Iterable[str]) -> list[str]:

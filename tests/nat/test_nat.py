@@ -18,6 +18,7 @@ import pytest
 
 from protocol.manifest import AveragingConfig
 from protocol.swarm_file import SwarmFile
+from tests.support.lighthouse import needs_libp2p
 from tests.support.nat import Network, missing, network
 from tests.support.processes import Node, end_nodes, wait_until
 from tests.support.swarm_parts import small_manifest
@@ -59,6 +60,14 @@ class Lab:
         manifest = ("--manifest", str(self.folder / "wanted.toml"), "--out", str(self.folder), "--listen", address)
         node = self._start("coordinator", "coordinator", "coordinator", *manifest, *flags)
         wait_until(self.swarm_file.exists, "swarm.toml was written")
+        return node
+
+    def lighthouse(self, name: str) -> Node:
+        """Returns when it listens."""
+        self.net.public(name)
+        where = ("--swarm", str(self.swarm_file), "--state", str(self.folder / name))
+        node = self._start(name, name, "lighthouse", *where)
+        node.wait_for("start")
         return node
 
     def host(self, name: str, place: str, blocks: str = ALL_BLOCKS, *flags: str) -> Node:
@@ -278,6 +287,28 @@ def test_a_host_that_can_only_dial_out_is_still_averaged_with(lab: Lab) -> None:
 
     wait_until(lambda: len(dialled()) >= 5, "exchanges of what was learnt, dialled from behind the NAT", TIMEOUT_S)
     assert not relays(hidden)
+
+
+@needs_libp2p
+@pytest.mark.timeout(300)
+def test_two_lighthouses_carry_calls_between_homes_and_one_of_them_does_it_alone(lab: Lab) -> None:
+    for home in HOMES:
+        lab.net.home(home)
+        lab.net.block_udp(home)
+    lab.coordinator("--relay-circuits", "0")
+    lights = {str(light.events("start")[0]["peer_id"]): light for light in map(lab.lighthouse, ("one", "two"))}
+    a = lab.host("a", HOMES[0])
+    wait_until(lambda: set(relays(a)) == set(lights), "both lighthouses are relays", TIMEOUT_S)
+    first, second = relays(a)
+    with lab.calls(HOMES[1], a, 2 * RECOVERED_WITHIN_S) as calls:
+        wait_until(lambda: len(calls.answered()) > 20, "calls are answered", TIMEOUT_S)
+        lights[first].kill()
+        killed_s = time.time()
+        wait_until(lambda: len(calls.answered(killed_s + 1)) > 20, "calls go on", RECOVERED_WITHIN_S)
+        recovered_s = calls.answered(killed_s + 1)[0]["t"] - killed_s
+        assert not any(row["direct"] or row["seen_at"] for row in calls.answered())
+    print(f"{recovered_s:.1f} s after the lighthouse was killed calls were answered again")
+    wait_until(lambda: list(relays(a)) == [second], "the dead lighthouse is forgotten", RECOVERED_WITHIN_S)
 
 
 def swarm_file_through(lab: Lab, node: Node) -> Path:

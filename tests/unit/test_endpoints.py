@@ -12,6 +12,7 @@ from protocol.endpoints import (
     announced_endpoint,
     announced_host,
     check_endpoint,
+    is_relay_address,
     is_relayed,
     is_udp_address,
     relayed_endpoint,
@@ -71,6 +72,23 @@ def test_a_long_list_of_relays_is_refused() -> None:
 )
 def test_only_numeric_quic_addresses_are_dialled(address: str, *, good: bool) -> None:
     assert is_udp_address(address) is good
+
+
+@pytest.mark.parametrize(
+    ("address", "good"),
+    [
+        ("/ip4/192.0.2.1/udp/4001/quic-v1", True),
+        ("/ip4/192.0.2.1/tcp/4001", True),
+        ("/ip6/2001:db8::1/tcp/65535", True),
+        ("/ip4/192.0.2.1/tcp/65536", False),
+        ("/ip4/192.0.2.1/tcp/4001/p2p-circuit", False),
+        ("/dns4/example.org/tcp/4001", False),
+        ("/ip4/192.0.2.1/tcp/4001" + "/" * 400, False),
+        ("", False),
+    ],
+)
+def test_relays_are_dialled_over_tcp_too(address: str, *, good: bool) -> None:
+    assert is_relay_address(address) is good
 
 
 @given(st.text(max_size=400))

@@ -44,6 +44,7 @@ from node.serving.service import SERVICE_NAME, ExpertService
 from node.swarm import Swarm, until_stopped
 from node.whereabouts import Whereabouts
 from protocol import expert_pb2 as pb
+from protocol.endpoints import endpoint_text
 from protocol.errors import CheckpointError, DrainingError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
@@ -286,7 +287,8 @@ class Host:
         )
         n_experts = sum(len(block.experts) for block in blocks.values())
         what = f"{n_experts} experts in {len(blocks)} blocks"
-        logger.info("Hosting %s at %s on %s, announced after %.1f s", what, endpoint, self._device, seconds)
+        where = endpoint_text(endpoint)
+        logger.info("Hosting %s at %s on %s, announced after %.1f s", what, where, self._device, seconds)
 
     def _tell_asked(self, word: str) -> None:
         self._events.emit("asked", word=word, paused=self._duty.away, reasons=list(self._duty.reasons))

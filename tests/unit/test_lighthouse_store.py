@@ -6,14 +6,16 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.utils import MSGPackSerializer
 
+from coordinator.lighthouse.announcer import Announcer
 from coordinator.lighthouse.store import Store
 from dht.packing import Record, pack, pack_dictionary, place_of_key, place_of_peer, unpack_dictionary, wrap
 from protocol.admission import Admission
-from protocol.announcements import BlockRecord, encode_block
+from protocol.announcements import BlockRecord, PeerRecord, encode_block
 from protocol.errors import RecordError
 from protocol.identity import Identity
 from protocol.manifest import BlockId
@@ -109,6 +111,24 @@ def test_a_closed_run_stores_only_what_its_peers_say() -> None:
     with pytest.raises(RecordError, match="ticket: this run admits only those with its invite"):
         store.put(carried(entry_by(owner)))
     assert store.put(carried(entry_by(owner, ticket=admission.ticket(owner.peer_id))))
+
+
+class Kept:
+    """A member that keeps what it is to store."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    async def store(self, record: Record, _: object) -> None:
+        self.records.append(record)
+
+
+def test_a_lighthouse_shows_its_ticket_so_that_a_closed_run_stores_what_it_says() -> None:
+    admission, member = Admission(RUN, bytes(range(32))), Kept()
+    said = PeerRecord(role="lighthouse")
+    announcer = Announcer(member, Identity.generate(), admission, said, Clock())  # type: ignore[arg-type]
+    trio.run(announcer.withdraw)
+    assert Store(admission, Clock()).put(member.records[0])
 
 
 def replica_of(block: BlockId) -> Record:

@@ -90,7 +90,7 @@ COMMANDS = (
     ),
     Command(
         name="coordinator",
-        summary="create a run, or open it again, and be its first peer.",
+        summary="create or reopen a run, and be its first peer.",
         config=CoordinatorConfig,
         examples=("coordinator --out runs/run --experts 256", "coordinator --out runs/run --dht-port 4001"),
         entry="coordinator.coordinator:run_coordinator",

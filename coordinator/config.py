@@ -98,6 +98,8 @@ class CoordinatorConfig(RunConfig):
     """Peers of a swarm that already runs."""
     relay_circuits: int = 64
     """Most calls carried for peers behind a NAT; 0: none."""
+    admission: Flag = False
+    """Let nobody take part who does not have the invite."""
     invite_days: float = 0.0
     """Days for which the invite holds; 0: for ever."""
     invite_file: Path | None = None

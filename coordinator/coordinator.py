@@ -22,6 +22,7 @@ from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
 from dht.periodic import Periodic
 from dht.relay import Relay, RelayLimits
+from protocol.admission import Admission, owners_token
 from protocol.announcements import PeerRecord
 from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError, UnavailableError
@@ -52,10 +53,11 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
     config.out.mkdir(parents=True, exist_ok=True)
     identity = Identity.load_or_create(config.out / "owner.key")
     manifest = open_run(config, identity.peer_id)
+    admission = Admission(manifest.run_id, owners_token(config.out / "admission.token", create=config.admission))
     async with AsyncExitStack() as stack:
         events = EventLog(config.out / "coordinator" / "events.jsonl")
         stack.callback(events.close)
-        dht = await _start_dht(config, identity)
+        dht = await _start_dht(config, identity, admission)
         stack.push_async_callback(dht.stop)
         dht.serve_only(manifest)
         await publish_manifest(dht, identity, manifest)
@@ -65,20 +67,29 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         if config.relay_circuits:
             await Relay(dht.streams, RelayLimits(max_circuits=config.relay_circuits)).start()
         relay = dht.relay_address if config.relay_circuits else ""
-        announcer = Announcer(dht, identity, manifest.run_id, describe=_describer(relay))
+        announcer = Announcer(dht, identity, admission, describe=_describer(relay))
         await announcer.start()
         stack.push_async_callback(announcer.withdraw)
         swarm = SwarmFile(
-            run_id=manifest.run_id, initial_peers=(*dht.addresses, *config.initial_peers), owner=manifest.owner
+            run_id=manifest.run_id,
+            initial_peers=(*dht.addresses, *config.initial_peers),
+            owner=manifest.owner,
+            admission=admission.token,
         )
-        invite = invite_of(swarm, config.invite_days)
-        for path in (config.out / "invite.txt", *([config.invite_file] if config.invite_file else [])):
-            write_atomically(path, f"{invite}\n".encode())
-        swarm.write(config.out / "swarm.toml")
+        invite = _write_invite(config, swarm)
         events.emit("start", run_id=manifest.run_id, peer_id=dht.peer_id, addresses=dht.addresses)
         Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
         await stop.wait()
         events.emit("leave")
+
+
+def _write_invite(config: CoordinatorConfig, swarm: SwarmFile) -> str:
+    """Into the files from which others read how to join; a token is for this user's eyes only."""
+    invite = invite_of(swarm, config.invite_days)
+    for path in (config.out / "invite.txt", *([config.invite_file] if config.invite_file else [])):
+        write_atomically(path, f"{invite}\n".encode(), mode=0o600 if swarm.admission else 0o644)
+    swarm.write(config.out / "swarm.toml")
+    return invite
 
 
 async def _publish_again(dht: DhtNode, identity: Identity, manifest: Manifest) -> None:
@@ -107,13 +118,14 @@ def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
     return manifest
 
 
-async def _start_dht(config: CoordinatorConfig, identity: Identity) -> DhtNode:
+async def _start_dht(config: CoordinatorConfig, identity: Identity, admission: Admission) -> DhtNode:
     dht_config = DhtConfig(
         identity=identity,
         initial_peers=config.initial_peers,
         host=listen_host(config.listen, config.initial_peers or DEFAULT_ROUTES),
         port=config.dht_port,
         announce=config.announce,
+        admission=admission,
     )
     last_port = _last_port(config.out / "swarm.toml") if config.dht_port == 0 else 0
     if last_port:
@@ -143,7 +155,11 @@ def invite_of(swarm: SwarmFile, days: float) -> str:
     """Everything a stranger needs, for so many days from now or, with 0, for ever."""
     expires_s = int(time.time() + days * DAY_S) if days else 0
     return Invite(
-        run_id=swarm.run_id, initial_peers=swarm.initial_peers, owner=swarm.owner, expires_s=expires_s
+        run_id=swarm.run_id,
+        initial_peers=swarm.initial_peers,
+        owner=swarm.owner,
+        expires_s=expires_s,
+        admission=swarm.admission,
     ).encode()
 
 

@@ -58,12 +58,14 @@ async def _unless_stopped(work: Coroutine[None, None, R], stop: asyncio.Event, t
 
 
 async def _look(config: StatusConfig) -> tuple[Manifest, DirectoryView]:
-    run_id, initial_peers = resolve(config)
+    admission, initial_peers = resolve(config)
+    run_id = admission.run_id
     dht_config = DhtConfig(
         identity=Identity.generate(),
         initial_peers=initial_peers,
         host=listen_host(config.listen, initial_peers),
         start_timeout_s=config.timeout_s,
+        admission=admission,
     )
     dht = await DhtNode.start(dht_config)
     try:

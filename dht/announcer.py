@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dht.store import RecordStore
+    from protocol.admission import Admission
     from protocol.announcements import BlockRecord, PeerRecord
     from protocol.identity import Identity
 
@@ -33,13 +34,13 @@ class Announcement:
 
 
 class Announcer:
-    """Announces `describe()` every `period_s`; each record lives `ttl_s` seconds. Belongs to the event loop."""
+    """Announces `describe()` in a run every `period_s`; a record lives `ttl_s` seconds. Belongs to the event loop."""
 
     def __init__(
         self,
         dht: RecordStore,
         identity: Identity,
-        run_id: str,
+        admission: Admission,
         *,
         describe: Callable[[], Announcement],
         period_s: float = PERIOD_S,
@@ -47,7 +48,8 @@ class Announcer:
     ) -> None:
         self._dht = dht
         self._identity = identity
-        self._run_id = run_id
+        self._run_id = admission.run_id
+        self._ticket = admission.ticket(identity.peer_id)
         self._describe = describe
         self._period_s = period_s
         self._ttl_s = ttl_s
@@ -105,7 +107,9 @@ class Announcer:
 
     def _sign(self, key: str, payload: bytes) -> bytes:
         version, until_s = self._stamps.version, self._stamps.expiration_s
-        return sign_record(self._identity, key=key, version=version, expiration_s=until_s, payload=payload)
+        return sign_record(
+            self._identity, key=key, version=version, expiration_s=until_s, payload=payload, ticket=self._ticket
+        )
 
     async def _announce_or_log(self) -> None:
         problem = ""

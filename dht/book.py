@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
+from protocol.admission import OPEN
 from protocol.errors import RecordError
 from protocol.records import max_ttl_s, open_record, read_payload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from protocol.admission import Admission
     from protocol.announcements import BlockRecord, PeerRecord
     from protocol.records import SignedRecord
 
@@ -30,7 +32,8 @@ class _Seen(NamedTuple):
 class RecordBook:
     """Newest verified record by (key, owner)."""
 
-    def __init__(self) -> None:
+    def __init__(self, admission: Admission = OPEN) -> None:
+        self._admission = admission
         self._seen: dict[tuple[str, str], _Seen] = {}
 
     def take(self, found: Mapping[str, Mapping[str, bytes]], now_s: float) -> None:
@@ -53,7 +56,7 @@ class RecordBook:
         if known is not None and known.raw == raw:
             return
         try:
-            record = open_record(raw, key=key, now_s=now_s)
+            record = open_record(raw, key=key, now_s=now_s, admission=self._admission)
         except RecordError as error:
             logger.debug("ignored a record of %s under %s: %s", owner, key, error)
             return

@@ -93,6 +93,12 @@ class Directory:
         """Live peers of every role, ordered by peer id."""
         return self._known.at(self._dht.now_s()).peers
 
+    @property
+    def asks_for_tickets(self) -> bool:
+        """Every peer of the run that is known shows one, so the run is closed. Read it in the event loop."""
+        tickets = [record.ticket for record, said in self._book.live(self._dht.now_s()) if isinstance(said, PeerRecord)]
+        return bool(tickets) and all(tickets)
+
     def snapshot(self, *, with_avoided: bool = False) -> DirectoryView:
         """What is live now; avoided peers' replicas only if asked for."""
         now_s = self._dht.now_s()

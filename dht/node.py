@@ -27,6 +27,7 @@ from dht.store import Entry
 from dht.streams import Streams
 from dht.transport import Transport
 from dht.validator import RecordValidator
+from protocol.admission import OPEN, Admission
 from protocol.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ MAX_KEPT = 64
 class DhtConfig:
     """One node's part of the DHT. `port` 0 takes any; `clock` gives seconds since 1970.
 
-    `announce`: the IP address at which others reach `port`, if it is not `host`.
+    `announce`: the IP address at which others reach `port`, if it is not `host`. In a closed run (`admission`) it
+    neither stores nor finds records of those who do not take part.
     """
 
     identity: Identity
@@ -71,6 +73,7 @@ class DhtConfig:
     refresh_period_s: float = 10.0
     keep_period_s: float = 30.0
     clock: Callable[[], float] = time.time
+    admission: Admission = OPEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +238,7 @@ def quiet_hivemind() -> None:
 async def _build(
     config: DhtConfig, initial_peers: tuple[InitialPeer, ...], place: Place, undo: contextlib.AsyncExitStack
 ) -> _Parts:
-    checker, calls = RecordChecker(config.clock), Calls()
+    checker, calls = RecordChecker(config.clock, config.admission), Calls()
     validator = RecordValidator(checker)
     daemon = await Daemon.spawn(config.identity, place, config.start_timeout_s)
     undo.push_async_callback(calls.drain, STEP_TIMEOUT_S)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgpack  # type: ignore[import-untyped]
 
+from protocol.admission import OPEN
 from protocol.errors import RecordError
 from protocol.records import MAX_RECORD_BYTES, SignedRecord, check_time, parse_key, verify_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from protocol.admission import Admission
     from protocol.manifest import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -68,10 +70,10 @@ class Record(NamedTuple):
 
 
 class RecordChecker:
-    """Unwraps and verifies records, each byte string once."""
+    """Unwraps and verifies records, each byte string once; in a closed run only those of peers that take part."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], admission: Admission = OPEN) -> None:
+        self._clock, self._admission = clock, admission
         self._verified: OrderedDict[bytes, SignedRecord] = OrderedDict()
 
     def check(self, record: Carried) -> SignedRecord:
@@ -93,7 +95,7 @@ class RecordChecker:
         if known is not None:
             self._verified.move_to_end(raw)
             return known
-        signed = verify_record(raw)
+        signed = verify_record(raw, self._admission)
         self._verified[raw] = signed
         if len(self._verified) > MAX_VERIFIED:
             self._verified.popitem(last=False)

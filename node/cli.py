@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="DataclassInstance")
 MAX_CONFIG_BYTES = 65_536
 MAX_CHOICES_CHARS = 12
+MAX_SHOWN_INVITE = 40
 LOG_LEVELS = ("debug", "info", "warning", "error")
 HELP_LIMITS = "--help-limits"
 SHARED_FLAGS = (
@@ -226,5 +227,7 @@ def resolved_text(page: Page[C], parsed: Parsed[C]) -> Text:
     for field in fields(parsed.config):
         value = getattr(parsed.config, field.name)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if len(shown) > MAX_SHOWN_INVITE and shown.startswith("kh"):  # its end may be a closed run's token
+            shown = f"{shown[:MAX_SHOWN_INVITE]}..."
         text.append(f"{field.name}={shown or '-'} ", style="bold" if field.name in parsed.given else "dim")
     return text

@@ -12,18 +12,19 @@ import logging
 import os
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import psutil
 from grpc_health.v1 import health_pb2
 
 from node.security import Address, Security
+from protocol.admission import OPEN, Admission, token_from_hex
 from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError, IdentityError, UnavailableError
 from protocol.identity import Identity, public_key_of
 from protocol.settings import check_minimums
-from protocol.swarm_file import SwarmFile
+from protocol.swarm_file import SwarmFile, checked_run_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,15 +44,17 @@ GREETING = b"\x13/multistream/1.0.0\n"
 
 
 @contextmanager
-def server_told(folder: Path, address: Address, *, obeys: bool = False) -> Iterator[None]:
+def server_told(folder: Path, address: Address, *, obeys: bool = False, admission: Admission = OPEN) -> Iterator[None]:
     """Say in `folder` where this node's server is, while the context lasts. A full disk is reported, no more.
 
-    A node that `obeys` signals also says which process it is.
+    A node that `obeys` signals also says which process it is. One of a closed run answers only who has the token.
     """
     path = folder / SERVER_FILE
     process = {"pid": os.getpid(), "started_s": psutil.Process().create_time()} if obeys else {}
+    token = {"run_id": admission.run_id, "admission": admission.token.hex()} if admission.closed else {}
+    told = json.dumps({**address._asdict(), **process, **token})
     try:
-        write_atomically(path, (json.dumps({**address._asdict(), **process}) + "\n").encode())
+        write_atomically(path, f"{told}\n".encode(), mode=0o600 if token else 0o644)
     except OSError as error:
         logger.warning("%s: cannot be written, so `health` will not find this node: %s", path, error.strerror)
     try:
@@ -74,7 +77,7 @@ async def run_health(config: HealthConfig, _stop: asyncio.Event) -> None:
 async def _ask(config: HealthConfig) -> str:
     server, swarm = config.state / SERVER_FILE, config.state / SWARM_FILE
     if server.exists():
-        return await _ask_server(read_server(server), config)
+        return await _ask_server(read_server(server), read_admission(server), config)
     if swarm.exists():
         return await _ask_dht(*read_dht(swarm))
     raise UnavailableError(f"{config.state}: no node serves from this folder")
@@ -82,12 +85,8 @@ async def _ask(config: HealthConfig) -> str:
 
 def read_server(path: Path) -> Address:
     """What a node wrote; raises ConfigError naming file and field."""
-    try:
-        with path.open("rb") as file:
-            fields = json.loads(file.read(MAX_FILE_BYTES))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in Address._fields):
+    fields = _read_fields(path)
+    if not all(isinstance(fields.get(name), str) for name in Address._fields):
         raise ConfigError(f"{path}: must have {' and '.join(Address._fields)}, both text")
     host, _, port = fields["endpoint"].rpartition(":")
     _check_port(path, host, port)
@@ -96,6 +95,26 @@ def read_server(path: Path) -> Address:
     except IdentityError as error:
         raise ConfigError(f"{path}: {error}") from None
     return Address(fields["peer_id"], fields["endpoint"])
+
+
+def read_admission(path: Path) -> Admission:
+    """The run that a node wrote that it is in, if that is closed; raises ConfigError naming file and field."""
+    fields = _read_fields(path)
+    if "admission" not in fields:
+        return OPEN
+    try:
+        return Admission(checked_run_id(fields.get("run_id")), token_from_hex(fields["admission"]))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            fields = json.loads(file.read(MAX_FILE_BYTES))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    return fields if isinstance(fields, dict) else {}
 
 
 def read_dht(path: Path) -> tuple[str, int]:
@@ -110,8 +129,8 @@ def _check_port(path: Path, host: str, port: str) -> None:
         raise ConfigError(f"{path}: must name an address and a port up to {MAX_PORT}, has {host[:60]!r}, {port[:60]!r}")
 
 
-async def _ask_server(address: Address, config: HealthConfig) -> str:
-    caller = Security(Identity.generate(), config.insecure_local).caller()
+async def _ask_server(address: Address, admission: Admission, config: HealthConfig) -> str:
+    caller = Security(Identity.generate(), config.insecure_local, admission=admission).caller()
     async with await caller.open(address, config.timeout_s) as channel:
         try:
             check: Check = channel.unary_unary(CHECK)

@@ -153,7 +153,7 @@ class Host:
             Admission(self._allowance, lambda: self._duty.refusal() or self._memory.refusal(), self._room.max_calls),
         )
         self._whereabouts = Whereabouts(swarm, events, config.relay_circuits)
-        self._announcer = Announcer(swarm.dht, swarm.identity, manifest.run_id, describe=self._records().describe)
+        self._announcer = Announcer(swarm.dht, swarm.identity, swarm.admission, describe=self._records().describe)
         self.keeper.announcer = self._announcer
         self._presence = self._build_presence()
 
@@ -248,7 +248,11 @@ class Host:
             self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
         )
         address = Address(self._swarm.identity.peer_id, self._server.endpoint)
-        with metrics, server_told(config.state, address, obeys=True), contextlib.suppress(DrainingError):
+        with (
+            metrics,
+            server_told(config.state, address, obeys=True, admission=self._swarm.admission),
+            contextlib.suppress(DrainingError),
+        ):
             await until_stopped(self._whereabouts.settle(self._server.endpoint), stop)
             await until_stopped(self._first_blocks(), stop)
             self.averaging.start()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 
+from protocol.admission import OPEN, Admission
 from protocol.call_signature import CallChecker, CallSigner
 from protocol.certificate import certificate_of, host_name, pem_of, proven_peer_id
 from protocol.endpoints import is_relayed, relays_of
@@ -58,11 +59,15 @@ class NotConnectedError(UnavailableError):
 
 @dataclass(frozen=True)
 class Security:
-    """How this node proves itself and checks others. `tunnels` lead to those that it cannot dial."""
+    """How this node proves itself and checks others, in a closed run (`admission`) also that they take part.
+
+    `tunnels` lead to those that it cannot dial.
+    """
 
     identity: Identity
     insecure_local: bool = False
     tunnels: Tunnels | None = None
+    admission: Admission = OPEN
 
     def check_listen(self, address: str) -> None:
         """Raise ConfigError for an address that a node without encryption must not listen on."""
@@ -75,7 +80,7 @@ class Security:
 
     def checker(self) -> CallChecker | None:
         """For calls that this node gets; None where none is checked."""
-        return None if self.insecure_local else CallChecker(self.identity.peer_id)
+        return None if self.insecure_local else CallChecker(self.identity.peer_id, admission=self.admission)
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
         """With a fresh certificate; None where calls are plain."""
@@ -90,7 +95,7 @@ class Caller:
 
     def __init__(self, security: Security) -> None:
         self._insecure_local, self._tunnels = security.insecure_local, security.tunnels
-        self._signer = CallSigner(security.identity)
+        self._signer = CallSigner(security.identity, admission=security.admission)
 
     async def open(self, address: Address, timeout_s: float) -> grpc.aio.Channel:
         """A channel that takes nobody but this peer.

@@ -24,8 +24,9 @@ from node.dispatch.client import ExpertClient
 from node.dispatch.dispatcher import DispatchConfig, Dispatcher
 from node.moe import RemoteMoE
 from node.security import Security
+from protocol.admission import NOT_INVITED, Admission
 from protocol.endpoints import announced_endpoint, announced_host
-from protocol.errors import DrainingError, UnavailableError
+from protocol.errors import ConfigError, DrainingError, UnavailableError
 from protocol.identity import Identity
 from protocol.swarm_choice import resolve
 
@@ -54,6 +55,7 @@ class Swarm:
         self.announce = config.announce
         self.listen: str
         self.relay_links: RelayLinks
+        self.admission: Admission
         self.initial_peers: tuple[str, ...]
         self.dht: DhtNode
         self.manifest: Manifest
@@ -62,9 +64,12 @@ class Swarm:
         self.dispatcher: Dispatcher
 
     async def join(self) -> None:
-        """Join the DHT, fetch and check the manifest, fill the directory; raises UnavailableError if nobody answers."""
-        run_id, initial_peers = resolve(self._config)
-        self.initial_peers = tuple(initial_peers)
+        """Join the DHT, fetch and check the manifest, fill the directory; raises UnavailableError if nobody answers.
+
+        Raises ConfigError for a closed run whose token the configuration does not have.
+        """
+        self.admission, initial_peers = resolve(self._config)
+        run_id, self.initial_peers = self.admission.run_id, initial_peers
         self.listen = listen_host(self._config.listen, initial_peers)
         self.security.check_listen(self.listen)
         announced_endpoint(self.announce, f"{self.listen}:1")  # a mistake in it is told before anything is started
@@ -76,6 +81,7 @@ class Swarm:
                 host=self.listen,
                 port=self._config.dht_port,
                 announce=announced_host(self._config.announce) if self._config.dht_port else "",
+                admission=self.admission,
             )
         )
         self._stack.push_async_callback(self.dht.stop)
@@ -84,10 +90,12 @@ class Swarm:
         self.directory = Directory(self.dht, run_id, self.manifest.model)
         await self.directory.start()
         self._stack.push_async_callback(self.directory.stop)
+        if self.directory.asks_for_tickets and not self.admission.closed:
+            raise ConfigError(NOT_INVITED)
         self.relay_links = RelayLinks(self.dht.streams, self.dht.udp_address)
         tunnels = Tunnels(self.dht.streams, self.relay_links, self._relay_offer)
         self._stack.push_async_callback(tunnels.close)
-        self.security = replace(self.security, tunnels=tunnels)
+        self.security = replace(self.security, tunnels=tunnels, admission=self.admission)
 
     def relay_offers(self) -> list[RelayOffer]:
         """Peers that carry calls to those whom nobody can dial."""

@@ -116,11 +116,12 @@ class Trainer:
     async def run(self, stop: asyncio.Event) -> None:
         """Join the other trainers, evaluate, train, evaluate, report; on `stop`, save and return."""
         self._resume()
-        announcer = Announcer(self._swarm.dht, self._swarm.identity, self._manifest.run_id, describe=self._describe)
+        announcer = Announcer(self._swarm.dht, self._swarm.identity, self._swarm.admission, describe=self._describe)
         try:
             # Announced only with a trunk that is worth averaging with.
             await until_stopped(self._sharing.join(), stop)
-            with server_told(self._config.out, Address(self._swarm.identity.peer_id, self._sharing.server_endpoint)):
+            address = Address(self._swarm.identity.peer_id, self._sharing.server_endpoint)
+            with server_told(self._config.out, address, admission=self._swarm.admission):
                 await announcer.start()
                 work = asyncio.create_task(self._work(stop), name="training")
                 watching = asyncio.create_task(self._whereabouts.watch(announcer), name="whereabouts")

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from protocol.admission import NOT_INVITED, OPEN
 from protocol.errors import IdentityError, OverloadedError, UnauthenticatedError
 from protocol.identity import KEY_BYTES, SIGNATURE_BYTES, peer_id_of, verify
 from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION
@@ -18,9 +19,11 @@ from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from protocol.admission import Admission
     from protocol.identity import Identity
 
 CALLER_KEY = "kilohive-caller-bin"
+TICKET_KEY = "kilohive-ticket-bin"
 NONCE_BYTES = 12
 MAX_AGE_S = 60.0
 """How far a caller's clock may be off. A nonce is remembered for as long as its signature could be used again."""
@@ -32,34 +35,39 @@ _LAYOUT = struct.Struct(f">B{KEY_BYTES}sQ{NONCE_BYTES}s{SIGNATURE_BYTES}s")
 
 
 class CallSigner:
-    """Signs calls as one caller; `clock` gives seconds since 1970."""
+    """Signs calls as one caller, who shows a ticket in a closed run; `clock` gives seconds since 1970."""
 
-    def __init__(self, identity: Identity, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, identity: Identity, clock: Callable[[], float] = time.time, admission: Admission = OPEN) -> None:
         self._identity, self._clock = identity, clock
+        ticket = admission.ticket(identity.peer_id)
+        self._shown = ((TICKET_KEY, ticket),) if ticket else ()
 
     def metadata(self, server_id: str, method: str) -> tuple[tuple[str, bytes], ...]:
         """For one call of `method`, such as /package.Service/Method."""
         time_ms, nonce = int(self._clock() * 1000), os.urandom(NONCE_BYTES)
         signature = self._identity.sign(_DOMAIN, _signed(server_id, method, time_ms, nonce))
-        return ((CALLER_KEY, _LAYOUT.pack(PROTOCOL_VERSION, self._identity.public_key, time_ms, nonce, signature)),)
+        raw = _LAYOUT.pack(PROTOCOL_VERSION, self._identity.public_key, time_ms, nonce, signature)
+        return ((CALLER_KEY, raw), *self._shown)
 
 
 class CallChecker:
     """Checks calls as one server, and remembers those of the last two minutes; `clock` gives seconds since 1970."""
 
-    def __init__(self, server_id: str, clock: Callable[[], float] = time.time) -> None:
-        self._server_id, self._clock = server_id, clock
+    def __init__(self, server_id: str, clock: Callable[[], float] = time.time, admission: Admission = OPEN) -> None:
+        self._server_id, self._clock, self._admission = server_id, clock, admission
         self._used: OrderedDict[bytes, float] = OrderedDict()
 
     def check(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> str:
         """The peer id of the caller.
 
         Raises:
-            UnauthenticatedError: no signature, or one for another server, method or time, or one used before.
+            UnauthenticatedError: no signature, or one for another server, method or time, or one used before; or the
+                run is closed and the caller shows no ticket of its own.
             OverloadedError: more calls came lately than can be remembered.
         """
-        raw = next((value for key, value in metadata if key == CALLER_KEY), b"")
-        if not isinstance(raw, bytes) or len(raw) != _LAYOUT.size:
+        metadata = tuple(metadata)
+        raw = _value(metadata, CALLER_KEY)
+        if len(raw) != _LAYOUT.size:
             raise UnauthenticatedError(f"{CALLER_KEY}: every call must be signed, in {_LAYOUT.size} bytes")
         version, public_key, time_ms, nonce, signature = _LAYOUT.unpack(raw)
         if version != PROTOCOL_VERSION:
@@ -74,8 +82,11 @@ class CallChecker:
             raise UnauthenticatedError(
                 f"{CALLER_KEY}: the signature is not for this call of {self._server_id}"
             ) from None
+        caller = peer_id_of(public_key)
+        if not self._admission.admits(caller, _value(metadata, TICKET_KEY)):
+            raise UnauthenticatedError(NOT_INVITED)
         self._use(public_key + nonce)
-        return peer_id_of(public_key)
+        return caller
 
     def _check_time(self, time_s: float) -> None:
         off_s = self._clock() - time_s
@@ -98,10 +109,16 @@ class CallChecker:
 
 def caller_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
     """Who signed a call that a `CallChecker` has let through; None where none has looked at it."""
-    raw = next((value for key, value in metadata if key == CALLER_KEY), b"")
-    if not isinstance(raw, bytes) or len(raw) != _LAYOUT.size:
+    raw = _value(metadata, CALLER_KEY)
+    if len(raw) != _LAYOUT.size:
         return None
     return peer_id_of(_LAYOUT.unpack(raw)[1])
+
+
+def _value(metadata: Iterable[tuple[str, str | bytes]], name: str) -> bytes:
+    """Of the first entry of that name; empty if there is none, or a text."""
+    value = next((value for key, value in metadata if key == name), b"")
+    return value if isinstance(value, bytes) else b""
 
 
 def _signed(server_id: str, method: str, time_ms: int, nonce: bytes) -> bytes:

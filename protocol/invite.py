@@ -8,7 +8,7 @@ needs not: the run id is a hash of the run's manifest, which the owner has signe
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import base58
 from google.protobuf.message import DecodeError
 
 from protocol import invite_pb2
+from protocol.admission import checked_token
 from protocol.errors import ConfigError, IdentityError
 from protocol.identity import peer_id_of, public_key_of
 from protocol.swarm_file import checked_peers, checked_run_id
@@ -30,12 +31,13 @@ _SHAPE = re.compile(r"kh(?P<format>[1-9])(?P<body>[1-9A-HJ-NP-Za-km-z]+)", re.AS
 
 @dataclass(frozen=True, kw_only=True)
 class Invite:
-    """A run, peers through which to reach it, its owner. `expires_s`: seconds since 1970, 0 for never."""
+    """A run, peers through which to reach it, its owner, its token if it is closed. `expires_s`: 0 for never."""
 
     run_id: str
     initial_peers: tuple[str, ...]
     owner: str
     expires_s: int = 0
+    admission: bytes = field(default=b"", repr=False)
 
     def encode(self) -> str:
         """One line of letters and digits."""
@@ -44,6 +46,7 @@ class Invite:
             initial_peers=self.initial_peers,
             owner=public_key_of(self.owner),
             expires_s=self.expires_s,
+            admission=self.admission,
         )
         body = base58.b58encode_check(message.SerializeToString(deterministic=True))
         return f"kh{FORMAT}{body.decode('ascii')}"
@@ -58,6 +61,7 @@ class Invite:
                 initial_peers=checked_peers(list(message.initial_peers)),
                 owner=peer_id_of(message.owner),
                 expires_s=message.expires_s,
+                admission=checked_token(message.admission),
             )
         except (ConfigError, IdentityError) as error:
             raise ConfigError(f"invite: {error}") from None

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protocol/invite.proto\x12\x0bkilohive.v1\"Q\n\x06Invite\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rinitial_peers\x18\x02 \x03(\t\x12\r\n\x05owner\x18\x03 \x01(\x0c\x12\x11\n\texpires_s\x18\x04 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protocol/invite.proto\x12\x0bkilohive.v1\"d\n\x06Invite\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rinitial_peers\x18\x02 \x03(\t\x12\r\n\x05owner\x18\x03 \x01(\x0c\x12\x11\n\texpires_s\x18\x04 \x01(\x04\x12\x11\n\tadmission\x18\x05 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protocol.invite_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INVITE']._serialized_start=38
-  _globals['_INVITE']._serialized_end=119
+  _globals['_INVITE']._serialized_end=138
 # @@protoc_insertion_point(module_scope)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from protocol import limits, records_pb2
+from protocol.admission import NOT_INVITED, OPEN, TICKET_BYTES, Admission
 from protocol.announcements import (
     MAX_ANNOUNCE_PAYLOAD_BYTES,
     MAX_RECORD_VERSION,
@@ -58,13 +59,14 @@ class RecordKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SignedRecord:
-    """A record whose signature holds. `expiration_s` is absolute, in seconds since 1970."""
+    """A record whose signature holds. `expiration_s` is absolute, in seconds since 1970; `ticket`: of a closed run."""
 
     key: str
     owner: str
     version: int
     expiration_s: float
     payload: bytes
+    ticket: bytes = b""
 
     @property
     def withdrawn(self) -> bool:
@@ -109,10 +111,17 @@ def max_ttl_s(key: str) -> float:
     return MAX_MANIFEST_TTL_S if parse_key(key).topic == "manifest" else MAX_ANNOUNCE_TTL_S
 
 
-def sign_record(identity: Identity, *, key: str, version: int, expiration_s: float, payload: bytes) -> bytes:
+def sign_record(
+    identity: Identity, *, key: str, version: int, expiration_s: float, payload: bytes, ticket: bytes = b""
+) -> bytes:
     """Sign one record as its owner; its sub-key is the owner's peer id. An empty payload withdraws."""
     record = SignedRecord(
-        key=key, owner=identity.peer_id, version=version, expiration_s=float(expiration_s), payload=payload
+        key=key,
+        owner=identity.peer_id,
+        version=version,
+        expiration_s=float(expiration_s),
+        payload=payload,
+        ticket=ticket,
     )
     _check_envelope(record)
     _check_payload(record)
@@ -120,20 +129,21 @@ def sign_record(identity: Identity, *, key: str, version: int, expiration_s: flo
     return _encode(record, identity.public_key, signature)
 
 
-def open_record(raw: bytes, *, key: str, now_s: float) -> SignedRecord:
+def open_record(raw: bytes, *, key: str, now_s: float, admission: Admission = OPEN) -> SignedRecord:
     """Check a record that came from a peer and was asked for under `key`.
 
     Raises:
-        RecordError: it is oversize, malformed, forged, another key's, expired or signed too far into the future.
+        RecordError: it is oversize, malformed, forged, another key's, expired or signed too far into the future, or
+            its owner does not take part in a closed run.
     """
-    record = verify_record(raw)
+    record = verify_record(raw, admission)
     if record.key != key:
         raise RecordError(f"key: the record is signed for {record.key!r}, not for {key[:80]!r}")
     check_time(record, now_s)
     return record
 
 
-def verify_record(raw: bytes) -> SignedRecord:
+def verify_record(raw: bytes, admission: Admission = OPEN) -> SignedRecord:
     """Everything that `open_record` checks but the expected key and the time: true once, true for ever."""
     if len(raw) > MAX_RECORD_BYTES:
         raise RecordError(f"record: is {len(raw)} bytes, but the limit is {MAX_RECORD_BYTES}")
@@ -149,11 +159,13 @@ def verify_record(raw: bytes) -> SignedRecord:
         version=message.version,
         expiration_s=message.expiration_s,
         payload=message.payload,
+        ticket=message.ticket,
     )
     if _encode(record, message.public_key, message.signature) != raw:
         raise RecordError("record: not in canonical encoding")
     _check_envelope(record)
     _check_signature(record, message.public_key, message.signature)
+    _check_admitted(record, admission)
     _check_payload(record)
     return record
 
@@ -220,6 +232,14 @@ def _check_envelope(record: SignedRecord) -> None:
     check_range("expiration_s", record.expiration_s, MAX_TIME_S)
     limit = MAX_MANIFEST_PAYLOAD_BYTES if key.topic == "manifest" else MAX_ANNOUNCE_PAYLOAD_BYTES
     check_length(record.payload, limit)
+    if len(record.ticket) not in {0, TICKET_BYTES}:
+        raise RecordError(f"ticket: must be {TICKET_BYTES} bytes or none, is {len(record.ticket)}")
+
+
+def _check_admitted(record: SignedRecord, admission: Admission) -> None:
+    """A manifest needs no ticket: the run id itself tells who may sign it."""
+    if parse_key(record.key).topic != "manifest" and not admission.admits(record.owner, record.ticket):
+        raise RecordError(f"ticket: {NOT_INVITED}")
 
 
 def _check_payload(record: SignedRecord) -> None:
@@ -240,13 +260,15 @@ def _check_signature(record: SignedRecord, public_key: bytes, signature: bytes) 
 
 def _signed_bytes(record: SignedRecord) -> bytes:
     """Fields in order, each with its length, so that no two records share a byte string."""
-    fields = (
+    fields = [
         record.key.encode(),
         record.owner.encode(),
         struct.pack(">Qd", record.version, record.expiration_s),
         record.payload,
         struct.pack(">I", PROTOCOL_VERSION),
-    )
+    ]
+    if record.ticket:
+        fields.append(record.ticket)
     return b"".join(struct.pack(">I", len(field)) + field for field in fields)
 
 
@@ -260,4 +282,5 @@ def _encode(record: SignedRecord, public_key: bytes, signature: bytes) -> bytes:
         public_key=public_key,
         signature=signature,
         protocol_version=PROTOCOL_VERSION,
+        ticket=record.ticket,
     ).SerializeToString(deterministic=True)

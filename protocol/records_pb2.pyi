@@ -26,7 +26,7 @@ NOT_REACHED: Reachability
 RELAYED: Reachability
 
 class SignedRecord(_message.Message):
-    __slots__ = ("key", "subkey", "version", "expiration_s", "payload", "public_key", "signature", "protocol_version")
+    __slots__ = ("key", "subkey", "version", "expiration_s", "payload", "public_key", "signature", "protocol_version", "ticket")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SUBKEY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class SignedRecord(_message.Message):
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     key: str
     subkey: str
     version: int
@@ -43,7 +44,8 @@ class SignedRecord(_message.Message):
     public_key: bytes
     signature: bytes
     protocol_version: int
-    def __init__(self, key: _Optional[str] = ..., subkey: _Optional[str] = ..., version: _Optional[int] = ..., expiration_s: _Optional[float] = ..., payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, key: _Optional[str] = ..., subkey: _Optional[str] = ..., version: _Optional[int] = ..., expiration_s: _Optional[float] = ..., payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class BlockRecord(_message.Message):
     __slots__ = ("layer", "block", "version", "endpoint", "queue_tokens", "tokens_per_s", "tokens_total", "n_experts", "trunk", "state", "divergence")

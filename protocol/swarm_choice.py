@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from protocol.admission import Admission
 from protocol.errors import ConfigError
 from protocol.invite import read_invite
 from protocol.swarm_file import HOW_TO_NAME_A_SWARM, SwarmFile, checked_peers, checked_run_id
@@ -12,6 +13,8 @@ from protocol.swarm_file import HOW_TO_NAME_A_SWARM, SwarmFile, checked_peers, c
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from protocol.invite import Invite
 
 
 class SwarmChoice(Protocol):
@@ -34,17 +37,23 @@ class SwarmChoice(Protocol):
         """Multiaddresses; they win over the invite's and the file's."""
 
 
-def resolve(choice: SwarmChoice, clock: Callable[[], float] = time.time) -> tuple[str, tuple[str, ...]]:
-    """Run id and initial peers of the swarm that a configuration names; raises ConfigError."""
+def resolve(choice: SwarmChoice, clock: Callable[[], float] = time.time) -> tuple[Admission, tuple[str, ...]]:
+    """Run, with its token if that is told, and initial peers that a configuration names; raises ConfigError."""
     if choice.join and choice.swarm is not None:
         raise ConfigError("--join and --swarm both name a swarm; give one of them")
     run_id, initial_peers = choice.run_id, choice.initial_peers
-    if choice.join:
-        invite = read_invite(choice.join, clock())
-        run_id, initial_peers = run_id or invite.run_id, initial_peers or invite.initial_peers
-    elif choice.swarm is not None and not (run_id and initial_peers):
-        file = SwarmFile.read(choice.swarm)
-        run_id, initial_peers = run_id or file.run_id, initial_peers or file.initial_peers
+    told = _told(choice, clock)
+    if told is not None:
+        run_id, initial_peers = run_id or told.run_id, initial_peers or told.initial_peers
     if not run_id or not initial_peers:
         raise ConfigError(HOW_TO_NAME_A_SWARM)
-    return checked_run_id(run_id), checked_peers(list(initial_peers))
+    token = told.admission if told is not None and told.run_id == run_id else b""  # another run has another token
+    return Admission(checked_run_id(run_id), token), checked_peers(list(initial_peers))
+
+
+def _told(choice: SwarmChoice, clock: Callable[[], float]) -> Invite | SwarmFile | None:
+    if choice.join:
+        return read_invite(choice.join, clock())
+    if choice.swarm is not None and not (choice.run_id and choice.initial_peers):
+        return SwarmFile.read(choice.swarm)
+    return None

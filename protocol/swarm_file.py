@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import tomli_w
 
 from protocol import limits
+from protocol.admission import token_from_hex
 from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError
 
@@ -25,21 +26,25 @@ HOW_TO_NAME_A_SWARM = (
 
 @dataclass(frozen=True, kw_only=True)
 class SwarmFile:
-    """A run and the peers through which to reach it."""
+    """A run, the peers through which to reach it and, of a closed run, the token that lets its bearer take part."""
 
     run_id: str
     initial_peers: tuple[str, ...]
     owner: str = ""
+    admission: bytes = field(default=b"", repr=False)
 
     def write(self, path: Path) -> None:
-        """Write atomically; raises OSError."""
-        write_atomically(path, tomli_w.dumps({**asdict(self), "initial_peers": list(self.initial_peers)}).encode())
+        """Write atomically, a token for this user's eyes only; raises OSError."""
+        table = {**asdict(self), "initial_peers": list(self.initial_peers), "admission": self.admission.hex()}
+        if not self.admission:
+            del table["admission"]
+        write_atomically(path, tomli_w.dumps(table).encode(), mode=0o600 if self.admission else 0o644)
 
     @classmethod
     def read(cls, path: Path) -> SwarmFile:
         """Read and check every field; raises ConfigError naming the file and what is wrong with it."""
         table = _read_table(path)
-        unknown = sorted(table.keys() - {"run_id", "initial_peers", "owner"})
+        unknown = sorted(table.keys() - {"run_id", "initial_peers", "owner", "admission"})
         if unknown:
             raise ConfigError(f"{path}: {unknown[0]}: unknown field; this swarm may need a newer kilohive")
         owner = table.get("owner", "")
@@ -50,6 +55,7 @@ class SwarmFile:
                 run_id=checked_run_id(table.get("run_id")),
                 initial_peers=checked_peers(table.get("initial_peers")),
                 owner=owner,
+                admission=token_from_hex(table.get("admission", "")),
             )
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from coordinator.lighthouse.member import Member
+    from protocol.admission import Admission
     from protocol.announcements import PeerRecord
     from protocol.identity import Identity
 
@@ -26,10 +27,11 @@ class Announcer:
     """Announces one record every PERIOD_S; `clock` gives seconds since 1970."""
 
     def __init__(
-        self, member: Member, identity: Identity, run_id: str, said: PeerRecord, clock: Callable[[], float]
+        self, member: Member, identity: Identity, admission: Admission, said: PeerRecord, clock: Callable[[], float]
     ) -> None:
         self._member, self._identity, self._clock = member, identity, clock
-        self._key, self._payload = peers_key(run_id), encode_peer(said)
+        self._key, self._payload = peers_key(admission.run_id), encode_peer(said)
+        self._ticket = admission.ticket(identity.peer_id)
         self._stamps = Stamps()
         self._told: Sequence[bytes] = ()
 
@@ -51,7 +53,12 @@ class Announcer:
         stamps = self._stamps
         stamps.advance(self._clock())
         raw = sign_record(
-            self._identity, key=self._key, version=stamps.version, expiration_s=stamps.expiration_s, payload=payload
+            self._identity,
+            key=self._key,
+            version=stamps.version,
+            expiration_s=stamps.expiration_s,
+            payload=payload,
+            ticket=self._ticket,
         )
         owner = pack(self._identity.peer_id)
         await self._member.store(Record(place_of_key(self._key), owner, wrap(raw), stamps.expiration_s), self._told)

@@ -38,6 +38,7 @@ from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
     from coordinator.config import LighthouseConfig
+    from protocol.admission import Admission
     from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class Lighthouse:
     """The parts, wired."""
 
     def __init__(self, config: LighthouseConfig, identity: Identity, address: str) -> None:
-        run_id, initial_peers = resolve(config)
-        self._store = Store(run_id, time.time)
+        admission, initial_peers = resolve(config)
+        self._store = Store(admission, time.time)
         self._ledger = Ledger(_relay_limits(config), time.time)
         self.transport = Transport(identity, [address], config.max_connections)
         self._calls = Calls(self.transport)
@@ -68,8 +69,8 @@ class Lighthouse:
         initial = initial_members(initial_peers)
         self._member = Member(self.transport, self._calls, self._kademlia, self._store, initial, time.time)
         said = _described(config, address)
-        self._announcer = Announcer(self._member, identity, run_id, said, time.time)
-        self._observer = Observer(self._member, run_id, time.time, self._serve_only)
+        self._announcer = Announcer(self._member, identity, admission, said, time.time)
+        self._observer = Observer(self._member, admission, time.time, self._serve_only)
 
     async def work(self) -> None:
         """Join, stay a member, and look at the run from time to time, for ever."""
@@ -111,7 +112,7 @@ async def serve(config: LighthouseConfig, stop: trio.Event) -> None:
     """Serve a run until `stop`."""
     check_minimums(config, MINIMUMS)
     quiet_libp2p()
-    run_id, initial_peers = resolve(config)
+    admission, initial_peers = resolve(config)
     identity = Identity.load_or_create(config.state / "identity.key")
     listener = await listen(config, initial_peers)
     address = announced(listener, config.announce, identity.peer_id)
@@ -124,19 +125,20 @@ async def serve(config: LighthouseConfig, stop: trio.Event) -> None:
         async with lighthouse.transport.running([listener]):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lighthouse.work)
-                _tell(config, run_id, address, initial_peers)
-                events.emit("start", run_id=run_id, peer_id=identity.peer_id, addresses=[address])
+                _tell(config, admission, address, initial_peers)
+                events.emit("start", run_id=admission.run_id, peer_id=identity.peer_id, addresses=[address])
                 await stop.wait()
                 nursery.cancel_scope.cancel()
             await lighthouse.leave()
         events.emit("leave")
 
 
-def _tell(config: LighthouseConfig, run_id: str, address: str, initial_peers: tuple[str, ...]) -> None:
+def _tell(config: LighthouseConfig, admission: Admission, address: str, initial_peers: tuple[str, ...]) -> None:
     """Write and print how others use this lighthouse."""
     path = config.state / "swarm.toml"
     others = [peer for peer in initial_peers if peer != address]
-    SwarmFile(run_id=run_id, initial_peers=(address, *others)).write(path)
+    run_id, initial_peers = admission.run_id, (address, *others)
+    SwarmFile(run_id=run_id, initial_peers=initial_peers, admission=admission.token).write(path)
     text = Text.assemble("lighthouse of run ", (run_id, "bold"), f" is up at {address}\n\n")
     for purpose, command in (
         ("join through it", f"host --swarm {path} --state state/host"),

@@ -17,6 +17,7 @@ from protocol.records import block_key, decode_manifest, manifest_key, open_reco
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from protocol.admission import Admission
     from protocol.manifest import BlockId, Manifest
     from protocol.records import SignedRecord
 
@@ -54,12 +55,12 @@ class Observer:
     def __init__(
         self,
         lookups: Lookups,
-        run_id: str,
+        admission: Admission,
         clock: Callable[[], float],
         on_manifest: Callable[[Manifest], None],
     ) -> None:
-        self._lookups, self._run_id, self._clock, self._on_manifest = lookups, run_id, clock, on_manifest
-        self._book = RecordBook()
+        self._lookups, self._run_id, self._clock, self._on_manifest = lookups, admission.run_id, clock, on_manifest
+        self._book = RecordBook(admission)
         self._manifest: Manifest | None = None
         self.view = RunView()
 

@@ -10,6 +10,7 @@ from protocol.errors import RecordError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from protocol.admission import Admission
     from protocol.manifest import ModelConfig
 
 MAX_STORE_BYTES = 256 << 20
@@ -26,10 +27,10 @@ class Item(NamedTuple):
 class Store:
     """Records by key and owner of one run; `clock` gives seconds since 1970."""
 
-    def __init__(self, run_id: str, clock: Callable[[], float], max_bytes: int = MAX_STORE_BYTES) -> None:
-        self._run_id, self._clock, self._max_bytes = run_id, clock, max_bytes
+    def __init__(self, admission: Admission, clock: Callable[[], float], max_bytes: int = MAX_STORE_BYTES) -> None:
+        self._run_id, self._clock, self._max_bytes = admission.run_id, clock, max_bytes
         self._model: ModelConfig | None = None
-        self._checker = RecordChecker(clock)
+        self._checker = RecordChecker(clock, admission)
         self._keys: dict[bytes, dict[str, Item]] = {}
         self.n_bytes = 0
 
@@ -46,7 +47,7 @@ class Store:
         """Keep a peer's record; False if the one that is kept expires no sooner.
 
         Raises:
-            RecordError: malformed, forged, expired or another run's, or there is no room for it.
+            RecordError: malformed, forged, expired, another run's or an uninvited peer's, or there is no room for it.
         """
         signed = self._checker.check(record)
         check_in_run(signed, self._run_id, self._model)

@@ -31,6 +31,7 @@ from node.averaging.replica import ReplicaState
 from node.averaging.service import SERVICE_NAME
 from node.security import Security
 from node.serving.server import NodeServer
+from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.errors import NotHostedError
 from protocol.events import EventLog
@@ -185,7 +186,7 @@ class Peer:
         self._replicas: list[SampledReplica] = []
         self._begin_round()
         self._server = NodeServer((self._averaging.service.handler(),), (SERVICE_NAME,), ADDRESS, 0, security)
-        self._announcer = Announcer(dht, identity, manifest.run_id, describe=self._describe)
+        self._announcer = Announcer(dht, identity, Admission(manifest.run_id), describe=self._describe)
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Serve, announce, wait until every peer is in the directory."""

@@ -136,6 +136,24 @@ def test_the_last_port_is_taken_again_if_it_is_free(tmp_path: Path) -> None:
     assert SwarmFile.read(tmp_path / "swarm.toml") == before
 
 
+def test_only_the_invited_take_part_in_a_closed_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with coordinator(run, "--experts", "8", "--experts-per-block", "2", "--admission"):
+        swarm = SwarmFile.read(run / "swarm.toml")
+        private = [run / name for name in ("admission.token", "swarm.toml", "invite.txt")]
+        assert [path.stat().st_mode & 0o777 for path in private] == [0o600] * 3
+        for flag, told in (("--swarm", "swarm.toml"), ("--join", "invite.txt")):
+            shown = json.loads(status(flag, str(run / told), "--json").stdout)
+            assert [peer["role"] for peer in shown["peers"]] == ["coordinator"]
+        by_hand = ("--run-id", swarm.run_id, "--initial-peers", swarm.initial_peers[0])
+        arguments = [*PROGRAM, "host", *by_hand, "--state", str(tmp_path / "host")]
+        uninvited = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert uninvited.returncode == 2
+    assert "this run admits only those with its invite: join with it" in uninvited.stderr
+    with coordinator(run):  # opened again without the flag, it is the same closed run
+        assert SwarmFile.read(run / "swarm.toml").admission == swarm.admission != b""
+
+
 async def test_status_of_a_swarm_that_is_gone_is_one_sentence() -> None:
     peer = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{Identity.generate().peer_id}"
     config = StatusConfig(run_id="demo-0123456789ab", initial_peers=(peer,), timeout_s=10.0)

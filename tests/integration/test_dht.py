@@ -15,6 +15,7 @@ import pytest_asyncio
 from dht.announcer import Announcement, Announcer
 from dht.directory import Directory
 from dht.join import fetch_manifest, publish_manifest
+from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.identity import Identity
 from protocol.manifest import BlockId
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from dht.node import DhtNode
+
+OPEN_RUN = Admission(RUN)
 
 
 @pytest_asyncio.fixture
@@ -112,10 +115,10 @@ async def test_nodes_that_lost_each_other_meet_again(start: Start) -> None:
     await eventually(met)
 
 
-def announcer_of(node: DhtNode, identity: Identity, *blocks: BlockId) -> Announcer:
+def announcer_of(node: DhtNode, identity: Identity, *blocks: BlockId, admission: Admission = OPEN_RUN) -> Announcer:
     said = tuple(BlockRecord(block=block, version=1, endpoint="127.0.0.1:4000", n_experts=4) for block in blocks)
     announcement = Announcement(peer=PeerRecord(role="host", endpoint="127.0.0.1:4000"), blocks=said)
-    return Announcer(node, identity, RUN, describe=lambda: announcement, period_s=0.2, ttl_s=1.5)
+    return Announcer(node, identity, admission, describe=lambda: announcement, period_s=0.2, ttl_s=1.5)
 
 
 async def test_the_directory_sees_a_replica_come_and_go(start: Start) -> None:
@@ -134,6 +137,24 @@ async def test_the_directory_sees_a_replica_come_and_go(start: Start) -> None:
     assert await directory.wait_for_change(10.0, since=seen)
     assert directory.snapshot().live_blocks() == ()
     await directory.stop()
+
+
+async def test_the_directory_of_a_closed_run_does_not_show_who_was_not_invited(start: Start) -> None:
+    run, member, stranger = Admission(RUN, bytes(range(32))), Identity.generate(), Identity.generate()
+    first = await start(admission=run)
+    host = await start(first, admission=run, identity=member)
+    reader, lax = await start(first, admission=run), await start(first, identity=stranger)
+    await announcer_of(host, member, BlockId(0, 0), admission=run).announce_now()
+    for admission in (Admission(RUN), Admission(RUN, bytes(32))):
+        # His own node keeps what he says; those of the run refuse it.
+        await announcer_of(lax, stranger, BlockId(0, 1), admission=admission).announce_now()
+        seen, shown = Directory(reader, RUN, MODEL), Directory(lax, RUN, MODEL)
+        await seen.refresh_now()
+        await shown.refresh_now()
+        assert [peer.peer_id for peer in seen.peers()] == [member.peer_id]
+        assert seen.snapshot().live_blocks() == (BlockId(0, 0),)
+        assert {peer.peer_id for peer in shown.peers()} == {member.peer_id, stranger.peer_id}
+        assert seen.asks_for_tickets
 
 
 async def test_the_directory_drops_a_host_that_died_without_a_word(start: Start) -> None:

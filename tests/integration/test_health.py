@@ -13,6 +13,7 @@ from node.config import HealthConfig
 from node.health import run_health, server_told
 from node.security import Address, Security
 from node.serving.server import NodeServer
+from protocol.admission import Admission
 from protocol.errors import UnavailableError
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
@@ -56,6 +57,19 @@ async def test_a_node_without_encryption_is_asked_without(tmp_path: Path, capsys
             await ask(tmp_path, insecure_local=True)
             with pytest.raises(UnavailableError, match=r"does not speak TLS|cannot be reached"):
                 await ask(tmp_path)
+    assert "SERVING" in capsys.readouterr().out
+
+
+async def test_a_node_of_a_closed_run_leaves_its_token_for_who_asks_on_its_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    admission = Admission("demo-1", bytes(range(32)))
+    async with serving(Security(HOST.identity, admission=admission)) as server:
+        with server_told(tmp_path, at(server)), pytest.raises(UnavailableError, match="only those with its invite"):
+            await ask(tmp_path)
+        with server_told(tmp_path, at(server), admission=admission):
+            assert (tmp_path / "server.json").stat().st_mode & 0o777 == 0o600
+            await ask(tmp_path)
     assert "SERVING" in capsys.readouterr().out
 
 

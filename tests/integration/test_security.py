@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -16,6 +17,7 @@ from node.security import Address, Caller, NotConnectedError, Security
 from node.serving.guard import CallCounts, unary
 from node.serving.server import NodeServer
 from protocol import expert_pb2 as pb
+from protocol.admission import Admission
 from protocol.call_signature import CALLER_KEY
 from protocol.errors import ConfigError, DeadlineError, UnauthenticatedError, UnavailableError
 from protocol.identity import Identity
@@ -173,6 +175,29 @@ async def test_a_replayed_signature_is_refused() -> None:
         with pytest.raises(UnauthenticatedError, match="used before"):
             await ask(client, at(server))
         await client.close()
+
+
+def closed(security: Security) -> Security:
+    """The same peer, with the token of a closed run."""
+    return replace(security, admission=Admission("r", bytes(range(32))))
+
+
+async def test_a_host_of_a_closed_run_answers_only_who_shows_a_ticket() -> None:
+    host = closed(HOST)
+    async with serving(host) as server:
+        async with calling(closed(TRAINER)) as invited:
+            assert (await ask(invited, at(server))).peer_id == HOST.identity.peer_id
+        overheard = _Signing((*signed_for(HOST, "Describe"), *closed(STRANGER).caller().metadata(at(server), "")[1:]))
+        for caller in (TRAINER.caller(), overheard):
+            client = ExpertClient(caller)
+            with pytest.raises(UnauthenticatedError, match="this run admits only those with its invite: join with it"):
+                await ask(client, at(server))
+            await client.close()
+
+
+async def test_a_peer_of_a_closed_run_can_call_an_open_host() -> None:
+    async with serving() as server, calling(closed(TRAINER)) as client:
+        assert (await ask(client, at(server))).peer_id == HOST.identity.peer_id
 
 
 async def test_a_port_that_says_nothing_costs_no_more_than_the_deadline() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dht.announcer import Announcement, Announcer
 from dht.store import Entry
 from protocol import records_pb2
+from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord, encode_block
 from protocol.identity import Identity
 from protocol.manifest import TRUNK, BlockId, Manifest, ModelConfig
@@ -35,7 +36,7 @@ class Host:
         self.steps = 0
         self.blocks = blocks
         self.state: ReplicaState = "serving"
-        self.announcer = Announcer(dht, self.identity, RUN, describe=self.describe)
+        self.announcer = Announcer(dht, self.identity, Admission(RUN), describe=self.describe)
 
     def describe(self) -> Announcement:
         endpoint = f"127.0.0.1:{self.port}"

@@ -45,11 +45,13 @@ async def running_nodes() -> AsyncIterator[Start]:
         yield start_one
 
 
-def entry_by(identity: Identity, *, version: int = 1, ttl_s: float = 30.0, key: str = KEY) -> Entry:
+def entry_by(
+    identity: Identity, *, version: int = 1, ttl_s: float = 30.0, key: str = KEY, ticket: bytes = b""
+) -> Entry:
     """A good record."""
     expiration_s = time.time() + ttl_s
     payload = encode_peer(PeerRecord(role="host", run_tokens=version))
-    raw = sign_record(identity, key=key, version=version, expiration_s=expiration_s, payload=payload)
+    raw = sign_record(identity, key=key, version=version, expiration_s=expiration_s, payload=payload, ticket=ticket)
     return Entry(key, identity.peer_id, raw, expiration_s)
 
 

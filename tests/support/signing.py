@@ -51,6 +51,7 @@ def forged(message: records_pb2.SignedRecord, signer: Identity = OWNER) -> bytes
         version=message.version,
         expiration_s=message.expiration_s,
         payload=message.payload,
+        ticket=message.ticket,
     )
     message.protocol_version = PROTOCOL_VERSION
     message.public_key, message.signature = signer.public_key, signer.sign(_DOMAIN, _signed_bytes(record))

@@ -10,6 +10,7 @@ import pytest
 from dht.announcer import Announcement, Announcer
 from dht.directory import Directory
 from dht.join import RETRY_S, fetch_manifest, publish_manifest
+from protocol.admission import Admission
 from protocol.announcements import BlockRecord
 from protocol.errors import ManifestError, RecordError, UnavailableError
 from protocol.identity import Identity
@@ -40,7 +41,7 @@ async def test_the_announcer_repeats_itself_and_tries_again_after_a_failure(
             enough.set()
         return host.describe()
 
-    announcer = Announcer(dht, host.identity, RUN, describe=describe, period_s=0.01)
+    announcer = Announcer(dht, host.identity, Admission(RUN), describe=describe, period_s=0.01)
     dht.down = True
     await announcer.start()
     assert "could not announce" in caplog.text
@@ -72,7 +73,7 @@ async def test_a_restarted_host_is_heard_although_it_counts_anew(dht: FakeDht, d
     await directory.refresh_now()
     dht.time_s += 1
     host.port, host.steps = 4009, 1
-    again = Announcer(dht, host.identity, RUN, describe=host.describe)
+    again = Announcer(dht, host.identity, Admission(RUN), describe=host.describe)
     assert await again.announce_now()
     await directory.refresh_now()
     assert directory.replicas(FIRST)[0].endpoint == "127.0.0.1:4009"

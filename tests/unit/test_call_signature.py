@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import call_signature
-from protocol.call_signature import CALLER_KEY, MAX_AGE_S, CallChecker, CallSigner
+from protocol.admission import Admission
+from protocol.call_signature import CALLER_KEY, MAX_AGE_S, TICKET_KEY, CallChecker, CallSigner, caller_of
 from protocol.errors import OverloadedError, UnauthenticatedError
 from protocol.identity import Identity
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CALLER, SERVER, OTHER = (Identity.generate() for _ in range(3))
+CLOSED = Admission("demo", bytes(range(32)))
 METHOD = "/kilohive.v1.Expert/Forward"
 
 
@@ -105,3 +107,38 @@ def test_anything_else_is_refused(raw: bytes | str) -> None:
 def test_a_call_without_a_signature_is_refused() -> None:
     with pytest.raises(UnauthenticatedError, match="every call must be signed"):
         CallChecker(SERVER.peer_id).check(METHOD, ())
+
+
+def test_a_closed_run_takes_a_call_with_its_ticket() -> None:
+    clock = Clock()
+    checker = CallChecker(SERVER.peer_id, clock, CLOSED)
+    metadata = CallSigner(CALLER, clock, CLOSED).metadata(SERVER.peer_id, METHOD)
+    assert checker.check(METHOD, metadata) == caller_of(metadata) == CALLER.peer_id
+
+
+@pytest.mark.parametrize(
+    "ticket",
+    [(), ((TICKET_KEY, CLOSED.ticket(OTHER.peer_id)),), ((TICKET_KEY, "text"),)],
+    ids=["none", "another peer's", "a text"],
+)
+def test_a_closed_run_refuses_a_call_without_the_callers_ticket(ticket: tuple[tuple[str, bytes], ...]) -> None:
+    clock = Clock()
+    checker = CallChecker(SERVER.peer_id, clock, CLOSED)
+    call = (CALLER_KEY, signed(clock))
+    with pytest.raises(UnauthenticatedError, match="admits only those with its invite: join with it"):
+        checker.check(METHOD, (call, *ticket))
+    shown = (TICKET_KEY, CLOSED.ticket(CALLER.peer_id))
+    assert checker.check(METHOD, (call, shown)) == CALLER.peer_id  # what was refused takes no memory
+
+
+def test_a_ticket_without_a_signature_is_worth_nothing() -> None:
+    with pytest.raises(UnauthenticatedError, match="every call must be signed"):
+        CallChecker(SERVER.peer_id, admission=CLOSED).check(METHOD, ((TICKET_KEY, CLOSED.ticket(CALLER.peer_id)),))
+
+
+def test_an_open_run_sends_no_ticket_and_looks_at_none() -> None:
+    clock = Clock()
+    metadata = CallSigner(CALLER, clock, Admission("demo")).metadata(SERVER.peer_id, METHOD)
+    assert [key for key, _ in metadata] == [CALLER_KEY]
+    checker = CallChecker(SERVER.peer_id, clock, Admission("demo"))
+    assert checker.check(METHOD, (*metadata, (TICKET_KEY, b"x"))) == CALLER.peer_id

@@ -234,6 +234,13 @@ def test_the_resolved_configuration_holds_every_setting() -> None:
     )
 
 
+def test_an_invite_is_not_shown_whole_since_its_end_may_be_a_secret() -> None:
+    command = next(command for command in run_node.COMMANDS if command.name == "status")
+    invite = "kh1" + "".join(chr(ord("A") + n % 26) for n in range(300))
+    shown = resolved_text(command, parse(command, ["--join", invite], "kilohive")).plain
+    assert f"join={invite[:40]}... " in shown
+
+
 # A role that tests control: run in this process, as `main` would run a real one.
 async def role_that_waits(_config: Any, stop: asyncio.Event) -> None:
     signal.raise_signal(signal.SIGTERM)

@@ -12,6 +12,7 @@ from dht.announcer import Announcer
 from dht.directory import MAX_AVOID_S, Directory
 from dht.stamps import PERIOD_S, TTL_S
 from dht.view import PeerLoad
+from protocol.admission import Admission
 from protocol.errors import UnavailableError
 from protocol.identity import Identity
 from protocol.manifest import BlockId, all_blocks
@@ -233,7 +234,7 @@ async def test_a_peer_that_answers_again_is_shown_at_once(dht: FakeDht, director
 
 async def test_no_peer_is_avoided_for_ever(dht: FakeDht, directory: Directory) -> None:
     host = Host(dht, FIRST)
-    host.announcer = Announcer(dht, host.identity, RUN, describe=host.describe, ttl_s=MAX_ANNOUNCE_TTL_S)
+    host.announcer = Announcer(dht, host.identity, Admission(RUN), describe=host.describe, ttl_s=MAX_ANNOUNCE_TTL_S)
     await host.announcer.announce_now()
     await directory.refresh_now()
     directory.report_failure(host.peer_id, 1e9)

@@ -11,8 +11,9 @@ import pytest
 
 from node import health
 from node.config import HealthConfig
-from node.health import read_dht, read_server, run_health, server_told
+from node.health import read_admission, read_dht, read_server, run_health, server_told
 from node.security import Address
+from protocol.admission import OPEN, Admission
 from protocol.errors import ConfigError, UnavailableError
 from protocol.identity import peer_id_of
 from protocol.swarm_file import SwarmFile
@@ -30,10 +31,21 @@ def test_a_node_says_where_it_serves_while_it_does(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_node_of_a_closed_run_says_its_token_too(tmp_path: Path) -> None:
+    path, admission = tmp_path / "server.json", Admission("demo-1", bytes(range(32)))
+    with server_told(tmp_path, ADDRESS, admission=admission):
+        assert (read_server(path), read_admission(path)) == (ADDRESS, admission)
+    with server_told(tmp_path, ADDRESS):
+        assert read_admission(path) == OPEN
+    path.write_text(json.dumps({"run_id": "demo-1", "admission": "x"}))
+    with pytest.raises(ConfigError, match=r"server\.json: admission: must be 64 hexadecimal digits"):
+        read_admission(path)
+
+
 def test_a_full_disk_does_not_keep_a_node_from_serving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(health, "write_atomically", full)

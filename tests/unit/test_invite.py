@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import base58
@@ -21,6 +22,13 @@ OWNER = peer_id_of(bytes(range(32)))  # always the same: it is in the names of t
 PEERS = tuple(f"/ip4/192.0.2.{n}/tcp/4001/p2p/{OWNER}" for n in (1, 2))
 INVITE = Invite(run_id="demo-0123456789ab", initial_peers=PEERS, owner=OWNER, expires_s=2_000_000_000)
 NOW_S = 1_800_000_000.0
+BEFORE = (
+    "kh13KhJ9wV71S625HauBAdbFufSyiACUGm5fuL1gVSqKdYHdLQSQrHdbBs8XJXCP6xSTdpvKponYomFFvgyr4hSYv4YNMFWs73We"
+    "PsiVdDvdva9WbKmdUR2jKxPESk6y83o8F4JkDvnARZmWebrkV7z1H4mKqqqQGC8yD2ZwtemigndfccYpp933xkc4DToZYKMwfZpr"
+    "8ZbVsgbn1sBHtdA9VDeCVXSgFDZrnaPJm57TStaNrDB3SE7oir2tT3315E66RJ3G9SFqsL7N1mmQuqDmihxLZA9ARNpFeYYSr3gh"
+    "PR5NeGPVDdqc9"
+)
+"""`INVITE` as it was encoded before invites could carry a token."""
 
 
 def with_payload(message: bytes) -> str:
@@ -84,6 +92,7 @@ def test_no_payload_raises_anything_but_a_config_error(payload: bytes) -> None:
         (message(initial_peers=()), "initial_peers: must be 1 to 64"),
         (message(initial_peers=("x",)), "initial_peers: must be a multiaddress"),
         (message(owner=b"short"), "public_key: must be 32 bytes"),
+        (message(admission=b"short"), "admission: must be 32 bytes, is 5"),
         (message(expires_s=int(NOW_S)), "expired at 2027-01-15 08:00 UTC; ask the run's owner"),
         (with_payload(b"\xff"), "its content is not an invite"),
     ],
@@ -99,3 +108,13 @@ def test_what_is_neither_an_invite_nor_a_file_is_told_plainly(tmp_path: Path) ->
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"\(not text\)"):
         read_invite(str(tmp_path / "binary"), NOW_S)
+
+
+def test_a_closed_runs_invite_carries_its_token_and_does_not_show_it() -> None:
+    invite = replace(INVITE, admission=bytes(range(32)))
+    assert Invite.decode(invite.encode(), NOW_S) == invite
+    assert "admission" not in repr(invite)
+
+
+def test_an_open_runs_invite_is_what_it_was_before_there_were_tokens() -> None:
+    assert INVITE.encode() == BEFORE

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from coordinator.lighthouse.observer import Observer
+from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord, encode_block, encode_peer
 from protocol.identity import Identity
 from protocol.manifest import BlockId
 from protocol.records import block_key, encode_manifest, manifest_key, peers_key, sign_record
-from tests.support.dht_nodes import MANIFEST
+from tests.support.dht_nodes import MANIFEST, RUN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,8 +28,8 @@ class Records:
     def __init__(self) -> None:
         self.by_key: dict[str, dict[str, bytes]] = {}
 
-    def put(self, owner: Identity, key: str, payload: bytes, ttl_s: float = 30.0) -> None:
-        raw = sign_record(owner, key=key, version=1, expiration_s=time.time() + ttl_s, payload=payload)
+    def put(self, owner: Identity, key: str, payload: bytes, *, ticket: bytes = b"") -> None:
+        raw = sign_record(owner, key=key, version=1, expiration_s=time.time() + 30.0, payload=payload, ticket=ticket)
         self.by_key.setdefault(key, {})[owner.peer_id] = raw
 
     async def look_up(self, keys: Iterable[str], take: Callable[[str, dict[str, bytes]], None]) -> None:
@@ -52,7 +53,7 @@ def peer(role: Role) -> bytes:
 
 def seen(records: Records, manifest: Manifest) -> tuple[Observer, list[Manifest]]:
     told: list[Manifest] = []
-    observer = Observer(records, manifest.run_id, time.time, told.append)
+    observer = Observer(records, Admission(manifest.run_id), time.time, told.append)
     asyncio.run(observer.observe())
     return observer, told
 
@@ -71,6 +72,15 @@ def test_peers_are_counted_by_role_and_blocks_by_their_replicas() -> None:
     assert told == [manifest]
     assert dict(observer.view.peers) == {"host": 2, "trainer": 0, "coordinator": 1, "lighthouse": 0}
     assert observer.view.n_blocks == {"lost": 1, "few": 0, "full": 1}
+
+
+def test_a_closed_run_counts_only_its_peers() -> None:
+    records, member, admission = Records(), Identity.generate(), Admission(RUN, bytes(range(32)))
+    records.put(Identity.generate(), peers_key(RUN), peer("host"))
+    records.put(member, peers_key(RUN), peer("host"), ticket=admission.ticket(member.peer_id))
+    observer = Observer(records, admission, time.time, lambda _: None)
+    asyncio.run(observer.observe())
+    assert observer.view.peers["host"] == 1
 
 
 def test_a_replica_that_cannot_be_called_does_not_count() -> None:

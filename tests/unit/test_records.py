@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import records_pb2
+from protocol.admission import Admission
 from protocol.announcements import encode_block
 from protocol.errors import ManifestError, RecordError
 from protocol.identity import Identity
@@ -29,6 +30,9 @@ from protocol.records import (
     read_payload,
 )
 from tests.support.signing import BLOCK, KEY, NOW_S, OWNER, RUN, forged, signed, unsigned
+
+CLOSED = Admission(RUN, bytes(range(32)))
+TICKET = CLOSED.ticket(OWNER.peer_id)
 
 
 def test_a_record_opens_as_it_was_signed() -> None:
@@ -232,3 +236,42 @@ def test_a_manifest_that_this_program_cannot_read_says_why(line: str) -> None:
     record = open_record(raw, key=key, now_s=NOW_S)
     with pytest.raises(ManifestError):
         decode_manifest(record)
+
+
+@pytest.mark.parametrize("key", [KEY, peers_key(RUN), f"{RUN}/trunk"])
+def test_a_closed_run_takes_records_with_their_owners_ticket_only(key: str) -> None:
+    for ticket in (b"", CLOSED.ticket(Identity.generate().peer_id), bytes(32)):
+        raw = signed(key=key, payload=b"", ticket=ticket)
+        with pytest.raises(RecordError, match="ticket: this run admits only those with its invite"):
+            open_record(raw, key=key, now_s=NOW_S, admission=CLOSED)
+        assert open_record(raw, key=key, now_s=NOW_S).ticket == ticket  # who is not in the run cannot tell
+    raw = signed(key=key, payload=b"", ticket=TICKET)
+    assert open_record(raw, key=key, now_s=NOW_S, admission=CLOSED).ticket == TICKET
+
+
+def test_a_manifest_needs_no_ticket() -> None:
+    manifest = Manifest(name="demo", owner=OWNER.peer_id)
+    raw = manifest_record(manifest, manifest.run_id)
+    admission = replace(CLOSED, run_id=manifest.run_id)
+    record = open_record(raw, key=manifest_key(manifest.run_id), now_s=NOW_S, admission=admission)
+    assert decode_manifest(record) == manifest
+
+
+@pytest.mark.parametrize("length", [1, 31, 33])
+def test_a_ticket_of_another_length_is_refused(length: int) -> None:
+    with pytest.raises(RecordError, match=f"ticket: must be 32 bytes or none, is {length}"):
+        signed(ticket=b"x" * length)
+    with pytest.raises(RecordError, match=f"ticket: must be 32 bytes or none, is {length}"):
+        open_record(forged(unsigned(ticket=b"x" * length)), key=KEY, now_s=NOW_S)
+
+
+def test_a_ticket_can_neither_be_taken_off_nor_put_on_nor_spelled_otherwise() -> None:
+    bare, shown = signed(), signed(ticket=TICKET)
+    field = b"\x4a\x20" + TICKET
+    assert shown.endswith(field)
+    for raw in (shown.removesuffix(field), bare + field):
+        with pytest.raises(RecordError, match="signature: does not match"):
+            open_record(raw, key=KEY, now_s=NOW_S)
+    for raw in (bare + b"\x4a\x00", field + shown.removesuffix(field)):
+        with pytest.raises(RecordError, match="canonical"):
+            open_record(raw, key=KEY, now_s=NOW_S)

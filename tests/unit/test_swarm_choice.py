@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from protocol.admission import Admission
 from protocol.errors import ConfigError
 from protocol.identity import Identity
 from protocol.invite import Invite
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PEER = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
+TOKEN = bytes(range(32))
 OTHER = "/ip4/127.0.0.2/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
 INVITE = Invite(
     run_id="invited-0123456789ab", initial_peers=(OTHER,), owner=Identity.generate().peer_id, expires_s=1_000
@@ -38,16 +40,16 @@ def swarm_file(folder: Path) -> Path:
 
 
 def test_a_file_names_the_run_and_its_peers(tmp_path: Path) -> None:
-    assert resolve(Choice(swarm=swarm_file(tmp_path))) == ("demo-0123456789ab", (PEER,))
+    assert resolve(Choice(swarm=swarm_file(tmp_path))) == (Admission("demo-0123456789ab"), (PEER,))
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     choice = Choice(swarm=swarm_file(tmp_path), initial_peers=(OTHER,))
-    assert resolve(choice) == ("demo-0123456789ab", (OTHER,))
+    assert resolve(choice) == (Admission("demo-0123456789ab"), (OTHER,))
 
 
 def test_flags_alone_are_enough() -> None:
-    assert resolve(Choice(run_id="demo", initial_peers=(PEER,))) == ("demo", (PEER,))
+    assert resolve(Choice(run_id="demo", initial_peers=(PEER,))) == (Admission("demo"), (PEER,))
 
 
 @pytest.mark.parametrize("choice", [Choice(), Choice(run_id="demo"), Choice(initial_peers=(PEER,))])
@@ -57,12 +59,12 @@ def test_a_configuration_without_a_swarm_says_how_to_name_one(choice: Choice) ->
 
 
 def test_an_invite_is_all_that_is_needed() -> None:
-    assert resolve(Choice(join=INVITE), clock=lambda: 999.0) == ("invited-0123456789ab", (OTHER,))
+    assert resolve(Choice(join=INVITE), clock=lambda: 999.0) == (Admission("invited-0123456789ab"), (OTHER,))
 
 
 def test_flags_win_over_the_invite() -> None:
     choice = Choice(join=INVITE, initial_peers=(PEER,))
-    assert resolve(choice, clock=lambda: 999.0) == ("invited-0123456789ab", (PEER,))
+    assert resolve(choice, clock=lambda: 999.0) == (Admission("invited-0123456789ab"), (PEER,))
 
 
 def test_an_expired_invite_is_refused_whatever_else_is_given() -> None:
@@ -73,3 +75,17 @@ def test_an_expired_invite_is_refused_whatever_else_is_given() -> None:
 def test_two_swarms_at_once_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--join and --swarm"):
         resolve(Choice(join=INVITE, swarm=swarm_file(tmp_path)))
+
+
+def test_a_token_comes_with_the_file_or_the_invite(tmp_path: Path) -> None:
+    path = tmp_path / "swarm.toml"
+    SwarmFile(run_id="demo", initial_peers=(PEER,), admission=TOKEN).write(path)
+    invite = Invite(run_id="demo", initial_peers=(PEER,), owner=Identity.generate().peer_id, admission=TOKEN).encode()
+    for choice in (Choice(swarm=path), Choice(join=invite), Choice(swarm=path, initial_peers=(OTHER,))):
+        assert resolve(choice)[0] == Admission("demo", TOKEN)
+
+
+def test_a_token_is_not_used_for_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "swarm.toml"
+    SwarmFile(run_id="demo", initial_peers=(PEER,), admission=TOKEN).write(path)
+    assert resolve(Choice(swarm=path, run_id="other"))[0] == Admission("other")

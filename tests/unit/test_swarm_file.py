@@ -48,6 +48,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
         ("run_id = 'a'\ninitial_peers = [7]", "initial_peers: must be a multiaddress such as"),
         ("run_id = 'a'\ncolour = 1", "colour: unknown field"),
         ("run_id = 'a'\nowner = 1", "owner: must be a peer id"),
+        ("run_id = 'a'\ninitial_peers = ['/x/p2p/y']\nadmission = 1", "admission: must be 64 hexadecimal digits"),
+        ("run_id = 'a'\ninitial_peers = ['/x/p2p/y']\nadmission = '00'", "admission: must be 32 bytes, is 1"),
         ("run_id =", "not a swarm file"),
         ("\0\1", "not a swarm file"),
         ("#" * (MAX_FILE_BYTES + 1), "longer than 65536 bytes"),
@@ -65,3 +67,18 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, sentence:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         SwarmFile.read(tmp_path / "none.toml")
+
+
+def test_a_token_is_read_back_and_its_file_is_for_its_user_alone(tmp_path: Path) -> None:
+    path = tmp_path / "swarm.toml"
+    file = SwarmFile(run_id="demo", initial_peers=(PEER,), admission=bytes(range(32)))
+    file.write(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert SwarmFile.read(path) == file
+    assert "admission" not in repr(file)
+
+
+def test_an_open_runs_file_says_nothing_of_tokens_and_can_be_read_by_all(tmp_path: Path) -> None:
+    path = written(tmp_path / "swarm.toml")
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert "admission" not in path.read_text()

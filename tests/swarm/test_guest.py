@@ -93,6 +93,7 @@ def test_a_host_pauses_comes_back_and_leaves_while_a_trainer_trains_on(swarm: Pr
     assert trainer.stop() == 130
 
 
+@pytest.mark.slow  # what `leave` says and does is tested before
 @pytest.mark.timeout(240)
 def test_the_last_replicas_go_to_whoever_takes_them_before_their_host_is_gone(swarm: ProcessSwarm) -> None:
     other = host(swarm, "other")

@@ -6,14 +6,14 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from node.checkpoint import previous_path, read_checkpoint, read_metadata, write_checkpoint
+from node.checkpoint import PREVIOUS_SUFFIX, SUFFIX, previous_path, read_checkpoint, read_metadata, write_checkpoint
 from node.experts.block import new_block
 from node.experts.state import block_metadata, block_state, block_tensors, restore_block
 from protocol.errors import CheckpointError
 from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection
     from pathlib import Path
 
     import torch
@@ -34,10 +34,9 @@ class BlockStore:
     def versions(self) -> dict[BlockId, int]:
         """Version of every block that has a readable checkpoint of this run."""
         found = {}
-        for path in (self._state / "blocks").glob("*.safetensors"):
-            block_id = _block_of(path.name)
-            if block_id is not None and self._in_grid(block_id):
-                version = self._version(path)
+        for block_id in self._block_ids():
+            if self._in_grid(block_id):
+                version = self._version(block_path(self._state, block_id))
                 if version is not None:
                     found[block_id] = version
         return found
@@ -74,20 +73,26 @@ class BlockStore:
         Returns the blocks that are gone, also if there is still too much.
         """
         gone, left = [], folder_bytes(self._state) - max_bytes
-        for path in sorted(self._paths(kept), key=lambda path: path.stat().st_mtime):
+        for block_id in sorted(self._block_ids() - set(kept), key=self._written_at):
             if left <= 0:
                 break
-            for file in (path, previous_path(path)):
-                left -= file.stat().st_size if file.exists() else 0
-                file.unlink(missing_ok=True)
-            gone.append(_block_of(path.name))
-        return [block_id for block_id in gone if block_id is not None]
+            for file in self._files(block_id):
+                left -= file.stat().st_size
+                file.unlink()
+            gone.append(block_id)
+        return gone
 
-    def _paths(self, without: Collection[BlockId]) -> Iterator[Path]:
-        for path in (self._state / "blocks").glob("*.safetensors"):
-            block_id = _block_of(path.name)
-            if block_id is not None and block_id not in without:
-                yield path
+    def _files(self, block_id: BlockId) -> list[Path]:
+        path = block_path(self._state, block_id)
+        return [file for file in (path, previous_path(path)) if file.exists()]
+
+    def _written_at(self, block_id: BlockId) -> float:
+        return self._files(block_id)[0].stat().st_mtime
+
+    def _block_ids(self) -> set[BlockId]:
+        """Of every checkpoint. A host that was killed between two renames has left the previous one alone."""
+        names = {path.name.replace(PREVIOUS_SUFFIX, SUFFIX) for path in (self._state / "blocks").glob(f"*{SUFFIX}")}
+        return {block_id for name in names if (block_id := _block_of(name)) is not None}
 
     def _in_grid(self, block_id: BlockId) -> bool:
         model = self._manifest.model

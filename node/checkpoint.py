@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+PREVIOUS_SUFFIX = f".previous{SUFFIX}"
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -70,7 +71,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def previous_path(path: Path) -> Path:
     """Where the checkpoint that `path` replaced is kept."""
-    return path.with_name(path.name.removesuffix(SUFFIX) + ".previous" + SUFFIX)
+    return path.with_name(path.name.removesuffix(SUFFIX) + PREVIOUS_SUFFIX)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

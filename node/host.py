@@ -31,7 +31,7 @@ from node.guest.watch import DutyWatch
 from node.health import server_told
 from node.host_records import HostRecords
 from node.keeper import MAX_DOWNLOADS, BlockKeeper, KeeperParts
-from node.metrics import start_metrics
+from node.metrics import HostCollector
 from node.placement import PlacementConfig, parse_blocks
 from node.presence import Presence, PresenceParts
 from node.reachability import DialBackService
@@ -48,6 +48,7 @@ from protocol.endpoints import endpoint_text
 from protocol.errors import CheckpointError, DrainingError, UnavailableError
 from protocol.events import EventLog
 from protocol.identity import Identity
+from protocol.metrics import serve_metrics
 from protocol.settings import check_minimums
 from protocol.version import SOFTWARE
 
@@ -244,9 +245,8 @@ class Host:
     async def _work(self, stop: asyncio.Event) -> None:
         """Until `stop` is set, or the owner asks this host to leave and it has handed its blocks over."""
         config = self._config
-        metrics = start_metrics(
-            self.runtime, self._service, self._swarm.listen, config.metrics_port, self._exchanged_bytes
-        )
+        collector = HostCollector(self.runtime, self._service, self._exchanged_bytes)
+        metrics = serve_metrics(collector, self._swarm.listen, config.metrics_port)
         address = Address(self._swarm.identity.peer_id, self._server.endpoint)
         with (
             metrics,

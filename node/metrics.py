@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-
-from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,8 +14,6 @@ if TYPE_CHECKING:
 
     from node.serving.runtime import Runtime
     from node.serving.service import ExpertService
-
-JOIN_TIMEOUT_S = 2.0
 
 
 class HostCollector(Collector):
@@ -48,29 +42,3 @@ class HostCollector(Collector):
         for block_id, block in runtime.blocks.items():
             versions.add_metric([str(block_id.layer), str(block_id.block)], block.version)
         yield versions
-
-
-@contextmanager
-def start_metrics(
-    runtime: Runtime,
-    service: ExpertService,
-    address: str,
-    port: int,
-    exchanged_bytes: Callable[[], int] | None = None,
-) -> Iterator[None]:
-    """Serve `/metrics` while the context lasts; port 0 serves nothing."""
-    if not port:
-        yield
-        return
-    registry = CollectorRegistry()
-    registry.register(HostCollector(runtime, service, exchanged_bytes))
-    try:
-        server, thread = start_http_server(port, address, registry)
-    except OSError as error:
-        raise ConfigError(f"--metrics-port: cannot listen on {address}:{port}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(JOIN_TIMEOUT_S)

@@ -20,7 +20,7 @@ from coordinator.lighthouse.announcer import Announcer
 from coordinator.lighthouse.kademlia import Kademlia
 from coordinator.lighthouse.ledger import Ledger, RelayLimits
 from coordinator.lighthouse.member import Member
-from coordinator.lighthouse.metrics import Figures, LighthouseCollector, serve_metrics
+from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.node_relay import NodeRelay
 from coordinator.lighthouse.observer import OBSERVE_S, Observer
 from coordinator.lighthouse.places import announced, initial_members, listen
@@ -31,6 +31,7 @@ from coordinator.lighthouse.transport import Transport, quiet_libp2p
 from protocol.announcements import PeerRecord
 from protocol.events import EventLog
 from protocol.identity import Identity
+from protocol.metrics import serve_metrics
 from protocol.settings import check_minimums
 from protocol.swarm_choice import resolve
 from protocol.swarm_file import SwarmFile

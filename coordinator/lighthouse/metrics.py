@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-
-from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +14,6 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from coordinator.lighthouse.observer import RunView
-
-JOIN_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,26 +50,6 @@ class LighthouseCollector(Collector):
         yield CounterMetricFamily("kilohive_relay_bytes", "Bytes relayed, both ways", now.relayed_bytes)
         yield _by("kilohive_dht_calls", "Calls answered by kind", "kind", now.calls, CounterMetricFamily)
         yield CounterMetricFamily("kilohive_lighthouse_refused", "What was over a limit or made no sense", now.refused)
-
-
-@contextmanager
-def serve_metrics(collector: Collector, address: str, port: int) -> Iterator[None]:
-    """Serve `/metrics` while the context lasts; port 0 serves nothing. Raises ConfigError."""
-    if not port:
-        yield
-        return
-    registry = CollectorRegistry()
-    registry.register(collector)
-    try:
-        server, thread = start_http_server(port, address, registry)
-    except OSError as error:
-        raise ConfigError(f"--metrics-port: cannot listen on {address}:{port}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(JOIN_TIMEOUT_S)
 
 
 def _by(name: str, words: str, label: str, values: Mapping[str, int], kind: Any = GaugeMetricFamily) -> Metric:  # noqa: ANN401

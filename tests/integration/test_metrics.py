@@ -5,8 +5,10 @@ import urllib.request
 
 import pytest
 
-from node.metrics import start_metrics
+from node.metrics import HostCollector
+from protocol import metrics
 from protocol.errors import ConfigError
+from protocol.metrics import serve_metrics
 from tests.support.swarm_parts import running_swarm, small_manifest
 
 
@@ -20,21 +22,23 @@ def free_port() -> int:
 def test_metrics_are_served_as_prometheus_text_and_a_taken_port_is_one_sentence() -> None:
     port = free_port()
     with running_swarm(small_manifest(), n_hosts=1) as swarm:
-        host = swarm.hosts[0]
-        with start_metrics(host.runtime, host.service, "127.0.0.1", port):
+        collector = HostCollector(swarm.hosts[0].runtime, swarm.hosts[0].service)
+        with serve_metrics(collector, "127.0.0.1", port):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
                 text = answer.read().decode()
             with (
                 pytest.raises(ConfigError, match=rf"--metrics-port: cannot listen on 127\.0\.0\.1:{port}"),
-                start_metrics(host.runtime, host.service, "127.0.0.1", port),
+                serve_metrics(collector, "127.0.0.1", port),
             ):
                 pass
     assert 'kilohive_block_version{block="3",layer="1"} 0.0' in text
     assert "kilohive_queue_tokens 0.0" in text
 
 
-def test_port_0_serves_nothing() -> None:
+def test_port_0_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(metrics, "start_http_server", asked.append)
     with running_swarm(small_manifest(), n_hosts=1) as swarm:
         host = swarm.hosts[0]
-        with start_metrics(host.runtime, host.service, "127.0.0.1", 0):
-            assert host.service.calls_ok == 0
+        with serve_metrics(HostCollector(host.runtime, host.service), "127.0.0.1", 0):
+            assert asked == []

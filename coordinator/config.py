@@ -22,6 +22,7 @@ from protocol.manifest import (
     ModelConfig,
     OptimizerConfig,
 )
+from protocol.swarm_choice import SwarmChoice
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -163,17 +164,9 @@ class LocalConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusConfig:
+class StatusConfig(SwarmChoice):
     """Show a swarm as its DHT describes it."""
 
-    join: str = ""
-    """Invite that the run's owner gave, or a file with one."""
-    swarm: Path | None = None
-    """File swarm.toml that the coordinator wrote."""
-    run_id: str = ""
-    """Run to show, as the coordinator printed it."""
-    initial_peers: tuple[str, ...] = ()
-    """Multiaddresses of peers in the swarm, parted by blanks."""
     json: Flag = False
     """Print JSON, for programs."""
     listen: str = "auto"
@@ -183,17 +176,9 @@ class StatusConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LighthouseConfig:
+class LighthouseConfig(SwarmChoice):
     """Be a peer that others join a run through and are reached through, and watch the run."""
 
-    join: str = ""
-    """Invite that the run's owner gave, or a file with one."""
-    swarm: Path | None = None
-    """File swarm.toml that the coordinator wrote."""
-    run_id: str = ""
-    """Run to serve, as the coordinator printed it."""
-    initial_peers: tuple[str, ...] = ()
-    """Multiaddresses of peers in the swarm, parted by blanks."""
     state: Path = Path("state/lighthouse")
     """Folder for key, swarm.toml, event log."""
     listen: str = "auto"

@@ -8,19 +8,13 @@ from typing import Annotated
 
 import tyro
 
+from protocol.swarm_choice import SwarmChoice
+
 
 @dataclass(frozen=True, kw_only=True)
-class SwarmConfig:
-    """Which swarm to join: an invite, a file that the coordinator wrote, or the run id and initial peers."""
+class SwarmConfig(SwarmChoice):
+    """Which swarm to join, and how this node takes part in its DHT."""
 
-    join: str = ""
-    """Invite that the run's owner gave, or a file with one."""
-    swarm: Path | None = None
-    """File swarm.toml that the coordinator wrote."""
-    run_id: str = ""
-    """Run to join, as the coordinator printed it."""
-    initial_peers: tuple[str, ...] = ()
-    """Multiaddresses of peers in the swarm, parted by blanks."""
     listen: str = "auto"
     """Address to listen on; auto: it reaches the swarm."""
     announce: str = ""

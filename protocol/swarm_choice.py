@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - tyro reads the annotation
+from typing import TYPE_CHECKING
 
 from protocol.admission import Admission
 from protocol.errors import ConfigError
@@ -12,29 +14,22 @@ from protocol.swarm_file import HOW_TO_NAME_A_SWARM, SwarmFile, checked_peers, c
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from protocol.invite import Invite
 
 
-class SwarmChoice(Protocol):
-    """The part of a node's configuration that says which swarm to join."""
+@dataclass(frozen=True, kw_only=True)
+class SwarmChoice:
+    """The part of a command's configuration that says which swarm: an invite, a file, or the run and its peers."""
 
-    @property
-    def join(self) -> str:
-        """Invite, or the name of a file with one."""
-
-    @property
-    def swarm(self) -> Path | None:
-        """File written by a coordinator."""
-
-    @property
-    def run_id(self) -> str:
-        """Run to join; wins over the invite's and the file's."""
-
-    @property
-    def initial_peers(self) -> tuple[str, ...]:
-        """Multiaddresses; they win over the invite's and the file's."""
+    join: str = ""
+    """Invite that the run's owner gave, or a file with one."""
+    swarm: Path | None = None
+    """File swarm.toml that the coordinator wrote."""
+    run_id: str = ""
+    """Run, as the coordinator printed it."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddresses of peers in the swarm, parted by blanks."""
 
 
 def resolve(choice: SwarmChoice, clock: Callable[[], float] = time.time) -> tuple[Admission, tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +10,7 @@ from protocol.admission import Admission
 from protocol.errors import ConfigError
 from protocol.identity import Identity
 from protocol.invite import Invite
-from protocol.swarm_choice import resolve
+from protocol.swarm_choice import SwarmChoice, resolve
 from protocol.swarm_file import SwarmFile
 
 if TYPE_CHECKING:
@@ -25,14 +24,6 @@ INVITE = Invite(
 ).encode()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    join: str = ""
-    swarm: Path | None = None
-    run_id: str = ""
-    initial_peers: tuple[str, ...] = ()
-
-
 def swarm_file(folder: Path) -> Path:
     path = folder / "swarm.toml"
     SwarmFile(run_id="demo-0123456789ab", initial_peers=(PEER,), owner="12D3KooWowner").write(path)
@@ -40,52 +31,52 @@ def swarm_file(folder: Path) -> Path:
 
 
 def test_a_file_names_the_run_and_its_peers(tmp_path: Path) -> None:
-    assert resolve(Choice(swarm=swarm_file(tmp_path))) == (Admission("demo-0123456789ab"), (PEER,))
+    assert resolve(SwarmChoice(swarm=swarm_file(tmp_path))) == (Admission("demo-0123456789ab"), (PEER,))
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
-    choice = Choice(swarm=swarm_file(tmp_path), initial_peers=(OTHER,))
+    choice = SwarmChoice(swarm=swarm_file(tmp_path), initial_peers=(OTHER,))
     assert resolve(choice) == (Admission("demo-0123456789ab"), (OTHER,))
 
 
 def test_flags_alone_are_enough() -> None:
-    assert resolve(Choice(run_id="demo", initial_peers=(PEER,))) == (Admission("demo"), (PEER,))
+    assert resolve(SwarmChoice(run_id="demo", initial_peers=(PEER,))) == (Admission("demo"), (PEER,))
 
 
-@pytest.mark.parametrize("choice", [Choice(), Choice(run_id="demo"), Choice(initial_peers=(PEER,))])
-def test_a_configuration_without_a_swarm_says_how_to_name_one(choice: Choice) -> None:
+@pytest.mark.parametrize("choice", [SwarmChoice(), SwarmChoice(run_id="demo"), SwarmChoice(initial_peers=(PEER,))])
+def test_a_configuration_without_a_swarm_says_how_to_name_one(choice: SwarmChoice) -> None:
     with pytest.raises(ConfigError, match=r"--join INVITE or --swarm FILE.* --run-id and --initial-peers"):
         resolve(choice)
 
 
 def test_an_invite_is_all_that_is_needed() -> None:
-    assert resolve(Choice(join=INVITE), clock=lambda: 999.0) == (Admission("invited-0123456789ab"), (OTHER,))
+    assert resolve(SwarmChoice(join=INVITE), clock=lambda: 999.0) == (Admission("invited-0123456789ab"), (OTHER,))
 
 
 def test_flags_win_over_the_invite() -> None:
-    choice = Choice(join=INVITE, initial_peers=(PEER,))
+    choice = SwarmChoice(join=INVITE, initial_peers=(PEER,))
     assert resolve(choice, clock=lambda: 999.0) == (Admission("invited-0123456789ab"), (PEER,))
 
 
 def test_an_expired_invite_is_refused_whatever_else_is_given() -> None:
     with pytest.raises(ConfigError, match="expired"):
-        resolve(Choice(join=INVITE, run_id="demo", initial_peers=(PEER,)), clock=lambda: 1_000.0)
+        resolve(SwarmChoice(join=INVITE, run_id="demo", initial_peers=(PEER,)), clock=lambda: 1_000.0)
 
 
 def test_two_swarms_at_once_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--join and --swarm"):
-        resolve(Choice(join=INVITE, swarm=swarm_file(tmp_path)))
+        resolve(SwarmChoice(join=INVITE, swarm=swarm_file(tmp_path)))
 
 
 def test_a_token_comes_with_the_file_or_the_invite(tmp_path: Path) -> None:
     path = tmp_path / "swarm.toml"
     SwarmFile(run_id="demo", initial_peers=(PEER,), admission=TOKEN).write(path)
     invite = Invite(run_id="demo", initial_peers=(PEER,), owner=Identity.generate().peer_id, admission=TOKEN).encode()
-    for choice in (Choice(swarm=path), Choice(join=invite), Choice(swarm=path, initial_peers=(OTHER,))):
+    for choice in (SwarmChoice(swarm=path), SwarmChoice(join=invite), SwarmChoice(swarm=path, initial_peers=(OTHER,))):
         assert resolve(choice)[0] == Admission("demo", TOKEN)
 
 
 def test_a_token_is_not_used_for_another_run(tmp_path: Path) -> None:
     path = tmp_path / "swarm.toml"
     SwarmFile(run_id="demo", initial_peers=(PEER,), admission=TOKEN).write(path)
-    assert resolve(Choice(swarm=path, run_id="other"))[0] == Admission("other")
+    assert resolve(SwarmChoice(swarm=path, run_id="other"))[0] == Admission("other")

@@ -47,8 +47,8 @@ class MemoryWatch:
     async def watch(self) -> None:
         """Look again and again."""
         while True:
-            await asyncio.sleep(LOOK_SELDOM_S if self._limit_bytes is None else LOOK_S)
             await self.look()
+            await asyncio.sleep(LOOK_SELDOM_S if self._limit_bytes is None else LOOK_S)
 
     async def look(self) -> None:
         """Measure, and do what has to be done."""

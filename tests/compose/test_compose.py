@@ -81,11 +81,11 @@ def is_done_without(swarm: Compose, peer_id: str) -> None:
     wait_until(lambda: not is_used(swarm, peer_id), "the trainer does without it")
 
 
-def comes_back(swarm: Compose, container: str, peer_id: str) -> None:
-    """Healthy, as the peer that it was, and used."""
+def back_as(swarm: Compose, container: str, peer_id: str) -> str:
+    """The container's peer id, once it is healthy and the trainer uses `peer_id` again."""
     wait_until(lambda: health_of(container) == "healthy", f"{container} is healthy again")
-    assert swarm.host_peer_id(container) == peer_id
-    wait_until(lambda: is_used(swarm, peer_id), f"{container} is used again")
+    wait_until(lambda: is_used(swarm, peer_id), f"{peer_id} is used again")
+    return swarm.host_peer_id(container)
 
 
 def test_four_hosts_train_and_the_loss_falls(swarm: Compose) -> None:
@@ -131,7 +131,7 @@ def test_a_killed_host_is_done_without_and_comes_back_as_itself(swarm: Compose) 
     docker("kill", host)
     is_done_without(swarm, peer_id)
     docker("start", host)
-    comes_back(swarm, host, peer_id)
+    assert back_as(swarm, host, peer_id) == peer_id
 
 
 def test_a_paused_host_is_done_without_and_used_again(swarm: Compose) -> None:
@@ -141,7 +141,7 @@ def test_a_paused_host_is_done_without_and_used_again(swarm: Compose) -> None:
     time.sleep(AWAY_S)
     is_done_without(swarm, peer_id)
     docker("unpause", host)
-    comes_back(swarm, host, peer_id)
+    assert back_as(swarm, host, peer_id) == peer_id
 
 
 def test_a_host_without_network_is_done_without_and_used_again(swarm: Compose) -> None:
@@ -151,7 +151,7 @@ def test_a_host_without_network_is_done_without_and_used_again(swarm: Compose) -
     time.sleep(AWAY_S)
     is_done_without(swarm, peer_id)
     docker("network", "connect", swarm.network, host)
-    comes_back(swarm, host, peer_id)
+    assert back_as(swarm, host, peer_id) == peer_id
 
 
 def test_the_loss_went_on_falling_through_all_of_it(swarm: Compose) -> None:

@@ -10,8 +10,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import pytest_asyncio
-
 from dht.announcer import Announcement, Announcer
 from dht.directory import Directory
 from dht.join import fetch_manifest, publish_manifest
@@ -19,20 +17,12 @@ from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.identity import Identity
 from protocol.manifest import BlockId
-from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by, eventually, running_nodes
+from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from dht.node import DhtNode
 
 OPEN_RUN = Admission(RUN)
-
-
-@pytest_asyncio.fixture
-async def start() -> AsyncIterator[Start]:
-    async with running_nodes() as start_one:
-        yield start_one
 
 
 async def test_a_record_stored_by_one_node_is_read_by_every_other(start: Start) -> None:

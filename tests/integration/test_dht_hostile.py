@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
@@ -15,16 +13,7 @@ from protocol.announcements import BlockRecord, encode_block
 from protocol.identity import Identity
 from protocol.manifest import TRUNK, BlockId
 from protocol.records import block_key, peers_key, sign_record
-from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by, running_nodes
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-
-@pytest_asyncio.fixture
-async def start() -> AsyncIterator[Start]:
-    async with running_nodes() as start_one:
-        yield start_one
+from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "another key", "another owner", "longer life", "not a record"])

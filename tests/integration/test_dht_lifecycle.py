@@ -12,26 +12,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-import pytest_asyncio
 
 from dht.daemon import FOLDER_PREFIX, STALE_FOLDER_S
 from protocol.errors import ConfigError, UnavailableError
 from protocol.identity import Identity
-from tests.support.dht_nodes import KEY, Start, entry_by, eventually, running_nodes
+from tests.support.dht_nodes import KEY, Start, entry_by, eventually
 from tests.support.leaks import is_running
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-
-@pytest_asyncio.fixture
-async def start() -> AsyncIterator[Start]:
-    async with running_nodes() as start_one:
-        yield start_one
 
 
 async def test_no_initial_peer_that_answers_is_one_clear_sentence(start: Start) -> None:

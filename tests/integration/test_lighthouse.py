@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
 from dht.packing import place_of_peer, wrap
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
-from tests.support.dht_nodes import KEY, RUN, Start, entry_by, eventually, running_nodes
-from tests.support.lighthouse import NOBODY, Light, needs_libp2p, running_lighthouses
+from tests.support.dht_nodes import KEY, RUN, Start, entry_by, eventually
+from tests.support.lighthouse import NOBODY, Light, metric_becomes, needs_libp2p
 from tests.support.processes import RUN_NODE, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
     from typing import Any
 
     from dht.node import DhtNode
@@ -38,18 +36,6 @@ if TYPE_CHECKING:
 pytestmark = needs_libp2p
 
 KEY_ID = DHTID.generate(source=KEY)
-
-
-@pytest_asyncio.fixture
-async def start() -> AsyncIterator[Start]:
-    async with running_nodes() as start_one:
-        yield start_one
-
-
-@pytest.fixture
-def light(tmp_path: Path) -> Iterator[Light]:
-    with running_lighthouses(tmp_path) as start_one:
-        yield start_one
 
 
 def calls_of(node: DhtNode) -> Any:
@@ -130,6 +116,7 @@ async def test_a_lighthouse_searches_and_finds_who_never_called_it(light: Light,
     await start(first, refresh_period_s=3600.0)
     lighthouse = light(initial_peers=first.addresses)
     await metric_becomes(lighthouse, "kilohive_lighthouse_members", 2)
+    assert lighthouse.metrics()["kilohive_lighthouse_members"] == 2, "and it goes on knowing both"
 
 
 async def test_a_lighthouse_sees_the_run_and_forgets_who_died(light: Light, start: Start) -> None:
@@ -139,13 +126,6 @@ async def test_a_lighthouse_sees_the_run_and_forgets_who_died(light: Light, star
     await metric_becomes(lighthouse, 'kilohive_run_peers{role="host"}', 1)
     os.kill(node.daemon_pid, signal.SIGKILL)
     await metric_becomes(lighthouse, "kilohive_lighthouse_members", 0)
-
-
-async def metric_becomes(lighthouse: Lighthouse, name: str, value: float) -> None:
-    async def is_so() -> bool:
-        return (await asyncio.to_thread(lighthouse.metrics))[name] == value
-
-    await eventually(is_so, timeout_s=60.0)
 
 
 def answers(address: str, *lines: bytes) -> list[bytes]:

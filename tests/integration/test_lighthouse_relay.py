@@ -28,11 +28,10 @@ from coordinator.lighthouse.libp2p_pb2 import (
 from coordinator.lighthouse.wire import framed, read_message
 from protocol.errors import InvalidInputError
 from tests.support.dht_nodes import eventually
-from tests.support.lighthouse import Light, needs_libp2p, running_lighthouses
+from tests.support.lighthouse import Light, needs_libp2p
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator
     from typing import Any
 
     from google.protobuf.message import Message
@@ -51,12 +50,6 @@ HOP = "/libp2p/circuit/relay/0.2.0/hop"
 KADEMLIA = "/ipfs/kad/1.0.0"
 PING = KademliaMessage(kind=KademliaMessage.PING)
 RESERVE = HopMessage(kind=HopMessage.RESERVE)
-
-
-@pytest.fixture
-def light(tmp_path: Path) -> Iterator[Light]:
-    with running_lighthouses(tmp_path) as start_one:
-        yield start_one
 
 
 @asynccontextmanager

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-import pytest_asyncio
 
 from dht import tunnel as tunnel_module
 from dht.relay import Relay, RelayLimits
@@ -22,7 +21,7 @@ from protocol import relay_pb2 as pb
 from protocol.endpoints import relayed_endpoint
 from protocol.errors import UnavailableError
 from protocol.identity import Identity
-from tests.support.dht_nodes import Start, eventually, running_nodes
+from tests.support.dht_nodes import Start, eventually
 from tests.support.relayed import WAIT_S, connect, echo_server, reservations_of, says, tunnels_apart
 
 if TYPE_CHECKING:
@@ -33,12 +32,6 @@ if TYPE_CHECKING:
     from dht.streams import Stream
 
 PIECES = 64
-
-
-@pytest_asyncio.fixture
-async def start() -> AsyncIterator[Start]:
-    async with running_nodes() as start_one:
-        yield start_one
 
 
 class Swarm(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import socket
@@ -12,7 +13,7 @@ import pytest
 from hivemind.p2p import PeerID
 
 from protocol.identity import Identity
-from tests.support.dht_nodes import RUN
+from tests.support.dht_nodes import RUN, eventually
 from tests.support.processes import Node, events
 
 if TYPE_CHECKING:
@@ -46,6 +47,15 @@ class Lighthouse(Node):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+async def metric_becomes(lighthouse: Lighthouse, name: str, value: float) -> None:
+    """Wait for it; TimeoutError if it does not."""
+
+    async def is_so() -> bool:
+        return (await asyncio.to_thread(lighthouse.metrics))[name] == value
+
+    await eventually(is_so, timeout_s=60.0)
 
 
 class Light(Protocol):

@@ -54,6 +54,9 @@ TRAIN = (
     "--save-every", "100000",
 )  # fmt: skip
 TOLERANCE = 0.02
+UNTRAINED = 8.0
+"""Bits per byte of who knows nothing."""
+
 LAST_EVALUATIONS = 8
 """Of each trainer: over the last 200 steps."""
 
@@ -148,8 +151,9 @@ def with_and_without(folder: Path, config: ChurnConfig) -> tuple[float, float]:
 
 
 @pytest.mark.timeout(300)
-def test_a_host_killed_and_another_joining_lose_no_block(tmp_path: Path) -> None:
-    disturbed(tmp_path, ChurnConfig(kills=1))
+def test_a_host_killed_and_another_joining_lose_no_block_and_training_goes_on(tmp_path: Path) -> None:
+    bits_per_byte, steps = disturbed(tmp_path, ChurnConfig(kills=1))
+    assert bits_per_byte < UNTRAINED - 1, f"after {steps} steps"
 
 
 @pytest.mark.slow

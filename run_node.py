@@ -27,7 +27,16 @@ from rich.text import Text
 
 from coordinator.config import CoordinatorConfig, LighthouseConfig, LocalConfig, StatusConfig, program_name
 from node.cli import HELP_LIMITS, Page, parse, print_help, print_limits, resolved_text
-from node.config import ControlConfig, EvaluateConfig, HealthConfig, HostConfig, LimitsConfig, SampleConfig, TrainConfig
+from node.config import (
+    ControlConfig,
+    EvaluateConfig,
+    ExperimentConfig,
+    HealthConfig,
+    HostConfig,
+    LimitsConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from protocol.errors import ConfigError, KilohiveError
 from protocol.version import VERSION
 
@@ -59,8 +68,16 @@ class Command(Page[Any]):
 
     def load(self) -> Role:
         """Import the role."""
-        module, _, function = self.entry.partition(":")
-        role: Role = getattr(importlib.import_module(module), function)
+        name, _, function = self.entry.partition(":")
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name.partition(".")[0]:
+                raise
+            raise ConfigError(
+                f"{self.name} is not in the installed package: run it in a checkout of the source"
+            ) from None
+        role: Role = getattr(module, function)
         return role
 
 
@@ -156,6 +173,13 @@ COMMANDS = (
         config=SampleConfig,
         examples=('sample --swarm runs/local/swarm.toml --prompt "The city "',),
         entry="node.evaluation:run_sample",
+    ),
+    Command(
+        name="experiment",
+        summary="put a claim about tiny experts to the test.",
+        config=ExperimentConfig,
+        examples=("experiment", "experiment granularity", "experiment granularity --preset full --jobs 2"),
+        entry="experiments.run:run_experiment",
     ),
 )
 

@@ -169,7 +169,7 @@ def _print_rows(rows: Sequence[tuple[str, Text]], console: Console) -> None:
 
 def help_rows(cls: type) -> Iterator[tuple[str, Text]]:
     """(flag with its value's name, meaning with its default) per field; those of `cls` itself before inherited ones."""
-    hints = get_type_hints(cls)
+    hints, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     default = cls()
     docs = {name: doc for owner in reversed(cls.__mro__) for name, doc in field_docs(owner).items()}
     seen: set[str] = set()
@@ -178,9 +178,15 @@ def help_rows(cls: type) -> Iterator[tuple[str, Text]]:
         seen.update(own)
         for name in own:
             value_name, choices = _value_name(hints[name])
-            flag = f"--{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')} {value_name}".strip()
+            if _is_positional(annotated[name]):
+                flag = name.upper()
             meaning = _first_sentence(docs.get(name, "")) + choices
-            yield f"{flag} {value_name}".strip(), Text.assemble(meaning, (_default_text(getattr(default, name)), "dim"))
+            yield flag, Text.assemble(meaning, (_default_text(getattr(default, name)), "dim"))
+
+
+def _is_positional(hint: Any) -> bool:  # noqa: ANN401 - see _converted
+    return get_args(tyro.conf.Positional[str])[1:] == getattr(hint, "__metadata__", ())
 
 
 def _first_sentence(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -189,3 +189,27 @@ class SampleConfig(SwarmConfig):
     """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """CPU threads for the trunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Put one of the claims about tiny experts to the test."""
+
+    name: tyro.conf.Positional[str] = ""
+    """Which one; without a name they are listed."""
+    preset: Literal["quick", "full"] = "quick"
+    """Quick shows that it runs, full is what the pages report."""
+    out: Path = Path("runs/experiments")
+    """Folder for what an interrupted run goes on from."""
+    results: Path | None = None
+    """Folder for page, plots and JSON; else docs/results, or for quick the folder of --out."""
+    jobs: int = 0
+    """Trials at once, each a process; 0: one for each core."""
+    threads: int = 1
+    """CPU threads of a trial."""
+    device: str = "cpu"
+    """auto, cpu, cuda, cuda:N or mps."""
+    only: str = ""
+    """Run only trials whose names hold this text."""
+    report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run nothing; write the page from the results that there are."""

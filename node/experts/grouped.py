@@ -105,16 +105,36 @@ def _runs(groups: Groups) -> Iterator[tuple[slice, slice, int]]:
 def _product(x_PN: torch.Tensor, w_GNM: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
     if _fast(x_PN, x_PN.shape[1], w_GNM.shape[2]):
         return functional.grouped_mm(x_PN, w_GNM, offs=ends_G)
+    if 1 in w_GNM.shape[1:]:
+        return _thin_product(x_PN, w_GNM, ends_G)
     pairs = zip(x_PN.split(_counts(ends_G)), w_GNM.unbind(0), strict=True)
     return torch.cat([rows_QN @ w_NM for rows_QN, w_NM in pairs])
+
+
+def _thin_product(x_PN: torch.Tensor, w_GNM: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
+    """Of experts of a single neuron: no matrix product at all, and thousands of groups with a few rows each."""
+    w_PX = w_GNM.flatten(1).index_select(0, _group_of_pair(ends_G, len(x_PN)))
+    if w_GNM.shape[2] == 1:
+        y_P: torch.Tensor = torch.linalg.vecdot(x_PN, w_PX)
+        return y_P[:, None]
+    return w_PX.mul_(x_PN)
 
 
 def _outer(x_PN: torch.Tensor, y_PM: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
     if _fast(x_PN, x_PN.shape[1], y_PM.shape[1]):
         return functional.grouped_mm(x_PN.mT, y_PM, offs=ends_G)
+    if 1 in {x_PN.shape[1], y_PM.shape[1]}:
+        x_PX = x_PN * y_PM
+        sum_GX = x_PX.new_zeros(len(ends_G), x_PX.shape[1])
+        sum_GX.index_add_(0, _group_of_pair(ends_G, len(x_PN)), x_PX)
+        return sum_GX.view(len(ends_G), x_PN.shape[1], y_PM.shape[1])
     counts = _counts(ends_G)
     pairs = zip(x_PN.split(counts), y_PM.split(counts), strict=True)
     return torch.stack([rows_QN.mT @ rows_QM for rows_QN, rows_QM in pairs])
+
+
+def _group_of_pair(ends_G: torch.Tensor, n_pairs: int) -> torch.Tensor:
+    return torch.searchsorted(ends_G, torch.arange(n_pairs, dtype=ends_G.dtype, device=ends_G.device), right=True)
 
 
 def _counts(ends_G: torch.Tensor) -> list[int]:

@@ -1,0 +1,144 @@
+"""One model to train: what distinguishes an arm, and what it costs in parameters and FLOPs. No training here."""
+
+# Shapes in names: D d_model, T context, H hidden width, K experts per token, E experts of a layer, V vocabulary.
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+GateName = Literal["topk", "product_key", "hash"]
+"""The product's two gates, and experts by a hash of the last two bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A model: dense where it has no `experts`, in which case `hidden` is the width of its feed-forward layers."""
+
+    label: str
+    hidden: int
+    experts: int = 0
+    per_token: int = 0
+    gate: GateName = "topk"
+    frozen_gate: bool = False
+
+    @property
+    def active_width(self) -> int:
+        """Hidden units that work for one token in one layer."""
+        return self.hidden * (self.per_token if self.experts else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """One training run. `tokens` are rounded up to whole steps; `lr` is the trunk's, `expert_lr` the experts'."""
+
+    arm: Arm
+    seed: int
+    tokens: int
+    lr: float
+    expert_lr: float
+    d_model: int = 128
+    layers: int = 3
+    heads: int = 4
+    context: int = 128
+    batch: int = 16
+    warmup: float = 0.03
+    """Part of the tokens over which the rate rises."""
+    evaluations: int = 8
+    eval_bytes: int = 65_536
+    final_eval_bytes: int = 262_144
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of one optimizer step."""
+        return self.batch * self.context
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+    @property
+    def slug(self) -> str:
+        """The arm's label as part of a file's name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.arm.label.lower().replace(",", "")).strip("-")
+
+    def manifest(self) -> Manifest:
+        """What the product's own parts are built from. A dense arm's grid is never built."""
+        arm = self.arm
+        model = ModelConfig(
+            d_model=self.d_model,
+            n_layers=self.layers,
+            n_heads=self.heads,
+            context=self.context,
+            expert_hidden=arm.hidden,
+            experts_per_layer=max(1, arm.experts),
+            experts_per_block=max(1, arm.experts),
+            experts_per_token=max(1, arm.per_token),
+            gate="product_key" if arm.gate == "product_key" else "topk",
+            capacity_factor=0.0,
+        )
+        tokens = self.steps * self.tokens_per_step
+        optimizer = OptimizerConfig(
+            lr=self.lr, expert_lr=self.expert_lr, warmup_tokens=int(self.warmup * tokens), total_tokens=tokens
+        )
+        return Manifest(name="experiment", seed=self.seed, model=model, optimizer=optimizer)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a trial's spec."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, spec: Mapping[str, Any]) -> TrainSpec:
+        """What `to_json` gave."""
+        return cls(**{**spec, "arm": Arm(**spec["arm"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of a whole model. FLOPs are of one token's forward, two for each multiply-add, the gates' counted.
+
+    Training takes about three times as many.
+    """
+
+    parameters: int
+    active_parameters: int
+    flops_per_token: int
+    gate_flops_per_token: int = field(default=0)
+
+
+def cost(spec: TrainSpec) -> Cost:
+    """Parameters and FLOPs by arithmetic."""
+    arm, width = spec.arm, spec.d_model
+    gate_adds, gate_parameters = gate_cost(arm, width)
+    attention = 4 * width * width
+    # Scores and sums over the mean of the positions that a token sees.
+    attended = 2 * width * (spec.context + 1) // 2
+    outer = 2 * 256 * width
+    feed_forward = 2 * width * arm.active_width
+    held = 2 * width * arm.hidden * max(1, arm.experts)
+    layers = spec.layers
+    return Cost(
+        parameters=outer + layers * (attention + gate_parameters + held),
+        active_parameters=outer + layers * (attention + gate_parameters + feed_forward),
+        flops_per_token=2 * (256 * width + layers * (attention + attended + gate_adds + feed_forward)),
+        gate_flops_per_token=2 * layers * gate_adds,
+    )
+
+
+def gate_cost(arm: Arm, width: int) -> tuple[int, int]:
+    """Multiply-adds of a token, and parameters, of one layer's gate."""
+    if not arm.experts or arm.gate == "hash":
+        return 0, 0
+    if arm.gate == "product_key":
+        keys = math.isqrt(arm.experts) * width
+        return width * width + keys, width * width + keys
+    # The chosen logits are computed a second time, with a gradient.
+    return (arm.experts + arm.per_token) * width, arm.experts * width

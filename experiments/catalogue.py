@@ -1,0 +1,24 @@
+"""Which experiments there are. A module each, imported when it is asked for: torch takes seconds."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from experiments.experiment import Experiment
+
+MODULES = {
+    "granularity": "experiments.granularity",
+    "idiots": "experiments.idiots",
+}
+
+
+def load(name: str) -> Experiment:
+    """The experiment of that name; ConfigError names those that there are."""
+    if name not in MODULES:
+        raise ConfigError(f"no experiment {name!r}; it is one of {', '.join(MODULES)}")
+    experiment: Experiment = importlib.import_module(MODULES[name]).EXPERIMENT
+    return experiment

@@ -1,0 +1,85 @@
+"""Claim 2: experts so small are a "Mixture of Idiots". Loss by an expert's size, at equal total and active size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from experiments.arm import Arm
+from experiments.arms import ArmResults, Arms
+from experiments.arms_report import arms_tables, by_progress, by_size
+from experiments.experiment import Report
+from experiments.training import train
+from experiments.tuning import RATES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from experiments.experiment import Preset, Result, Trial, TrialContext
+
+DENSE = Arm(label="dense, equal active width", hidden=128)
+LARGE = Arm(label="1 of 128 experts, H=128", hidden=128, experts=128, per_token=1)
+MIDDLE = Arm(label="4 of 529 experts, H=32", hidden=32, experts=529, per_token=4, gate="product_key")
+SMALL = Arm(label="16 of 2,025 experts, H=8", hidden=8, experts=2025, per_token=16, gate="product_key")
+NEURONS = Arm(label="128 of 16,384 experts, H=1", hidden=1, experts=16_384, per_token=128, gate="product_key")
+HASHED = Arm(label="4 of 529 by hash, H=32", hidden=32, experts=529, per_token=4, gate="hash")
+FROZEN = Arm(
+    label="4 of 529 by a frozen gate, H=32", hidden=32, experts=529, per_token=4, gate="product_key", frozen_gate=True
+)
+SIZES = (LARGE, MIDDLE, SMALL, NEURONS)
+NULLS = (HASHED, FROZEN)
+FULL = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=1_024_000, seeds=3, tuning_tokens=256_000)
+QUICK = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=256_000, seeds=1)
+
+
+class Idiots:
+    """See the module."""
+
+    name = "idiots"
+    claim = '"Experts so small would be a Mixture of Idiots."'
+    method = f"""
+The model, text and training of [granularity](granularity.md), on {FULL.tokens:,} tokens. In every arm with experts 128
+hidden units work for a token, out of about 16,400 (15,900 to 17,000, as product keys take a square number of experts);
+what differs is in how small pieces they can be chosen: experts of 128, 32, 8 and 1 hidden unit. Those of one are the
+single neurons of PEER (arXiv 2407.04153).
+
+Nulls, at 32 hidden units: experts chosen by a fixed hash of the last two bytes (arXiv 2106.04426), and by a gate that
+stays as it was drawn. If a learnt gate is no better than these, what the experts know does not matter. The learning
+rate is tuned for each arm alike, on {FULL.tuning_tokens:,} tokens with a seed of its own, out of
+{", ".join(f"{rate:g}" for rate in RATES)}. Intervals are of 95 %.
+
+What this cannot show: equal is the work of the experts, not of the gate, whose share grows as experts shrink; and the
+grouped product gives small experts more tokens per second on a GPU than on the processor that was used here, or fewer.
+"""
+
+    def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:
+        """Rates first, then every arm with each seed."""
+        return (QUICK if preset == "quick" else FULL).plan(results)
+
+    def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
+        """One training run."""
+        return train(spec, context)
+
+    def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
+        """Tables, plots, and whether the smallest are idiots."""
+        found = ArmResults(self.plan(preset, results), results)
+        figures = {
+            "size": ("Held-out loss by the hidden width of an expert; nulls as lines across", by_size(found, NULLS)),
+            "tokens": ("Held-out loss by tokens, mean of the seeds", by_progress(found, "tokens", lambda _: 1.0)),
+        }
+        return Report(finding=finding(found), tables=arms_tables(found, against=LARGE.label), figures=figures)
+
+
+def finding(found: ArmResults) -> str:
+    """In a sentence or two."""
+    ladder = [arm.label for arm in SIZES if arm.label in found.labels]
+    best = min(ladder, key=found.mean)
+    smallest = found.difference(ladder[-1], LARGE.label)
+    verdict = (
+        f"{ladder[-1]}: {smallest.words} than {LARGE.label} at equal active and total size; "
+        f"the best size was {best} ({found.mean(best):.3f} nats per byte)"
+    )
+    learnt = found.difference(MIDDLE.label, min((arm.label for arm in NULLS), key=found.mean))
+    return f"{verdict}; a learnt gate is {learnt.words} than the better of the two nulls."
+
+
+EXPERIMENT = Idiots()

@@ -1,0 +1,66 @@
+"""Means with 95 % intervals, over seeds where there are several, else over held-out windows.
+
+A difference is taken pair by pair, on the same seed and the same windows, before it is averaged: what a seed or a
+window has that is easy or hard falls out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import stats
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean, and half the width of its interval (0: one value, nothing known); `over` says what varied."""
+
+    mean: float
+    half_width: float
+    over: str
+
+    @property
+    def low(self) -> float:
+        """Lower end."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end."""
+        return self.mean + self.half_width
+
+    @property
+    def words(self) -> str:
+        """Of a difference of losses: below 0 is better."""
+        certain = "" if abs(self.mean) > self.half_width else ", within what chance can do,"
+        side = "better" if self.mean < 0 else "worse"
+        return f"{abs(self.mean):.3f} nats per byte {side}{certain}"
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + (f" ± {self.half_width:.3f}" if self.half_width else "")
+
+
+def estimate(values: ArrayLike, over: str) -> Estimate:
+    """Student's interval for the mean."""
+    sample = np.asarray(values, dtype=np.float64)
+    if len(sample) < 2:  # noqa: PLR2004 - one value has no spread
+        return Estimate(mean=float(sample.mean()), half_width=0.0, over=over)
+    half = float(stats.sem(sample) * stats.t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1))
+    return Estimate(mean=float(sample.mean()), half_width=half, over=over)
+
+
+def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Estimate:
+    """Mean of `ours - theirs`, each a row of windows per seed, seeds and windows in the same order."""
+    pairs = [np.subtract(a, b) for a, b in zip(ours, theirs, strict=True)]
+    if len(pairs) == 1:
+        return estimate(pairs[0], "windows")
+    return estimate([pair.mean() for pair in pairs], "seeds")

@@ -1,0 +1,222 @@
+"""Train one arm in this process with the product's own parts, from a spec to figures. Resumes from its folder.
+
+Shapes: B sequences, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from experiments.arm import TrainSpec, cost
+from experiments.gates import HashGate, gate_of
+from experiments.specialisation import specialisation
+from node.block_store import BlockStore
+from node.data import open_dataset
+from node.devices import pick_device
+from node.folders import data_cache
+from node.moe import LocalExperts, MoE
+from node.training import StepConfig, Training, build_trunk
+from node.transformer import DenseFfn
+from node.trunk_state import Progress, load_trunk, save_trunk
+from protocol.atomic_file import write_atomically
+from protocol.manifest import BlockId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from experiments.experiment import Result, TrialContext
+    from node.data import ByteDataset
+    from node.moe import Experts
+    from node.transformer import Transformer
+    from protocol.errors import TooFewExpertsError
+    from protocol.manifest import Manifest
+
+CHECKPOINT_EVERY_S = 60.0
+PROGRESS_EVERY_STEPS = 5
+
+
+class NoExperts:
+    """What a dense arm calls: nobody."""
+
+    run_tokens = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A transformer, and the experts that it calls (None: it is dense)."""
+
+    manifest: Manifest
+    trunk: Transformer
+    experts: LocalExperts | None
+    device: torch.device
+
+    @property
+    def layers(self) -> list[MoE]:
+        """The layers of experts, in order."""
+        return [module for module in self.trunk.modules() if isinstance(module, MoE)]
+
+
+def build_model(spec: TrainSpec, device: torch.device) -> Model:
+    """As it is before training: a function of the spec alone."""
+    manifest, generator = spec.manifest(), torch.Generator().manual_seed(spec.seed)
+    arm = spec.arm
+    if not arm.experts:
+        dense = [DenseFfn(spec.d_model, arm.hidden, generator) for _ in range(spec.layers)]
+        return Model(manifest=manifest, trunk=_trunk(manifest, dense, generator, device), experts=None, device=device)
+    experts = LocalExperts(manifest, device)
+    gates = [
+        gate_of(manifest.model, arm.gate, is_frozen=arm.frozen_gate, generator=generator) for _ in range(spec.layers)
+    ]
+    layers = [MoE(gate, experts, layer) for layer, gate in enumerate(gates)]
+    trunk = _trunk(manifest, layers, generator, device)
+    for gate in gates:
+        if isinstance(gate, HashGate):
+            gate.watch(trunk)
+    return Model(manifest=manifest, trunk=trunk, experts=experts, device=device)
+
+
+def _trunk(
+    manifest: Manifest, layers: Iterable[torch.nn.Module], generator: torch.Generator, device: torch.device
+) -> Transformer:
+    return build_trunk(manifest, list(layers), generator).to(device)  # type: ignore[arg-type]
+
+
+def open_text(seed: int = 0) -> ByteDataset:
+    """The default corpus. Held-out documents are the same for every seed of a model."""
+    return open_dataset(None, cache_dir=data_cache(), seed=seed)
+
+
+def build_training(model: Model, spec: TrainSpec, dataset: ByteDataset) -> Training:
+    """One micro-batch a step: experts and trunk step alike."""
+    experts: Experts = model.experts or NoExperts()  # type: ignore[assignment]
+    config = StepConfig(batch=spec.batch, micro_batches=1, in_flight=1, seed=spec.seed)
+    return Training(model.manifest, model.trunk, experts, dataset, config, _give_up)
+
+
+def _give_up(error: TooFewExpertsError) -> None:
+    raise error
+
+
+@dataclass(kw_only=True)
+class Log:
+    """What a training run has measured so far."""
+
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens, and nats per byte then."""
+    train: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens, and the mean training loss since the point before."""
+    seconds: float = 0.0
+    """Of training steps alone."""
+
+    cpu_seconds: float = 0.0
+    """Of the same on the processor, which other processes do not lengthen by waiting for it."""
+
+
+class TrainRun:
+    """One run of a spec; `go` trains it to its end, from the last checkpoint if there is one."""
+
+    def __init__(self, spec: TrainSpec, context: TrialContext, dataset: ByteDataset) -> None:
+        self.spec, self._context, self._dataset = spec, context, dataset
+        self.model = build_model(spec, pick_device(context.device))
+        self.training = build_training(self.model, spec, dataset)
+        self.log = Log()
+        self._store = BlockStore(context.folder, self.model.manifest, self.model.device)
+        self._saved_at = time.monotonic()
+
+    def go(self) -> None:
+        """Train, measuring on the way."""
+        self._resume()
+        spec, losses = self.spec, list[float]()
+        for step in range(self.training.steps_done, spec.steps):
+            cpu = time.process_time()
+            result = self.training.step()
+            self.log.cpu_seconds += time.process_time() - cpu
+            losses.append(result.loss)
+            self.log.seconds += result.seconds
+            if self._is_due(step + 1):
+                self._measure(losses)
+                losses = []
+            if (step + 1) % PROGRESS_EVERY_STEPS == 0:
+                self._context.progress(step + 1, spec.steps, f"{result.loss:.3f} nats per byte")
+            if not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
+                self._save()
+        self.training.close()
+
+    def _is_due(self, step: int) -> bool:
+        spec = self.spec
+        return step == spec.steps or step * spec.evaluations // spec.steps > (step - 1) * spec.evaluations // spec.steps
+
+    def _measure(self, losses: list[float]) -> None:
+        nats_N = nats_per_window(self.model.trunk, self._dataset, self.spec, self.spec.eval_bytes)
+        tokens = self.training.run_tokens
+        self.log.held_out.append((tokens, float(nats_N.mean())))
+        self.log.train.append((tokens, sum(losses) / len(losses)))
+
+    def _save(self) -> None:
+        for blocks in self.model.experts.blocks.values() if self.model.experts else ():
+            for block in blocks:
+                self._store.write(block.id, *self._store.copy(block))
+        save_trunk(
+            self._context.folder, self.training, Progress(step=self.training.steps_done, **_counters(self.training))
+        )
+        write_atomically(self._context.folder / "log.json", json.dumps(asdict(self.log)).encode())
+        self._saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        if load_trunk(self._context.folder, self.training) is None:
+            return
+        if self.model.experts:
+            for layer, blocks in self.model.experts.blocks.items():
+                blocks[:] = [self._store.load_or_new(BlockId(layer, index)) for index in range(len(blocks))]
+        self.log = Log(**json.loads((self._context.folder / "log.json").read_bytes()))
+
+
+def _counters(training: Training) -> dict[str, Any]:
+    return {"version": training.version, "run_tokens": training.run_tokens, "own_tokens": training.own_tokens}
+
+
+@torch.no_grad()
+def nats_per_window(trunk: Transformer, dataset: ByteDataset, spec: TrainSpec, max_bytes: int) -> torch.Tensor:
+    """Mean nats per byte of each held-out window, [N] float64: the same windows for every arm."""
+    trunk.eval()
+    device = trunk.embedding_VD.device
+    means = []
+    for ids in dataset.held_out_batches(spec.batch, spec.context, max_bytes):
+        ids_BT = ids.to(device)
+        logits_BTV = trunk(ids_BT[:, :-1])
+        loss_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
+        means.append(loss_BT.double().mean(1).cpu())
+    return torch.cat(means)
+
+
+def result_of(run: TrainRun, dataset: ByteDataset) -> Result:
+    """The figures of a run that has ended."""
+    spec, log = run.spec, run.log
+    nats_N = nats_per_window(run.model.trunk, dataset, spec, spec.final_eval_bytes)
+    layers = run.model.layers
+    return {
+        "cost": asdict(cost(spec)),
+        "tokens": run.training.run_tokens,
+        "held_out": log.held_out,
+        "train": log.train,
+        "nats_per_byte": float(nats_N.mean()),
+        "window_nats": [round(nats, 4) for nats in nats_N.tolist()],
+        "seconds": round(log.seconds, 1),
+        "cpu_seconds": round(log.cpu_seconds, 1),
+        "gates": [asdict(layer.gate.stats()) for layer in layers],
+        "specialisation": specialisation(run.model, dataset, spec.batch, spec.seed) if layers else {},
+    }
+
+
+def train(spec: dict[str, Any], context: TrialContext) -> Result:
+    """A trial that is one training run."""
+    dataset = open_text()
+    run = TrainRun(TrainSpec.from_json(spec), context, dataset)
+    run.go()
+    return result_of(run, dataset)

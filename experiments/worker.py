@@ -1,0 +1,106 @@
+"""A trial in a process of its own: what it runs, and how the runner hears of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from protocol.errors import KilohiveError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+    from experiments.experiment import Result, Trial
+
+STOP_S = 2.0
+"""For a worker to end once it is asked to, before it is killed."""
+
+
+class Progress(NamedTuple):
+    """How far a trial is."""
+
+    done: float
+    total: float
+    words: str
+
+
+class Failure(NamedTuple):
+    """Why a trial has no result."""
+
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is told."""
+
+    experiment: str
+    spec: dict[str, Any]
+    folder: str
+    device: str
+    threads: int
+
+
+class Worker:
+    """A running trial. Its connection yields Progress, then a Result or a Failure."""
+
+    def __init__(self, trial: Trial, job: Job) -> None:
+        self.trial = trial
+        # Spawned, not forked: torch's threads and gRPC do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe(duplex=False)
+        self._process: BaseProcess = context.Process(target=work, args=(job, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def stop(self) -> None:
+        """End it; a trial that is cut goes on from its last checkpoint."""
+        self._process.terminate()
+        self._process.join(STOP_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(STOP_S)
+        self.connection.close()
+
+    def exit_words(self) -> str:
+        """Of a process that said nothing more: how it ended."""
+        self._process.join(STOP_S)
+        return f"its process ended with code {self._process.exitcode}"
+
+
+class Context:
+    """A trial's context; see `experiments.experiment.TrialContext`."""
+
+    def __init__(self, job: Job, connection: Connection) -> None:
+        self.folder, self.device = Path(job.folder), job.device
+        self._connection, self._parent = connection, os.getppid()
+
+    def progress(self, done: float, total: float, words: str) -> None:
+        """Tell the runner; ends the process if that is gone."""
+        if os.getppid() != self._parent:
+            os._exit(1)
+        self._connection.send(Progress(done, total, words))
+
+
+def work(job: Job, connection: Connection) -> None:
+    """The worker's main: one trial, one answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the runner decides
+    import torch  # noqa: PLC0415 - the parent does without
+
+    from experiments.catalogue import load  # noqa: PLC0415 - imports torch
+
+    torch.set_num_threads(job.threads)
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    try:
+        answer: Result | Failure = load(job.experiment).run(job.spec, Context(job, connection))
+    except KilohiveError as error:
+        answer = Failure(str(error))
+    except Exception:  # noqa: BLE001 - a task's boundary: whatever a trial raises is told, and the others go on
+        answer = Failure(traceback.format_exc())
+    connection.send(answer)

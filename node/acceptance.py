@@ -4,18 +4,19 @@ Beside the path of a step. Held-out windows come in random order, without replac
 of the present expert less that of the offered one on the same bytes, mean over the window. What depends on what inside
 a window does not matter then, and the order being random, nor does what depends on what between windows.
 
-The test is a betting confidence sequence for sampling without replacement (Waudby-Smith and Ramdas, arXiv 2010.09686,
-section 5): capital that is bet on "the mean gain is above m" cannot grow 1 / alpha fold, at any time, with a
+The test is a betting confidence sequence for sampling without replacement (Waudby-Smith and Ramdas, arXiv 2010.09686):
+capital that is bet on "the mean gain is above m" cannot grow 1 / alpha fold, at any time, with a
 probability above alpha, if it is not above m. So it may be looked at after each window and stopped at will. The bets
 are a fixed mixture of fractions, so there is nothing to tune and nothing to fit.
 
-It needs a bound on how much worse a window may become, which losses do not have. The first `pilot` windows, not bet
-on, set it: `spread` times their largest difference. A gain above it counts as the bound, which lowers the mean, and a
-loss below it rejects the update there and then: both errors are towards rejection. What is left is an update that is
-far worse on a share of the windows so small that none of them is met before the decision; see `undetected_share`.
+It needs a bound on how much worse a window may become, which losses do not have. The windows up to the `pilot`-th that
+changed at all, not bet on, set it: `spread` times their largest difference. A gain above it counts as the bound, which
+lowers the mean, and a loss below it rejects the update there and then: both errors are towards rejection. What is left
+is an update that is far worse on a share of the windows so small that none of them is met before the decision; see
+`undetected_share`.
 """
 
-# Shapes: F fractions bet, M means that are tested.
+# Shapes: F fractions bet, N windows met after the pilot.
 
 from __future__ import annotations
 
@@ -29,19 +30,15 @@ from protocol.errors import ConfigError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-
 Verdict = Literal["accept", "reject", "undecided"]
 
 FRACTIONS_F = 0.9 * 2.0 ** -np.arange(9.0)
 """Of the capital, lost when a window is as bad as the bound allows."""
 MAX_NATS = 1e6
 """Per byte; no model that can be trained is so wrong."""
-GRID = 201
-"""Means that the interval is made of, over twice the bound."""
+TINY = 1e-300
+HALVINGS = 40
+"""Of twice the bound, to find an end of the interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ class AcceptanceConfig:
 
     alpha: float = 0.05
     margin: float = 0.0
-    worth: float = 2e-4
+    worth: float = 2e-5
     pilot: int = 64
     spread: float = 4.0
 
@@ -69,7 +66,10 @@ class AcceptanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is known so far. `low` to `high`: the mean gain, each side with confidence 1 - alpha, at any time."""
+    """What is known so far. `low` to `high`: the mean gain, each side with confidence 1 - alpha, at any time.
+
+    `high` is of gains that count as the bound where they are above it.
+    """
 
     verdict: Verdict
     why: str
@@ -86,8 +86,9 @@ class AcceptanceTest:
             raise InvalidInputError("n_total", f"is {n_total}; the test needs more windows than its {config.pilot}")
         self.config, self.n_total, self.n_windows = config, n_total, 0
         self._sum, self._clipped_sum, self._bound = 0.0, 0.0, 0.0
-        self._means_M: Floats = np.array([config.margin, config.worth])
-        self._above, self._below = _Capital(0), _Capital(0)
+        self._n_changed, self._n_pilot = 0, 0
+        self._met: list[float] = []
+        self._above, self._below = _Capital(config.margin, 1.0), _Capital(config.worth, -1.0)
         self._refusal = ""
 
     def add(self, difference: float) -> None:
@@ -97,15 +98,15 @@ class AcceptanceTest:
         if not abs(difference) <= MAX_NATS:
             self._refusal = self._refusal or f"a window's loss is not finite, or changed by more than {MAX_NATS:g} nats"
             difference = 0.0
-        if self.n_windows < self.config.pilot:
+        if self._n_changed < self.config.pilot:
             self._bound = max(self._bound, self.config.spread * abs(difference))
+            self._n_changed += difference != 0.0
+            self._n_pilot += 1
         else:
             self._bet(difference)
         self.n_windows += 1
         self._sum += difference
-        self._clipped_sum += min(difference, self._bound)
-        if self.n_windows == self.config.pilot:
-            self._begin()
+        self._clipped_sum += min(max(difference, -self._bound), self._bound)
 
     def decision(self) -> Decision:
         """The verdict after the windows so far."""
@@ -118,20 +119,16 @@ class AcceptanceTest:
         """Whether further windows are not needed."""
         return self._verdict()[0] != "undecided"
 
-    def _begin(self) -> None:
-        bound = self._bound
-        self._means_M = np.concatenate((self._means_M[:2], np.linspace(-bound, bound, GRID)))
-        self._above, self._below = _Capital(len(self._means_M)), _Capital(len(self._means_M))
-
     def _bet(self, difference: float) -> None:
         if difference < -self._bound:
             loss = f"a window became worse by {-difference:.3g} nats per byte, more than {self._bound:.3g}"
             self._refusal = self._refusal or loss
-        # What the windows that are left must average, if all of them average m.
-        left_M = (self.n_total * self._means_M - self._clipped_sum) / (self.n_total - self.n_windows)
-        gain_M = min(difference, self._bound) - left_M
-        self._above.bet(gain_M, self._bound + left_M)
-        self._below.bet(-gain_M, self._bound - left_M)
+        clipped = min(max(difference, -self._bound), self._bound)
+        for capital in (self._above, self._below):
+            # What the windows that are left must average, if all of them average the mean that is bet against.
+            left = (self.n_total * capital.mean - self._clipped_sum) / (self.n_total - self.n_windows)
+            capital.bet(clipped, left, self._bound)
+        self._met.append(clipped)
 
     def _verdict(self) -> tuple[Verdict, str]:
         config, mean = self.config, self._sum / max(1, self.n_windows)
@@ -140,43 +137,73 @@ class AcceptanceTest:
         if self.n_windows == self.n_total:
             gains = mean > config.margin
             return ("accept" if gains else "reject"), f"it gains {mean:.3g} nats per byte over the whole held-out text"
-        if self.n_windows > config.pilot:
+        if self._met:
             needed = math.log(1.0 / config.alpha)
-            if self._above.best_M[0] >= needed:
+            if self._above.best >= needed:
                 return "accept", f"it gains more than {config.margin:.3g} nats per byte"
-            if self._below.best_M[1] >= needed:
+            if self._below.best >= needed:
                 return "reject", f"it gains less than {config.worth:.3g} nats per byte"
         return "undecided", f"{self.n_windows} of {self.n_total} windows do not tell yet"
 
     def _interval(self) -> tuple[float, float]:
         if self.n_windows == self.n_total:
             return (self._sum / self.n_total,) * 2
-        if self.n_windows <= self.config.pilot:
+        if not self._met:
             return -math.inf, math.inf
-        needed, grid_M = math.log(1.0 / self.config.alpha), self._means_M[2:]
-        n_below = _run_of_true(self._above.best_M[2:] >= needed)
-        n_above = _run_of_true(self._below.best_M[2:][::-1] >= needed)
-        low = float(grid_M[n_below - 1]) if n_below else -math.inf
-        return low, (float(grid_M[-n_above]) if n_above else math.inf)
+        return self._end(1.0), self._end(-1.0)
+
+    def _end(self, sign: float) -> float:
+        """The mean furthest in the direction of `sign` that bets on the mean lying beyond it have refuted.
+
+        The capital falls the further the mean lies in that direction, as its bet does after every window.
+        """
+        refuted, possible = -sign * self._bound, sign * self._bound
+        if not self._is_refuted(refuted, sign):
+            return -sign * math.inf
+        for _ in range(HALVINGS):
+            middle = (refuted + possible) / 2
+            refuted, possible = (middle, possible) if self._is_refuted(middle, sign) else (refuted, middle)
+        return refuted
+
+    def _is_refuted(self, mean: float, sign: float) -> bool:
+        """Whether the bets on the windows so far, all made against `mean`, have won enough."""
+        met_N = np.array(self._met)
+        n_left_N = self.n_total - self._n_pilot - np.arange(len(met_N))
+        # The pilot's sum is what is left of the whole.
+        sum_N = self._clipped_sum - met_N.sum() + np.cumsum(met_N) - met_N
+        left_N = (self.n_total * mean - sum_N) / n_left_N
+        worst_N = self._bound + sign * left_N
+        if bool((worst_N < 0.0).any()):
+            return True
+        relative_N = sign * (met_N - left_N) / np.maximum(worst_N, TINY)
+        log_FN = np.log1p(FRACTIONS_F[:, None] * np.maximum(relative_N, -1.0)).cumsum(axis=1)
+        mixed_N = np.logaddexp.reduce(log_FN, axis=0) - math.log(len(FRACTIONS_F))
+        return bool(mixed_N.max() >= math.log(1.0 / self.config.alpha))
 
 
 class _Capital:
-    """Of a gambler who bets against each mean; `best_M`, the logarithm of the most it has been."""
+    """Of a gambler who bets that the mean gain lies beyond `mean`; `best`, the logarithm of the most it has been.
 
-    def __init__(self, n_means: int) -> None:
-        self._log_FM = np.zeros((len(FRACTIONS_F), n_means))
-        self.best_M = np.zeros(n_means)
+    `sign` 1: above it; -1: below it.
+    """
 
-    def bet(self, gain_M: Floats, worst_M: Floats) -> None:
-        """`gain_M`: what the bet on each mean brings; `worst_M`: the most that it could have lost.
+    def __init__(self, mean: float, sign: float) -> None:
+        self.mean, self.sign, self.best = mean, sign, 0.0
+        self._log_F = np.zeros(len(FRACTIONS_F))
 
-        Where nothing can be lost, the mean has become impossible: no order of the windows left can bring it about.
+    def bet(self, difference: float, left: float, bound: float) -> None:
+        """Before `difference` was known, on its being beyond `left`; it is within `bound`.
+
+        Where less than nothing can be lost, the mean has become impossible: no windows left can bring it about.
         """
-        possible_M = worst_M > 0.0
-        relative_M = np.where(possible_M, gain_M, 0.0) / np.where(possible_M, worst_M, 1.0)
-        self._log_FM += np.log1p(np.maximum(FRACTIONS_F[:, None] * relative_M, -1.0 + 1e-12))
-        mixed_M = np.logaddexp.reduce(self._log_FM, axis=0) - math.log(len(FRACTIONS_F))
-        self.best_M = np.maximum(self.best_M, np.where(possible_M, mixed_M, math.inf))
+        worst = bound + self.sign * left
+        if worst < 0.0:
+            self.best = math.inf
+            return
+        self._log_F += np.log1p(FRACTIONS_F * max(self.sign * (difference - left) / max(worst, TINY), -1.0))
+        top = float(self._log_F.max())
+        mixed = top + math.log(float(np.exp(self._log_F - top).mean()))
+        self.best = max(self.best, mixed)
 
 
 def decide(differences: Iterable[float], n_total: int, config: AcceptanceConfig) -> Decision:
@@ -192,8 +219,3 @@ def decide(differences: Iterable[float], n_total: int, config: AcceptanceConfig)
 def undetected_share(n_windows: int, alpha: float) -> float:
     """Share of windows worse than the bound above which `n_windows` of them miss all with a probability below alpha."""
     return 1.0 - math.exp(math.log(alpha) / n_windows)
-
-
-def _run_of_true(flags: NDArray[np.bool_]) -> int:
-    """How many lead."""
-    return len(flags) if bool(flags.all()) else int(np.argmin(flags))

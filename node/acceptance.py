@@ -135,14 +135,17 @@ class AcceptanceTest:
         if self._refusal:
             return "reject", self._refusal
         if self.n_windows == self.n_total:
-            gains = mean > config.margin
-            return ("accept" if gains else "reject"), f"it gains {mean:.3g} nats per byte over the whole held-out text"
+            is_better = mean > config.margin and mean >= config.worth
+            return (
+                "accept" if is_better else "reject"
+            ), f"it gains {mean:.3g} nats per byte over the whole held-out text"
         if self._met:
             needed = math.log(1.0 / config.alpha)
-            if self._above.best >= needed:
-                return "accept", f"it gains more than {config.margin:.3g} nats per byte"
+            # First: a gain that is only rounding's may well have a sign.
             if self._below.best >= needed:
                 return "reject", f"it gains less than {config.worth:.3g} nats per byte"
+            if self._above.best >= needed:
+                return "accept", f"it gains more than {config.margin:.3g} nats per byte"
         return "undecided", f"{self.n_windows} of {self.n_total} windows do not tell yet"
 
     def _interval(self) -> tuple[float, float]:

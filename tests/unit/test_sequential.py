@@ -184,7 +184,7 @@ def test_the_report_says_it_can_where_few_nulls_are_accepted_and_gains_are_found
     nulls = [update(-1e-6, "accept"), *[update(-1e-6, "reject")] * 199]
     report = sequential_report([result(*nulls, *[update(1e-4, "accept")] * 10)])
     assert report.finding.startswith("It can: 1 of 200 updates without gain were accepted (0.5%), and 10 of 10")
-    assert "a median of 10% of the held-out text" in report.finding
+    assert "10 of these within half of the held-out text (median 10%)" in report.finding
 
 
 def test_the_report_says_it_cannot_where_more_than_one_null_in_twenty_is_accepted() -> None:
@@ -201,6 +201,13 @@ def test_rejecting_for_lack_of_worth_does_not_hide_false_accepts() -> None:
 def test_the_report_says_it_hardly_can_where_gains_are_not_found() -> None:
     updates = [*[update(-1e-6, "reject")] * 200, *[update(1e-4, "reject")] * 10]
     assert sequential_report([result(*updates)]).finding.startswith("It hardly can: ")
+
+
+def test_gains_that_are_found_only_at_the_end_of_the_text_count_as_hardly_found() -> None:
+    updates = [*[update(-1e-6, "reject")] * 200, *[update(1e-4, "accept", windows=1000)] * 10]
+    report = sequential_report([result(*updates)])
+    assert report.finding.startswith("It hardly can: 0 of 200")
+    assert "| 0.0% | 0.0% | 100.0% |" in report.tables["Power, and tokens to a decision, by true gain"]
 
 
 def test_the_bound_of_a_rate_is_the_exact_one() -> None:

@@ -5,9 +5,9 @@ of the present expert less that of the offered one on the same bytes, mean over 
 a window does not matter then, and the order being random, nor does what depends on what between windows.
 
 The test is a betting confidence sequence for sampling without replacement (Waudby-Smith and Ramdas, arXiv 2010.09686):
-capital that is bet on "the mean gain is above m" cannot grow 1 / alpha fold, at any time, with a
-probability above alpha, if it is not above m. So it may be looked at after each window and stopped at will. The bets
-are a fixed mixture of fractions, so there is nothing to tune and nothing to fit.
+capital that is bet on "the mean gain is above m" cannot grow 1 / alpha fold, at any time, with a probability above
+alpha, if it is not above m. So it may be looked at after each window and stopped at will. The bets are a fixed mixture
+of fractions, so there is nothing to tune and nothing to fit.
 
 It needs a bound on how much worse a window may become, which losses do not have. The windows up to the `pilot`-th that
 changed at all, not bet on, set it: `spread` times their largest difference. A gain above it counts as the bound, which
@@ -30,6 +30,7 @@ from protocol.errors import ConfigError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
 Verdict = Literal["accept", "reject", "undecided"]
 
 FRACTIONS_F = 0.9 * 2.0 ** -np.arange(9.0)
@@ -43,10 +44,11 @@ HALVINGS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptanceConfig:
-    """Differences and means in nats per byte. An error of either kind has a probability of at most `alpha`.
+    """Gains in nats per byte, of the mean over the whole text.
 
-    `margin`: what an accepted update must gain more than; `worth`: an update that gains less than that is rejected
-    without waiting for its sign.
+    An update that gains `margin` or less is accepted with a probability of at most `alpha`; one that gains `worth` or
+    more is rejected with at most that, if none of its windows is beyond the bound. One that gains less than `worth` is
+    to be rejected, without waiting for its sign.
     """
 
     alpha: float = 0.05
@@ -136,9 +138,8 @@ class AcceptanceTest:
             return "reject", self._refusal
         if self.n_windows == self.n_total:
             is_better = mean > config.margin and mean >= config.worth
-            return (
-                "accept" if is_better else "reject"
-            ), f"it gains {mean:.3g} nats per byte over the whole held-out text"
+            why = f"it gains {mean:.3g} nats per byte over the whole held-out text"
+            return ("accept" if is_better else "reject"), why
         if self._met:
             needed = math.log(1.0 / config.alpha)
             # First: a gain that is only rounding's may well have a sign.

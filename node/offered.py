@@ -2,7 +2,7 @@
 
 Beside the path of a step. `node.acceptance` decides by the gains that `window_gains` measures. The present expert and
 the offered one are tried in one batch, so that both meet the same trunk and the same answers of all other experts,
-while hosts go on training.
+while hosts go on training. Both are computed here: a host of the present one could answer badly to make room.
 """
 
 # Shapes: B windows, T tokens of a call, K experts per token, D model width, P tokens for the offered expert.
@@ -41,7 +41,7 @@ MAX_HEADER_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """Weights, by name, for expert `expert` of layer `layer`."""
+    """Weights, by name, of or for expert `expert` of layer `layer`."""
 
     layer: int
     expert: int
@@ -107,46 +107,57 @@ def _finite_tensors(data: bytes) -> dict[str, torch.Tensor]:
     return tensors
 
 
-class WithOffer:
-    """Experts of a run for batches whose second half repeats the first: there, the offered expert is in its place."""
+class Rivals:
+    """Experts of a run for batches whose second half repeats the first, which two experts of one place share.
 
-    def __init__(self, experts: Experts, offer: Offer, manifest: Manifest) -> None:
+    `present` answers in the first half, `offered` in the second; all others are `experts`' own in both.
+    """
+
+    def __init__(self, experts: Experts, present: Offer, offered: Offer, manifest: Manifest) -> None:
+        if (present.layer, present.expert) != (offered.layer, offered.expert):
+            raise InvalidInputError("offered", "is for another place than the present expert")
         self.run_tokens = experts.run_tokens
-        self._experts, self._offer = experts, offer
+        self._experts, self._layer, self._expert = experts, offered.layer, offered.expert
         self._kind = expert_kind(manifest.model.expert_kind)
-        self._stacked = {name: tensor[None] for name, tensor in offer.weights.items()}
+        self._weights_2 = {
+            name: torch.stack((present.weights[name], offered.weights[name])) for name in offered.weights
+        }
 
     def live_experts(self, layer: int) -> torch.Tensor:
-        """Those of the run: an expert that no host serves now cannot be compared."""
-        return self._experts.live_experts(layer)
+        """Those of the run, and the one that is computed here."""
+        live_E = self._experts.live_experts(layer)
+        if layer == self._layer:
+            live_E = live_E.clone()
+            live_E[self._expert] = True
+        return live_E
 
     def forward(
         self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, *, keep: bool
     ) -> Combined:
-        """Weighted sums, those of the second half with the offered expert's outputs, computed here."""
+        """Weighted sums: with the present expert's outputs in the first half, with the offered one's in the second."""
         if keep:
             raise InvalidInputError("keep", "is set; an offer is evaluated, not trained")
-        if layer != self._offer.layer:
+        if layer != self._layer:
             return self._experts.forward(layer, x_TD, expert_ids_TK, weights_TK, keep=False)
-        offered_TK = expert_ids_TK == self._offer.expert
-        offered_TK[: len(offered_TK) // 2] = False
-        rest = self._experts.forward(layer, x_TD, expert_ids_TK.masked_fill(offered_TK, -1), weights_TK, keep=False)
-        token_P, slot_P = offered_TK.nonzero(as_tuple=True)
-        y_PD = self._kind.apply(self._stacked, x_TD[token_P], Groups.of(torch.tensor([len(token_P)])))
+        own_TK = expert_ids_TK == self._expert
+        rest = self._experts.forward(layer, x_TD, expert_ids_TK.masked_fill(own_TK, -1), weights_TK, keep=False)
+        token_P, slot_P = own_TK.nonzero(as_tuple=True)
+        n_present = int((token_P < len(x_TD) // 2).sum())
+        groups = Groups.of(torch.tensor([n_present, len(token_P) - n_present]))
+        y_PD = self._kind.apply(self._weights_2, x_TD[token_P], groups)
         combined_TD = rest.combined_TD.index_add(0, token_P, y_PD * weights_TK[token_P, slot_P, None])
-        return Combined(combined_TD, rest.answered_TK | offered_TK, None)
+        return Combined(combined_TD, rest.answered_TK | own_TK, None)
 
     def backward(self, ticket: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401, ARG002
         """There is none."""
         raise InvalidInputError("grad_TD", "came for an offer, which is evaluated, not trained")
 
 
-def offered_model(manifest: Manifest, trunk: Mapping[str, torch.Tensor], experts: Experts, offer: Offer) -> Transformer:
+def rivals_model(manifest: Manifest, trunk: Mapping[str, torch.Tensor], rivals: Rivals) -> Transformer:
     """A copy of the trunk whose state is `trunk`, for `window_gains`: training can go on meanwhile."""
     generator = torch.Generator().manual_seed(0)
-    with_offer = WithOffer(experts, offer, manifest)
     gates = [build_gate(manifest.model, generator) for _ in range(manifest.model.n_layers)]
-    layers = [MoE(gate, with_offer, layer) for layer, gate in enumerate(gates)]
+    layers = [MoE(gate, rivals, layer) for layer, gate in enumerate(gates)]
     model = build_trunk(manifest, layers, generator)
     model.load_state_dict(dict(trunk))
     return model.eval()

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from node.acceptance import AcceptanceConfig, decide
 from node.moe import LocalExperts, LocalMoE
-from node.offered import MAX_HEADER_BYTES, Offer, max_offer_bytes, offered_model, read_offer, window_gains
+from node.offered import MAX_HEADER_BYTES, Offer, Rivals, max_offer_bytes, read_offer, rivals_model, window_gains
 from node.training import build_trunk, next_byte_loss
 from protocol.errors import InvalidInputError, KilohiveError
 from tests.support.swarm_parts import small_manifest
@@ -54,6 +54,16 @@ def losses(model: Transformer, ids: torch.Tensor) -> list[float]:
         return [float(next_byte_loss(model, window[None], torch.device("cpu"))) for window in ids]
 
 
+def present(experts: LocalExperts) -> Offer:
+    block = next(block for block in experts.blocks[LAYER] if EXPERT in block.experts)
+    own = {name: block.params[name][EXPERT - block.experts.start].clone() for name in SHAPES}
+    return Offer(layer=LAYER, expert=EXPERT, weights=own)
+
+
+def tried(model: Transformer, experts: LocalExperts, offer: Offer) -> Transformer:
+    return rivals_model(MANIFEST, model.state_dict(), Rivals(experts, present(experts), offer, MANIFEST))
+
+
 def take_in(experts: LocalExperts, offer: Offer) -> None:
     block = next(block for block in experts.blocks[offer.layer] if offer.expert in block.experts)
     for name, tensor in offer.weights.items():
@@ -65,7 +75,7 @@ def test_gains_are_those_of_the_whole_model_once_it_has_taken_the_expert_in(
 ) -> None:
     offer = read_offer(save(weights()), LAYER, EXPERT, MANIFEST)
     ids = windows(6)
-    gains = window_gains(offered_model(MANIFEST, model.state_dict(), experts, offer), ids)
+    gains = window_gains(tried(model, experts, offer), ids)
     before = losses(model, ids)
     take_in(experts, offer)
     after = losses(model, ids)
@@ -76,10 +86,8 @@ def test_gains_are_those_of_the_whole_model_once_it_has_taken_the_expert_in(
 def test_the_expert_that_is_there_already_gains_nothing_and_is_not_accepted(
     model: Transformer, experts: LocalExperts
 ) -> None:
-    block = experts.blocks[LAYER][1]
-    own = {name: block.params[name][EXPERT - block.experts.start].clone() for name in SHAPES}
-    offer = Offer(layer=LAYER, expert=EXPERT, weights=own)
-    gains = window_gains(offered_model(MANIFEST, model.state_dict(), experts, offer), windows(40))
+    offer = present(experts)
+    gains = window_gains(tried(model, experts, offer), windows(40))
     assert max(abs(gain) for gain in gains) < 1e-12
     assert decide(gains, len(gains), AcceptanceConfig(pilot=8)).verdict == "reject"
 
@@ -87,14 +95,34 @@ def test_the_expert_that_is_there_already_gains_nothing_and_is_not_accepted(
 def test_trying_an_offer_changes_neither_the_trunk_nor_the_experts(model: Transformer, experts: LocalExperts) -> None:
     offer = read_offer(save(weights()), LAYER, EXPERT, MANIFEST)
     before = losses(model, windows(4))
-    window_gains(offered_model(MANIFEST, model.state_dict(), experts, offer), windows(4))
+    window_gains(tried(model, experts, offer), windows(4))
     assert losses(model, windows(4)) == before
+
+
+def test_neither_of_the_two_is_asked_of_a_host(
+    model: Transformer, experts: LocalExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = read_offer(save(weights()), LAYER, EXPERT, MANIFEST)
+    rivals = tried(model, experts, offer)
+    gains = window_gains(rivals, windows(4))
+    # Were it asked, it could answer badly: what it holds now changes nothing.
+    take_in(experts, Offer(layer=LAYER, expert=EXPERT, weights={n: torch.zeros(s) for n, s in SHAPES.items()}))
+    assert window_gains(rivals, windows(4)) == gains
+    without = torch.ones(16, dtype=torch.bool)
+    without[EXPERT] = False
+    monkeypatch.setattr(experts, "live_experts", lambda layer: without if layer == LAYER else torch.ones(16) > 0)
+    assert window_gains(rivals, windows(4)) == gains
+
+
+def test_experts_of_two_places_are_not_compared(experts: LocalExperts) -> None:
+    with pytest.raises(InvalidInputError, match="another place"):
+        Rivals(experts, present(experts), Offer(layer=LAYER, expert=EXPERT + 1, weights=weights()), MANIFEST)
 
 
 def test_an_offer_is_not_trained(model: Transformer, experts: LocalExperts) -> None:
     offer = read_offer(save(weights()), LAYER, EXPERT, MANIFEST)
     with pytest.raises(InvalidInputError, match="evaluated, not trained"):
-        offered_model(MANIFEST, model.state_dict(), experts, offer)(windows(1)[:, :-1])
+        tried(model, experts, offer)(windows(1)[:, :-1])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""Claim: whether a tiny change is better can be told without running the whole benchmark again.
+
+A real model is trained; updates of one expert, good and bad, are put to the test of `node.acceptance`, and what it says
+is held against their gain over the whole held-out text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from experiments.experiment import Trial
+from experiments.one_expert import OneExpert, expert_loads, reached_by, trained_model
+from experiments.sequential_report import sequential_report
+from experiments.sequential_updates import Update, Workshop, stops_by_peeking
+from node.acceptance import AcceptanceConfig, decide
+from node.data import open_dataset
+from node.folders import data_cache
+from node.training import mean_nats
+from node.transformer import bits_per_byte
+from protocol.manifest import ModelConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from experiments.experiment import Preset, Report, Result, TrialContext
+    from experiments.one_expert import Trained
+    from node.data import ByteDataset
+
+LOADS = (0.1, 0.5, 0.9)
+"""Which experts are changed: their places among those of their layer, by the tokens that reach them."""
+WORTH_OF_LAYER = 3e-3
+"""Nats per byte that a layer would gain if each of its experts brought what is just worth having."""
+SIZES: dict[str, tuple[int, ...]] = {"quick": (64, 512), "full": (64, 512)}
+SEEDS = {"quick": 1, "full": 3}
+TOKENS = {"quick": 1_500_000, "full": 6_000_000}
+UPDATE_SEEDS = {"quick": 3, "full": 10}
+BATCH, TEXT_BATCHES, LOAD_BATCHES = 64, 64, 8
+
+
+class Sequential:
+    """The experiment."""
+
+    name = "sequential"
+    claim = (
+        "Whether a change to one tiny expert is better can be told from a part of the held-out text, without running "
+        "the whole benchmark again, and with a bounded rate of error."
+    )
+    method = """\
+A byte-level mixture-of-experts model is trained on the default corpus, in one process. Three experts of its last layer
+are then changed, one at a time, the rest frozen: one that few tokens reach, one in the middle, one that many reach.
+Changes are of five kinds: trained further on its own tokens of the training text (1 to 256 steps), and four that should
+gain nothing: noise of the same size, the trained update backwards, training on shuffled bytes, and the trained update
+stretched until its gain over the whole held-out text is just gone, which is the hardest case for a test against "no
+gain". How an update was made decides nothing: its true gain is measured on the whole held-out text.
+
+The test (`node/acceptance.py`) meets held-out windows in random order and stops when it knows: *accept*, it gains more
+than nothing; *reject*, it gains less than is worth having (0.003 nats per byte, shared among the layer's experts), or
+one window became far worse than any before. It is a betting confidence sequence for sampling without replacement
+(arXiv 2010.09686), so an update that gains nothing is accepted with a probability of at most 5%, whenever it is looked
+at. Rejecting for lack of worth would hide errors, so the test is run a second time with a worth of 0: an update is then
+rejected for doing harm only, or at the end of the text. The control is what people do instead: a t test at 5%, looked
+at after each window. At the end of the text its mean is known and everything is decided rightly, so what the test is
+worth shows in what it knows after a quarter and a half.
+
+What it cannot show: the truth is the held-out text's own mean, so nothing is said about other text; a text that decides
+on many updates is fitted in the end; and an update that ruins a share of the windows so small that none is met goes
+unseen. Only the last layer was changed, where a change alters its own tokens' predictions and no others."""
+
+    def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:  # noqa: ARG002 - no stages
+        """One model per number of experts and seed."""
+        cases = [(seed, size) for seed in range(SEEDS[preset]) for size in SIZES[preset]]
+        return [
+            Trial(
+                name=f"{size}-experts-seed-{seed}",
+                spec={
+                    "seed": seed,
+                    "tokens": TOKENS[preset],
+                    "update_seeds": UPDATE_SEEDS[preset],
+                    "model": asdict(_model(size)),
+                },
+            )
+            for seed, size in cases
+        ]
+
+    def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
+        """Train, or go on with the model that a trial that was cut has left; then make and test updates."""
+        dataset = open_dataset(None, cache_dir=data_cache())
+        trained = trained_model(spec, dataset, context)
+        return run_trial(spec, trained, dataset, context)
+
+    def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
+        """False accepts, power, tokens, agreement."""
+        planned = [results[trial.name] for trial in self.plan(preset, results)]
+        return sequential_report(planned)
+
+
+EXPERIMENT = Sequential()
+
+
+def _model(n_experts: int) -> ModelConfig:
+    return ModelConfig(
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        context=128,
+        expert_hidden=32,
+        experts_per_layer=n_experts,
+        experts_per_block=64,
+        experts_per_token=4,
+    )
+
+
+def run_trial(spec: dict[str, Any], trained: Trained, dataset: ByteDataset, context: TrialContext) -> Result:
+    """Updates of some experts of one model, each measured and tested."""
+    rows: list[Result] = []
+    workshops = _workshops(spec, trained, dataset)
+    for place, workshop in enumerate(workshops):
+        context.progress(place, len(workshops), f"experts, {len(rows)} updates tested")
+        for number, update in enumerate(workshop.updates(spec["update_seeds"])):
+            order = np.random.default_rng([spec["seed"], place, number])
+            rows.append(_tested(update, workshop, order, trained.manifest.model.experts_per_layer))
+    held_out = dataset.held_out_batches(BATCH, trained.model.context)
+    nats = mean_nats(trained.model, held_out, torch.device("cpu"))
+    return {
+        "bits_per_byte": bits_per_byte(nats),
+        "experts": trained.manifest.model.experts_per_layer,
+        "context": trained.model.context,
+        "windows": workshops[0].held_out.n_windows,
+        "updates": rows,
+    }
+
+
+def _workshops(spec: dict[str, Any], trained: Trained, dataset: ByteDataset) -> list[Workshop]:
+    context = trained.model.context
+    training = [
+        dataset.train_batch(step, shard=0, n_shards=1, batch=BATCH, context=context, seed=spec["seed"] + 1)
+        for step in range(TEXT_BATCHES)
+    ]
+    loads_E = expert_loads(trained, training[:LOAD_BATCHES])
+    order_E = loads_E.argsort()
+    experts = [OneExpert(trained, int(order_E[int(place * len(order_E))])) for place in LOADS]
+    held_out = reached_by(trained, experts, dataset.held_out_batches(BATCH, context))
+    texts = reached_by(trained, experts, training)
+    return [Workshop(*parts) for parts in zip(experts, texts, held_out, strict=True)]
+
+
+def _tested(update: Update, workshop: Workshop, order: np.random.Generator, n_experts: int) -> Result:
+    gains, held_out = update.gains, workshop.held_out
+    reached_N = np.bincount(held_out.window_P, minlength=held_out.n_windows)
+    config = AcceptanceConfig(worth=WORTH_OF_LAYER / n_experts)
+    shuffled_N = order.permutation(len(gains))
+    found = decide(gains[shuffled_N], len(gains), config)
+    touched_N = shuffled_N[reached_N[shuffled_N] > 0]
+    return {
+        "expert": workshop.expert.index,
+        "kind": update.kind,
+        "steps": update.steps,
+        "seed": update.seed,
+        "gain": float(gains.mean()),
+        "worth": config.worth,
+        "verdict": found.verdict,
+        "why": found.why,
+        "windows": found.n_windows,
+        "tokens_reached": int(reached_N[shuffled_N[: found.n_windows]].sum()),
+        "without_worth": decide(gains[shuffled_N], len(gains), AcceptanceConfig(worth=0.0)).verdict,
+        "touched": _decided_on(gains, touched_N, config),
+        "peeking": stops_by_peeking(gains[shuffled_N], config.pilot),
+    }
+
+
+def _decided_on(gains: NDArray[np.float64], windows_N: NDArray[np.int64], config: AcceptanceConfig) -> Result:
+    """The same test over a stream of those windows alone that hold a token for the expert: the others gain nothing."""
+    larger = len(gains) / len(windows_N)
+    scaled = AcceptanceConfig(margin=config.margin * larger, worth=config.worth * larger)
+    found = decide(gains[windows_N], len(windows_N), scaled)
+    return {"verdict": found.verdict, "windows": found.n_windows, "of": len(windows_N)}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MODULES = {
     "granularity": "experiments.granularity",
     "idiots": "experiments.idiots",
+    "sequential": "experiments.sequential",
 }
 
 

@@ -9,91 +9,38 @@ predictions. So an update is measured on the whole held-out text for the price o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from node.moe import LocalExperts, LocalMoE
-from node.training import StepConfig, Training, build_trunk
+from experiments.training import TrainRun
 from node.transformer import rope_rotation
-from protocol.manifest import BlockId, Manifest, ModelConfig, OptimizerConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
+    from experiments.arm import TrainSpec
     from experiments.experiment import TrialContext
+    from experiments.training import Model
     from node.data import ByteDataset
     from node.gate import GateOutput
+    from node.moe import MoE
     from node.transformer import Transformer, TransformerLayer
-    from protocol.errors import TooFewExpertsError
 
     Weights = dict[str, torch.Tensor]
 
-MODEL_FILE = "model.safetensors"
-BATCH = 16
 
-
-@dataclass(frozen=True)
-class Trained:
-    """A model whose experts are all in this process."""
-
-    manifest: Manifest
-    model: Transformer
-    experts: LocalExperts
-
-
-def trained_model(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> Trained:
-    """Train what `spec` describes, or load it where a trial that was cut has left it."""
-    model, tokens = ModelConfig(**spec["model"]), spec["tokens"]
-    optimizer = OptimizerConfig(total_tokens=tokens, warmup_tokens=tokens // 20)
-    manifest = Manifest(name="sequential", seed=spec["seed"], model=model, optimizer=optimizer)
-    trained = _untrained(manifest)
-    path = context.folder / MODEL_FILE
-    if path.is_file():
-        _restore(trained, load_file(path))
-    else:
-        _train(trained, dataset, lambda done: context.progress(done, tokens, "tokens trained"))
-        save_file(_tensors(trained), path)
-    trained.model.eval()
-    return trained
-
-
-def _untrained(manifest: Manifest) -> Trained:
-    experts, generator = LocalExperts(manifest), torch.Generator().manual_seed(manifest.seed)
-    layers = [LocalMoE(experts, layer, generator) for layer in range(manifest.model.n_layers)]
-    return Trained(manifest, build_trunk(manifest, layers, generator), experts)
-
-
-def _train(trained: Trained, dataset: ByteDataset, tell: Callable[[int], None]) -> None:
-    config = StepConfig(batch=BATCH, micro_batches=1, in_flight=1, seed=trained.manifest.seed)
-    training = Training(trained.manifest, trained.model, trained.experts, dataset, config, _give_up)
-    try:
-        while training.run_tokens < trained.manifest.optimizer.total_tokens:
-            training.step()
-            tell(training.run_tokens)
-    finally:
-        training.close()
-
-
-def _give_up(error: TooFewExpertsError) -> None:
-    raise error
-
-
-def _tensors(trained: Trained) -> Weights:
-    blocks = (block for blocks in trained.experts.blocks.values() for block in blocks)
-    experts = {f"expert/{block.id}/{name}": tensor for block in blocks for name, tensor in block.params.items()}
-    return {**{f"trunk/{name}": tensor for name, tensor in trained.model.state_dict().items()}, **experts}
-
-
-def _restore(trained: Trained, tensors: Weights) -> None:
-    with torch.no_grad():
-        for name, tensor in _tensors(trained).items():
-            tensor.copy_(tensors[name])
+def trained_model(spec: TrainSpec, dataset: ByteDataset, context: TrialContext) -> Model:
+    """Train what `spec` describes, or take it from where a trial that was cut has left it."""
+    run = TrainRun(spec, context, dataset)
+    run.go()
+    run.save()
+    run.model.trunk.eval()
+    return run.model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,49 +61,50 @@ class Reached:
 class OneExpert:
     """Expert `index` of the last layer: its weights, and the loss of the model with others in its place."""
 
-    def __init__(self, trained: Trained, index: int) -> None:
-        self.index, self._model = index, trained.model
-        self.context = trained.manifest.model.context
-        block_id = BlockId(len(trained.model.layers) - 1, index // trained.manifest.model.experts_per_block)
-        block = trained.experts.blocks[block_id.layer][block_id.block]
+    def __init__(self, model: Model, index: int) -> None:
+        self.index, self._trunk = index, model.trunk
+        self.context = model.trunk.context
+        last = model.experts.blocks[len(model.trunk.layers) - 1]
+        block = last[index // model.manifest.model.experts_per_block]
         self.weights = {name: p[index - block.experts.start].clone() for name, p in block.params.items()}
 
     def losses(self, reached: Reached, weights: Weights, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """Nats of the reached tokens, with `weights` as the expert."""
         hidden_PH = functional.gelu(reached.input_PD[rows] @ weights["w_in"])
         stream_PD = reached.rest_PD[rows] + reached.weight_P[rows, None] * (hidden_PH @ weights["w_out"])
-        logits_PV = functional.linear(self._model.final_norm(stream_PD), self._model.head_VD)
+        logits_PV = functional.linear(self._trunk.final_norm(stream_PD), self._trunk.head_VD)
         return functional.cross_entropy(logits_PV, reached.target_P[rows], reduction="none")
 
     @torch.no_grad()
     def gains(self, reached: Reached, weights: Weights) -> NDArray[np.float64]:
         """Mean gain of each window, nats per byte, from putting `weights` in the expert's place."""
-        gain_P = (self.losses(reached, self.weights) - self.losses(reached, weights)).double().numpy()
+        gain_P = (self.losses(reached, self.weights) - self.losses(reached, weights)).double().cpu().numpy()
         sums = np.bincount(reached.window_P, weights=gain_P, minlength=reached.n_windows)
         return np.asarray(sums / self.context, dtype=np.float64)
 
 
 @torch.no_grad()
-def expert_loads(trained: Trained, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+def expert_loads(model: Model, batches: Iterable[torch.Tensor]) -> torch.Tensor:
     """Tokens [E] of the text that reach each expert of the last layer."""
-    return torch.stack([_last_layer(trained.model, ids)[2].load_E for ids in batches]).sum(0)
+    return torch.stack([_last_layer(model.trunk, ids)[2].load_E for ids in batches]).sum(0)
 
 
 @torch.no_grad()
-def reached_by(trained: Trained, experts: Iterable[OneExpert], batches: Iterable[torch.Tensor]) -> list[Reached]:
+def reached_by(model: Model, experts: Iterable[OneExpert], batches: Iterable[torch.Tensor]) -> list[Reached]:
     """One pass over a text: for each of `experts` the tokens that reach it."""
     experts = list(experts)
     parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in experts]
     n_windows = 0
     for ids in batches:
-        input_ND, stream_ND, choice = _last_layer(trained.model, ids)
+        input_ND, stream_ND, choice = _last_layer(model.trunk, ids)
         for expert, own in zip(experts, parts, strict=True):
             token_P, slot_P = (choice.expert_ids_TK == expert.index).nonzero(as_tuple=True)
             input_PD, weight_P = input_ND[token_P], choice.weights_TK[token_P, slot_P]
             output_PD = functional.gelu(input_PD @ expert.weights["w_in"]) @ expert.weights["w_out"]
             rest_PD = stream_ND[token_P] - weight_P[:, None] * output_PD
             window_P = token_P // expert.context + n_windows
-            own.append((input_PD, weight_P, rest_PD, ids[:, 1:].flatten()[token_P], window_P))
+            target_P = ids[:, 1:].to(token_P.device).flatten()[token_P]
+            own.append((input_PD, weight_P, rest_PD, target_P, window_P))
         n_windows += len(ids)
     return [_joined(own, n_windows) for own in parts]
 
@@ -168,22 +116,22 @@ def _joined(parts: list[tuple[torch.Tensor, ...]], n_windows: int) -> Reached:
         weight_P=weight_P,
         rest_PD=rest_PD,
         target_P=target_P,
-        window_P=window_P.numpy(),
+        window_P=window_P.cpu().numpy(),
         n_windows=n_windows,
     )
 
 
-def _last_layer(model: Transformer, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, GateOutput]:
+def _last_layer(trunk: Transformer, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, GateOutput]:
     """Inputs of the last layer's experts, the stream after them, and the gate's choice, of windows [B, T + 1]."""
-    x_BTD = functional.embedding(ids[:, :-1], model.embedding_VD)
-    rotation = rope_rotation(x_BTD.shape[1], model.channels, x_BTD)
-    *before, _ = model.layers
+    x_BTD = functional.embedding(ids[:, :-1].to(trunk.embedding_VD.device), trunk.embedding_VD)
+    rotation = rope_rotation(x_BTD.shape[1], trunk.channels, x_BTD)
+    *before, _ = trunk.layers
     for layer in before:
         x_BTD = layer(x_BTD, rotation)
-    last = cast("TransformerLayer", model.layers[-1])
+    last = cast("TransformerLayer", trunk.layers[-1])
     x_BTD = x_BTD + last.attention(last.attention_norm(x_BTD), rotation)
     input_ND = last.moe_norm(x_BTD).flatten(0, 1)
-    moe = cast("LocalMoE", last.moe)
+    moe = cast("MoE", last.moe)
     return input_ND, x_BTD.flatten(0, 1) + moe(input_ND), moe.gate(input_ND)
 
 

@@ -6,22 +6,19 @@ is held against their gain over the whole held-out text.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from experiments.arm import Arm, TrainSpec
 from experiments.experiment import Trial
 from experiments.one_expert import OneExpert, expert_loads, reached_by, trained_model
 from experiments.sequential_report import sequential_report
 from experiments.sequential_updates import Update, Workshop, stops_by_peeking
+from experiments.training import open_text
 from node.acceptance import AcceptanceConfig, decide
-from node.data import open_dataset
-from node.folders import data_cache
 from node.training import mean_nats
 from node.transformer import bits_per_byte
-from protocol.manifest import ModelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from experiments.experiment import Preset, Report, Result, TrialContext
-    from experiments.one_expert import Trained
+    from experiments.training import Model
     from node.data import ByteDataset
 
 LOADS = (0.1, 0.5, 0.9)
@@ -40,6 +37,7 @@ SIZES: dict[str, tuple[int, ...]] = {"quick": (64, 512), "full": (64, 512)}
 SEEDS = {"quick": 1, "full": 3}
 TOKENS = {"quick": 1_500_000, "full": 6_000_000}
 UPDATE_SEEDS = {"quick": 3, "full": 10}
+RATE = 5e-3
 BATCH, TEXT_BATCHES, LOAD_BATCHES = 64, 64, 8
 
 
@@ -78,21 +76,16 @@ unseen. Only the last layer was changed, where a change alters its own tokens' p
         return [
             Trial(
                 name=f"{size}-experts-seed-{seed}",
-                spec={
-                    "seed": seed,
-                    "tokens": TOKENS[preset],
-                    "update_seeds": UPDATE_SEEDS[preset],
-                    "model": asdict(_model(size)),
-                },
+                spec={"train": _spec(size, seed, TOKENS[preset]).to_json(), "update_seeds": UPDATE_SEEDS[preset]},
             )
             for seed, size in cases
         ]
 
     def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
         """Train, or go on with the model that a trial that was cut has left; then make and test updates."""
-        dataset = open_dataset(None, cache_dir=data_cache())
-        trained = trained_model(spec, dataset, context)
-        return run_trial(spec, trained, dataset, context)
+        dataset = open_text()
+        model = trained_model(TrainSpec.from_json(spec["train"]), dataset, context)
+        return run_trial(spec, model, dataset, context)
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
         """False accepts, power, tokens, agreement."""
@@ -103,50 +96,42 @@ unseen. Only the last layer was changed, where a change alters its own tokens' p
 EXPERIMENT = Sequential()
 
 
-def _model(n_experts: int) -> ModelConfig:
-    return ModelConfig(
-        d_model=64,
-        n_layers=2,
-        n_heads=4,
-        context=128,
-        expert_hidden=32,
-        experts_per_layer=n_experts,
-        experts_per_block=64,
-        experts_per_token=4,
-    )
+def _spec(n_experts: int, seed: int, tokens: int) -> TrainSpec:
+    arm = Arm(label=f"4 of {n_experts} experts", hidden=32, experts=n_experts, per_token=4)
+    return TrainSpec(arm=arm, seed=seed, tokens=tokens, lr=RATE, expert_lr=RATE, d_model=64, layers=2, evaluations=1)
 
 
-def run_trial(spec: dict[str, Any], trained: Trained, dataset: ByteDataset, context: TrialContext) -> Result:
+def run_trial(spec: dict[str, Any], model: Model, dataset: ByteDataset, context: TrialContext) -> Result:
     """Updates of some experts of one model, each measured and tested."""
     rows: list[Result] = []
-    workshops = _workshops(spec, trained, dataset)
+    workshops = _workshops(spec["train"]["seed"], model, dataset)
     for place, workshop in enumerate(workshops):
         context.progress(place, len(workshops), f"experts, {len(rows)} updates tested")
         for number, update in enumerate(workshop.updates(spec["update_seeds"])):
-            order = np.random.default_rng([spec["seed"], place, number])
-            rows.append(_tested(update, workshop, order, trained.manifest.model.experts_per_layer))
-    held_out = dataset.held_out_batches(BATCH, trained.model.context)
-    nats = mean_nats(trained.model, held_out, torch.device("cpu"))
+            order = np.random.default_rng([spec["train"]["seed"], place, number])
+            rows.append(_tested(update, workshop, order, model.manifest.model.experts_per_layer))
+    held_out = dataset.held_out_batches(BATCH, model.trunk.context)
+    nats = mean_nats(model.trunk, held_out, model.device)
     return {
         "bits_per_byte": bits_per_byte(nats),
-        "experts": trained.manifest.model.experts_per_layer,
-        "context": trained.model.context,
+        "experts": model.manifest.model.experts_per_layer,
+        "context": model.trunk.context,
         "windows": workshops[0].held_out.n_windows,
         "updates": rows,
     }
 
 
-def _workshops(spec: dict[str, Any], trained: Trained, dataset: ByteDataset) -> list[Workshop]:
-    context = trained.model.context
+def _workshops(seed: int, model: Model, dataset: ByteDataset) -> list[Workshop]:
+    context = model.trunk.context
     training = [
-        dataset.train_batch(step, shard=0, n_shards=1, batch=BATCH, context=context, seed=spec["seed"] + 1)
+        dataset.train_batch(step, shard=0, n_shards=1, batch=BATCH, context=context, seed=seed + 1)
         for step in range(TEXT_BATCHES)
     ]
-    loads_E = expert_loads(trained, training[:LOAD_BATCHES])
+    loads_E = expert_loads(model, training[:LOAD_BATCHES])
     order_E = loads_E.argsort()
-    experts = [OneExpert(trained, int(order_E[int(place * len(order_E))])) for place in LOADS]
-    held_out = reached_by(trained, experts, dataset.held_out_batches(BATCH, context))
-    texts = reached_by(trained, experts, training)
+    experts = [OneExpert(model, int(order_E[int(place * len(order_E))])) for place in LOADS]
+    held_out = reached_by(model, experts, dataset.held_out_batches(BATCH, context))
+    texts = reached_by(model, experts, training)
     return [Workshop(*parts) for parts in zip(experts, texts, held_out, strict=True)]
 
 

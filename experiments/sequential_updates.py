@@ -5,12 +5,12 @@ What an update is worth is never assumed from how it was made: its gain over the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy import stats
 
 from experiments.one_expert import trained_further
 
@@ -95,7 +95,7 @@ def _scaled(difference: Weights, factor: float) -> Weights:
 
 def _noise_like(difference: Weights, seed: int) -> Weights:
     generator = torch.Generator().manual_seed(seed)
-    noise = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in difference.items()}
+    noise = {name: torch.randn(tensor.shape, generator=generator).to(tensor) for name, tensor in difference.items()}
     return {name: noise[name] * (difference[name].norm() / noise[name].norm()) for name in noise}
 
 
@@ -110,11 +110,4 @@ def stops_by_peeking(gains: NDArray[np.float64], after: int) -> int | None:
 
 def rate_bound(n_found: int, n: int, confidence: float = 0.95) -> float:
     """Upper end of the exact (Clopper-Pearson) one-sided interval of a rate seen `n_found` times in `n`."""
-    if n_found >= n:
-        return 1.0
-    low, high = n_found / n, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        tail = sum(math.comb(n, k) * middle**k * (1 - middle) ** (n - k) for k in range(n_found + 1))
-        low, high = (middle, high) if tail > 1 - confidence else (low, middle)
-    return high
+    return 1.0 if n_found >= n else float(stats.beta.ppf(confidence, n_found + 1, n - n_found))

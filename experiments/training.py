@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from experiments.experiment import Result, TrialContext
     from node.data import ByteDataset
+    from node.experts.block import Block
     from node.moe import Experts
     from node.transformer import Transformer
     from protocol.errors import TooFewExpertsError
@@ -46,14 +47,17 @@ class NoExperts:
 
     run_tokens = 0
 
+    def __init__(self) -> None:
+        self.blocks: dict[int, list[Block]] = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A transformer, and the experts that it calls (None: it is dense)."""
+    """A transformer, and the experts that it calls."""
 
     manifest: Manifest
     trunk: Transformer
-    experts: LocalExperts | None
+    experts: LocalExperts | NoExperts
     device: torch.device
 
     @property
@@ -68,7 +72,8 @@ def build_model(spec: TrainSpec, device: torch.device) -> Model:
     arm = spec.arm
     if not arm.experts:
         dense = [DenseFfn(spec.d_model, arm.hidden, generator) for _ in range(spec.layers)]
-        return Model(manifest=manifest, trunk=_trunk(manifest, dense, generator, device), experts=None, device=device)
+        trunk = _trunk(manifest, dense, generator, device)
+        return Model(manifest=manifest, trunk=trunk, experts=NoExperts(), device=device)
     experts = LocalExperts(manifest, device)
     gates = [
         gate_of(manifest.model, arm.gate, is_frozen=arm.frozen_gate, generator=generator) for _ in range(spec.layers)
@@ -94,7 +99,7 @@ def open_text(seed: int = 0) -> ByteDataset:
 
 def build_training(model: Model, spec: TrainSpec, dataset: ByteDataset) -> Training:
     """One micro-batch a step: experts and trunk step alike."""
-    experts: Experts = model.experts or NoExperts()  # type: ignore[assignment]
+    experts = cast("Experts", model.experts)
     config = StepConfig(batch=spec.batch, micro_batches=1, in_flight=1, seed=spec.seed)
     return Training(model.manifest, model.trunk, experts, dataset, config, _give_up)
 
@@ -145,7 +150,7 @@ class TrainRun:
             if (step + 1) % PROGRESS_EVERY_STEPS == 0:
                 self._context.progress(step + 1, spec.steps, f"{result.loss:.3f} nats per byte")
             if not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
-                self._save()
+                self.save()
         self.training.close()
 
     def _is_due(self, step: int) -> bool:
@@ -158,8 +163,9 @@ class TrainRun:
         self.log.held_out.append((tokens, float(nats_N.mean())))
         self.log.train.append((tokens, sum(losses) / len(losses)))
 
-    def _save(self) -> None:
-        for blocks in self.model.experts.blocks.values() if self.model.experts else ():
+    def save(self) -> None:
+        """Write what `go` goes on from."""
+        for blocks in self.model.experts.blocks.values():
             for block in blocks:
                 self._store.write(block.id, *self._store.copy(block))
         save_trunk(
@@ -171,9 +177,8 @@ class TrainRun:
     def _resume(self) -> None:
         if load_trunk(self._context.folder, self.training) is None:
             return
-        if self.model.experts:
-            for layer, blocks in self.model.experts.blocks.items():
-                blocks[:] = [self._store.load_or_new(BlockId(layer, index)) for index in range(len(blocks))]
+        for layer, blocks in self.model.experts.blocks.items():
+            blocks[:] = [self._store.load_or_new(BlockId(layer, index)) for index in range(len(blocks))]
         self.log = Log(**json.loads((self._context.folder / "log.json").read_bytes()))
 
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
+from experiments.arm import Arm, TrainSpec
 from experiments.one_expert import OneExpert, expert_loads, reached_by, trained_further, trained_model
 from experiments.sequential import EXPERIMENT, run_trial
 from experiments.sequential_report import sequential_report
 from experiments.sequential_updates import KINDS, STEPS, Workshop, rate_bound, stops_by_peeking
 from node.data import open_dataset
 from node.training import mean_nats
-from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from experiments.one_expert import Reached, Trained
+    from experiments.one_expert import Reached
+    from experiments.training import Model
     from node.data import ByteDataset
 
-MODEL = asdict(small_manifest(model={"experts_per_layer": 8}).model)
-SPEC: dict[str, Any] = {"seed": 0, "tokens": 20_480, "update_seeds": 1, "model": MODEL}
+ARM = Arm(label="2 of 8 experts", hidden=16, experts=8, per_token=2)
+TRAIN = TrainSpec(
+    arm=ARM, seed=0, tokens=20_480, lr=5e-3, expert_lr=5e-3, d_model=16, layers=2, heads=2, context=16, evaluations=1
+)
+SPEC: dict[str, Any] = {"train": TRAIN.to_json(), "update_seeds": 1}
 CPU = torch.device("cpu")
 
 
@@ -54,12 +58,12 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 
 @pytest.fixture(scope="module")
-def trained(dataset: ByteDataset, context: Context) -> Trained:
-    return trained_model(SPEC, dataset, context)
+def trained(dataset: ByteDataset, context: Context) -> Model:
+    return trained_model(TRAIN, dataset, context)
 
 
 @pytest.fixture(scope="module")
-def workshop(trained: Trained, dataset: ByteDataset) -> Workshop:
+def workshop(trained: Model, dataset: ByteDataset) -> Workshop:
     busiest = int(expert_loads(trained, dataset.held_out_batches(64, 16)).argmax())
     expert = OneExpert(trained, busiest)
     (text,) = reached_by(trained, [expert], training(dataset))
@@ -72,21 +76,21 @@ def training(dataset: ByteDataset) -> list[torch.Tensor]:
 
 
 def whole_model_gain(
-    trained: Trained, dataset: ByteDataset, expert: OneExpert, offered: dict[str, torch.Tensor]
+    trained: Model, dataset: ByteDataset, expert: OneExpert, offered: dict[str, torch.Tensor]
 ) -> float:
     block = next(b for b in trained.experts.blocks[1] if expert.index in b.experts)
     place = expert.index - block.experts.start
-    before = mean_nats(trained.model, dataset.held_out_batches(64, 16), CPU)
+    before = mean_nats(trained.trunk, dataset.held_out_batches(64, 16), CPU)
     for name, tensor in offered.items():
         block.params[name][place] = tensor
-    after = mean_nats(trained.model, dataset.held_out_batches(64, 16), CPU)
+    after = mean_nats(trained.trunk, dataset.held_out_batches(64, 16), CPU)
     for name, tensor in expert.weights.items():
         block.params[name][place] = tensor
     return before - after
 
 
 def test_an_updates_gain_is_what_the_whole_model_gains(
-    trained: Trained, dataset: ByteDataset, workshop: Workshop
+    trained: Model, dataset: ByteDataset, workshop: Workshop
 ) -> None:
     offered = trained_further(workshop.expert, workshop.text, steps=100, lr=1e-2, seed=0)
     gain = workshop.expert.gains(workshop.held_out, offered).mean()
@@ -131,18 +135,18 @@ def test_updates_come_in_every_kind_and_a_stretched_one_gains_nothing(workshop: 
 
 
 def test_a_trial_that_was_cut_goes_on_with_the_model_that_it_had_trained(
-    trained: Trained, dataset: ByteDataset, context: Context
+    trained: Model, dataset: ByteDataset, context: Context
 ) -> None:
     told = context.told
-    again = trained_model(SPEC, dataset, context)
+    again = trained_model(TRAIN, dataset, context)
     assert context.told == told
-    assert again.model.state_dict().keys() == trained.model.state_dict().keys()
-    texts = [mean_nats(one.model, dataset.held_out_batches(64, 16), CPU) for one in (trained, again)]
+    assert again.trunk.state_dict().keys() == trained.trunk.state_dict().keys()
+    texts = [mean_nats(one.trunk, dataset.held_out_batches(64, 16), CPU) for one in (trained, again)]
     assert texts[0] == texts[1]
 
 
 def test_a_trial_tells_each_update_and_its_result_is_json(
-    trained: Trained, dataset: ByteDataset, context: Context
+    trained: Model, dataset: ByteDataset, context: Context
 ) -> None:
     result = json.loads(json.dumps(run_trial(SPEC, trained, dataset, context)))
     assert len(result["updates"]) == 3 * len(STEPS) * len(KINDS)

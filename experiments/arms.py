@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.arm import Arm, Cost, TrainSpec, cost
-from experiments.experiment import Trial
+from experiments.experiment import Trial, no_results
 from experiments.statistics import Estimate, difference, estimate
+from experiments.training import train
 from experiments.tuning import Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from experiments.experiment import Result
+    from experiments.experiment import Preset, Report, Result, TrialContext
 
 UNTUNED_RATE = 4e-3
 
@@ -49,6 +50,33 @@ class Arms:
     def _trial(self, arm: Arm, seed: int, rate: float) -> Trial:
         spec = self._spec(arm, seed, rate)
         return Trial(name=f"{spec.slug}-seed{seed}", spec=spec.to_json())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmsExperiment:
+    """An experiment whose trials are training runs of arms; see `experiments.experiment.Experiment`."""
+
+    name: str
+    claim: str
+    method: str
+    presets: Mapping[Preset, Arms]
+    report_of: Callable[[ArmResults], Report]
+
+    def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:
+        """Rates first, then every arm with each seed."""
+        return self.presets[preset].plan(results)
+
+    def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
+        """One training run."""
+        return train(spec, context)
+
+    def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
+        """Of the runs that have a result; ConfigError where an arm has none."""
+        found = ArmResults(self.plan(preset, results), results)
+        missing = [label for label in self.presets[preset].labels if label not in found.labels]
+        if missing:
+            raise no_results(self.name, preset, missing[0])
+        return self.report_of(found)
 
 
 class ArmResults:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.experiment import markdown_table
+from experiments.tuning import RATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from experiments.arm import Arm
     from experiments.arms import ArmResults
     from experiments.experiment import Result
+
+MANY_DEAD = 0.05
+"""Part of the experts from which a page says so."""
 
 STATE_VALUES = 3
 """Of float32 for each parameter: itself and two moments."""
@@ -45,7 +49,14 @@ def loss_table(found: ArmResults, against: str) -> str:
         rows.append([label, f"{found.spec(label).lr:g}", str(n_seeds), str(found.nats(label)), gap])
     header = ["arm", "rate", "seeds", f"{LOSS} at the end", f"difference from {against}"]
     note = "Half widths of 95 % intervals, over seeds; for a difference with one seed, over windows."
-    return f"{note}\n\n{markdown_table(header, rows)}"
+    return f"{note}{edge_words(found)}\n\n{markdown_table(header, rows)}"
+
+
+def edge_words(found: ArmResults) -> str:
+    """Which arms might learn better at a rate that was not tried."""
+    edges = {min(RATES), max(RATES)}
+    labels = [label for label in found.labels if found.spec(label).lr in edges]
+    return f" Best at an end of the rates that were tried, so perhaps not tuned: {'; '.join(labels)}." if labels else ""
 
 
 def cost_table(found: ArmResults, against: str) -> str:
@@ -85,11 +96,13 @@ def tokens_to(result: Result, goal: float) -> float | None:
 
 def load_table(found: ArmResults) -> str:
     """How evenly experts are used at the end of training: mean over layers and seeds."""
-    rows = []
+    rows, unused = [], []
     for label in _with_experts(found):
         gates = [gate for result in found.results(label) for gate in result["gates"]]
         mean = {key: statistics.fmean(gate[key] for gate in gates) for key in gates[0]}
         even = np.log2(mean["n_live"])
+        if mean["dead_fraction"] > MANY_DEAD:
+            unused.append(label)
         rows.append([
             label,
             f"{mean['dead_fraction']:.1%}",
@@ -99,6 +112,8 @@ def load_table(found: ArmResults) -> str:
         ])  # fmt: skip
     header = ["arm", "dead experts", "spread of the load (CV)", "busiest over mean", "entropy of the load, bits"]
     note = "Over the last 100 steps, mean over layers. A dead expert was not chosen once in them."
+    if unused:
+        note += f" Many are dead in: {'; '.join(unused)}. What these lose may be the gate's doing, not the experts'."
     return f"{note}\n\n{markdown_table(header, rows)}"
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from protocol.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -70,6 +72,11 @@ class Experiment(Protocol):
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
         """Read the results of a finished plan."""
+
+
+def no_results(name: str, preset: Preset, of: str) -> ConfigError:
+    """For a report that somebody wants too early."""
+    return ConfigError(f"{name}: no result yet of {of}; run_node.py experiment {name} --preset {preset} makes it")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

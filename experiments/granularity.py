@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
 
 from experiments.arm import Arm
-from experiments.arms import ArmResults, Arms
+from experiments.arms import ArmResults, Arms, ArmsExperiment
 from experiments.arms_report import arms_figures, arms_tables
 from experiments.experiment import Report
-from experiments.training import train
 from experiments.tuning import RATES
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from experiments.experiment import Preset, Result, Trial, TrialContext
 
 DENSE = Arm(label="dense, equal active width", hidden=256)
 DENSE_FLOPS = Arm(label="dense, equal FLOPs", hidden=384)
@@ -38,12 +31,7 @@ EXPECTED = 0.10
 MANY = 512
 
 
-class Granularity:
-    """See the module."""
-
-    name = "granularity"
-    claim = '"Instead of 8 experts, why not 1,000? That is easy to parallelise."'
-    method = f"""
+METHOD = f"""
 A byte-level transformer of 3 layers (D=128, 4 heads, 128 bytes of context) learns English Wikipedia summaries, each
 byte at most once: {FULL.tokens:,} tokens, 2,048 a step, Adam, warm-up over 3 % of them, then a cosine to a tenth. Only
 the feed-forward layers differ. In every arm with experts 256 hidden units work for a token, however many experts there
@@ -52,29 +40,19 @@ product keys, which take a square number of experts. A bias balances the load; n
 
 Controls: a dense layer of the same active width; one of {DENSE_FLOPS.hidden} hidden units, which costs at least as many
 FLOPs as any arm with experts, its gate counted; and, as the upper bound for 64 experts, a dense layer as large as all
-of them together. The learning rate is tuned for each arm alike, on {FULL.tuning_tokens:,} tokens with a seed
-of its own, out of
-{", ".join(f"{rate:g}" for rate in RATES)}.
-Held-out text is the same for all; a difference is taken seed by seed and
-window by window. Intervals are of 95 %.
+of them together. The learning rate is tuned for each arm alike, on {FULL.tuning_tokens:,} tokens with a seed of its
+own: {", ".join(f"{rate:g}" for rate in RATES)} are tried. Held-out text is the same for all arms and their {FULL.seeds}
+seeds; a difference is taken seed by seed and window by window. Intervals are of 95 %.
 
 What this cannot show: what happens with larger models, or with much more text. An arm with more experts has more
 parameters, as it has on a swarm: equal are the work for each token and the tokens, not the memory.
 """
 
-    def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:
-        """Rates first, then every arm with each seed."""
-        return (QUICK if preset == "quick" else FULL).plan(results)
 
-    def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
-        """One training run."""
-        return train(spec, context)
-
-    def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
-        """Tables, plots, and whether 1,000 are worth more than 8."""
-        found = ArmResults(self.plan(preset, results), results)
-        tables = arms_tables(found, against=DENSE_FLOPS.label)
-        return Report(finding=finding(found), tables=tables, figures=arms_figures(found))
+def report(found: ArmResults) -> Report:
+    """Tables, plots, and whether 1,000 are worth more than 8."""
+    tables = arms_tables(found, against=DENSE_FLOPS.label)
+    return Report(finding=finding(found), tables=tables, figures=arms_figures(found))
 
 
 def finding(found: ArmResults) -> str:
@@ -100,4 +78,10 @@ def saturation(found: ArmResults) -> str:
     return f"more experts helped up to the most that were tried, {ladder[-1].experts:,}"
 
 
-EXPERIMENT = Granularity()
+EXPERIMENT = ArmsExperiment(
+    name="granularity",
+    claim='"Instead of 8 experts, why not 1,000? That is easy to parallelise."',
+    method=METHOD,
+    presets={"quick": QUICK, "full": FULL},
+    report_of=report,
+)

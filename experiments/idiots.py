@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from experiments.arm import Arm
-from experiments.arms import ArmResults, Arms
+from experiments.arms import ArmResults, Arms, ArmsExperiment
 from experiments.arms_report import arms_tables, by_progress, by_size
 from experiments.experiment import Report
-from experiments.training import train
 from experiments.tuning import RATES
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from experiments.experiment import Preset, Result, Trial, TrialContext
 
 DENSE = Arm(label="dense, equal active width", hidden=128)
 LARGE = Arm(label="1 of 128 experts, H=128", hidden=128, experts=128, per_token=1)
@@ -31,12 +23,7 @@ FULL = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=1_024_000, seeds=3, tuning_toke
 QUICK = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=256_000, seeds=1)
 
 
-class Idiots:
-    """See the module."""
-
-    name = "idiots"
-    claim = '"Experts so small would be a Mixture of Idiots."'
-    method = f"""
+METHOD = f"""
 The model, text and training of [granularity](granularity.md), on {FULL.tokens:,} tokens. In every arm with experts 128
 hidden units work for a token, out of about 16,400 (15,900 to 17,000, as product keys take a square number of experts);
 what differs is in how small pieces they can be chosen: experts of 128, 32, 8 and 1 hidden unit. Those of one are the
@@ -51,22 +38,14 @@ What this cannot show: equal is the work of the experts, not of the gate, whose 
 grouped product gives small experts more tokens per second on a GPU than on the processor that was used here, or fewer.
 """
 
-    def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:
-        """Rates first, then every arm with each seed."""
-        return (QUICK if preset == "quick" else FULL).plan(results)
 
-    def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
-        """One training run."""
-        return train(spec, context)
-
-    def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
-        """Tables, plots, and whether the smallest are idiots."""
-        found = ArmResults(self.plan(preset, results), results)
-        figures = {
-            "size": ("Held-out loss by the hidden width of an expert; nulls as lines across", by_size(found, NULLS)),
-            "tokens": ("Held-out loss by tokens, mean of the seeds", by_progress(found, "tokens", lambda _: 1.0)),
-        }
-        return Report(finding=finding(found), tables=arms_tables(found, against=LARGE.label), figures=figures)
+def report(found: ArmResults) -> Report:
+    """Tables, plots, and whether the smallest are idiots."""
+    figures = {
+        "size": ("Held-out loss by the hidden width of an expert; nulls as lines across", by_size(found, NULLS)),
+        "tokens": ("Held-out loss by tokens, mean of the seeds", by_progress(found, "tokens", lambda _: 1.0)),
+    }
+    return Report(finding=finding(found), tables=arms_tables(found, against=LARGE.label), figures=figures)
 
 
 def finding(found: ArmResults) -> str:
@@ -82,4 +61,10 @@ def finding(found: ArmResults) -> str:
     return f"{verdict}; a learnt gate is {learnt.words} than the better of the two nulls."
 
 
-EXPERIMENT = Idiots()
+EXPERIMENT = ArmsExperiment(
+    name="idiots",
+    claim='"Experts so small would be a Mixture of Idiots."',
+    method=METHOD,
+    presets={"quick": QUICK, "full": FULL},
+    report_of=report,
+)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 
+from experiments.provenance import commit, machine
 from protocol.atomic_file import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.figure import Figure
@@ -39,17 +38,24 @@ def publish(experiment: Experiment, preset: Preset, trials: Sequence[Trial], sto
         "preset": preset,
         "claim": experiment.claim,
         "finding": report.finding,
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine(),
-        "trials": store.published(trials),
     }
-    write_atomically(folder / f"{experiment.name}.json", (json.dumps(document, indent=1) + "\n").encode())
+    rows = store.published(trials)
+    write_atomically(folder / f"{experiment.name}.json", json_text(document, rows).encode())
     for ending, (_, figure) in report.figures.items():
-        draw(figure, folder / f"{experiment.name}_{ending}.svg")
+        save_svg(figure, folder / f"{experiment.name}_{ending}.svg")
     path = folder / f"{experiment.name}.md"
-    done = f"{len(document['trials'])} of {len(trials)}"
+    done = f"{len(rows)} of {len(trials)}"
     write_atomically(path, text_of(experiment, preset, done, report).encode())
     return Page(finding=report.finding, path=path)
+
+
+def json_text(document: Mapping[str, Any], trials: Mapping[str, Any]) -> str:
+    """The published file, a line for each trial: a trial that ran again is one line of a difference."""
+    head = json.dumps(document, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in trials.items())
+    return f'{head},\n "trials": {{\n{lines}\n }}\n}}\n'
 
 
 def text_of(experiment: Experiment, preset: Preset, done: str, report: Report) -> str:
@@ -74,27 +80,8 @@ def text_of(experiment: Experiment, preset: Preset, done: str, report: Report) -
     return "\n\n".join(parts) + "\n"
 
 
-def draw(figure: Figure, path: Path) -> None:
+def save_svg(figure: Figure, path: Path) -> None:
     """As SVG; without a date and random ids the same results give the same bytes."""
     FigureCanvasSVG(figure)
     with mpl.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-
-
-def machine() -> str:
-    """What the trials ran on, as far as it says so itself."""
-    return f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-
-
-def _commit() -> str:
-    try:
-        asked = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever git the user has
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return asked.stdout.strip()

@@ -53,7 +53,7 @@ class Runner:
         try:
             while not stop.is_set():
                 todo = self._todo()
-                self._view.plan(self.trials(), todo)
+                self._view.plan(len(self._wanted()), len(todo))
                 self._start([trial for trial in todo if trial.name not in self._running])
                 if not self._workers:
                     break
@@ -70,13 +70,15 @@ class Runner:
         """All that can be named so far."""
         return self._experiment.plan(self._config.preset, self._store.all())
 
+    def _wanted(self) -> list[Trial]:
+        return [trial for trial in self.trials() if self._config.only in trial.name]
+
     @property
     def _running(self) -> set[str]:
         return {worker.trial.name for worker in self._workers.values()}
 
     def _todo(self) -> list[Trial]:
-        wanted = (trial for trial in self.trials() if self._config.only in trial.name)
-        return [trial for trial in wanted if not self._store.has(trial) and trial.name not in self._failed]
+        return [trial for trial in self._wanted() if not self._store.has(trial) and trial.name not in self._failed]
 
     def _start(self, waiting: Sequence[Trial]) -> None:
         config = self._config

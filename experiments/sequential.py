@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.arm import Arm, TrainSpec
-from experiments.experiment import Trial
+from experiments.experiment import Trial, no_results
 from experiments.one_expert import OneExpert, expert_loads, reached_by, trained_model
 from experiments.sequential_report import sequential_report
 from experiments.sequential_updates import Update, Workshop, stops_by_peeking
@@ -89,8 +89,11 @@ unseen. Only the last layer was changed, where a change alters its own tokens' p
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
         """False accepts, power, tokens, agreement."""
-        planned = [results[trial.name] for trial in self.plan(preset, results)]
-        return sequential_report(planned)
+        trials = self.plan(preset, results)
+        found = [results[trial.name] for trial in trials if trial.name in results]
+        if not found:
+            raise no_results(self.name, preset, trials[0].name)
+        return sequential_report(found)
 
 
 EXPERIMENT = Sequential()

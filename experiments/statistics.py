@@ -43,7 +43,8 @@ class Estimate:
         """Of a difference of losses: below 0 is better."""
         certain = "" if abs(self.mean) > self.half_width else ", within what chance can do,"
         side = "better" if self.mean < 0 else "worse"
-        return f"{abs(self.mean):.3f} nats per byte {side}{certain}"
+        spread = f" ± {self.half_width:.3f}" if self.half_width else ""
+        return f"{abs(self.mean):.3f}{spread} nats per byte {side}{certain}"
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + (f" ± {self.half_width:.3f}" if self.half_width else "")

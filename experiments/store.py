@@ -6,9 +6,10 @@ A result counts only for the spec that it was made with: changing a trial's spec
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from experiments.provenance import commit
 from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError
 
@@ -21,14 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One result and the spec that it belongs to."""
+    """One result, the spec that it belongs to, and the commit that was checked out then."""
 
     spec: dict[str, Any]
     result: Result
-
-    def to_json(self) -> dict[str, Any]:
-        """As in files."""
-        return {"spec": self.spec, "result": self.result}
+    commit: str = ""
 
 
 class ResultStore:
@@ -55,13 +53,13 @@ class ResultStore:
 
     def keep(self, trial: Trial, result: Result) -> None:
         """Write one result."""
-        stored = Stored(spec=json.loads(json.dumps(trial.spec)), result=result)
-        write_atomically(self._folder / "trials" / f"{trial.name}.json", json.dumps(stored.to_json()).encode())
+        stored = Stored(spec=json.loads(json.dumps(trial.spec)), result=result, commit=commit())
+        write_atomically(self._folder / "trials" / f"{trial.name}.json", json.dumps(asdict(stored)).encode())
         self._known[trial.name] = stored
 
     def published(self, trials: Iterable[Trial]) -> dict[str, Any]:
         """Specs and results by name, as the published file has them."""
-        return {trial.name: self._known[trial.name].to_json() for trial in trials if self.has(trial)}
+        return {trial.name: asdict(self._known[trial.name]) for trial in trials if self.has(trial)}
 
     def scratch(self, trial: Trial) -> Path:
         """Folder of a trial that is not done."""

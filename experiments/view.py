@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Self
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import TracebackType
 
     from rich.console import Console
@@ -46,10 +45,10 @@ class View:
     ) -> None:
         self._bars.stop()
 
-    def plan(self, trials: Sequence[Trial], todo: Sequence[Trial]) -> None:
-        """How many trials can be named, and which of them have no result."""
-        self._counts = (len(trials) - len(todo), len(trials))
-        done, total = self._counts
+    def plan(self, total: int, left: int) -> None:
+        """How many trials can be named, and how many of them have no result."""
+        done = total - left
+        self._counts = (done, total)
         self._bars.update(self._all, total=total, completed=done, words=f"{done} of {total} trials")
 
     def started(self, trial: Trial) -> None:

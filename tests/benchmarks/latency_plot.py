@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import tyro
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from experiments.page import save_svg
 from tests.benchmarks.latency import SPEED
 from tests.benchmarks.swarm_training import LOSS
 
@@ -49,10 +48,7 @@ def main(config: Plot) -> None:
         figure = draw(json.loads(source.read_text())["rows"])
         config.out.mkdir(parents=True, exist_ok=True)
         path = config.out / f"{name}.svg"
-        # Without a date and random ids the same rows give the same bytes.
-        FigureCanvasSVG(figure)
-        with mpl.rc_context({"svg.hashsalt": name}):
-            figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        save_svg(figure, path)
         print(path)
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from tests.benchmarks.report import ROOT, Teller, commit, machine, table
+from experiments.provenance import ROOT, commit, machine
+from tests.benchmarks.report import Teller, table
 
 BENCHMARKS = (
     "kernels",

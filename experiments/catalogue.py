@@ -21,5 +21,10 @@ def load(name: str) -> Experiment:
     """The experiment of that name; ConfigError names those that there are."""
     if name not in MODULES:
         raise ConfigError(f"no experiment {name!r}; it is one of {', '.join(MODULES)}")
-    experiment: Experiment = importlib.import_module(MODULES[name]).EXPERIMENT
+    return experiment_in(MODULES[name])
+
+
+def experiment_in(module: str) -> Experiment:
+    """The one that a module holds."""
+    experiment: Experiment = importlib.import_module(module).EXPERIMENT
     return experiment

@@ -51,7 +51,14 @@ def _runner_config(config: ExperimentConfig) -> RunnerConfig:
     if config.jobs < 0 or config.threads < 1:
         raise ConfigError("--jobs, --threads: a number of jobs from 0 and of threads from 1")
     jobs = config.jobs or max(1, len(os.sched_getaffinity(0)) // config.threads)
-    return RunnerConfig(preset=config.preset, jobs=jobs, threads=config.threads, device=config.device, only=config.only)
+    return RunnerConfig(
+        module=MODULES[config.name],
+        preset=config.preset,
+        jobs=jobs,
+        threads=config.threads,
+        device=config.device,
+        only=config.only,
+    )
 
 
 def _list(console: Console) -> None:

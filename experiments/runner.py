@@ -31,8 +31,9 @@ class TrialsFailedError(KilohiveError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
-    """How trials are run; see ExperimentConfig."""
+    """How trials are run; see ExperimentConfig. `module` holds the experiment, for the workers."""
 
+    module: str
     preset: Preset
     jobs: int
     threads: int
@@ -84,7 +85,7 @@ class Runner:
         config = self._config
         for trial in waiting[: config.jobs - len(self._workers)]:
             job = Job(
-                experiment=self._experiment.name,
+                module=config.module,
                 spec=trial.spec,
                 folder=str(self._store.scratch(trial)),
                 device=config.device,

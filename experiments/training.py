@@ -179,7 +179,10 @@ class TrainRun:
             return
         for layer, blocks in self.model.experts.blocks.items():
             blocks[:] = [self._store.load_or_new(BlockId(layer, index)) for index in range(len(blocks))]
-        self.log = Log(**json.loads((self._context.folder / "log.json").read_bytes()))
+        saved = json.loads((self._context.folder / "log.json").read_bytes())
+        for name in ("held_out", "train"):
+            saved[name] = [tuple(point) for point in saved[name]]
+        self.log = Log(**saved)
 
 
 def _counters(training: Training) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Failure(NamedTuple):
 class Job:
     """What a worker is told."""
 
-    experiment: str
+    module: str
     spec: dict[str, Any]
     folder: str
     device: str
@@ -93,12 +93,12 @@ def work(job: Job, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the runner decides
     import torch  # noqa: PLC0415 - the parent does without
 
-    from experiments.catalogue import load  # noqa: PLC0415 - imports torch
+    from experiments.catalogue import experiment_in  # noqa: PLC0415 - imports torch
 
     torch.set_num_threads(job.threads)
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     try:
-        answer: Result | Failure = load(job.experiment).run(job.spec, Context(job, connection))
+        answer: Result | Failure = experiment_in(job.module).run(job.spec, Context(job, connection))
     except KilohiveError as error:
         answer = Failure(str(error))
     except Exception:  # noqa: BLE001 - a task's boundary: whatever a trial raises is told, and the others go on

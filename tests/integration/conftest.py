@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing.resource_tracker import ensure_running
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,12 @@ from tests.support.lighthouse import Light, running_lighthouses
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _resource_tracker() -> None:
+    """A process of multiprocessing's that begins with the first one that is spawned, and ends with this one."""
+    ensure_running()
 
 
 @pytest_asyncio.fixture

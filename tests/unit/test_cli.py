@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -216,6 +216,21 @@ def toml_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return repr(list(value)) if isinstance(value, tuple) else repr(str(value) if isinstance(value, Path) else value)
+
+
+def test_a_name_without_a_flag_is_shown_and_read_as_one() -> None:
+    command = next(command for command in run_node.COMMANDS if command.name == "experiment")
+    assert next(flag for flag, _ in help_rows(command.config)) == "NAME"
+    parsed = parse(command, ["--preset", "full", "granularity"], "kilohive").config
+    assert (parsed.name, parsed.preset) == ("granularity", "full")
+
+
+def test_a_command_that_is_not_installed_says_so_and_a_broken_one_shows_its_trace() -> None:
+    command = next(command for command in run_node.COMMANDS if command.name == "experiment")
+    with pytest.raises(ConfigError, match="run it in a checkout of the source"):
+        replace(command, entry="no_such_package.run:run").load()
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        replace(command, entry="experiments.no_such_module:run").load()
 
 
 def test_a_field_is_explained_by_the_text_under_it() -> None:

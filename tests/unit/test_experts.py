@@ -188,10 +188,13 @@ def test_groups_in_runs_give_what_a_loop_gives(width: int, counts: list[int]) ->
 def test_the_grouped_product_equals_a_loop_for_aligned_and_other_widths(hidden: int) -> None:
     x_PN, w_GNM = torch.randn(10, 8), torch.randn(4, 8, hidden)
     wanted = torch.cat([x_PN[:3] @ w_GNM[0], x_PN[3:7] @ w_GNM[2], x_PN[7:] @ w_GNM[3]])
-    torch.testing.assert_close(grouped_product(x_PN, w_GNM, Groups.of(torch.tensor([3, 0, 4, 3]))), wanted)
+    groups = Groups.of(torch.tensor([3, 0, 4, 3]))
+    torch.testing.assert_close(grouped_product(x_PN, w_GNM, groups), wanted)
+    back = torch.cat([wanted[:3] @ w_GNM[0].T, wanted[3:7] @ w_GNM[2].T, wanted[7:] @ w_GNM[3].T])
+    torch.testing.assert_close(grouped_product(wanted, w_GNM.mT, groups), back)
 
 
-@pytest.mark.parametrize("width", [3, 8])
+@pytest.mark.parametrize("width", [1, 3, 8])
 def test_the_grouped_outer_product_equals_a_loop_and_is_zero_for_a_group_without_rows(width: int) -> None:
     x_PN, y_PM = torch.randn(10, width), torch.randn(10, 8)
     got_GNM = grouped_outer(x_PN, y_PM, Groups.of(torch.tensor([3, 0, 4, 3])))

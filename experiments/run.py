@@ -40,6 +40,8 @@ async def run_experiment(config: ExperimentConfig, stop: asyncio.Event) -> int |
     with View(config.name, Console(stderr=True)) as view:
         runner = Runner(experiment, store, view, _runner_config(config))
         done = config.report or await runner.run(stop)
+    if not done:
+        console.print("Stopped; the same command goes on from here.")
     if done and (config.report or not config.only):
         page = publish(experiment, config.preset, runner.trials(), store, results)
         console.print(page.finding, highlight=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import multiprocessing
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 from rich.console import Console
 
@@ -22,9 +22,9 @@ from experiments.store import ResultStore
 from experiments.training import TrainRun, result_of
 from experiments.view import View
 from node.config import ExperimentConfig
-from node.data import open_dataset
 from tests.support import small_experiment
 from tests.support.small_experiment import Small
+from tests.support.trials import Context, bee_dataset
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,7 +113,7 @@ async def test_a_stop_ends_every_worker_within_three_seconds_and_a_trial_goes_on
     done, _, store = await running
     assert not done
     assert time.monotonic() - asked < 3
-    assert [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())] == []
+    assert multiprocessing.active_children() == []
     assert store.all() == {}
 
     # What it left makes it end at once; the other one has left the same by the second start at the latest.
@@ -170,21 +170,9 @@ SPEC = TrainSpec(
 )  # fmt: skip
 
 
-@dataclass
-class Context:
-    folder: Path
-    device: str = "cpu"
-
-    def progress(self, done: float, total: float, words: str) -> None:
-        assert 0 <= done <= total
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
-    folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(f"Bee number {n} flies to flower {n * n % 97}." for n in range(2000)))
-    return open_dataset(text, cache_dir=folder / "cache", held_out_fraction=0.3)
+    return bee_dataset(tmp_path_factory.mktemp("data"))
 
 
 def test_a_training_run_that_was_cut_ends_as_one_that_was_not(tmp_path: Path, dataset: ByteDataset) -> None:

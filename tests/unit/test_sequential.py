@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +14,10 @@ from experiments.one_expert import OneExpert, expert_loads, reached_by, trained_
 from experiments.sequential import EXPERIMENT, run_trial
 from experiments.sequential_report import sequential_report
 from experiments.sequential_updates import KINDS, STEPS, Workshop, rate_bound, stops_by_peeking
-from node.data import open_dataset
 from node.training import mean_nats
+from tests.support.trials import Context, bee_dataset
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from experiments.one_expert import Reached
     from experiments.training import Model
     from node.data import ByteDataset
@@ -33,23 +30,9 @@ SPEC: dict[str, Any] = {"train": TRAIN.to_json(), "update_seeds": 1}
 CPU = torch.device("cpu")
 
 
-@dataclass
-class Context:
-    folder: Path
-    device: str = "cpu"
-    told: int = 0
-
-    def progress(self, done: float, total: float, words: str) -> None:
-        assert 0 <= done <= total or "trained" in words
-        self.told += 1
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
-    folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(f"Bee number {n} flies to flower {n * n % 97}." for n in range(2000)))
-    return open_dataset(text, cache_dir=folder / "cache", held_out_fraction=0.3)
+    return bee_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,9 @@ def _drawing(updates: Sequence[Result]) -> tuple[str, Figure]:
     left, right = figure.subplots(1, 2)
     for verdict, colour in COLOURS.items():
         own = [update for update in updates if update["verdict"] == verdict]
-        left.scatter([u["layer_gain"] for u in own], _shares(own), s=8, alpha=0.6, color=colour, label=verdict)
+        gains = [update["layer_gain"] for update in own]
+        # As pixels: thousands of points would be most of the drawing's bytes.
+        left.scatter(gains, _shares(own), s=8, alpha=0.6, color=colour, label=verdict, rasterized=True)
     left.set_xscale("symlog", linthresh=0.01)
     left.set_xlabel("true gain x experts, nats per byte")
     left.set_ylabel("share of the held-out text to a decision")

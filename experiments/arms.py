@@ -9,7 +9,7 @@ from experiments.arm import Arm, Cost, TrainSpec, cost
 from experiments.experiment import Trial, no_results
 from experiments.statistics import Estimate, difference, estimate
 from experiments.training import train
-from experiments.tuning import Tuning
+from experiments.tuning import RATES, Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +27,14 @@ class Arms:
     tokens: int
     seeds: int
     tuning_tokens: int = 0
+    rates: tuple[float, ...] = RATES
+    """Tried on those tokens."""
 
     def plan(self, results: Mapping[str, Result]) -> list[Trial]:
         """Rates first; then, seed by seed, every arm whose rate is known."""
         specs = [self._spec(arm, 0, UNTUNED_RATE) for arm in self.arms]
-        tuning = Tuning([replace(spec, tokens=self.tuning_tokens) for spec in specs] if self.tuning_tokens else [])
+        short = [replace(spec, tokens=self.tuning_tokens) for spec in specs] if self.tuning_tokens else []
+        tuning = Tuning(short, self.rates)
         rates = tuning.best(results) if self.tuning_tokens else dict.fromkeys(self.labels, UNTUNED_RATE)
         known = [arm for arm in self.arms if arm.label in rates]
         return [
@@ -84,9 +87,12 @@ class ArmResults:
 
     def __init__(self, trials: Sequence[Trial], results: Mapping[str, Result]) -> None:
         self._rows: dict[str, list[tuple[TrainSpec, Result]]] = {}
+        self.rates_tried = set[float]()
         for trial in trials:
-            if not trial.name.startswith("tune-") and trial.name in results:
-                spec = TrainSpec.from_json(trial.spec)
+            spec = TrainSpec.from_json(trial.spec)
+            if trial.name.startswith("tune-"):
+                self.rates_tried.add(spec.lr)
+            elif trial.name in results:
                 self._rows.setdefault(spec.arm.label, []).append((spec, results[trial.name]))
         self.labels = tuple(self._rows)
 

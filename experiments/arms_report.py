@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.experiment import markdown_table
-from experiments.tuning import RATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,8 +53,8 @@ def loss_table(found: ArmResults, against: str) -> str:
 
 def edge_words(found: ArmResults) -> str:
     """Which arms might learn better at a rate that was not tried."""
-    edges = {min(RATES), max(RATES)}
-    labels = [label for label in found.labels if found.spec(label).lr in edges]
+    rates = sorted(found.rates_tried)
+    labels = [label for label in found.labels if found.spec(label).lr in (rates[:1] + rates[-1:])]
     return f" Best at an end of the rates that were tried, so perhaps not tuned: {'; '.join(labels)}." if labels else ""
 
 

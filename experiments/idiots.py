@@ -6,7 +6,6 @@ from experiments.arm import Arm
 from experiments.arms import ArmResults, Arms, ArmsExperiment
 from experiments.arms_report import arms_tables, by_progress, by_size
 from experiments.experiment import Report
-from experiments.tuning import RATES
 
 DENSE = Arm(label="dense, equal active width", hidden=128)
 LARGE = Arm(label="1 of 128 experts, H=128", hidden=128, experts=128, per_token=1)
@@ -19,7 +18,9 @@ FROZEN = Arm(
 )
 SIZES = (LARGE, MIDDLE, SMALL, NEURONS)
 NULLS = (HASHED, FROZEN)
-FULL = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=1_024_000, seeds=3, tuning_tokens=256_000)
+# The highest of the usual rates was the best for most arms of `granularity`.
+RATES = (4e-3, 8e-3, 1.6e-2)
+FULL = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=1_024_000, seeds=3, tuning_tokens=256_000, rates=RATES)
 QUICK = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=256_000, seeds=1)
 
 

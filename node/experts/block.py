@@ -18,6 +18,8 @@ from node.experts.kinds import ExpertKind, expert_kind
 from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from protocol.manifest import BlockId, Manifest, OptimizerConfig
 
 
@@ -50,17 +52,17 @@ class Block:
     @torch.no_grad()
     def backward(
         self, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor, weight_P: torch.Tensor
-    ) -> BlockGradients:
+    ) -> BlockBackward:
         """Gradients of `sum(weight_P * (grad_PD * forward(...)).sum(1))`; those of weights for touched experts only."""
         touched = _touched(expert_P)
         x_PD, grad_PD, weight_P = touched.sort(x_PD), touched.sort(grad_PD), touched.sort(weight_P)
         gradients = self.kind.differentiate(self._gathered(touched), x_PD, touched.groups, grad_PD, weight_P)
-        return BlockGradients(
+        return BlockBackward(
             inputs_PD=touched.unsort(gradients.inputs_PD),
             weight_P=touched.unsort(gradients.weight_P),
-            weights=gradients.params,
-            touched_G=touched.experts_G,
-            tokens_G=touched.groups.counts_G,
+            gradients=BlockGradients(
+                weights=gradients.params, touched_G=touched.experts_G, tokens_G=touched.groups.counts_G
+            ),
         )
 
     @torch.no_grad()
@@ -118,13 +120,30 @@ def _touched(expert_P: torch.Tensor) -> _Touched:
 
 @dataclass(frozen=True)
 class BlockGradients:
-    """What one backward over a block yields; `weights` [G, ...] belong to experts `touched_G`, of `tokens_G` tokens."""
+    """Of a block's parameters: `weights` [G, ...] belong to experts `touched_G`, of `tokens_G` tokens."""
 
-    inputs_PD: torch.Tensor
-    weight_P: torch.Tensor
     weights: dict[str, torch.Tensor]
     touched_G: torch.Tensor
     tokens_G: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[BlockGradients]) -> BlockGradients:
+        """Of several backwards over one block, no two of which touched the same expert."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            weights={name: torch.cat([part.weights[name] for part in parts]) for name in parts[0].weights},
+            touched_G=torch.cat([part.touched_G for part in parts]),
+            tokens_G=torch.cat([part.tokens_G for part in parts]),
+        )
+
+
+class BlockBackward(NamedTuple):
+    """What one backward over a block yields."""
+
+    inputs_PD: torch.Tensor
+    weight_P: torch.Tensor
+    gradients: BlockGradients
 
 
 def new_block(manifest: Manifest, block_id: BlockId, device: torch.device) -> Block:

@@ -5,17 +5,22 @@ Shapes: T tokens, P pairs, D model width.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from node.experts.block import BlockGradients
 from protocol.errors import NotHostedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from node.experts.block import Block, BlockGradients
+    from node.experts.block import Block
+
+VALUES_AT_ONCE = 2**22
+"""Inputs of pairs (P * D) that are worked on at once: larger ones leave the cache, and want new memory each time."""
 
 
 class Pairs(NamedTuple):
@@ -31,7 +36,7 @@ class Pairs(NamedTuple):
 
 
 class _Slice(NamedTuple):
-    """The sorted pairs of one block."""
+    """Sorted pairs of one block: all pairs of some of its experts."""
 
     block: Block
     rows: slice
@@ -61,7 +66,7 @@ def layer_forward(blocks: Sequence[Block], x_TD: torch.Tensor, pairs: Pairs) -> 
     order_P = torch.argsort(pairs.expert_P, stable=True)
     token_P, weight_P = pairs.token_P[order_P], pairs.weight_P[order_P]
     y_TD = torch.zeros_like(x_TD)
-    for block, rows, expert_P in _slices(blocks, pairs.expert_P[order_P]):
+    for block, rows, expert_P in _slices(blocks, pairs.expert_P[order_P], x_TD.shape[1]):
         y_PD = block.forward(x_TD[token_P[rows]], expert_P)
         y_TD.index_add_(0, token_P[rows], y_PD.mul_(weight_P[rows, None]))
     return y_TD
@@ -83,15 +88,19 @@ def layer_backward(
     token_P, weight_P = pairs.token_P[order_P], pairs.weight_P[order_P]
     grad_x_TD = torch.zeros_like(x_TD)
     grad_weight_P = torch.zeros_like(pairs.weight_P)
-    for block, rows, expert_P in _slices(blocks, pairs.expert_P[order_P]):
-        gradients = block.backward(x_TD[token_P[rows]], expert_P, grad_TD[token_P[rows]], weight_P[rows])
-        grad_x_TD.index_add_(0, token_P[rows], gradients.inputs_PD)
-        grad_weight_P[order_P[rows]] = gradients.weight_P
-        on_block(block, gradients)
+    slices = _slices(blocks, pairs.expert_P[order_P], x_TD.shape[1])
+    for block, of_block in itertools.groupby(slices, lambda part: part.block):
+        parts = []
+        for _, rows, expert_P in of_block:
+            of_rows = block.backward(x_TD[token_P[rows]], expert_P, grad_TD[token_P[rows]], weight_P[rows])
+            grad_x_TD.index_add_(0, token_P[rows], of_rows.inputs_PD)
+            grad_weight_P[order_P[rows]] = of_rows.weight_P
+            parts.append(of_rows.gradients)
+        on_block(block, BlockGradients.join(parts))
     return LayerGradients(tokens_TD=grad_x_TD, weight_P=grad_weight_P)
 
 
-def _slices(blocks: Sequence[Block], sorted_expert_P: torch.Tensor) -> Iterator[_Slice]:
+def _slices(blocks: Sequence[Block], sorted_expert_P: torch.Tensor, d_model: int) -> Iterator[_Slice]:
     if not blocks:
         return
     bounds = torch.tensor(
@@ -99,6 +108,15 @@ def _slices(blocks: Sequence[Block], sorted_expert_P: torch.Tensor) -> Iterator[
     )
     edges = torch.searchsorted(sorted_expert_P, bounds.reshape(-1)).view(-1, 2).tolist()
     for block, (start, stop) in zip(blocks, edges, strict=True):
-        if stop > start:
-            rows = slice(start, stop)
+        for rows in _rows_at_once(sorted_expert_P, start, stop, max(1, VALUES_AT_ONCE // d_model)):
             yield _Slice(block, rows, sorted_expert_P[rows] - block.experts.start)
+
+
+def _rows_at_once(sorted_expert_P: torch.Tensor, start: int, stop: int, n_rows: int) -> Iterator[slice]:
+    """Rows `start` to `stop`, about `n_rows` at a time; those of one expert stay together."""
+    if stop - start <= n_rows:
+        cuts = [start, stop] if stop > start else []
+    else:
+        cut_experts = sorted_expert_P[start + n_rows : stop : n_rows].contiguous()
+        cuts = sorted({start, stop, *torch.searchsorted(sorted_expert_P, cut_experts).tolist()})
+    yield from itertools.starmap(slice, itertools.pairwise(cuts))

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # K rows and columns hold the K best sums exactly; twice as many give the balancing bias something to choose from.
 CANDIDATES_PER_CHOICE = 2
 
+PAIRS_AT_ONCE = 2**22
+"""Candidates of so many tokens are compared at once: with many experts per token all of them would want gigabytes."""
+
 
 class ProductKeyGate(Gate):
     """2 sqrt(E) scores per token; E must be a square."""
@@ -95,9 +98,20 @@ class SubScores:
         """The same for some of the tokens."""
         return replace(self, first_TS=self.first_TS[chosen_T], second_TS=self.second_TS[chosen_T])
 
+    def split(self, n_tokens: int) -> list[SubScores]:
+        """The same by so many tokens at a time."""
+        halves = zip(self.first_TS.split(n_tokens), self.second_TS.split(n_tokens), strict=True)
+        return [replace(self, first_TS=first_TS, second_TS=second_TS) for first_TS, second_TS in halves]
+
 
 def best_pairs(scores: SubScores, rows_TR: Tensor, columns_TQ: Tensor, n_best: int) -> Tensor:
     """Ids [T, n_best] of the best live experts where the rows cross the columns; -1 where they cross in fewer."""
+    at_once = max(1, PAIRS_AT_ONCE // (rows_TR.shape[1] * columns_TQ.shape[1]))
+    parts = zip(scores.split(at_once), rows_TR.split(at_once), columns_TQ.split(at_once), strict=True)
+    return torch.cat([_best_pairs(of, rows_TR, columns_TQ, n_best) for of, rows_TR, columns_TQ in parts])
+
+
+def _best_pairs(scores: SubScores, rows_TR: Tensor, columns_TQ: Tensor, n_best: int) -> Tensor:
     logits_TRQ = scores.first_TS.gather(1, rows_TR)[:, :, None] + scores.second_TS.gather(1, columns_TQ)[:, None, :]
     ids_TX = (rows_TR[:, :, None] * scores.second_TS.shape[1] + columns_TQ[:, None, :]).flatten(1)
     selection_TX = torch.sigmoid(logits_TRQ.flatten(1)) + scores.bias_E[ids_TX]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from node.experts import layer as layer_module
 from node.experts.block import new_block
 from node.experts.grouped import MAX_ROWS, MIN_RUN, Groups, grouped_outer, grouped_product, order_by_size
 from node.experts.layer import Pairs, check_hosted, layer_backward, layer_forward
@@ -58,7 +59,7 @@ def plain_layer(kind: str, weights: dict[str, torch.Tensor], x_TD: torch.Tensor,
 
 
 def unweighted(block: Block, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor) -> BlockGradients:
-    return block.backward(x_PD, expert_P, grad_PD, torch.ones(len(x_PD), dtype=x_PD.dtype))
+    return block.backward(x_PD, expert_P, grad_PD, torch.ones(len(x_PD), dtype=x_PD.dtype)).gradients
 
 
 def stacked(blocks: list[Block]) -> dict[str, torch.Tensor]:
@@ -95,6 +96,27 @@ def test_a_layer_computes_and_differentiates_like_a_loop_over_experts(
         for name in names:
             wanted_G = grads[2 + names.index(name)][block.experts.start : block.experts.stop][gradients.touched_G]
             torch.testing.assert_close(gradients.weights[name], wanted_G, rtol=0, atol=tolerance)
+
+
+def test_a_layer_that_is_computed_a_few_pairs_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = layer_blocks(small_manifest(dtype="fp64"))
+    generator = torch.Generator().manual_seed(1)
+    x_TD, grad_TD = torch.randn(2, 40, 16, dtype=torch.float64, generator=generator)
+    pairs = random_pairs(40, sum(len(block.experts) for block in blocks), 2, torch.float64)
+
+    def results() -> list[torch.Tensor]:
+        per_block: list[BlockGradients] = []
+        got = layer_backward(blocks, x_TD, pairs, grad_TD, lambda _, gradients: per_block.append(gradients))
+        assert len(per_block) == len(blocks), "each block is stepped once"
+        sums = [of for g in per_block for of in (*g.weights.values(), g.touched_G, g.tokens_G)]
+        return [layer_forward(blocks, x_TD, pairs), got.tokens_TD, got.weight_P, *sums]
+
+    at_once = results()
+    monkeypatch.setattr(layer_module, "VALUES_AT_ONCE", 16 * 3)
+    sizes = {len(part.expert_P) for part in layer_module._slices(blocks, pairs.expert_P.sort().values, 16)}
+    assert max(sizes) < len(pairs.expert_P) / len(blocks), "blocks are cut"
+    for ours, wanted in zip(results(), at_once, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
 
 
 def test_touched_experts_step_like_torchs_adam_and_the_others_stay_bit_equal() -> None:
@@ -138,7 +160,7 @@ def test_an_experts_gradient_is_clipped_by_its_own_norm() -> None:
         torch.tensor([0, 0, 1, 1]),
         torch.full((4, 16), 1e3, dtype=torch.float64),
         torch.ones(4, dtype=torch.float64),
-    )
+    ).gradients
     block.step(gradients, 1e-3, manifest.optimizer)
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.weights.values()]).norm(dim=0)
     torch.testing.assert_close(norms, torch.full((2,), 0.5, dtype=torch.float64))
@@ -230,12 +252,13 @@ def test_the_gradients_of_an_adapter_are_what_small_differences_say() -> None:
     x_PD, grad_PD = torch.randn(2, 5, 16, dtype=torch.float64, generator=generator)
     weight_P, expert_P = torch.rand(5, dtype=torch.float64, generator=generator), torch.tensor([0, 0, 1, 1, 1])
     gradients = block.backward(x_PD, expert_P, grad_PD, weight_P)
+    weights = gradients.gradients.weights
 
     def total() -> float:
         return float((weight_P[:, None] * grad_PD * block.forward(x_PD, expert_P)).sum())
 
     step = 1e-6
-    for of, gradient in ((x_PD, gradients.inputs_PD), *((block.params[n], g) for n, g in gradients.weights.items())):
+    for of, gradient in ((x_PD, gradients.inputs_PD), *((block.params[n], g) for n, g in weights.items())):
         for index in (0, 7, 31):
             before = float(of.view(-1)[index])
             of.view(-1)[index] = before + step

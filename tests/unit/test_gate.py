@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.gate import Gate, GateStats, LoadWindow, build_gate
+from node.gate import Gate, GateStats, LoadWindow, build_gate, product_key
 from node.gate.base import allot, normalised_weights, within_capacity
 from protocol.errors import InvalidInputError, ManifestError
 from protocol.manifest import ModelConfig
@@ -259,6 +259,13 @@ def test_threads_share_a_gate_and_forward_changes_no_state(kind: GateKind) -> No
         assert torch.equal(one.weights_TK, other.weights_TK)
     assert all(torch.equal(value, before[name]) for name, value in gate.state_dict().items())
     assert gate.stats() == GateStats()
+
+
+def test_a_few_tokens_candidates_at_a_time_are_the_same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, live_E = make_gate("product_key", experts=1024, k=4), torch.arange(1024) % 3 > 0
+    whole = choose(gate, tokens(50), live_E)
+    monkeypatch.setattr(product_key, "PAIRS_AT_ONCE", 3 * (2 * 4) ** 2)
+    assert torch.equal(choose(gate, tokens(50), live_E).expert_ids_TK, whole.expert_ids_TK)
 
 
 def test_product_keys_never_form_a_score_per_token_and_expert() -> None:

@@ -30,9 +30,12 @@ hidden units work for a token, out of about 16,400 (15,900 to 17,000, as product
 what differs is in how small pieces they can be chosen: experts of 128, 32, 8 and 1 hidden unit. Those of one are the
 single neurons of PEER (arXiv 2407.04153).
 
-Nulls, at 32 hidden units: experts chosen by a fixed hash of the last two bytes (arXiv 2106.04426), and by a gate that
-stays as it was drawn. If a learnt gate is no better than these, what the experts know does not matter. The learning
-rate is tuned for each arm alike, on {FULL.tuning_tokens:,} tokens with a seed of its own, out of
+Nulls, at 32 hidden units: experts chosen by a gate that stays as it was drawn, and by a fixed hash of the last two
+bytes (arXiv 2106.04426). If a learnt gate is no better than the first, what it learns to choose does not matter. The
+second is more than a null where a token is a byte: it tells the experts which two bytes came last, in every layer, and
+what follows two bytes can be learnt by heart.
+
+The learning rate is tuned for each arm alike, on {FULL.tuning_tokens:,} tokens with a seed of its own, out of
 {", ".join(f"{rate:g}" for rate in RATES)}. Intervals are of 95 %.
 
 What this cannot show: equal is the work of the experts, not of the gate, whose share grows as experts shrink; and the
@@ -58,8 +61,8 @@ def finding(found: ArmResults) -> str:
         f"{ladder[-1]}: {smallest.words} than {LARGE.label} at equal active and total size; "
         f"the best size was {best} ({found.mean(best):.3f} nats per byte)"
     )
-    learnt = found.difference(MIDDLE.label, min((arm.label for arm in NULLS), key=found.mean))
-    return f"{verdict}; a learnt gate is {learnt.words} than the better of the two nulls."
+    frozen, hashed = (found.difference(MIDDLE.label, null.label) for null in (FROZEN, HASHED))
+    return f"{verdict}; a learnt gate is {frozen.words} than a frozen one, and {hashed.words} than a hash of two bytes."
 
 
 EXPERIMENT = ArmsExperiment(

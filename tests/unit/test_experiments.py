@@ -203,8 +203,10 @@ def test_idiots_says_which_size_is_best_and_whether_the_gate_matters() -> None:
     assert f"{idiots.NEURONS.label}: 0.500" in finding
     assert "worse than 1 of 128 experts, H=128" in finding
     assert f"the best size was {idiots.SMALL.label}" in finding
-    assert "a learnt gate is 0.050" in finding
-    assert "worse than the better of the two nulls" in finding
+    assert "a learnt gate is 0.000" in finding
+    assert "within what chance can do, than a frozen one" in finding
+    assert "0.050" in finding
+    assert "worse than a hash of two bytes" in finding
 
 
 def test_a_report_that_comes_too_early_says_what_to_run() -> None:

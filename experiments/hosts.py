@@ -62,6 +62,11 @@ class Hosts:
         """Processor time of all processes below this one, and of the hosts that were killed."""
         return self._gone_cpu_s + sum(map(cpu_seconds_of, psutil.Process().children(recursive=True)))
 
+    def addresses(self) -> set[tuple[str, str]]:
+        """Peer id and endpoint of each, as it announced itself last."""
+        announced = [node.events("announced")[-1] for node in self._nodes]
+        return {(event["peer_id"], event["endpoint"]) for event in announced}
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """What all of them have told, one host after the other."""
         return [event for node in self._nodes for event in node.events(name)]

@@ -130,14 +130,20 @@ class OverHosts:
         self._wait_for_replicas()
 
     def _wait_for_replicas(self) -> None:
-        """Until each block has as many as it should, none of them avoided for what calls to it came to."""
-        manifest, directory = self._client.manifest, self._client.directory
-        wanted, blocks = manifest.averaging.target_replicas, all_blocks(manifest.model)
-        wait_until(
-            lambda: all(len(directory.replicas(block)) >= wanted for block in blocks),
-            "every replica may be called",
-            START_TIMEOUT_S,
-        )
+        """Until every replica is known where it is now; then forget what calls to its host came to.
+
+        That would keep a host that is back out of reach for up to a minute.
+        """
+        wait_until(self._knows_all, "every replica is known", START_TIMEOUT_S)
+        for peer_id, _ in self._hosts.addresses():
+            self._client.directory.report_success(peer_id)
+
+    def _knows_all(self) -> bool:
+        manifest = self._client.manifest
+        found = self._client.directory.snapshot(with_avoided=True).replicas
+        addresses = {(replica.peer_id, replica.endpoint) for replicas in found.values() for replica in replicas}
+        enough = all(len(found[block]) >= manifest.averaging.target_replicas for block in all_blocks(manifest.model))
+        return enough and addresses == self._hosts.addresses()
 
     def figures(self) -> Result:
         """Calls, bytes, and how far apart gradients and replicas were."""

@@ -9,7 +9,7 @@ from experiments.arm import Arm, TrainSpec
 from experiments.arms import ArmResults
 from experiments.experiment import Trial, no_results
 from experiments.places import Place
-from experiments.swarm_report import swarm_report
+from experiments.swarm_report import Roles, swarm_report
 from experiments.swarm_trial import run_trial
 from experiments.training import open_text
 
@@ -24,6 +24,7 @@ FAIL = 0.1
 AT_ONCE = 4
 ONE, ASYNC = "one process", "one process, late gradients"
 ONCE, TWICE = "one replica", "two replicas"
+IN_TURN = f"{ONCE}, no late gradients"
 ALL = f"{TWICE}, all of these"
 
 
@@ -53,6 +54,7 @@ def places(kills: int) -> dict[str, Place]:
     return {
         ONE: Place(),
         ASYNC: Place(in_flight=AT_ONCE),
+        IN_TURN: replace(one, in_flight=1),
         ONCE: one,
         f"{ONCE}, failing calls": replace(one, fail=FAIL),
         TWICE: two,
@@ -74,7 +76,7 @@ at once, as over a network, where this hides the latency; no network is involved
 *{TWICE}*: a swarm of real nodes on this machine, `python run_node.py coordinator` and {HOSTS} times
 `python run_node.py host`, found through the DHT and called over gRPC with TLS and signatures, fp32 on the wire; each
 block of 16 experts is on one host or on two, which average it once a second. The trainer's part runs in the trial's own
-process, with four micro-batches at once.
+process, with four micro-batches at once, but in *{IN_TURN}* with one.
 
 *Delays*: every call of the trainer takes longer, exponentially, by {DELAY_MEAN_S * 1000:.0f} ms on average. *Failing
 calls*: {FAIL:.0%} of them fail, half of these after the host has done its work. *Dying hosts*: in the middle of a step
@@ -119,7 +121,7 @@ class SwarmExperiment:
         missing = [label for label in places(0) if label not in found.labels]
         if missing:
             raise no_results(self.name, preset, missing[0])
-        return swarm_report(found, one=ONE, late=ASYNC, all_of_it=ALL)
+        return swarm_report(found, Roles(one=ONE, late=ASYNC, in_turn=IN_TURN, quiet=ONCE, worst=ALL))
 
 
 EXPERIMENT = SwarmExperiment()

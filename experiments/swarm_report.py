@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,26 @@ KB, MB = 1e3, 1e6
 NOT_APPLICABLE = "-"
 
 
-def swarm_report(found: ArmResults, *, one: str, late: str, all_of_it: str) -> Report:
-    """`one` is the arm that all are held against, `late` its twin with late gradients, `all_of_it` the worst off."""
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Which arm is which, by label.
+
+    `one` is held against all; `late` is its twin with late gradients, `in_turn` a swarm without them, `quiet` one that
+    nothing disturbs, `worst` the one that everything does.
+    """
+
+    one: str
+    late: str
+    in_turn: str
+    quiet: str
+    worst: str
+
+
+def swarm_report(found: ArmResults, roles: Roles) -> Report:
+    """Tables, drawings, and how far the swarms are from one process."""
+    one = roles.one
     tables = {
-        "Loss": loss_table(found, one, late),
+        "Loss": loss_table(found, one, roles.late),
         "Calls and experts": calls_table(found),
         "Late gradients and replicas apart": staleness_table(found),
         "What it costs": cost_table(found, one),
@@ -38,25 +55,27 @@ def swarm_report(found: ArmResults, *, one: str, late: str, all_of_it: str) -> R
         "differences": (f"Difference of the held-out loss from {one}, with 95 % intervals", differences(found, one)),
         "tokens": ("Training loss by tokens, mean of the seeds", by_tokens(found)),
     }
-    return Report(finding=finding(found, one, late, all_of_it), tables=tables, figures=figures)
+    return Report(finding=finding(found, roles), tables=tables, figures=figures)
 
 
-def finding(found: ArmResults, one: str, late: str, all_of_it: str) -> str:
-    """Whether the swarm that suffers most ends where one process ends; how much of the gap a network is needed for."""
-    gap, network = found.difference(all_of_it, one), found.difference(all_of_it, late)
+def finding(found: ArmResults, roles: Roles) -> str:
+    """Whether the swarm that suffers most ends near one process; what of the gap is there without the suffering."""
+    one, worst = roles.one, roles.worst
+    gap = found.difference(worst, one)
     if gap.high <= CLOSE:
         verdict = "It is not far in loss"
     elif gap.low > CLOSE:
         verdict = "It is far in loss"
     else:
         verdict = f"It is not known whether it is within {CLOSE:g} nats per byte"
-    mean = cpu_per_million(found, all_of_it) / cpu_per_million(found, one)
-    layers = found.spec(one).layers
-    kilobytes = fmean(result["wire_bytes"] / result["tokens"] for result in found.results(all_of_it)) / layers / KB
+    quiet, in_turn, late = (found.difference(arm, one).words for arm in (roles.quiet, roles.in_turn, roles.late))
+    times = cpu_per_million(found, worst) / cpu_per_million(found, one)
+    sent = fmean(result["wire_bytes"] / result["tokens"] for result in found.results(worst)) / found.spec(one).layers
     return (
-        f"{verdict}: a swarm whose calls are late and fail and whose hosts die is {gap.words} than one process after "
-        f"{found.spec(one).tokens:,} tokens, and {network.words} than one process whose gradients are as late; "
-        f"it takes {mean:.1f} times the processor time, and {kilobytes:.1f} kB on the wire for a token and layer."
+        f"{verdict}: after {found.spec(one).tokens:,} tokens a swarm whose calls are late and fail and whose hosts die "
+        f"is {gap.words} than one process. A swarm that nothing disturbs is {quiet} than that process, one that has no "
+        f"late gradients either {in_turn} than it, and one process with late gradients {late} than it. The worst swarm "
+        f"takes {times:.1f} times the processor time, and sends {sent / KB:.1f} kB for a token and layer."
     )
 
 

@@ -22,13 +22,11 @@ if TYPE_CHECKING:
     from node.data import ByteDataset
 
 SPEC = TrainSpec(
-    arm=Arm(label="2 of 8 experts", hidden=8, experts=8, per_token=2), seed=3, tokens=60 * 256, lr=1e-2,
+    arm=Arm(label="2 of 8 experts", hidden=8, experts=8, per_token=2), seed=3, tokens=40 * 256, lr=1e-2,
     expert_lr=1e-2, d_model=16, layers=2, heads=2, context=16, batch=16, final_eval_bytes=1024,
 )  # fmt: skip
 HERE = Place(experts_per_block=4)
-DISTURBED = Place(
-    hosts=2, replicas=2, experts_per_block=4, in_flight=4, delay_mean_s=0.01, fail=0.1, kills=1
-)  # fmt: skip
+DISTURBED = Place(hosts=2, replicas=2, experts_per_block=4, in_flight=4, delay_mean_s=0.01, fail=0.1, kills=1)
 
 
 @pytest.fixture(scope="module")

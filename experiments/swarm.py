@@ -9,7 +9,7 @@ from experiments.arm import Arm, TrainSpec
 from experiments.arms import ArmResults
 from experiments.experiment import Trial, no_results
 from experiments.places import Place
-from experiments.swarm_report import Roles, swarm_report
+from experiments.swarm_report import CLOSE, Roles, swarm_report
 from experiments.swarm_trial import run_trial
 from experiments.training import open_text
 
@@ -72,21 +72,22 @@ and experts are trained together on {FULL.tokens:,} tokens, 2,048 a step, in fou
 experts step. Weights, text, order and rate are the same for all arms; what differs is where the experts are.
 
 *{ONE.capitalize()}*: in the trainer's, one micro-batch after the other. *{ASYNC.capitalize()}*: the same with all four
-at once, as over a network, where this hides the latency; no network is involved. *{ONCE.capitalize()}*,
-*{TWICE}*: a swarm of real nodes on this machine, `python run_node.py coordinator` and {HOSTS} times
-`python run_node.py host`, found through the DHT and called over gRPC with TLS and signatures, fp32 on the wire; each
-block of 16 experts is on one host or on two, which average it once a second. The trainer's part runs in the trial's own
-process, with four micro-batches at once, but in *{IN_TURN}* with one.
+at once, as over a network, where this hides the latency; no network is involved. *{ONCE.capitalize()}*, *{TWICE}*: a
+swarm of real nodes on one machine, `python run_node.py coordinator` and {HOSTS} times `python run_node.py host`, found
+through the DHT and called over gRPC with TLS and signatures, fp32 on the wire; each block of 16 experts is on one host
+or on two, which average it once a second. The trainer's part runs in the trial's own process, with four micro-batches
+at once, but in *{IN_TURN}* with one.
 
 *Delays*: every call of the trainer takes longer, exponentially, by {DELAY_MEAN_S * 1000:.0f} ms on average. *Failing
 calls*: {FAIL:.0%} of them fail, half of these after the host has done its work. *Dying hosts*: in the middle of a step
-a host is killed without a word, and started again with what is on its disk; {FULL.kills} times in all, unless the last
-one takes so long to come back that fewer fit. Delays and failures are drawn with the trial's seed, and injected where
-the trainer calls; what hosts say to each other is disturbed by dying alone. Before the held-out loss is measured the
-disturbance ends and every replica may be called again: it is a loss of the model, not of the network.
+a host is killed without a word, and started again with what is on its disk; {FULL.kills} times in all, or fewer where
+hosts take long to come back, as the next kill waits for the last one. Delays and failures are drawn with the trial's
+seed, and injected where the trainer calls; what hosts say to each other is disturbed by dying alone. Before the
+held-out loss is measured the disturbance ends and every replica may be called again: it is a loss of the model, not of
+the network.
 
 Held-out text is the same for all arms and their {FULL.seeds} seeds; a difference is taken seed by seed and window by
-window. Intervals are of 95 %.
+window. Intervals are of 95 %; a swarm is called far if it is more than {CLOSE:g} nats per byte worse for certain.
 
 What this cannot show: all nodes share one machine, so that no bandwidth is short and hosts compete with the trainer for
 its cores; and other work was running on it. Tokens per second therefore say little, and processor time stands beside
@@ -121,7 +122,7 @@ class SwarmExperiment:
         missing = [label for label in places(0) if label not in found.labels]
         if missing:
             raise no_results(self.name, preset, missing[0])
-        return swarm_report(found, Roles(one=ONE, late=ASYNC, in_turn=IN_TURN, quiet=ONCE, worst=ALL))
+        return swarm_report(found, Roles(one=ONE, late=ASYNC, in_turn=IN_TURN, quiet=TWICE, worst=ALL))
 
 
 EXPERIMENT = SwarmExperiment()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from experiments.arms import ArmResults
     from experiments.experiment import Result
+    from experiments.statistics import Estimate
 
 CLOSE = 0.02
 """Nats per byte: a swarm that is not worse than this is not far from one process."""
@@ -29,8 +30,8 @@ NOT_APPLICABLE = "-"
 class Roles:
     """Which arm is which, by label.
 
-    `one` is held against all; `late` is its twin with late gradients, `in_turn` a swarm without them, `quiet` one that
-    nothing disturbs, `worst` the one that everything does.
+    All are held against `one`; `late` is its twin with late gradients, `in_turn` a swarm without them, `quiet` a swarm
+    with them that nothing disturbs, `worst` the same with every disturbance.
     """
 
     one: str
@@ -44,7 +45,7 @@ def swarm_report(found: ArmResults, roles: Roles) -> Report:
     """Tables, drawings, and how far the swarms are from one process."""
     one = roles.one
     tables = {
-        "Loss": loss_table(found, one, roles.late),
+        "Loss": loss_table(found, (one, roles.late, roles.quiet)),
         "Calls and experts": calls_table(found),
         "Late gradients and replicas apart": staleness_table(found),
         "What it costs": cost_table(found, one),
@@ -68,24 +69,28 @@ def finding(found: ArmResults, roles: Roles) -> str:
         verdict = "It is far in loss"
     else:
         verdict = f"It is not known whether it is within {CLOSE:g} nats per byte"
-    quiet, in_turn, late = (found.difference(arm, one).words for arm in (roles.quiet, roles.in_turn, roles.late))
+    quiet, in_turn, late = (_signed(found.difference(arm, one)) for arm in (roles.quiet, roles.in_turn, roles.late))
     times = cpu_per_million(found, worst) / cpu_per_million(found, one)
     sent = fmean(result["wire_bytes"] / result["tokens"] for result in found.results(worst)) / found.spec(one).layers
     return (
         f"{verdict}: after {found.spec(one).tokens:,} tokens a swarm whose calls are late and fail and whose hosts die "
-        f"is {gap.words} than one process. A swarm that nothing disturbs is {quiet} than that process, one that has no "
-        f"late gradients either {in_turn} than it, and one process with late gradients {late} than it. The worst swarm "
-        f"takes {times:.1f} times the processor time, and sends {sent / KB:.1f} kB for a token and layer."
+        f"differs by {_signed(gap)} nats per byte from one process, a swarm that nothing disturbs by {quiet}, and a "
+        f"swarm without late gradients by {in_turn}; one process with late gradients differs by {late}. The worst "
+        f"swarm takes {times:.1f} times the processor time, and sends {sent / KB:.1f} kB for a token and layer."
     )
 
 
-def loss_table(found: ArmResults, one: str, late: str) -> str:
-    """Held-out loss, and the paired differences from both arms of one process."""
+def _signed(gap: Estimate) -> str:
+    return f"+{gap}" if gap.mean > 0 else str(gap)
+
+
+def loss_table(found: ArmResults, against: Sequence[str]) -> str:
+    """Held-out loss, and the paired differences from some arms."""
     rows = []
     for label in found.labels:
-        gaps = ["" if label == against else f"{found.difference(label, against)}" for against in (one, late)]
+        gaps = ["" if label == other else str(found.difference(label, other)) for other in against]
         rows.append([label, str(len(found.results(label))), str(found.nats(label)), *gaps])
-    header = ["arm", "seeds", f"{LOSS} at the end", f"difference from {one}", f"difference from {late}"]
+    header = ["arm", "seeds", f"{LOSS} at the end", *(f"difference from {other}" for other in against)]
     note = "Half widths of 95 % intervals, over seeds; for a difference with one seed, over windows."
     return f"{note}\n\n{markdown_table(header, rows)}"
 
@@ -166,7 +171,8 @@ def cost_table(found: ArmResults, one: str) -> str:
         "bytes on the wire per token and layer", "tokens/s", f"against {one}",
     ]  # fmt: skip
     note = (
-        "Of training steps. Processor time counts every process of the trial, hosts that start again included. "
+        "Of training steps. Processor time counts every process of the trial, hosts that start again included. One "
+        "process has one thread; a swarm has as many cores as the machine, which hosts and trainer share. "
         "Tokens/s were measured while the machine did other work, not always as much: what delays cost shows in them, "
         "small differences do not."
     )

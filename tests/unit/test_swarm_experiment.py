@@ -191,10 +191,14 @@ def report(nats: dict[str, list[float]]) -> Any:
 def test_the_finding_follows_the_results_whichever_they_are() -> None:
     near = report({swarm.ALL: [2.010, 2.011, 2.009]})
     assert near.finding.startswith("It is not far in loss: after 196,608 tokens a swarm whose calls are late and fail")
-    assert "die is 0.010 ± 0.002 nats per byte worse than one process" in near.finding
+    assert "die differs by +0.010 ± 0.002 nats per byte from one process" in near.finding
     assert "takes 4.0 times the processor time, and sends 10.0 kB for a token and layer" in near.finding
-    late = report({swarm.ASYNC: [2.3, 2.31, 2.29], swarm.ONCE: [2.4, 2.41, 2.39], swarm.IN_TURN: [2.1, 2.11, 2.09]})
-    for words in ("nothing disturbs is 0.400", "late gradients either 0.100", "with late gradients 0.300"):
+    late = report({swarm.ASYNC: [2.3, 2.31, 2.29], swarm.TWICE: [2.4, 2.41, 2.39], swarm.IN_TURN: [2.1, 2.11, 2.09]})
+    for words in (
+        "disturbs by +0.400 ±",
+        "without late gradients by +0.100 ±",
+        "with late gradients differs by +0.300 ±",
+    ):
         assert words in late.finding
     assert report({swarm.ALL: [2.5, 2.51, 2.49]}).finding.startswith("It is far in loss: ")
     unknown = report({swarm.ALL: [2.1, 2.0, 1.95]}).finding

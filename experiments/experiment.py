@@ -24,10 +24,14 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One unit of work. `name` is its file's name; `spec`, JSON, is all that `run` is told."""
+    """One unit of work. `name` is its file's name; `spec`, JSON, is all that `run` is told.
+
+    A trial that is several processes itself runs `alone`, however many may run at once.
+    """
 
     name: str
     spec: dict[str, Any]
+    alone: bool = False
 
 
 class TrialContext(Protocol):

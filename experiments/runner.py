@@ -83,7 +83,9 @@ class Runner:
 
     def _start(self, waiting: Sequence[Trial]) -> None:
         config = self._config
-        for trial in waiting[: config.jobs - len(self._workers)]:
+        for trial in waiting:
+            if not self._has_room_for(trial):
+                return
             job = Job(
                 module=config.module,
                 spec=trial.spec,
@@ -94,6 +96,11 @@ class Runner:
             worker = Worker(trial, job)
             self._workers[worker.connection] = worker
             self._view.started(trial)
+
+    def _has_room_for(self, trial: Trial) -> bool:
+        if trial.alone or any(worker.trial.alone for worker in self._workers.values()):
+            return not self._workers
+        return len(self._workers) < self._config.jobs
 
     async def _hear(self) -> None:
         ready = await asyncio.to_thread(wait, [worker.connection for worker in self._workers.values()], LOOK_S)

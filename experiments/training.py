@@ -52,18 +52,24 @@ class NoExperts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A transformer, and the experts that it calls."""
+class AnyModel:
+    """A transformer, wherever the experts are that it calls."""
 
     manifest: Manifest
     trunk: Transformer
-    experts: LocalExperts | NoExperts
     device: torch.device
 
     @property
     def layers(self) -> list[MoE]:
         """The layers of experts, in order."""
         return [module for module in self.trunk.modules() if isinstance(module, MoE)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(AnyModel):
+    """A transformer, and its experts in this process."""
+
+    experts: LocalExperts | NoExperts
 
 
 def build_model(spec: TrainSpec, device: torch.device) -> Model:
@@ -75,6 +81,13 @@ def build_model(spec: TrainSpec, device: torch.device) -> Model:
         trunk = _trunk(manifest, dense, generator, device)
         return Model(manifest=manifest, trunk=trunk, experts=NoExperts(), device=device)
     experts = LocalExperts(manifest, device)
+    trunk = trunk_with_experts(spec, manifest, experts, device)
+    return Model(manifest=manifest, trunk=trunk, experts=experts, device=device)
+
+
+def trunk_with_experts(spec: TrainSpec, manifest: Manifest, experts: Experts, device: torch.device) -> Transformer:
+    """The trunk and gates of an arm that has experts, as they are before training, wherever the experts are."""
+    arm, generator = spec.arm, torch.Generator().manual_seed(spec.seed)
     gates = [
         gate_of(manifest.model, arm.gate, is_frozen=arm.frozen_gate, generator=generator) for _ in range(spec.layers)
     ]
@@ -83,7 +96,7 @@ def build_model(spec: TrainSpec, device: torch.device) -> Model:
     for gate in gates:
         if isinstance(gate, HashGate):
             gate.watch(trunk)
-    return Model(manifest=manifest, trunk=trunk, experts=experts, device=device)
+    return trunk
 
 
 def _trunk(
@@ -205,20 +218,27 @@ def nats_per_window(trunk: Transformer, dataset: ByteDataset, spec: TrainSpec, m
 
 def result_of(run: TrainRun, dataset: ByteDataset) -> Result:
     """The figures of a run that has ended."""
-    spec, log = run.spec, run.log
-    nats_N = nats_per_window(run.model.trunk, dataset, spec, spec.final_eval_bytes)
-    layers = run.model.layers
+    log = run.log
     return {
-        "cost": asdict(cost(spec)),
         "tokens": run.training.run_tokens,
         "held_out": log.held_out,
         "train": log.train,
-        "nats_per_byte": float(nats_N.mean()),
-        "window_nats": [round(nats, 4) for nats in nats_N.tolist()],
         "seconds": round(log.seconds, 1),
         "cpu_seconds": round(log.cpu_seconds, 1),
-        "gates": [asdict(layer.gate.stats()) for layer in layers],
-        "specialisation": specialisation(run.model, dataset, spec.batch, spec.seed) if layers else {},
+        **figures_of(run.model, run.spec, dataset),
+    }
+
+
+def figures_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result:
+    """What a trained model is worth on held-out text, how it uses its experts, and what it costs."""
+    gates = [asdict(layer.gate.stats()) for layer in model.layers]
+    nats_N = nats_per_window(model.trunk, dataset, spec, spec.final_eval_bytes)
+    return {
+        "cost": asdict(cost(spec)),
+        "nats_per_byte": float(nats_N.mean()),
+        "window_nats": [round(nats, 4) for nats in nats_N.tolist()],
+        "gates": gates,
+        "specialisation": specialisation(model, dataset, spec.batch, spec.seed) if gates else {},
     }
 
 

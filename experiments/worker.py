@@ -59,6 +59,11 @@ class Worker:
         self._process.start()
         theirs.close()
 
+    @property
+    def pid(self) -> int | None:
+        """Of its process."""
+        return self._process.pid
+
     def stop(self) -> None:
         """End it; a trial that is cut goes on from its last checkpoint."""
         self._process.terminate()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from experiments.processes import process_swarm
 from node.config import SwarmConfig
 from node.dispatch.dispatcher import DispatchConfig
 from node.moe import LocalExperts, LocalMoE
@@ -21,7 +22,6 @@ from node.swarm import SwarmClient
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 from tests.benchmarks.line_peer import LinePeer, NoAnswerError
 from tests.benchmarks.meters import cpu_seconds, tree
-from tests.support.processes import process_swarm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

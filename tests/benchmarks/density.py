@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 import tyro
 
+from experiments.processes import ProcessSwarm, process_swarm, wait_until
 from node.config import SwarmConfig
 from node.dispatch.dispatcher import DispatchConfig
 from node.experts.kinds import expert_parameters
@@ -27,14 +28,13 @@ from tests.benchmarks.line_peer import LinePeer
 from tests.benchmarks.meters import tree
 from tests.benchmarks.report import Row, RunsConfig, Teller, compare
 from tests.support.leaks import adopt_orphans
-from tests.support.processes import ProcessSwarm, process_swarm, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from experiments.processes import Node
     from node.moe import MoE
     from protocol.manifest import ModelConfig
-    from tests.support.processes import Node
 
 FLOAT_BYTES = 4
 COPIES = 3

@@ -1,6 +1,6 @@
 """Experts in this process that are as far away as if hosts held them: every call takes its time of a virtual clock.
 
-A call meets what `tests.support.faulty_client` lets real calls meet, and is repeated once when it got lost, as dispatch
+A call meets what `experiments.faulty_client` lets real calls meet, and is repeated once when it got lost, as dispatch
 repeats it: the host steps its experts at most once. Pairs whose calls got lost twice are dropped.
 
 Shapes: T tokens, D model width, K experts per token.

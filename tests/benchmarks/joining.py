@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
+from experiments.processes import ProcessSwarm, process_swarm, wait_until
 from node.config import SwarmConfig
 from node.dispatch.dispatcher import DispatchConfig
 from node.experts.layer import Pairs
@@ -29,12 +30,11 @@ from protocol.limits import REQUEST_ID_BYTES
 from protocol.manifest import Manifest, all_blocks
 from tests.benchmarks.report import Row, RunsConfig, Teller, compare
 from tests.support.leaks import adopt_orphans
-from tests.support.processes import ProcessSwarm, process_swarm, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.support.processes import Node
+    from experiments.processes import Node
 
 MANIFEST = Manifest(name="bench")
 LIMIT_S = 10.0

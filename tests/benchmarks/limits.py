@@ -23,6 +23,7 @@ import psutil
 import torch
 import tyro
 
+from experiments.processes import process_swarm
 from node.config import SwarmConfig
 from node.dispatch.dispatcher import DispatchConfig
 from node.experts.layer import Pairs
@@ -36,12 +37,11 @@ from protocol.manifest import AveragingConfig, Manifest, ModelConfig
 from protocol.tensors import encode
 from tests.benchmarks.report import Row, RunsConfig, Teller, compare, not_compared
 from tests.support.leaks import adopt_orphans
-from tests.support.processes import process_swarm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tests.support.processes import Node
+    from experiments.processes import Node
 
 MODEL = ModelConfig(
     n_layers=1, d_model=256, expert_hidden=256, experts_per_layer=256, experts_per_block=8, experts_per_token=4

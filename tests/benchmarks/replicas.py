@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from coordinator.blocks import block_list_text, split_blocks
+from experiments.processes import POLL_S, process_swarm, wait_until
 from node.checkpoint import read_checkpoint
 from node.trunk_state import FILE_NAME
 from protocol.manifest import AveragingCodec, AveragingConfig, Manifest, ModelConfig, OptimizerConfig
 from tests.benchmarks.replica_observer import Observer, distance
 from tests.benchmarks.report import Row, Teller, compare, document, not_compared, publish
 from tests.support.leaks import adopt_orphans
-from tests.support.processes import POLL_S, process_swarm, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
+    from experiments.processes import Node, ProcessSwarm
     from tests.benchmarks.replica_observer import Check
-    from tests.support.processes import Node, ProcessSwarm
 
 FULL_TOKENS = 819_200
 N_HOSTS = 6

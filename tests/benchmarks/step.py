@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
+from experiments.faulty_client import Faults
 from node.allocator import keep_freed_memory
 from node.data import open_dataset
 from node.folders import data_cache
@@ -25,7 +26,6 @@ from node.training import StepConfig, Training, build_trunk
 from protocol.manifest import Manifest, ModelConfig
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 from tests.benchmarks.swarm_training import HOSTS, client_of_hosts, training_over
-from tests.support.faulty_client import Faults
 from tests.support.leaks import adopt_orphans
 
 if TYPE_CHECKING:

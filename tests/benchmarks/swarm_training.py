@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from coordinator.blocks import block_list_text, split_blocks
+from experiments.faulty_client import Faults, FaultyClient
+from experiments.processes import process_swarm
 from node.config import SwarmConfig
 from node.dispatch.dispatcher import DispatchConfig
 from node.swarm import SwarmClient
 from node.training import Training, build_trunk
-from tests.support.faulty_client import Faults, FaultyClient
-from tests.support.processes import process_swarm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
+from experiments.faulty_client import Faults
 from node.allocator import keep_freed_memory
 from node.data import open_dataset
 from node.folders import data_cache
@@ -21,7 +22,6 @@ from node.training import StepConfig
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 from tests.benchmarks.report import Row, Teller, compare, document, publish
 from tests.benchmarks.swarm_training import HOSTS, LOSS, Plan, train_over_hosts
-from tests.support.faulty_client import Faults
 from tests.support.leaks import adopt_orphans
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from experiments.processes import process_swarm
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 from tests.benchmarks.line_peer import LinePeer
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 from tests.support.leaks import adopt_orphans
-from tests.support.processes import process_swarm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from experiments.processes import wait_until
 from node.dispatch.dispatcher import DispatchConfig
 from node.dispatch.hedging import MIN_SAMPLES
 from node.experts.layer import Pairs
@@ -25,7 +26,6 @@ from protocol import expert_pb2 as pb
 from protocol.errors import UnavailableError
 from protocol.limits import REQUEST_ID_BYTES
 from protocol.manifest import all_blocks
-from tests.support.processes import wait_until
 from tests.support.swarm_parts import forget, running_swarm, small_manifest
 
 if TYPE_CHECKING:

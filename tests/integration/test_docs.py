@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from experiments.processes import process_swarm
 from node.block_store import block_path
 from node.checkpoint import read_checkpoint
 from node.security import Security
 from protocol.identity import Identity
 from protocol.manifest import BlockId, all_blocks
 from tests.support.docs import ROOT, python_blocks
-from tests.support.processes import process_swarm
 from tests.support.swarm_parts import running_swarm, small_manifest
 
 if TYPE_CHECKING:

@@ -46,10 +46,18 @@ class Seen(View):
     def __post_init__(self) -> None:
         super().__init__("small", Console(file=io.StringIO()))
         self.names: list[str] = []
+        self.running: set[str] = set()
+        self.most_at_once = 0
 
     def started(self, trial: Trial) -> None:
         self.names.append(trial.name)
+        self.running.add(trial.name)
+        self.most_at_once = max(self.most_at_once, len(self.running))
         super().started(trial)
+
+    def ended(self, trial: Trial) -> None:
+        self.running.remove(trial.name)
+        super().ended(trial)
 
     def progress(self, trial: Trial, said: Progress) -> None:
         super().progress(trial, said)
@@ -70,12 +78,19 @@ async def test_a_plan_with_stages_is_run_to_its_end_and_not_run_again(tmp_path: 
     assert done
     assert sorted(view.names[:2]) == ["square-2", "square-3"]
     assert view.names[2:] == ["sum"]
+    assert view.most_at_once == CONFIG.jobs
     assert store.all()["sum"] == {"value": 13}
     assert not list((tmp_path / "unfinished").iterdir())
 
     done, view, _ = await run(tmp_path, Small())
     assert done
     assert view.names == []
+
+
+async def test_a_trial_that_runs_alone_has_no_other_beside_it(tmp_path: Path) -> None:
+    done, view, _ = await run(tmp_path, Small(alone=True))
+    assert done
+    assert view.most_at_once == 1
 
 
 async def test_a_trial_whose_spec_has_changed_is_run_again(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from experiments.faulty_client import Faults, FaultyClient
 from node.dispatch.dispatcher import DispatchConfig
 from node.moe import LocalExperts, LocalMoE, RemoteMoE
 from node.security import Address
 from protocol.errors import DeadlineError, TooFewExpertsError, UnavailableError
-from tests.support.faulty_client import Faults, FaultyClient
 from tests.support.swarm_parts import PLAIN, running_swarm, small_manifest
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
 from dht.packing import place_of_peer, wrap
+from experiments.processes import RUN_NODE, wait_until
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
 from tests.support.dht_nodes import KEY, RUN, Start, entry_by, eventually
 from tests.support.lighthouse import NOBODY, Light, metric_becomes, needs_libp2p
-from tests.support.processes import RUN_NODE, wait_until
 
 if TYPE_CHECKING:
     from typing import Any

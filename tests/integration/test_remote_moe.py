@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from experiments.processes import wait_until
 from node.dispatch.dispatcher import DispatchConfig
 from node.moe import LocalExperts, LocalMoE, RemoteMoE
 from node.serving.runtime import RuntimeConfig
 from protocol.errors import DrainingError, TooFewExpertsError
 from protocol.manifest import BlockId, all_blocks
-from tests.support.processes import wait_until
 from tests.support.swarm_parts import forget, running_swarm, small_manifest
 
 

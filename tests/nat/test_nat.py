@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from experiments.processes import Node, end_nodes, wait_until
 from protocol.manifest import AveragingConfig
 from protocol.swarm_file import SwarmFile
 from tests.support.lighthouse import needs_libp2p
 from tests.support.nat import Network, missing, network
-from tests.support.processes import Node, end_nodes, wait_until
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:

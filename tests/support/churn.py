@@ -20,9 +20,9 @@ from protocol.manifest import BlockId, all_blocks
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from experiments.processes import Node, ProcessSwarm
     from node.security import Address
     from node.swarm import SwarmClient
-    from tests.support.processes import Node, ProcessSwarm
 
 DESCRIBE_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 120.0

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 from hivemind.p2p import PeerID
 
+from experiments.processes import Node, events
 from protocol.identity import Identity
 from tests.support.dht_nodes import RUN, eventually
-from tests.support.processes import Node, events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,11 +22,15 @@ class Small:
     claim = "Squares can be summed."
     method = "Squares first, then their sum, as a second stage."
 
-    def __init__(self, *, kinds: Sequence[str] = ("square",)) -> None:
-        self.kinds = kinds
+    def __init__(self, *, kinds: Sequence[str] = ("square",), alone: bool = False) -> None:
+        self.kinds, self.alone = kinds, alone
 
     def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:
-        squares = [Trial(name=f"{kind}-{n}", spec={"kind": kind, "n": n}) for kind in self.kinds for n in (2, 3)]
+        squares = [
+            Trial(name=f"{kind}-{n}", spec={"kind": kind, "n": n}, alone=self.alone)
+            for kind in self.kinds
+            for n in (2, 3)
+        ]
         values = [results[trial.name]["value"] for trial in squares if trial.name in results]
         if len(values) < len(squares):
             return squares

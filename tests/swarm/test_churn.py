@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from experiments.processes import ProcessSwarm, process_swarm
 from node.config import SwarmConfig
 from node.swarm import SwarmClient
 from protocol.manifest import AveragingConfig
 from tests.support.churn import Churn, ChurnConfig
-from tests.support.processes import ProcessSwarm, process_swarm
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tests.support.processes import Node
+    from experiments.processes import Node
 
 N_HOSTS = 6
 N_TRAINERS = 2

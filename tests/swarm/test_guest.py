@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from experiments.processes import RUN_NODE, Node, ProcessSwarm, process_swarm, wait_until
 from node.guest.signals import SIGNALS
 from protocol.manifest import AveragingConfig
-from tests.support.processes import RUN_NODE, Node, ProcessSwarm, process_swarm, wait_until
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:

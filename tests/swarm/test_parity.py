@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from experiments.processes import process_swarm
 from node.block_store import block_path
 from node.checkpoint import read_checkpoint
 from node.config import SwarmConfig
@@ -15,7 +16,6 @@ from node.experts.state import block_tensors
 from node.moe import LocalExperts, LocalMoE, RemoteMoE
 from node.swarm import SwarmClient
 from node.training import StepConfig, Training, build_trunk
-from tests.support.processes import process_swarm
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:

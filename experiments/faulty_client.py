@@ -1,6 +1,6 @@
 """Faults at the RPC boundary, seeded: what a network of volunteers does to a trainer's calls, on one machine.
 
-Only tests and benchmarks can put this client in the place of the product's; no flag of a node does.
+Only experiments and tests can put this client in the place of the product's; no flag of a node does.
 """
 
 from __future__ import annotations

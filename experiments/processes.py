@@ -1,7 +1,8 @@
-"""Real nodes as real processes, for tests and benchmarks: start, wait for what they say, kill, read what they wrote."""
+"""Real nodes as real processes, for experiments and tests: start them, wait for what they say, kill them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from coordinator.children import Child, ChildSpec
+from protocol.errors import DeadlineError, UnavailableError
 from protocol.swarm_file import SwarmFile
 
 if TYPE_CHECKING:
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
     from protocol.manifest import Manifest
 
-RUN_NODE = str(Path(__file__).resolve().parents[2] / "run_node.py")
+RUN_NODE = str(Path(__file__).resolve().parents[1] / "run_node.py")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
@@ -35,11 +39,11 @@ def events(path: Path, name: str = "") -> list[dict[str, Any]]:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Poll until `condition()` is true; AssertionError naming `what` after `timeout_s`."""
+    """Poll until `condition()` is true; DeadlineError naming `what` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s:.0f} s: {what}")
+            raise DeadlineError(f"not within {timeout_s:.0f} s: {what}")
         time.sleep(POLL_S)
 
 
@@ -70,11 +74,19 @@ class Node:
         def arrived() -> bool:
             if len(self.events(name)) >= count:
                 return True
-            assert not self.child.ended(), f"{self.folder.name} ended before {name!r}:\n{self.child.log_tail()}"
+            if self.child.ended():
+                raise UnavailableError(f"{self.folder.name} ended before {name!r}:\n{self.child.log_tail()}")
             return False
 
         wait_until(arrived, f"{count} x {name!r} of {self.folder.name}; its log:\n{self.child.log_tail()}", timeout_s)
         return self.events(name)[-1]
+
+    def cpu_seconds(self) -> float:
+        """Processor time so far, its own and that of the processes that it runs; 0 once it is reaped."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.child.pid)
+            return sum(map(cpu_seconds_of, (own, *own.children(recursive=True))))
+        return 0.0
 
     def kill(self) -> None:
         """SIGKILL the process alone, as a power cut would, then reap what it left."""
@@ -88,6 +100,14 @@ class Node:
             self.child.ask_to_stop()
             wait_until(self.child.ended, f"{self.folder.name} has left", timeout_s)
         return self.child.bury()
+
+
+def cpu_seconds_of(process: psutil.Process) -> float:
+    """Of one process so far; 0 once it is reaped."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    return 0.0
 
 
 def end_nodes(nodes: Sequence[Node]) -> None:
@@ -105,7 +125,7 @@ def end_nodes(nodes: Sequence[Node]) -> None:
 
 
 class ProcessSwarm:
-    """A coordinator and whatever else a test starts, under one folder."""
+    """A coordinator and whatever else is started, under one folder."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.nodes = folder, list[Node]()
@@ -113,7 +133,11 @@ class ProcessSwarm:
         source = folder / "wanted.toml"
         source.write_text(manifest.to_toml())
         self.coordinator = self.start("coordinator", "coordinator", "--manifest", str(source), "--out", str(folder))
-        wait_until(self.swarm_file.exists, "swarm.toml was written")
+        try:
+            wait_until(self.swarm_file.exists, "swarm.toml was written")
+        except BaseException:  # interrupted, too: nobody has this swarm to close it yet
+            self.close()
+            raise
 
     @property
     def swarm_file(self) -> Path:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from experiments.arm import TrainSpec
+from experiments.merged import merge
 from experiments.shards import texts_of
 from experiments.training import Model, TrainRun, build_model
 from node.devices import pick_device
@@ -26,7 +27,6 @@ from node.moe import LocalExperts
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from experiments.experiment import TrialContext
@@ -121,7 +121,7 @@ def stage_model(course: Course, stage: Stage, device: torch.device) -> Model:
 
 
 class StageRun(TrainRun):
-    """One stage. `start` gives an untouched run its weights; a run that was cut has its own."""
+    """One stage. It begins with what lies in the folder `start`; a run that was cut, with its own."""
 
     def __init__(
         self,
@@ -129,12 +129,18 @@ class StageRun(TrainRun):
         stage: Stage,
         context: TrialContext,
         dataset: ByteDataset,
-        start: Callable[[StageRun], None] | None,
+        start: Path | None,
     ) -> None:
         spec = course
         if stage.participant is not None:
-            # Evaluations on the way would cost more than the training of one participant.
-            spec = replace(course, batch=course.batch // course.participants, participants=1, evaluations=0)
+            # Measured at its end alone: evaluations on the way would cost more than its training.
+            spec = replace(
+                course,
+                batch=course.batch // course.participants,
+                participants=1,
+                evaluations=0,
+                eval_bytes=course.final_eval_bytes,
+            )
         super().__init__(spec, context, dataset, stage_model(course, stage, pick_device(context.device)))
         self.course, self.stage, self._start = course, stage, start
         self.last_step = stage.last
@@ -142,8 +148,8 @@ class StageRun(TrainRun):
     def _resume(self) -> bool:
         if super()._resume():
             return True
-        if self._start:
-            self._start(self)
+        if self._start and not self.load(self._start):
+            raise ConfigError(f"{self._start}: holds no model to go on from; delete it, and run the experiment again")
         self.training.steps_done = self.stage.first
         self._count()
         return False
@@ -178,19 +184,25 @@ class Branches:
         """The common start."""
         return self._trained("branch", Stage(first=0, last=self._course.branch_step), self._dataset, None)
 
-    def participant(self, sharding: Sharding, index: int, *, to_the_end: bool = False) -> Path:
-        """A participant after its time alone; or `to_the_end`, if it goes on alone for the rest of the course."""
+    def participant(self, sharding: Sharding, index: int) -> Path:
+        """A participant after its time alone."""
         course = self._course
-        if to_the_end:
-            start = self.participant(sharding, index)
-            stage = Stage(first=course.apart_step, last=course.steps, participant=index)
-            return self._trained(f"{sharding}-{index}-end", stage, self.text(sharding, index), start)
         stage = Stage(first=course.branch_step, last=course.apart_step, participant=index)
         return self._trained(f"{sharding}-{index}", stage, self.text(sharding, index), self.branch())
+
+    def to_the_end(self, sharding: Sharding, index: int) -> Path:
+        """A participant that goes on alone for the rest of the course; it lies in the trial's own folder."""
+        course, folder = self._course, self._context.folder / f"{sharding}-{index}"
+        stage = Stage(first=course.apart_step, last=course.steps, participant=index)
+        return self._trained_in(folder, stage, self.text(sharding, index), self.participant(sharding, index))
 
     def participants(self, sharding: Sharding) -> list[Path]:
         """All of them, after their time alone."""
         return [self.participant(sharding, index) for index in range(self._course.participants)]
+
+    def merged(self, sharding: Sharding) -> Path:
+        """All of them as one model, which has learnt nothing since."""
+        return merge(self._course, self.participants(sharding), self._folder / f"{sharding}-merged")
 
     def text(self, sharding: Sharding, index: int) -> ByteDataset:
         """What a participant reads; held-out text is everybody's."""
@@ -210,17 +222,19 @@ class Branches:
         return run.model
 
     def _trained(self, name: str, stage: Stage, text: ByteDataset, start: Path | None) -> Path:
-        folder = self._folder / name
+        return self._trained_in(self._folder / name, stage, text, start)
+
+    def _trained_in(self, folder: Path, stage: Stage, text: ByteDataset, start: Path | None) -> Path:
         done = folder / "done"
         if not done.exists():
-            begin = None if start is None else lambda run: _load(run, start)
-            run = StageRun(self._course, stage, Within(self._context, folder), text, begin)
+            run = StageRun(self._course, stage, Within(self._context, folder), text, start)
             run.go()
             run.save()
             done.touch()
         return folder
 
 
-def _load(run: StageRun, folder: Path) -> None:
-    if not run.load(folder):
-        raise ConfigError(f"{folder}: holds no model to go on from; delete what lies beside it, and run it again")
+def measured_last(folder: Path) -> float:
+    """Held-out nats per byte of what lies in a folder, as it was measured at its end."""
+    nats: float = json.loads((folder / "log.json").read_bytes())["held_out"][-1][1]
+    return nats

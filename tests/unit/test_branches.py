@@ -97,7 +97,7 @@ def test_participants_learn_apart_from_one_start_and_are_not_trained_twice(
 def test_a_participant_that_goes_on_alone_begins_where_it_was(dataset: ByteDataset, context: Context) -> None:
     branches = Branches(DENSE, context, dataset)
     first = branches.load(branches.participant("random", 1), 1)
-    end = branches.load(branches.participant("random", 1, to_the_end=True), 1)
+    end = branches.load(branches.to_the_end("random", 1), 1)
     moved = (first.trunk.head_VD - end.trunk.head_VD).norm() / first.trunk.head_VD.norm()
     assert 0 < moved < 0.5
     start = branches.load(branches.branch())

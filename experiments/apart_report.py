@@ -139,7 +139,7 @@ def apart_report(trials: Sequence[Trial], results: Mapping[str, Result]) -> Repo
         "Where the difference comes from": gap_table(found),
         "Participants and ensembles": participants_table(found),
         "What it costs": cost_table(found),
-        "Load": load_table(found.arms(learnt)),
+        "Load": f"{load_table(found.arms(learnt))}\n\n{load_note(found.course)}",
         "Specialisation": specialisation_table(found.arms(with_gates)),
     }
     caption = "Held-out nats per byte above joint training, with 95 % intervals over seeds; to the left is better"
@@ -219,6 +219,15 @@ def cost_table(found: Found) -> str:
         "MFLOPs a byte, forward", "parameters that they hold, M",
     ]  # fmt: skip
     return markdown_table(header, cells)
+
+
+def load_note(course: Course) -> str:
+    """What makes dead experts of joint and of others hard to compare."""
+    steps = course.steps - course.apart_step
+    return (
+        f"All arms but joint were counted over their last stage alone, {steps} steps: an expert that few tokens reach "
+        "is found dead more easily in fewer steps."
+    )
 
 
 def differences(found: Found) -> Figure:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from experiments.experiment import Result, Trial
 
 COURSE = Course(
-    arm=Arm(label="2 of 8 experts", hidden=16, experts=8, per_token=2), seed=0, tokens=5_120, lr=5e-3, expert_lr=5e-3,
-    d_model=16, layers=2, heads=2, context=16, batch=4, participants=4, branch_tokens=2_560, apart_tokens=1_280,
+    arm=Arm(label="2 of 8 experts", hidden=16, experts=8, per_token=2), seed=0, tokens=2_560, lr=5e-3, expert_lr=5e-3,
+    d_model=16, layers=2, heads=2, context=16, batch=4, participants=2, branch_tokens=1_280, apart_tokens=640,
     evaluations=1, eval_bytes=256, final_eval_bytes=256,
 )  # fmt: skip
 
@@ -191,13 +191,13 @@ def test_the_distance_from_joint_is_told_step_by_step() -> None:
 
 
 def test_trials_wait_for_those_whose_weights_they_read() -> None:
-    rates = {f"tune-lr{rate:g}": {"joint": rate, "mixed": -rate} for rate in (2e-3, 4e-3, 8e-3)}
+    rates = {f"tune-lr{rate:g}": {"joint": rate, "mixed": -rate} for rate in (4e-3, 8e-3, 1.6e-2)}
     assert [trial.name for trial in EXPERIMENT.plan("full", {})] == list(rates)
     names = [trial.name for trial in EXPERIMENT.plan("full", rates)]
-    assert "start-seed0-lr0.002" in names
-    assert "start-seed0-lr0.008" in names
+    assert "start-seed0-lr0.004" in names
+    assert "start-seed0-lr0.016" in names
     assert not [name for name in names if name.startswith(("joint", "apart", "mixed"))]
-    started = {**rates, "start-seed0-lr0.008": {}}
+    started = {**rates, "start-seed0-lr0.016": {}}
     names = [trial.name for trial in EXPERIMENT.plan("full", started)]
     assert "apart-topic-seed0" in names
     assert "joint-seed0" not in names, "it has another rate"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 
@@ -96,7 +96,7 @@ class TrainSpec:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, spec: Mapping[str, Any]) -> TrainSpec:
+    def from_json(cls, spec: Mapping[str, Any]) -> Self:
         """What `to_json` gave."""
         return cls(**{**spec, "arm": Arm(**spec["arm"])})
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from experiments.experiment import Experiment
 
 MODULES = {
+    "apart": "experiments.apart",
     "granularity": "experiments.granularity",
     "idiots": "experiments.idiots",
     "sequential": "experiments.sequential",

@@ -40,6 +40,9 @@ class TrialContext(Protocol):
     folder: Path
     """Its own, for checkpoints; removed once the trial has a result."""
 
+    shared: Path
+    """Of all the experiment's trials: what a later one may read. It stays."""
+
     device: str
     """cpu, cuda, ..."""
 

@@ -25,15 +25,16 @@ from node.training import StepConfig, Training, build_trunk
 from node.transformer import DenseFfn
 from node.trunk_state import Progress, load_trunk, save_trunk
 from protocol.atomic_file import write_atomically
-from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from experiments.experiment import Result, TrialContext
     from node.data import ByteDataset
     from node.experts.block import Block
     from node.moe import Experts
+    from node.training import StepResult
     from node.transformer import Transformer
     from protocol.errors import TooFewExpertsError
     from protocol.manifest import Manifest
@@ -72,15 +73,15 @@ class Model(AnyModel):
     experts: LocalExperts | NoExperts
 
 
-def build_model(spec: TrainSpec, device: torch.device) -> Model:
-    """As it is before training: a function of the spec alone."""
+def build_model(spec: TrainSpec, device: torch.device, experts: LocalExperts | None = None) -> Model:
+    """As it is before training: a function of the spec alone. With `experts` in place of its own, all of them."""
     manifest, generator = spec.manifest(), torch.Generator().manual_seed(spec.seed)
     arm = spec.arm
     if not arm.experts:
         dense = [DenseFfn(spec.d_model, arm.hidden, generator) for _ in range(spec.layers)]
         trunk = _trunk(manifest, dense, generator, device)
         return Model(manifest=manifest, trunk=trunk, experts=NoExperts(), device=device)
-    experts = LocalExperts(manifest, device)
+    experts = experts or LocalExperts(manifest, device)
     trunk = trunk_with_experts(spec, manifest, experts, device)
     return Model(manifest=manifest, trunk=trunk, experts=experts, device=device)
 
@@ -139,9 +140,12 @@ class Log:
 class TrainRun:
     """One run of a spec; `go` trains it to its end, from the last checkpoint if there is one."""
 
-    def __init__(self, spec: TrainSpec, context: TrialContext, dataset: ByteDataset) -> None:
+    def __init__(
+        self, spec: TrainSpec, context: TrialContext, dataset: ByteDataset, model: Model | None = None
+    ) -> None:
         self.spec, self._context, self._dataset = spec, context, dataset
-        self.model = build_model(spec, pick_device(context.device))
+        self.model = model or build_model(spec, pick_device(context.device))
+        self.last_step = spec.steps
         self.training = build_training(self.model, spec, dataset)
         self.log = Log()
         self._store = BlockStore(context.folder, self.model.manifest, self.model.device)
@@ -150,10 +154,10 @@ class TrainRun:
     def go(self) -> None:
         """Train, measuring on the way."""
         self._resume()
-        spec, losses = self.spec, list[float]()
-        for step in range(self.training.steps_done, spec.steps):
+        losses = list[float]()
+        for step in range(self.training.steps_done, self.last_step):
             cpu = time.process_time()
-            result = self.training.step()
+            result = self._step()
             self.log.cpu_seconds += time.process_time() - cpu
             losses.append(result.loss)
             self.log.seconds += result.seconds
@@ -161,14 +165,18 @@ class TrainRun:
                 self._measure(losses)
                 losses = []
             if (step + 1) % PROGRESS_EVERY_STEPS == 0:
-                self._context.progress(step + 1, spec.steps, f"{result.loss:.3f} nats per byte")
+                self._context.progress(step + 1, self.last_step, f"{result.loss:.3f} nats per byte")
             if not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
                 self.save()
         self.training.close()
 
+    def _step(self) -> StepResult:
+        return self.training.step()
+
     def _is_due(self, step: int) -> bool:
         spec = self.spec
-        return step == spec.steps or step * spec.evaluations // spec.steps > (step - 1) * spec.evaluations // spec.steps
+        before, done = (n * spec.evaluations // spec.steps for n in (step - 1, step))
+        return step == self.last_step or done > before
 
     def _measure(self, losses: list[float]) -> None:
         nats_N = nats_per_window(self.model.trunk, self._dataset, self.spec, self.spec.eval_bytes)
@@ -187,15 +195,23 @@ class TrainRun:
         write_atomically(self._context.folder / "log.json", json.dumps(asdict(self.log)).encode())
         self._saved_at = time.monotonic()
 
-    def _resume(self) -> None:
-        if load_trunk(self._context.folder, self.training) is None:
-            return
-        for layer, blocks in self.model.experts.blocks.items():
-            blocks[:] = [self._store.load_or_new(BlockId(layer, index)) for index in range(len(blocks))]
+    def load(self, folder: Path) -> bool:
+        """Take trunk, experts and moments from where `save` has put them; False if it has not."""
+        if load_trunk(folder, self.training) is None:
+            return False
+        store = BlockStore(folder, self.model.manifest, self.model.device)
+        for blocks in self.model.experts.blocks.values():
+            blocks[:] = [store.load_or_new(block.id) for block in blocks]
+        return True
+
+    def _resume(self) -> bool:
+        if not self.load(self._context.folder):
+            return False
         saved = json.loads((self._context.folder / "log.json").read_bytes())
         for name in ("held_out", "train"):
             saved[name] = [tuple(point) for point in saved[name]]
         self.log = Log(**saved)
+        return True
 
 
 def _counters(training: Training) -> dict[str, Any]:

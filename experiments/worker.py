@@ -43,6 +43,7 @@ class Job:
     module: str
     spec: dict[str, Any]
     folder: str
+    shared: str
     device: str
     threads: int
 
@@ -83,7 +84,7 @@ class Context:
     """A trial's context; see `experiments.experiment.TrialContext`."""
 
     def __init__(self, job: Job, connection: Connection) -> None:
-        self.folder, self.device = Path(job.folder), job.device
+        self.folder, self.shared, self.device = Path(job.folder), Path(job.shared), job.device
         self._connection, self._parent = connection, os.getppid()
 
     def progress(self, done: float, total: float, words: str) -> None:

@@ -25,6 +25,7 @@ from protocol.schedule import learning_rate_factor
 
 if TYPE_CHECKING:
     from node.dispatch.dispatcher import Dispatcher
+    from node.experts.block import BlockGradients
     from node.gate import Gate
     from protocol.manifest import Manifest
 
@@ -147,10 +148,14 @@ class LocalExperts:
         optimizer = self.manifest.optimizer
         lr = optimizer.expert_lr * learning_rate_factor(optimizer, self.run_tokens)
         with self._lock:
-            gradients = layer_backward(blocks, x_TD, pairs, grad_TD, lambda block, own: block.step(own, lr, optimizer))
+            gradients = layer_backward(blocks, x_TD, pairs, grad_TD, lambda block, own: self.learn(block, own, lr))
         grad_weight = grad_TD.new_zeros(len(x_TD) * self.manifest.model.experts_per_token)
         grad_weight[flat] = gradients.weight_P
         return gradients.tokens_TD, grad_weight
+
+    def learn(self, block: Block, gradients: BlockGradients, lr: float) -> None:
+        """Step a block that a backward has touched."""
+        block.step(gradients, lr, self.manifest.optimizer)
 
 
 class _Combine(torch.autograd.Function):

@@ -69,7 +69,9 @@ def test_a_swarm_whose_calls_fail_and_whose_host_dies_learns_what_one_process_le
 @pytest.mark.slow
 def test_a_trial_that_is_cut_leaves_no_process_behind(tmp_path: Path) -> None:
     trial = next(t for t in swarm.EXPERIMENT.plan("quick", {}) if t.spec["train"]["arm"]["label"] == swarm.ALL)
-    job = Job(module="experiments.swarm", spec=trial.spec, folder=str(tmp_path), device="cpu", threads=1)
+    folder, shared = str(tmp_path / "own"), str(tmp_path / "shared")
+    (tmp_path / "own").mkdir()
+    job = Job(module="experiments.swarm", spec=trial.spec, folder=folder, shared=shared, device="cpu", threads=1)
     worker = Worker(trial, job)
     try:
         assert worker.connection.poll(90), "it trains"

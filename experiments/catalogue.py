@@ -14,6 +14,7 @@ MODULES = {
     "granularity": "experiments.granularity",
     "idiots": "experiments.idiots",
     "sequential": "experiments.sequential",
+    "adapters": "experiments.adapters",
 }
 
 

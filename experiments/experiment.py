@@ -36,6 +36,9 @@ class TrialContext(Protocol):
     folder: Path
     """Its own, for checkpoints; removed once the trial has a result."""
 
+    shared: Path
+    """Of all trials of the run, for what each would otherwise compute again; several may want it at once."""
+
     device: str
     """cpu, cuda, ..."""
 

@@ -88,6 +88,7 @@ class Runner:
                 module=config.module,
                 spec=trial.spec,
                 folder=str(self._store.scratch(trial)),
+                shared=str(self._store.shared),
                 device=config.device,
                 threads=config.threads,
             )

@@ -61,6 +61,11 @@ class ResultStore:
         """Specs and results by name, as the published file has them."""
         return {trial.name: asdict(self._known[trial.name]) for trial in trials if self.has(trial)}
 
+    @property
+    def shared(self) -> Path:
+        """Folder of all trials, which stays."""
+        return self._folder / "shared"
+
     def scratch(self, trial: Trial) -> Path:
         """Folder of a trial that is not done."""
         return self._folder / "unfinished" / trial.name

@@ -43,6 +43,7 @@ class Job:
     module: str
     spec: dict[str, Any]
     folder: str
+    shared: str
     device: str
     threads: int
 
@@ -78,7 +79,7 @@ class Context:
     """A trial's context; see `experiments.experiment.TrialContext`."""
 
     def __init__(self, job: Job, connection: Connection) -> None:
-        self.folder, self.device = Path(job.folder), job.device
+        self.folder, self.shared, self.device = Path(job.folder), Path(job.shared), job.device
         self._connection, self._parent = connection, os.getppid()
 
     def progress(self, done: float, total: float, words: str) -> None:
@@ -96,7 +97,8 @@ def work(job: Job, connection: Connection) -> None:
     from experiments.catalogue import experiment_in  # noqa: PLC0415 - imports torch
 
     torch.set_num_threads(job.threads)
-    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    for folder in (job.folder, job.shared):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         answer: Result | Failure = experiment_in(job.module).run(job.spec, Context(job, connection))
     except KilohiveError as error:

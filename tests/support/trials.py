@@ -21,6 +21,9 @@ class Context:
     device: str = "cpu"
     told: int = 0
 
+    def __post_init__(self) -> None:
+        self.shared = self.folder
+
     def progress(self, done: float, total: float, words: str) -> None:
         assert 0 <= done <= total
         assert words

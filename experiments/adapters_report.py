@@ -76,7 +76,11 @@ def loss_table(found: AdapterResults) -> str:
         seeds = str(len(found.rows(arm))) if arm.grid else "-"
         rows.append([arm.label, rate, seeds, str(arm.active_rank), str(found.nats(arm, WEAK)), gap, *by_domain])
     header = ["arm", "rate", "seeds", "rank for a token", f"{UNIT}, mean of three", f"difference from {control.label}"]
-    note = "Held-out text. Half widths of 95 % intervals over seeds; for a difference with one seed, over windows."
+    vocabulary = found.rows(_arm(found, "alone"))[0]["vocabulary"]
+    note = (
+        f"Held-out text, over the {vocabulary:,} tokens that occur. Half widths of 95 % intervals over seeds; for a "
+        "difference with one seed, over windows."
+    )
     return f"{note}{edge_words(found)}\n\n{markdown_table([*header, *WEAK], rows)}"
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from experiments.domains import DomainName
-    from experiments.seed.model import SeedModel, SeedShape
-    from experiments.seed.states import Progress, States
+    from experiments.seed.model import SeedShape
+    from experiments.seed.states import Progress, States, Upper
     from node.gate import GateOutput
     from node.moe import MoE
     from protocol.manifest import GateKind
@@ -82,11 +82,11 @@ class AdapterRun:
 class Adapters:
     """A layer of gated adapters for each adapted layer of the seed; `layers` by the seed's numbers."""
 
-    def __init__(self, run: AdapterRun, model: SeedModel, tokens: int, window_tokens: int) -> None:
-        self.manifest = run.manifest(model.shape, tokens, window_tokens)
+    def __init__(self, run: AdapterRun, upper: Upper, tokens: int, window_tokens: int) -> None:
+        self.manifest = run.manifest(upper.model.shape, tokens, window_tokens)
         self.experts = LocalExperts(self.manifest)
         generator = torch.Generator().manual_seed(run.seed)
-        self._start = model.shape.n_layers - run.layers
+        self._start, self._upper = upper.start, upper
         self.layers: dict[int, MoE] = {
             self._start + layer: LocalMoE(self.experts, layer, generator) for layer in range(run.layers)
         }
@@ -96,9 +96,9 @@ class Adapters:
             self._parameters, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
         )
 
-    def step(self, model: SeedModel, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> float:
+    def step(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> float:
         """One optimizer step of experts (during backward) and gates; the loss before it, in nats per token."""
-        loss = model.nats(model.run(x_BTD, self._start, adapters=self.layers), targets_BT).mean()
+        loss = self._upper.nats(x_BTD, targets_BT, self.layers).mean()
         gradients = torch.autograd.grad(loss, self._parameters)
         adam = self.manifest.optimizer
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -121,22 +121,22 @@ class Adapters:
         return [asdict(layer.gate.stats()) for layer in self.layers.values()]
 
 
-def train_adapters(run: AdapterRun, model: SeedModel, texts: Sequence[States], progress: Progress) -> Adapters:
+def train_adapters(run: AdapterRun, upper: Upper, texts: Sequence[States], progress: Progress) -> Adapters:
     """Each window of `texts` once, those of all texts mixed, in an order of the seed."""
     places = torch.tensor([(text, window) for text, states in enumerate(texts) for window in range(len(states))])
     places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(run.seed))]
     window_tokens = texts[0].targets_WT.shape[1]
-    adapters = Adapters(run, model, len(places) * window_tokens, window_tokens)
+    adapters = Adapters(run, upper, len(places) * window_tokens, window_tokens)
     for start in range(0, len(places), STEP_WINDOWS):
         chosen = places[start : start + STEP_WINDOWS]
         parts = [texts[text].batch(torch.tensor([window])) for text, window in chosen.tolist()]
-        loss = adapters.step(model, torch.cat([x for x, _ in parts]), torch.cat([targets for _, targets in parts]))
+        loss = adapters.step(torch.cat([x for x, _ in parts]), torch.cat([targets for _, targets in parts]))
         progress(start + len(chosen), len(places), f"{loss:.3f} nats per token")
     return adapters
 
 
 def train_apart(
-    run: AdapterRun, model: SeedModel, texts: Mapping[DomainName, States], progress: Progress
+    run: AdapterRun, upper: Upper, texts: Mapping[DomainName, States], progress: Progress
 ) -> dict[DomainName, Adapters]:
     """Adapters of each domain, each trained on that domain's text alone, from the same start."""
     found: dict[DomainName, Adapters] = {}
@@ -145,32 +145,29 @@ def train_apart(
         def part(done: float, total: float, words: str, before: int = len(found), name: str = name) -> None:
             progress(before + done / total, len(texts), f"{name}: {words}")
 
-        found[name] = train_adapters(run, model, [states], part)
+        found[name] = train_adapters(run, upper, [states], part)
     return found
 
 
 @torch.no_grad()
-def nats_per_window(model: SeedModel, adapters: Mapping[int, nn.Module], states: States) -> list[float]:
+def nats_per_window(upper: Upper, adapters: Mapping[int, nn.Module], states: States) -> list[float]:
     """Mean over the tokens of each window, with any modules (N, D -> N, D) around the seed's FFNs; none: the seed."""
     for layer in adapters.values():
         layer.eval()
     found: list[float] = []
     for index in torch.arange(len(states)).split(TEST_WINDOWS):
         x_BTD, targets_BT = states.batch(index)
-        nats_BT = model.nats(model.run(x_BTD, states.start, adapters=adapters), targets_BT)
-        found += nats_BT.double().mean(1).tolist()
+        found += upper.nats(x_BTD, targets_BT, adapters).double().mean(1).tolist()
     return found
 
 
-def nats_and_choices(
-    model: SeedModel, layers: Mapping[int, MoE], states: States
-) -> tuple[list[float], list[torch.Tensor]]:
+def nats_and_choices(upper: Upper, layers: Mapping[int, MoE], states: States) -> tuple[list[float], list[torch.Tensor]]:
     """As `nats_per_window`, and for each layer the experts that its gate chose, [W, T * K]."""
     chosen: list[list[torch.Tensor]] = [[] for _ in layers]
     with ExitStack() as hooks:
         for layer, own in zip(layers.values(), chosen, strict=True):
             hooks.enter_context(layer.gate.register_forward_hook(_collector(own)))
-        nats = nats_per_window(model, layers, states)
+        nats = nats_per_window(upper, layers, states)
     return nats, [torch.cat(ids).view(len(states), -1) for ids in chosen]
 
 

@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from experiments.domains import DomainName
     from experiments.experiment import Result, TrialContext
     from experiments.seed.adapting import Adapters
-    from experiments.seed.model import SeedModel
-    from experiments.seed.states import States, Texts
+    from experiments.seed.states import States, Texts, Upper
     from node.moe import MoE
 
 DIGITS = 4
 
 
-def measure(trial: AdapterTrial, model: SeedModel, texts: Texts, context: TrialContext) -> Result:
+def measure(trial: AdapterTrial, texts: Texts, context: TrialContext) -> Result:
     """Nats per token by way, domain and window; and of the gates that choose, what and how evenly."""
     tests = texts.tuning if trial.is_tuning else texts.held_out
-    measuring = _Measuring(model, tests)
+    measuring = _Measuring(texts.upper, tests)
     if trial.run is None:
+        measuring.result["vocabulary"] = len(texts.upper.vocabulary_V)
         measuring.plain("alone", {name: {} for name in tests})
         return measuring.result
     training = {name: texts.training[name].first(trial.windows) for name in WEAK}
@@ -45,13 +45,13 @@ def measure(trial: AdapterTrial, model: SeedModel, texts: Texts, context: TrialC
     result["tokens"] = sum(states.targets_WT.numel() for states in training.values())
     cpu = time.process_time()
     if trial.is_apart:
-        alone = train_apart(trial.run, model, training, context.progress)
+        alone = train_apart(trial.run, texts.upper, training, context.progress)
         result["cpu_seconds"] = round(time.process_time() - cpu, 1)
         result["volunteer"] = asdict(volunteer(alone[WEAK[0]].manifest))
         for way in trial.ways:
             _measure_apart(measuring, way, alone)
     else:
-        adapters = train_adapters(trial.run, model, list(training.values()), context.progress)
+        adapters = train_adapters(trial.run, texts.upper, list(training.values()), context.progress)
         result["cpu_seconds"] = round(time.process_time() - cpu, 1)
         result["volunteer"] = asdict(volunteer(adapters.manifest))
         result["gates"] = adapters.gate_stats()
@@ -76,14 +76,14 @@ def _measure_apart(measuring: _Measuring, way: Way, alone: Mapping[DomainName, A
 class _Measuring:
     """Of one model on some texts, way by way."""
 
-    def __init__(self, model: SeedModel, tests: Mapping[DomainName, States]) -> None:
+    def __init__(self, upper: Upper, tests: Mapping[DomainName, States]) -> None:
         self.tests = tests
         self.result: Result = {"nats": {}, "specialisation": {}, "shares": {}}
-        self._model = model
+        self._upper = upper
 
     def plain(self, way: Way, adapters: Mapping[DomainName, Mapping[int, nn.Module]]) -> None:
         """With the adapters that are given for each domain."""
-        nats = {name: nats_per_window(self._model, own, self.tests[name]) for name, own in adapters.items()}
+        nats = {name: nats_per_window(self._upper, own, self.tests[name]) for name, own in adapters.items()}
         self._keep(way, nats)
 
     def gated(self, way: Way, layers: Mapping[int, MoE]) -> None:
@@ -91,7 +91,7 @@ class _Measuring:
         nats: dict[DomainName, list[float]] = {}
         chosen: dict[DomainName, list[torch.Tensor]] = {}
         for name, states in self.tests.items():
-            nats[name], chosen[name] = nats_and_choices(self._model, layers, states)
+            nats[name], chosen[name] = nats_and_choices(self._upper, layers, states)
         self._keep(way, nats)
         n_experts = next(iter(layers.values())).gate.n_experts
         if n_experts > 1:

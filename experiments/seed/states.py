@@ -51,7 +51,7 @@ class TextPlan:
 
 @dataclass(frozen=True)
 class Upper:
-    """The seed from layer `start` on, foretelling only `vocabulary_V`, the tokens of its texts: the head has their rows.
+    """The seed from layer `start` on, foretelling only the tokens of its texts, `vocabulary_V`, by their rows.
 
     What it is to foretell are places in that vocabulary.
     """

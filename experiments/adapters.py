@@ -76,8 +76,8 @@ apart see their own domain's third, in a third of the steps.
   the load, no token is dropped.
 - **each domain its own**: adapters of rank {RANK}, one for each domain, and somebody who knows a text's domain.
 - **Arrow** (arXiv 2405.11157): the same adapters, and a gate that nobody trained. An adapter's prototype is the
-  direction of its input that it amplifies most; a token goes to the one whose it points along most, or to all, weighed
-  by softmax.
+  direction of its input that it amplifies most; a token goes to the adapter whose prototype it points along most, or
+  to all, weighed by softmax.
 - **merged**: the mean of the same adapters, which is one of rank {3 * RANK}.
 
 The learning rate is tuned for each arm alike, on {TUNING_TOKENS:,} tokens with a seed of its own, out of
@@ -95,7 +95,10 @@ class AdaptersExperiment:
     """The experiment; `presets` can be others in a test."""
 
     name = "adapters"
-    claim = '"Tiny adapters around a frozen model are what a community can train together, each on its own machine."'
+    claim = (
+        "Tiny adapters for the community: thousands of them around a frozen model, each small enough for anybody's "
+        "machine, make it better where it is weak."
+    )
     method = METHOD
 
     def __init__(self, presets: Mapping[Preset, AdapterArms]) -> None:

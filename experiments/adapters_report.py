@@ -41,16 +41,16 @@ def adapters_report(found: AdapterResults) -> Report:
 
 
 def finding(found: AdapterResults) -> str:
-    """In three clauses: gates that are trained, adapters that are trained apart, and English."""
+    """Adapters whose gate is trained with them, where the seed is weak and on English; then those trained apart."""
     alone, control = _arm(found, "alone"), _control(found)
     best = min(_gated(found), key=lambda arm: found.nats(arm, WEAK).mean)
     gain, learnt = found.difference(best, control, WEAK), found.difference(best, alone, WEAK)
     forgotten = found.difference(best, alone, ENGLISH)
     joint = (
         f"{best.label} are {gain.words_in(UNIT)} than one adapter of equal active size, and {learnt.words_in(UNIT)} "
-        f"than the seed alone, where it is weak"
+        f"than the seed alone, where it is weak; on English they are {forgotten.words_in(UNIT)} than the seed alone"
     )
-    return f"{joint}; {apart_words(found)}; on English the former are {forgotten.words_in(UNIT)} than the seed alone."
+    return f"{joint}; {apart_words(found)}."
 
 
 def apart_words(found: AdapterResults) -> str:

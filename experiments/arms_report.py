@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.experiment import markdown_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from matplotlib.axes import Axes
 
@@ -95,9 +95,15 @@ def tokens_to(result: Result, goal: float) -> float | None:
 
 def load_table(found: ArmResults) -> str:
     """How evenly experts are used at the end of training: mean over layers and seeds."""
+    return load_table_of(
+        {label: [gate for result in found.results(label) for gate in result["gates"]] for label in _with_experts(found)}
+    )
+
+
+def load_table_of(gates_by_arm: Mapping[str, Sequence[Result]]) -> str:
+    """The same of the gates' statistics, by arm."""
     rows, unused = [], []
-    for label in _with_experts(found):
-        gates = [gate for result in found.results(label) for gate in result["gates"]]
+    for label, gates in gates_by_arm.items():
         mean = {key: statistics.fmean(gate[key] for gate in gates) for key in gates[0]}
         even = np.log2(mean["n_live"])
         if mean["dead_fraction"] > MANY_DEAD:

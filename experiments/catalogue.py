@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from experiments.experiment import Experiment
 
 MODULES = {
+    "adapters": "experiments.adapters",
     "apart": "experiments.apart",
     "granularity": "experiments.granularity",
     "idiots": "experiments.idiots",

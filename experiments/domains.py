@@ -67,13 +67,17 @@ class Domain:
 
 def read_domain(name: DomainName) -> Domain:
     """From the package that holds it; raises DataError saying what to install."""
-    documents = list(_READERS[name]())
+    training, held_out = parted(list(_READERS[name]()))
+    return Domain(name=name, training=training, held_out=held_out)
+
+
+def parted(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Most of the documents, and every tenth run of five: to hold text out, and again to tune on some of the rest."""
     runs = [documents[i : i + RUN_DOCUMENTS] for i in range(0, len(documents), RUN_DOCUMENTS)]
     last = HELD_OUT_EVERY - 1
-    return Domain(
-        name=name,
-        training=tuple(text for i, run in enumerate(runs) for text in run if i % HELD_OUT_EVERY != last),
-        held_out=tuple(text for i, run in enumerate(runs) for text in run if i % HELD_OUT_EVERY == last),
+    return (
+        tuple(text for i, run in enumerate(runs) for text in run if i % HELD_OUT_EVERY != last),
+        tuple(text for i, run in enumerate(runs) for text in run if i % HELD_OUT_EVERY == last),
     )
 
 

@@ -64,7 +64,8 @@ class Runner:
                 worker.stop()
         if self._failed:
             words = "; ".join(f"{name}: {why.strip().splitlines()[-1]}" for name, why in self._failed.items())
-            raise TrialsFailedError(f"{len(self._failed)} trials have no result: {words}")
+            count = "1 trial has" if len(self._failed) == 1 else f"{len(self._failed)} trials have"
+            raise TrialsFailedError(f"{count} no result: {words}")
         return not stop.is_set()
 
     def trials(self) -> Sequence[Trial]:

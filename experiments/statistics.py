@@ -40,11 +40,15 @@ class Estimate:
 
     @property
     def words(self) -> str:
-        """Of a difference of losses: below 0 is better."""
+        """Of a difference of losses in nats per byte: below 0 is better."""
+        return self.words_in("nats per byte")
+
+    def words_in(self, unit: str) -> str:
+        """The same in another unit."""
         certain = "" if abs(self.mean) > self.half_width else ", within what chance can do,"
         side = "better" if self.mean < 0 else "worse"
         spread = f" ± {self.half_width:.3f}" if self.half_width else ""
-        return f"{abs(self.mean):.3f}{spread} nats per byte {side}{certain}"
+        return f"{abs(self.mean):.3f}{spread} {unit} {side}{certain}"
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + (f" ± {self.half_width:.3f}" if self.half_width else "")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def data_cache() -> Path:
@@ -23,3 +29,11 @@ def prepare_folder(folder: Path) -> None:
         raise ConfigError(f"cannot use folder {folder}: {error.strerror}; choose another") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"cannot write to folder {folder}; choose another or change its permissions")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the file `path`, made where it is missing: of several processes one at a time goes on."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a crash
+        yield

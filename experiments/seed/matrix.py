@@ -54,6 +54,8 @@ class FrozenMatrix(nn.Module):
             yield slice(start, start + step), self._dense(self.stored[start : start + step])
 
     def _dense(self, stored_RQ: torch.Tensor) -> torch.Tensor:
+        if stored_RQ.dtype == torch.float32:  # what quantised values are stored in are bytes
+            return stored_RQ
         values = optional_package("gguf").dequantize(stored_RQ.cpu().numpy(), self._type)
         return torch.from_numpy(values).to(stored_RQ.device)
 

@@ -123,8 +123,12 @@ class SeedModel(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """What leaves the last layer -> logits, by the table of tokens once more."""
-        logits_BTV: Tensor = self.tokens(functional.rms_norm(x_BTD, self.norm.shape, self.norm, self.shape.norm_eps))
+        logits_BTV: Tensor = self.tokens(self.normalised(x_BTD))
         return logits_BTV
+
+    def normalised(self, x_BTD: Tensor) -> Tensor:
+        """What leaves the last layer, as the table of tokens takes it."""
+        return functional.rms_norm(x_BTD, self.norm.shape, self.norm, self.shape.norm_eps)
 
     def nats(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of each target [B, T], in nats."""

@@ -11,7 +11,6 @@ NAME-HASH.building, which the next build removes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from node.folders import locked
 from protocol.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def cached_corpus(
     fingerprint = _fingerprint(corpus, split)
     with _named_errors(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock")):
+        with locked(folder.with_name(f"{folder.name}.lock")):
             index = _read_index(folder, fingerprint)
             return folder, index or _build(folder, fingerprint, split, documents)
 
@@ -164,13 +164,6 @@ def _synced(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a crash
-        yield
 
 
 def _sync_folder(folder: Path) -> None:

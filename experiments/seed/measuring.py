@@ -1,0 +1,119 @@
+"""Trains adapters as a trial says and measures them in every way that it names."""
+
+# Shapes: W windows, T tokens of a window, K experts per token, E experts of a layer, P = T * K pairs of a window.
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from experiments.domains import DOMAINS, WEAK
+from experiments.seed.adapting import nats_and_choices, nats_per_window, train_adapters, train_apart
+from experiments.seed.apart import arrow, merged
+from experiments.seed.volunteer import volunteer
+from experiments.specialisation import excess
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from experiments.adapters_arms import AdapterTrial, Way
+    from experiments.domains import DomainName
+    from experiments.experiment import Result, TrialContext
+    from experiments.seed.adapting import Adapters
+    from experiments.seed.states import States, Texts, Upper
+    from node.moe import MoE
+
+DIGITS = 4
+
+
+def measure(trial: AdapterTrial, texts: Texts, context: TrialContext) -> Result:
+    """Nats per token by way, domain and window; and of the gates that choose, what and how evenly."""
+    tests = texts.tuning if trial.is_tuning else texts.held_out
+    measuring = _Measuring(texts.upper, tests)
+    if trial.run is None:
+        measuring.result["vocabulary"] = len(texts.upper.vocabulary_V)
+        measuring.plain("alone", {name: {} for name in tests})
+        return measuring.result
+    training = {name: texts.training[name].first(trial.windows) for name in WEAK}
+    result = measuring.result
+    result["tokens"] = sum(states.targets_WT.numel() for states in training.values())
+    cpu = time.process_time()
+    if trial.is_apart:
+        alone = train_apart(trial.run, texts.upper, training, context.progress)
+        result["cpu_seconds"] = round(time.process_time() - cpu, 1)
+        result["volunteer"] = asdict(volunteer(alone[WEAK[0]].manifest))
+        for way in trial.ways:
+            _measure_apart(measuring, way, alone)
+    else:
+        adapters = train_adapters(trial.run, texts.upper, list(training.values()), context.progress)
+        result["cpu_seconds"] = round(time.process_time() - cpu, 1)
+        result["volunteer"] = asdict(volunteer(adapters.manifest))
+        result["gates"] = adapters.gate_stats()
+        measuring.gated("gated", adapters.layers)
+    return result
+
+
+def _measure_apart(measuring: _Measuring, way: Way, alone: Mapping[DomainName, Adapters]) -> None:
+    """`alone` in the order of WEAK."""
+    together = list(alone.values())
+    match way:
+        case "own":
+            measuring.plain(way, {name: adapters.layers for name, adapters in alone.items()})
+        case "merged":
+            measuring.plain(way, dict.fromkeys(measuring.tests, merged(together)))
+        case "arrow-1":
+            measuring.gated(way, arrow(together, 1))
+        case _:
+            measuring.plain(way, dict.fromkeys(measuring.tests, arrow(together, len(together))))
+
+
+class _Measuring:
+    """Of one model on some texts, way by way."""
+
+    def __init__(self, upper: Upper, tests: Mapping[DomainName, States]) -> None:
+        self.tests = tests
+        self.result: Result = {"nats": {}, "specialisation": {}, "shares": {}}
+        self._upper = upper
+
+    def plain(self, way: Way, adapters: Mapping[DomainName, Mapping[int, nn.Module]]) -> None:
+        """With the adapters that are given for each domain."""
+        nats = {name: nats_per_window(self._upper, own, self.tests[name]) for name, own in adapters.items()}
+        self._keep(way, nats)
+
+    def gated(self, way: Way, layers: Mapping[int, MoE]) -> None:
+        """With a choice for each token, which is looked at."""
+        nats: dict[DomainName, list[float]] = {}
+        chosen: dict[DomainName, list[torch.Tensor]] = {}
+        for name, states in self.tests.items():
+            nats[name], chosen[name] = nats_and_choices(self._upper, layers, states)
+        self._keep(way, nats)
+        n_experts = next(iter(layers.values())).gate.n_experts
+        if n_experts > 1:
+            self.result["specialisation"][way] = specialisation(chosen)
+        if way == "arrow-1":
+            self.result["shares"][way] = {name: shares(ids, n_experts) for name, ids in chosen.items()}
+
+    def _keep(self, way: Way, nats: Mapping[DomainName, list[float]]) -> None:
+        self.result["nats"][way] = {name: [round(nat, DIGITS) for nat in own] for name, own in nats.items()}
+
+
+def specialisation(chosen: Mapping[DomainName, list[torch.Tensor]]) -> list[dict[str, float]]:
+    """For each layer what its experts tell of the domain, from the choices [W, P] of each domain; see `excess`."""
+    label_W = np.concatenate(
+        [np.full(len(layers[0]), DOMAINS.index(name), dtype=np.int64) for name, layers in chosen.items()]
+    )
+    rng = np.random.default_rng(0)
+    per_layer = zip(*chosen.values(), strict=True)
+    return [excess(np.concatenate([ids.numpy() for ids in layer]), label_W, rng) for layer in per_layer]
+
+
+def shares(per_layer: list[torch.Tensor], n_experts: int) -> list[float]:
+    """Part of the choices that falls on each expert, mean over layers."""
+    counts_E = torch.stack([torch.bincount(ids.flatten(), minlength=n_experts) for ids in per_layer]).double().mean(0)
+    return [round(share, DIGITS) for share in (counts_E / counts_E.sum()).tolist()]

@@ -15,6 +15,7 @@ MODULES = {
     "apart": "experiments.apart",
     "granularity": "experiments.granularity",
     "idiots": "experiments.idiots",
+    "merging": "experiments.merging",
     "sequential": "experiments.sequential",
     "swarm": "experiments.swarm",
 }

@@ -41,7 +41,7 @@ class TrialContext(Protocol):
     """Its own, for checkpoints; removed once the trial has a result."""
 
     shared: Path
-    """Of all trials of the run: for what a later one reads, or each would compute again. Several may want it at once."""
+    """Of all trials of the run: for what a later one reads, or each would compute again. Several may at once."""
 
     device: str
     """cpu, cuda, ..."""

@@ -28,6 +28,7 @@ from rich.text import Text
 from coordinator.config import CoordinatorConfig, LighthouseConfig, LocalConfig, StatusConfig, program_name
 from node.cli import HELP_LIMITS, Page, parse, print_help, print_limits, resolved_text
 from node.config import (
+    ContributeConfig,
     ControlConfig,
     EvaluateConfig,
     ExperimentConfig,
@@ -109,7 +110,7 @@ COMMANDS = (
         name="coordinator",
         summary="create or reopen a run, and be its first peer.",
         config=CoordinatorConfig,
-        examples=("coordinator --out runs/run --experts 256", "coordinator --out runs/run --dht-port 4001"),
+        examples=("coordinator --out runs/run --experts 256 --dht-port 4001",),
         entry="coordinator.coordinator:run_coordinator",
         endless=True,
     ),
@@ -173,6 +174,16 @@ COMMANDS = (
         config=SampleConfig,
         examples=('sample --swarm runs/local/swarm.toml --prompt "The city "',),
         entry="node.evaluation:run_sample",
+    ),
+    Command(
+        name="contribute",
+        summary="offer an expert trained at home; taken in if it is tested and gains.",
+        config=ContributeConfig,
+        examples=(
+            "contribute --layer 1 --expert 7 --fetch --join invite.txt",
+            "contribute --layer 1 --expert 7 --join invite.txt",
+        ),
+        entry="node.contribution.command:run_contribute",
     ),
     Command(
         name="experiment",

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import tyro
 
-from protocol.errors import ConfigError, ManifestError
+from protocol.announcements import PeerRecord
+from protocol.errors import ConfigError, ManifestError, RecordError
 from protocol.manifest import (
     AveragingCodec,
     AveragingConfig,
@@ -105,6 +106,8 @@ class CoordinatorConfig(RunConfig):
     """Days for which the invite holds; 0: for ever."""
     invite_file: Path | None = None
     """Where to write the invite too, for other nodes."""
+    evaluators: tuple[str, ...] = ()
+    """Peer ids of trainers whose word replaces an expert."""
     clip_radius: float = AveragingConfig.clip_radius
     """Largest move of an exchange, relative to the norm."""
     max_rate_scale: float = AveragingConfig.max_rate_scale
@@ -271,6 +274,14 @@ def check_same_run(config: RunConfig, manifest: Manifest, where: str) -> None:
                 f"{name}: is {value}, but the run in {where} has {held[name]}, which cannot change; "
                 "leave that flag out, or choose another --out"
             )
+
+
+def check_evaluators(peer_ids: tuple[str, ...]) -> None:
+    """Raise ConfigError unless each can be the peer id of a trainer, and there are not too many."""
+    try:
+        PeerRecord(role="coordinator", evaluators=peer_ids)
+    except RecordError as error:
+        raise ConfigError(f"--{error}") from None
 
 
 def _settings(manifest: Manifest) -> dict[str, object]:

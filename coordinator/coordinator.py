@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from coordinator.config import CoordinatorConfig, check_same_run, manifest_of, owned_by, program_name, read_manifest
+from coordinator.config import (
+    CoordinatorConfig,
+    check_evaluators,
+    check_same_run,
+    manifest_of,
+    owned_by,
+    program_name,
+    read_manifest,
+)
 from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
 from dht.join import publish_manifest
@@ -50,6 +58,7 @@ PUBLISH_PERIOD_S = DAY_S
 async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> None:
     """Open the run and be its first peer until `stop`. Raises a KilohiveError if that cannot start."""
     check_minimums(config, {"invite_days": 0, "relay_circuits": 0})
+    check_evaluators(config.evaluators)
     config.out.mkdir(parents=True, exist_ok=True)
     identity = Identity.load_or_create(config.out / "owner.key")
     manifest = open_run(config, identity.peer_id)
@@ -67,7 +76,7 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         if config.relay_circuits:
             await Relay(dht.streams, RelayLimits(max_circuits=config.relay_circuits)).start()
         relay = dht.relay_address if config.relay_circuits else ""
-        announcer = Announcer(dht, identity, admission, describe=_describer(relay))
+        announcer = Announcer(dht, identity, admission, describe=_describer(relay, config.evaluators))
         await announcer.start()
         stack.push_async_callback(announcer.withdraw)
         swarm = SwarmFile(
@@ -146,8 +155,8 @@ def _last_port(path: Path) -> int:
     return int(port) if port.isascii() and port.isdigit() else 0
 
 
-def _describer(relay: str) -> Callable[[], Announcement]:
-    peer = PeerRecord(role="coordinator", software=SOFTWARE, started_s=time.time(), relay=relay)
+def _describer(relay: str, evaluators: tuple[str, ...]) -> Callable[[], Announcement]:
+    peer = PeerRecord(role="coordinator", software=SOFTWARE, started_s=time.time(), relay=relay, evaluators=evaluators)
     return lambda: Announcement(peer=peer)
 
 

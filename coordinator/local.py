@@ -21,8 +21,10 @@ from rich.console import Console
 from coordinator.blocks import block_list_text, split_blocks
 from coordinator.children import Child, ChildSpec, end_all, exit_words
 from coordinator.config import LocalConfig, RunConfig, check_same_run, manifest_of, program_name, read_manifest
+from protocol.announcements import MAX_EVALUATORS
 from protocol.errors import ConfigError, UnavailableError
 from protocol.events import EventLog
+from protocol.identity import Identity
 from protocol.settings import check_minimums
 
 if TYPE_CHECKING:
@@ -254,10 +256,19 @@ class LocalSwarm:
     def _coordinator_spec(self) -> ChildSpec:
         config = self._config
         flags = _flags({"out": self._out})
+        flags += ["--evaluators", *self._evaluators()]
         if not config.resume:  # a run that exists keeps its manifest; `check` has compared the flags with it
             flags += _flags({field.name: getattr(config, field.name) for field in fields(RunConfig)})
             flags += _flags({"total_tokens": total_tokens(config)})
         return self._spec("coordinator", "coordinator", *flags, log=self._out / "coordinator" / "log.txt")
+
+    def _evaluators(self) -> list[str]:
+        """Peer ids of its trainers, of as many as a run can name. Their keys are made here, before they are started."""
+        folders = [self._trainer_folder(i) for i in range(min(self._config.trainers, MAX_EVALUATORS))]
+        return [Identity.load_or_create(folder / "identity.key").peer_id for folder in folders]
+
+    def _trainer_folder(self, index: int) -> Path:
+        return self._out if index == 0 else self._out / f"{TRAINER}-{index}"
 
     def _host_spec(self, index: int, blocks: list[BlockId]) -> ChildSpec:
         config, state = self._config, self._out / f"host-{index}"
@@ -275,8 +286,8 @@ class LocalSwarm:
     def _trainer_spec(self, index: int) -> ChildSpec:
         """The first has the folder and the terminal, any other a folder in it. Together they train `--steps` steps."""
         config, first = self._config, index == 0
-        name = TRAINER if first else f"{TRAINER}-{index}"
-        out = self._out if first else self._out / name
+        out = self._trainer_folder(index)
+        name = TRAINER if first else out.name
         names = ("batch", "micro_batches", "eval_every", "device", "threads", "seed", "data")
         flags = _flags({"swarm": self._out / "swarm.toml", "out": out})
         flags += _flags({name: getattr(config, name) for name in names})

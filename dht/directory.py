@@ -226,5 +226,6 @@ def _peer(record: SignedRecord, said: PeerRecord) -> PeerInfo:
         reachability=said.reachability,
         relay=said.relay,
         paused=said.paused,
+        evaluators=said.evaluators,
         expiration_s=record.expiration_s,
     )

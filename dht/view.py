@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from protocol.announcements import Reachability, ReplicaState, Role
     from protocol.manifest import BlockId
@@ -41,6 +41,7 @@ class PeerInfo:
     `own_tokens`: what this trainer itself has trained on, of the run's `run_tokens` as it knows them. `staleness`: mean
     optimizer steps between forward and backward at this host, lately. `exchanged_bytes`: averaging and downloads.
     `relay`: its multiaddress, if it carries calls for others. `paused`: it does not work now, and takes no blocks.
+    `evaluators` count only as the word of the run's owner: see `evaluators_named`.
     """
 
     peer_id: str
@@ -59,6 +60,7 @@ class PeerInfo:
     reachability: Reachability = "unknown"
     relay: str = ""
     paused: bool = False
+    evaluators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +137,8 @@ def _alive(replicas: tuple[Replica, ...], now_s: float) -> tuple[Replica, ...]:
 
 def _but(replicas: tuple[Replica, ...], peer_ids: frozenset[str]) -> tuple[Replica, ...]:
     return tuple(replica for replica in replicas if replica.peer_id not in peer_ids)
+
+
+def evaluators_named(peers: Iterable[PeerInfo], owner: str) -> tuple[str, ...]:
+    """Trainers whose verdicts on offered experts the run's owner wants acted on; none while the owner is not there."""
+    return next((peer.evaluators for peer in peers if peer.peer_id == owner), ())

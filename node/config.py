@@ -192,6 +192,22 @@ class SampleConfig(SwarmConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContributeConfig(SwarmConfig):
+    """Fetch an expert to train at home, and offer what came of it to the run."""
+
+    file: tyro.conf.Positional[Path] = Path("expert.safetensors")
+    """The expert, as a safetensors file."""
+    layer: int = 0
+    """Its layer, from 0."""
+    expert: int = 0
+    """Its index within the layer, from 0."""
+    fetch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write the present expert into the file; offer nothing."""
+    timeout_s: float = 3600.0
+    """Seconds to wait until it is evaluated and taken in."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """Put one of the claims about tiny experts to the test."""
 

@@ -18,6 +18,7 @@ from node.allocator import keep_freed_memory, keep_little_memory
 from node.averaging import service as averaging_service
 from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.block_store import BlockStore
+from node.contribution import intake
 from node.devices import limit_device_memory, pick_device
 from node.folders import prepare_folder
 from node.guest.allowance import Allowance
@@ -145,9 +146,10 @@ class Host:
             (
                 self._service.handler(),
                 self.averaging.service.handler(),
+                self._intake().handler(),
                 DialBackService(swarm.security.caller(), swarm.listen).handler(),
             ),
-            (SERVICE_NAME, averaging_service.SERVICE_NAME, reachability.SERVICE_NAME),
+            (SERVICE_NAME, averaging_service.SERVICE_NAME, intake.SERVICE_NAME, reachability.SERVICE_NAME),
             swarm.listen,
             config.port,
             swarm.security,
@@ -201,6 +203,17 @@ class Host:
             check_s=config.recheck_s,
         )
         return BlockKeeper(parts, placement, self._fixed_blocks())
+
+    def _intake(self) -> intake.IntakeService:
+        parts = intake.IntakeParts(
+            manifest=self._swarm.manifest,
+            runtime=self.runtime,
+            peers=self._swarm.directory.peers,
+            events=self._events,
+            allowance=self._allowance,
+            since_s=self._started,
+        )
+        return intake.IntakeService(parts)
 
     def _build_presence(self) -> Presence:
         swarm = self._swarm

@@ -13,6 +13,10 @@ import torch
 
 from dht.announcer import Announcement, Announcer
 from node.allocator import keep_freed_memory
+from node.contribution.evaluation_service import SERVICE_NAME as EVALUATION
+from node.contribution.evaluation_service import EvaluationService
+from node.contribution.evaluator import Evaluator, EvaluatorParts
+from node.contribution.offers import OfferQueue
 from node.data import open_dataset
 from node.devices import pick_device
 from node.dispatch.dispatcher import DispatchConfig
@@ -107,7 +111,11 @@ class Trainer:
         )
         self._training = self._build(dataset)
         self._whereabouts = Whereabouts(swarm, events)
-        self._sharing = TrunkSharing(config, swarm, self._training, events, self._whereabouts)
+        offers = OfferQueue(time.monotonic)
+        peer_id, peers = swarm.identity.peer_id, swarm.directory.peers
+        services = {EVALUATION: EvaluationService(self._manifest, peer_id, offers, peers).handler()}
+        self._sharing = TrunkSharing(config, swarm, self._training, events, self._whereabouts, services)
+        self._evaluator = self._build_evaluator(offers)
         self._progress = Progress()
         self._tokens = RunTokens(swarm.identity.peer_id)
         self._n_experts = self._manifest.model.experts_per_layer * self._manifest.model.n_layers
@@ -162,7 +170,7 @@ class Trainer:
         if progress.bits_per_byte_start is None:
             progress.bits_per_byte_start = await self._evaluate(FINAL_EVALUATION_FACTOR)
         while not self._trained:
-            await self._step()
+            await self._evaluator.after_step(await self._step(), stop)
             if progress.step % config.save_every == 0:
                 await asyncio.to_thread(self._save)
             if config.eval_every and progress.step % config.eval_every == 0 and not self._trained:
@@ -187,7 +195,8 @@ class Trainer:
         own_id = self._swarm.identity.peer_id
         return 1 + sum(peer.role == "trainer" and peer.peer_id != own_id for peer in peers)
 
-    async def _step(self) -> None:
+    async def _step(self) -> float:
+        """Seconds that it took."""
         n_trainers = self._observe_trainers()
         self._training.rate_scale = self._sharing.rate_scale()
         wire_bytes = self._swarm.client.wire_bytes
@@ -198,6 +207,7 @@ class Trainer:
         progress.step, progress.run_tokens = training.steps_done, self._tokens.total
         progress.train_seconds += result.seconds
         self._events.emit("step", **self._step_fields(result, n_trainers, wire_bytes))
+        return result.seconds
 
     def _step_fields(self, result: StepResult, n_trainers: int, wire_bytes: int) -> dict[str, object]:
         dispatcher, averager = self._dispatcher, self._sharing.averaging.averager
@@ -242,6 +252,18 @@ class Trainer:
             seed=config.seed,
         )
         return Training(manifest, model, self._dispatcher, dataset, steps, self._wait_for_experts)
+
+    def _build_evaluator(self, offers: OfferQueue) -> Evaluator:
+        parts = EvaluatorParts(
+            identity=self._swarm.identity,
+            training=self._training,
+            experts=self._dispatcher,
+            client=self._sharing.averaging.client,
+            replicas=self._swarm.directory.replicas,
+            events=self._events,
+            out=self._config.out,
+        )
+        return Evaluator(parts, offers)
 
     def _resume(self) -> None:
         training, config = self._training, self._config

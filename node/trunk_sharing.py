@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from node import reachability
@@ -20,6 +21,10 @@ from protocol.manifest import TRUNK
 from protocol.schedule import averaged_rate_scale
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import grpc
+
     from dht.view import Replica
     from node.config import TrainConfig
     from node.swarm import Swarm
@@ -50,17 +55,28 @@ class TrunkSharing:
     """Keeps one trainer's trunk in sync with the others'. Belongs to the event loop."""
 
     def __init__(
-        self, config: TrainConfig, swarm: Swarm, training: Training, events: EventLog, whereabouts: Place
+        self,
+        config: TrainConfig,
+        swarm: Swarm,
+        training: Training,
+        events: EventLog,
+        whereabouts: Place,
+        services: Mapping[str, grpc.GenericRpcHandler] = MappingProxyType({}),
     ) -> None:
+        """`services` by name: what else this trainer's server answers."""
         self._config, self._swarm, self._training, self._events = config, swarm, training, events
         self._peer_id = swarm.identity.peer_id
         self._random = random.Random(config.seed)
         self.replica = TrunkReplica(training)
         options = AveragingOptions(seed=config.seed)
         self.averaging = Averaging(swarm.manifest, swarm.security, swarm.directory, events, options)
+        own = {
+            averaging_service.SERVICE_NAME: self.averaging.service.handler(),
+            reachability.SERVICE_NAME: DialBackService(swarm.security.caller(), swarm.listen).handler(),
+        }
         self._server = NodeServer(
-            [self.averaging.service.handler(), DialBackService(swarm.security.caller(), swarm.listen).handler()],
-            [averaging_service.SERVICE_NAME, reachability.SERVICE_NAME],
+            (*own.values(), *services.values()),
+            (*own, *services),
             swarm.listen,
             config.port,
             swarm.security,

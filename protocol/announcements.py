@@ -13,7 +13,8 @@ from google.protobuf.message import DecodeError, Message
 
 from protocol import limits, records_pb2
 from protocol.endpoints import check_endpoint, is_relay_address
-from protocol.errors import RecordError
+from protocol.errors import IdentityError, RecordError
+from protocol.identity import public_key_of
 from protocol.manifest import TRUNK, BlockId
 
 MAX_ANNOUNCE_PAYLOAD_BYTES = 512
@@ -33,6 +34,7 @@ Reachability = Literal["unknown", "reached", "not reached", "relayed"]
 REACHABILITIES: Final = get_args(Reachability)
 """In the order of the numbers that the proto gives them."""
 
+MAX_EVALUATORS = 4
 MAX_DIVERGENCE = 1e9
 MAX_STALENESS = 1e15
 
@@ -78,6 +80,7 @@ class PeerRecord:
     """One peer of a run, as it describes itself; an empty endpoint means that nothing listens.
 
     `relay`: its multiaddress, for QUIC but for lighthouses, if it carries calls to others that cannot be dialled.
+    `evaluators`: peer ids of trainers whose verdicts hosts are to act on; readers believe it of the run's owner alone.
     """
 
     role: Role
@@ -94,6 +97,7 @@ class PeerRecord:
     reachability: Reachability = "unknown"
     relay: str = ""
     paused: bool = False
+    evaluators: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.reachability not in REACHABILITIES:
@@ -118,6 +122,7 @@ class PeerRecord:
         check_range("own_tokens", self.own_tokens, limits.MAX_RUN_TOKENS)
         check_range("staleness", self.staleness, MAX_STALENESS)
         check_range("exchanged_bytes", self.exchanged_bytes, MAX_RECORD_VERSION)
+        _check_evaluators(self.evaluators)
 
 
 def encode_block(record: BlockRecord) -> bytes:
@@ -175,6 +180,7 @@ def encode_peer(record: PeerRecord) -> bytes:
         reachability=REACHABILITIES.index(record.reachability),  # type: ignore[arg-type]  # as above
         relay=record.relay,
         paused=record.paused,
+        evaluators=record.evaluators,
     ).SerializeToString(deterministic=True)
 
 
@@ -198,7 +204,18 @@ def decode_peer(payload: bytes) -> PeerRecord:
         reachability=REACHABILITIES[message.reachability],
         relay=message.relay,
         paused=message.paused,
+        evaluators=tuple(message.evaluators),
     )
+
+
+def _check_evaluators(peer_ids: tuple[str, ...]) -> None:
+    if len(peer_ids) > MAX_EVALUATORS or len(set(peer_ids)) < len(peer_ids):
+        raise RecordError(f"evaluators: must be at most {MAX_EVALUATORS}, each named once, are {len(peer_ids)}")
+    for peer_id in peer_ids:
+        try:
+            public_key_of(peer_id)
+        except IdentityError as error:
+            raise RecordError(f"evaluators: {error}") from None
 
 
 def parse_message(kind: type[M], raw: bytes) -> M:

@@ -1,6 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -74,7 +76,7 @@ class BlockRecord(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., block: _Optional[int] = ..., version: _Optional[int] = ..., endpoint: _Optional[str] = ..., queue_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., n_experts: _Optional[int] = ..., trunk: _Optional[bool] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., divergence: _Optional[float] = ...) -> None: ...
 
 class PeerRecord(_message.Message):
-    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes", "reachability", "relay", "paused")
+    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes", "reachability", "relay", "paused", "evaluators")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +91,7 @@ class PeerRecord(_message.Message):
     REACHABILITY_FIELD_NUMBER: _ClassVar[int]
     RELAY_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
+    EVALUATORS_FIELD_NUMBER: _ClassVar[int]
     role: str
     endpoint: str
     software: str
@@ -103,7 +106,8 @@ class PeerRecord(_message.Message):
     reachability: Reachability
     relay: str
     paused: bool
-    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., relay: _Optional[str] = ..., paused: _Optional[bool] = ...) -> None: ...
+    evaluators: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., relay: _Optional[str] = ..., paused: _Optional[bool] = ..., evaluators: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ManifestRecord(_message.Message):
     __slots__ = ("toml",)

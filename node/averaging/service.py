@@ -71,7 +71,7 @@ class AveragingService:
 
     async def _exchange(self, _: object, context: Context) -> None:
         tally = Tally(partner="", dialled=False)
-        wire = Wire(_ServerStream(context), self._config.silence_s, self._allowance)
+        wire = Wire(ServerStream(context), self._config.silence_s, self._allowance)
         caller = caller_of(context.invocation_metadata() or ())
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -96,7 +96,7 @@ class AveragingService:
             async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
                 state = await self._copy_of(block_id)
             async with within(self._config.transfer_timeout_s(state), f"the download of block {block_id}"):
-                wire = Wire(_ServerStream(context), self._config.silence_s, self._allowance)
+                wire = Wire(ServerStream(context), self._config.silence_s, self._allowance)
                 await send_state(wire, block_id, state, self._config, params_only=request.params_only)
 
     async def _copy_of(self, block_id: BlockId) -> ReplicaState:
@@ -129,16 +129,18 @@ class AveragingService:
             self._running[what] -= 1
 
 
-class _ServerStream:
+class ServerStream:
     """The answering end of a gRPC stream."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
 
     async def send(self, raw: bytes) -> None:
+        """Send one message."""
         await self._context.write(raw)
 
     async def receive(self) -> bytes | None:
+        """The next message, None when the caller sends no more."""
         raw = await self._context.read()
         return raw if isinstance(raw, bytes) else None
 

@@ -108,6 +108,15 @@ class ByteDataset:
         starts = range(0, n_wanted, batch)
         return (_windows(self.held_out, chosen[start : start + batch], context) for start in starts)
 
+    def n_held_out(self, context: int) -> int:
+        """How many held-out windows there are."""
+        _check_positive(context=context)
+        return _n_windows(self.held_out, context)
+
+    def held_out_windows(self, numbers: NDArray[np.int64], context: int) -> torch.Tensor:
+        """Those of these numbers, each below `n_held_out`: int64 [len(numbers), T + 1]."""
+        return _windows(self.held_out, numbers, context)
+
 
 def _n_windows(part: NDArray[np.uint8], context: int) -> int:
     return (len(part) - 1) // context

@@ -80,6 +80,19 @@ class Block:
             learnt_E.index_add_(0, touched_G.to(learnt_E.device), tokens_G.to(learnt_E))
             self.version += 1
 
+    @torch.no_grad()
+    def replace(self, row: int, weights: dict[str, torch.Tensor], version: int) -> None:
+        """Another expert in the place of the one at `row`, its moments begun anew.
+
+        The block's version goes beyond `version` and its own: what was true of either is not of the block any more.
+        """
+        for name, weight in weights.items():
+            self.params[name][row].copy_(weight)
+            self.adam.first[name][row].zero_()
+            self.adam.second[name][row].zero_()
+        self.adam.steps_E[row] = 0
+        self.version = max(self.version, version) + 1
+
     @property
     def _is_small(self) -> bool:
         return all(p[0].numel() < SMALL_VALUES for p in self.params.values())

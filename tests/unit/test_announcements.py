@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from protocol import records_pb2
 from protocol.announcements import (
+    MAX_ANNOUNCE_PAYLOAD_BYTES,
     MAX_DIVERGENCE,
+    MAX_EVALUATORS,
     MAX_STALENESS,
     REPLICA_STATES,
     BlockRecord,
@@ -22,9 +24,10 @@ from protocol.announcements import (
     encode_peer,
 )
 from protocol.errors import RecordError
+from protocol.identity import Identity
 from protocol.manifest import TRUNK, BlockId
 from protocol.records import block_key, open_record, parse_key, read_payload
-from tests.support.signing import BLOCK, KEY, NOW_S, PEER, RUN, forged, signed, unsigned
+from tests.support.signing import BLOCK, KEY, NOW_S, OWNER, PEER, RUN, forged, signed, unsigned
 
 
 @pytest.mark.parametrize(
@@ -213,3 +216,25 @@ def test_every_peer_record_survives_the_wire(record: PeerRecord) -> None:
 def test_the_largest_fractions_survive_their_rounding_to_32_bits() -> None:
     assert decode_block(encode_block(replace(BLOCK, divergence=MAX_DIVERGENCE))).divergence == MAX_DIVERGENCE
     assert decode_peer(encode_peer(replace(PEER, staleness=MAX_STALENESS))).staleness <= MAX_STALENESS
+
+
+EVALUATORS = tuple(Identity.generate().peer_id for _ in range(MAX_EVALUATORS))
+
+
+def test_the_owner_can_name_a_few_evaluators_beside_everything_else_it_says() -> None:
+    said = replace(PEER, role="coordinator", evaluators=EVALUATORS, relay="/ip4/192.0.2.1/udp/4001/quic-v1")
+    payload = encode_peer(said)
+    assert decode_peer(payload) == said
+    assert len(payload) <= MAX_ANNOUNCE_PAYLOAD_BYTES
+
+
+@pytest.mark.parametrize(
+    "named",
+    [(*EVALUATORS, OWNER.peer_id), EVALUATORS[:1] * 2, ("12D3KooW",), ("\x1b[31mred" * 5,)],
+    ids=["too many", "one twice", "too short", "no peer id"],
+)
+def test_evaluators_that_cannot_be_are_refused_by_name(named: tuple[str, ...]) -> None:
+    message = records_pb2.PeerRecord.FromString(encode_peer(PEER))
+    message.evaluators.extend(named)
+    with pytest.raises(RecordError, match="evaluators"):
+        decode_peer(message.SerializeToString())

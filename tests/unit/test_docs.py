@@ -24,7 +24,17 @@ from node.cli import HELP_LIMITS, SHARED_FLAGS, help_rows, parse
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.metrics import HostCollector
 from node.report import Summary
-from protocol import averaging_pb2, errors, expert_pb2, invite_pb2, limits, reach_pb2, records_pb2, relay_pb2
+from protocol import (
+    averaging_pb2,
+    contribution_pb2,
+    errors,
+    expert_pb2,
+    invite_pb2,
+    limits,
+    reach_pb2,
+    records_pb2,
+    relay_pb2,
+)
 from protocol.manifest import BlockId
 from protocol.version import PROTOCOL_VERSION
 from tests.support.docs import (
@@ -191,7 +201,7 @@ def test_every_error_that_crosses_the_wire_is_listed_with_its_status() -> None:
 
 MESSAGES = {
     name: message
-    for module in (expert_pb2, averaging_pb2, reach_pb2, records_pb2, relay_pb2, invite_pb2)
+    for module in (expert_pb2, averaging_pb2, contribution_pb2, reach_pb2, records_pb2, relay_pb2, invite_pb2)
     for name, message in module.DESCRIPTOR.message_types_by_name.items()
 }
 
@@ -204,7 +214,13 @@ def test_every_message_is_described_field_by_field(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "service", "heading"),
-    [(expert_pb2, "Expert", "Calls"), (averaging_pb2, "Averaging", "Averaging"), (reach_pb2, "Reach", "Reach")],
+    [
+        (expert_pb2, "Expert", "Calls"),
+        (averaging_pb2, "Averaging", "Averaging"),
+        (contribution_pb2, "Evaluation", "Evaluation"),
+        (contribution_pb2, "Intake", "Intake"),
+        (reach_pb2, "Reach", "Reach"),
+    ],
 )
 def test_every_call_of_the_service_is_described(module: ModuleType, service: str, heading: str) -> None:
     methods = module.DESCRIPTOR.services_by_name[service].methods
@@ -216,6 +232,7 @@ def test_every_call_of_the_service_is_described(module: ModuleType, service: str
     ("enum", "message"),
     [
         (averaging_pb2.Reason, "BlockOffer"),
+        (contribution_pb2.OfferState, "OfferStatus"),
         (records_pb2.ReplicaState, "BlockRecord"),
         (records_pb2.Reachability, "PeerRecord"),
     ],
@@ -231,8 +248,8 @@ def test_the_version_is_the_one_that_is_spoken() -> None:
 
 EMITTERS = {
     "hosts and trainers": ("node/averaging/averager.py", "node/reachability.py", "node/whereabouts.py"),
-    "a trainer": ("node/trainer.py", "node/trunk_sharing.py"),
-    "a host": ("node/host.py", "node/keeper.py", "node/presence.py"),
+    "a trainer": ("node/trainer.py", "node/trunk_sharing.py", "node/contribution/evaluator.py"),
+    "a host": ("node/host.py", "node/keeper.py", "node/presence.py", "node/contribution/intake.py"),
     "a coordinator": ("coordinator/coordinator.py",),
     "a lighthouse": ("coordinator/lighthouse/lighthouse.py",),
     "local": ("coordinator/local.py",),

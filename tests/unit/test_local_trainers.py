@@ -14,6 +14,7 @@ import pytest
 from coordinator.config import LocalConfig
 from coordinator.local import check
 from protocol.errors import ConfigError
+from protocol.identity import Identity
 from tests.support.local_swarm import pids, rows, run, run_to_the_end, running, told, until
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ async def test_trainers_share_the_text_and_the_runs_tokens(
     assert [flags["--out"] for flags in trainers] == list(map(str, folders))
     assert ["--plain" in flags for flags in trainers] == [False, True, True]
     assert told(tmp_path, "coordinator")["--total-tokens"] == str(30 * 8 * 2 * 128)
+    words = json.loads((tmp_path / "coordinator.argv").read_text(encoding="utf-8"))
+    named = words[words.index("--evaluators") + 1 :][:3]
+    assert named == [Identity.load_or_create(folder / "identity.key").peer_id for folder in folders]
     assert "trainer-1 says something" in (tmp_path / "trainer-1" / "log.txt").read_text(encoding="utf-8")
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coordinator.config import CoordinatorConfig, LocalConfig, check_same_run, manifest_of
+from coordinator.config import CoordinatorConfig, LocalConfig, check_evaluators, check_same_run, manifest_of
 from protocol.errors import ConfigError
+from protocol.identity import Identity
 from protocol.manifest import AveragingConfig
 
 if TYPE_CHECKING:
@@ -48,3 +49,13 @@ def test_a_coordinators_flags_describe_the_averaging() -> None:
     )
     with pytest.raises(ConfigError, match=r"averaging\.clip_radius: must be from"):
         manifest_of(CoordinatorConfig(clip_radius=0.0), owner="x", total_tokens=5)
+
+
+def test_evaluators_are_peer_ids_and_few() -> None:
+    peer_ids = tuple(Identity.generate().peer_id for _ in range(5))
+    check_evaluators(())
+    check_evaluators(peer_ids[:4])
+    with pytest.raises(ConfigError, match=r"--evaluators: must be at most 4, each named once, are 5"):
+        check_evaluators(peer_ids)
+    with pytest.raises(ConfigError, match=r"--evaluators: peer id: 'trainer' is not an Ed25519 peer id"):
+        check_evaluators(("trainer",))

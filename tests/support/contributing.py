@@ -1,0 +1,102 @@
+"""A run's roles in one event loop, over a real DHT and gRPC, and what a contributor does at home: train one expert."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coordinator.config import CoordinatorConfig, read_manifest
+from coordinator.coordinator import run_coordinator
+from node.config import HostConfig, TrainConfig
+from node.contribution.expert_file import read_expert
+from node.data import open_dataset
+from node.host import run_host
+from node.moe import LocalExperts, LocalMoE
+from node.trainer import run_trainer
+from node.training import build_trunk
+from node.trunk_state import load_trunk_weights
+from protocol.identity import Identity
+from tests.support.offers import put, train_one
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
+
+    from node.contribution.expert_file import Place, Weights
+    from protocol.manifest import Manifest
+
+HANG_S = 60.0
+
+
+class RunInLoop:
+    """A coordinator that names one trainer as its evaluator, hosts, and that trainer; each a task here."""
+
+    def __init__(self, folder: Path, manifest: Manifest, text: Path) -> None:
+        self.folder, self.manifest, self.text = folder, manifest, text
+        self.swarm_file = folder / "run" / "swarm.toml"
+        self.trainer_folder = folder / "trainer"
+        self._stop = asyncio.Event()
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    async def start(self, n_hosts: int) -> None:
+        (self.folder / "wanted.toml").write_text(self.manifest.to_toml())
+        evaluator = Identity.load_or_create(self.trainer_folder / "identity.key").peer_id
+        self._begin(
+            run_coordinator(
+                CoordinatorConfig(
+                    out=self.folder / "run", manifest=self.folder / "wanted.toml", evaluators=(evaluator,)
+                ),
+                self._stop,
+            )
+        )
+        await self.until(self.swarm_file.exists)
+        self.manifest = read_manifest(self.folder / "run" / "manifest.toml")
+        for number in range(n_hosts):
+            state = self.folder / f"host-{number}"
+            self._begin(run_host(HostConfig(swarm=self.swarm_file, state=state, recheck_s=0), self._stop))
+        trainer = TrainConfig(
+            swarm=self.swarm_file, out=self.trainer_folder, data=self.text, save_every=20, plain=True, eval_every=0
+        )
+        self._begin(run_trainer(trainer, self._stop))
+
+    def _begin(self, role: Coroutine[Any, Any, Any]) -> None:
+        self._tasks.append(asyncio.create_task(role))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait; what ended a role is raised."""
+        async with asyncio.timeout(HANG_S):
+            while not condition():
+                for task in self._tasks:
+                    if task.done():
+                        task.result()
+                await asyncio.sleep(0.02)
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await asyncio.wait_for(asyncio.gather(*self._tasks), HANG_S)
+
+
+@asynccontextmanager
+async def run_in_loop(folder: Path, manifest: Manifest, text: Path, n_hosts: int) -> AsyncIterator[RunInLoop]:
+    run = RunInLoop(folder, manifest, text)
+    try:
+        await run.start(n_hosts)
+        yield run
+    finally:
+        await run.stop()
+
+
+def trained_at_home(run: RunInLoop, fetched: Path, place: Place, steps: int) -> Weights:
+    """The fetched expert, trained on the run's text under its trunk, everything else as it is."""
+    manifest = replace(run.manifest, optimizer=replace(run.manifest.optimizer, expert_lr=1e-2))
+    experts, generator = LocalExperts(manifest), torch.Generator().manual_seed(0)
+    layers = [LocalMoE(experts, layer, generator) for layer in range(manifest.model.n_layers)]
+    model = build_trunk(manifest, layers, generator)
+    load_trunk_weights(run.trainer_folder, model, run.manifest.run_id)
+    put(experts, place, read_expert(fetched.read_bytes(), manifest))
+    dataset = open_dataset(run.text, cache_dir=run.folder / "cache", seed=manifest.seed)
+    return train_one(experts, model, dataset, place, steps)

@@ -160,6 +160,7 @@ class AdapterResults:
     def __init__(self, arms: AdapterArms, results: Mapping[str, Result]) -> None:
         self.arms = arms
         self.rates = arms.best(results)
+        self._results = results
         self._rows: dict[str, dict[int, Result]] = {}
         for arm in arms.arms:
             names = {seed: self._name(arm, seed) for seed in range(arms.seeds)}
@@ -178,6 +179,11 @@ class AdapterResults:
     def rows(self, arm: AdapterArm) -> list[Result]:
         """By seed; the seed alone has the same for all."""
         return list(self._rows[arm.label].values())
+
+    def tuning(self, arm: AdapterArm) -> dict[float, Result]:
+        """Of its short trials, by rate."""
+        names = {rate: trial_name(arm, rate, TUNING_SEED) for rate in self.arms.rates}
+        return {rate: self._results[name] for rate, name in names.items() if name in self._results}
 
     def nats(self, arm: AdapterArm, domains: Sequence[DomainName]) -> Estimate:
         """Held-out nats per token, mean over the domains."""

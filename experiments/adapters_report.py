@@ -157,11 +157,25 @@ def specialisation_table(found: AdapterResults) -> str:
 
 
 def arrow_table(found: AdapterResults) -> str:
-    """Share of each domain's tokens that goes to each adapter, where Arrow chooses one."""
-    shares = [row["shares"]["arrow-1"] for row in found.rows(_arm(found, "arrow-1"))]
+    """Share of each domain's tokens that goes to each adapter, where Arrow chooses one; and in tuning, by rate."""
+    arrow = _arm(found, "arrow-1")
+    shares = [row["shares"]["arrow-1"] for row in found.rows(arrow)]
     rows = [[name, *(f"{part:.0%}" for part in np.mean([own[name] for own in shares], 0))] for name in DOMAINS]
+    table = markdown_table(["tokens of", *(f"to the adapter for {name}" for name in WEAK)], rows)
     note = "Where it chooses one; mean over layers and seeds."
-    return f"{note}\n\n{markdown_table(['tokens of', *(f'to the adapter for {name}' for name in WEAK)], rows)}"
+    tuned = [
+        [f"{rate:g}", *(f"{row['shares']['arrow-1'][name][index]:.0%}" for index, name in enumerate(WEAK))]
+        for rate, row in found.tuning(arrow).items()
+    ]
+    if not tuned:
+        return f"{note}\n\n{table}"
+    words = (
+        f"Prototypes depend on how far adapters have moved. Share that went to the adapter of a token's own domain in "
+        f"the short runs that tuned the rate (on {found.arms.tuning_windows} windows of each domain, not "
+        f"{found.arms.text.training}); the one with the lowest loss was taken, which need not be best for longer:"
+    )
+    by_rate = markdown_table(["rate", *(f"{name} to its own" for name in WEAK)], tuned)
+    return f"{note}\n\n{table}\n\n{words}\n\n{by_rate}"
 
 
 def drawing(found: AdapterResults) -> Figure:

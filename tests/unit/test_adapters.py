@@ -266,6 +266,9 @@ def test_the_finding_says_what_came_out_good_or_bad() -> None:
     assert good.finding.startswith("8 of 1,024 adapters are 0.500")
     assert "nats per token better than one adapter of equal active size" in good.finding
     assert "25% (merged)" in good.finding
+    arrow_table = good.tables["Where Arrow sends tokens"]
+    assert "| german | 20% | 30% | 50% |" in arrow_table
+    assert "| 0.1 | 20% | 30% | 50% |" in arrow_table, "by rate, each domain to its own adapter"
     assert "0% (Arrow chooses 1)" in good.finding
     assert "Many are dead in: 8 of 256 adapters; 8 of 1,024 adapters" in good.tables["Load"]
     assert "perhaps not tuned" not in good.tables["Loss where the seed is weak"]

@@ -14,6 +14,7 @@ MODULES = {
     "apart": "experiments.apart",
     "granularity": "experiments.granularity",
     "idiots": "experiments.idiots",
+    "merging": "experiments.merging",
     "sequential": "experiments.sequential",
 }
 

@@ -92,12 +92,12 @@ def _finding(found: MergingResults) -> str:
     if len(found.joint) == 1:
         verdict = "One seed cannot tell"
     elif all(sticks):
-        verdict = "It is not: what is searched for is better than the average and than as many random shares"
+        verdict = "It is not: the merge that is chosen is better than the average and than as many random shares"
     elif any(sticks):
         kinds = " and ".join(WORDS[kind] for kind, holds in zip(found.apart, sticks, strict=True) if holds)
-        verdict = f"Only in part: what is searched for is better than the average and than random shares {kinds}"
+        verdict = f"Only in part: the merge that is chosen is better than the average and than random shares {kinds}"
     else:
-        verdict = "In so far as one searches, it is: nothing that was searched for is surely better than both the "
+        verdict = "Searching is: the merge that the text to choose on prefers is nowhere surely better than both the "
         verdict += "plain average and as many random shares"
     return f"{verdict}. {' '.join(_sentence(found, kind) for kind in found.apart)}"
 
@@ -119,10 +119,11 @@ def _sentence(found: MergingResults, kind: str) -> str:
     parts = ", ".join(f"{gap.words} than {other}" for other, gap in against.items())
     search = difference(found.wisest_nats(kind), average)
     ensemble = difference(found.nats(kind, POSTERIOR), average)
+    models = found.apart[kind][0]["ways"][POSTERIOR]["models"]
     return (
         f"{WORDS[kind].capitalize()}, the average is {parts}; the merge that was chosen "
         f"({_names(found, kind)}) is {search.words} than the average, and the participants as an ensemble by the "
-        f"posterior, at as many times the FLOPs, are {ensemble.words} than it."
+        f"posterior, at {models:g} times the FLOPs, are {ensemble.words} than the average."
     )
 
 

@@ -245,7 +245,9 @@ def results(found: dict[str, Any], seeds: int, **nats: float) -> MergingResults:
 
 def test_the_finding_says_it_is_where_nothing_that_was_searched_for_sticks(found: dict[str, Any]) -> None:
     report = merging_report(results(found, 3, TIES=1.99, random_by_layer=1.9))
-    assert report.finding.startswith("In so far as one searches, it is: nothing that was searched for")
+    assert report.finding.startswith(
+        "Searching is: the merge that the text to choose on prefers is nowhere surely better"
+    )
     assert "Parting late, the average is" in report.finding
     assert "the merge that was chosen (TIES) is 0.010" in report.finding
     assert "worse than joint training" in report.finding
@@ -253,7 +255,7 @@ def test_the_finding_says_it_is_where_nothing_that_was_searched_for_sticks(found
 
 def test_the_finding_says_it_is_not_where_a_search_beats_the_average_and_the_wall(found: dict[str, Any]) -> None:
     finding = merging_report(results(found, 3, evolved_by_layer=1.8, random_by_layer=1.95)).finding
-    assert finding.startswith("It is not: what is searched for is better than the average and than as many random")
+    assert finding.startswith("It is not: the merge that is chosen is better than the average and than as many random")
     assert "the merge that was chosen (evolved by layer) is 0.200" in finding
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,23 +13,25 @@ from experiments.arm import Arm
 from experiments.branches import Branches, Course, Stage, StageRun, Within, measured_last
 from experiments.experiment import Trial, no_results
 from experiments.merged import by_posterior, evenly_weighted, forget_gates, held_out, log_likelihood
-from experiments.shards import SHARDINGS
+from experiments.shards import SHARDINGS, Sharding
 from experiments.specialisation import specialisation
 from experiments.training import nats_per_window, open_text, result_of
 from experiments.tuning import SEED
+from protocol.atomic_file import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from experiments.experiment import Preset, Report, Result, TrialContext
-    from experiments.shards import Sharding
     from experiments.training import Model
     from node.data import ByteDataset
 
 ARM = Arm(label="8 of 256 experts", hidden=32, experts=256, per_token=8)
 STEP = 2048
 UNTUNED_RATE = 4e-3
+ENSEMBLES: tuple[Sharding, ...] = ("topic",)
+"""Whose participants are also trained on, to be asked together; eight models to measure for each."""
 # So few tokens are learnt best at high rates: 2e-3 was worse than 4e-3 for both that are tuned.
 RATES = (4e-3, 8e-3, 1.6e-2)
 
@@ -40,7 +43,6 @@ class Plan:
     steps: int
     seeds: int
     shardings: tuple[Sharding, ...] = SHARDINGS
-    ensembles: tuple[Sharding, ...] = ("topic", "random")
     tuning_steps: int = 0
     final_eval_bytes: int = 32_768
 
@@ -60,8 +62,8 @@ class Plan:
 
 
 PRESETS: dict[Preset, Plan] = {
-    "quick": Plan(steps=32, seeds=1, shardings=("topic", "random"), ensembles=("topic",), final_eval_bytes=16_384),
-    "full": Plan(steps=128, seeds=3, tuning_steps=64),
+    "quick": Plan(steps=32, seeds=1, shardings=("topic", "random"), final_eval_bytes=16_384),
+    "full": Plan(steps=96, seeds=3, tuning_steps=64),
 }
 FULL = PRESETS["full"]
 TUNED = ("joint", "mixed")
@@ -115,11 +117,11 @@ class Apart:
     method = METHOD
 
     def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:
-        """The start, joint, and participants by text; then what is made of these. Rates before all of it."""
+        """Rates first; then, seed by seed, the start in common, and what goes on from it."""
         return planned(PRESETS[preset], results)
 
     def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
-        """One stage, from what the stages before it have left in the shared folder."""
+        """One arm, or those that share participants, from the start that lies in the shared folder."""
         dataset, course = open_text(), Course.from_json(spec["course"])
         branches = Branches(course, context, dataset)
         bench = Bench(course=course, sharding=spec["sharding"], branches=branches, context=context, dataset=dataset)
@@ -129,7 +131,7 @@ class Apart:
         """Differences from joint, and where they come from."""
         trials = [trial for trial in self.plan(preset, results) if trial.name in results]
         whole = [trial for trial in trials if not trial.name.startswith("tune-")]
-        if not {"joint", "mixed", "gate", "apart"} <= {trial.spec["kind"] for trial in whole}:
+        if not {"joint", "nothing", "apart"} <= {trial.spec["kind"] for trial in whole}:
             raise no_results(self.name, preset, "joint, and of what was trained apart")
         return apart_report(trials, results)
 
@@ -156,23 +158,17 @@ def best_rates(tuning: Sequence[Trial], results: Mapping[str, Result]) -> dict[s
 
 
 def _of_seed(plan: Plan, seed: int, rates: Mapping[str, float]) -> list[tuple[Trial, list[str]]]:
-    """Each trial of a seed, with those whose weights it reads."""
+    """Each trial of a seed, with those whose weights it reads: the first leaves the start in common."""
     together, course = (plan.course(seed, rates[kind], plan.steps) for kind in TUNED)
-    starts = {of.lr: _trial("start", of) for of in (together, course)}
-    trials: list[tuple[Trial, list[str]]] = [(trial, []) for trial in starts.values()]
-    trials.append((_trial("joint", together), [starts[together.lr].name]))
-    trials.append((_trial("nothing", course), [starts[course.lr].name]))
-    for sharding in plan.shardings:
-        apart = _trial("apart", course, sharding)
-        kinds = ["gate", "mixed", *(["ensemble"] if sharding in plan.ensembles else [])]
-        trials.append((apart, [starts[course.lr].name]))
-        trials += [(_trial(kind, course, sharding), [apart.name]) for kind in kinds]
-    return trials
+    first = _trial("nothing", course)
+    joint = _trial("joint", together)
+    shared = [first.name] if together == course else []
+    apart = [_trial("apart", course, sharding) for sharding in plan.shardings]
+    return [(first, []), (joint, shared), *((trial, [first.name]) for trial in apart)]
 
 
 def _trial(kind: str, course: Course, sharding: Sharding | None = None) -> Trial:
-    ending = f"-lr{course.lr:g}" if kind == "start" else ""
-    name = f"{kind}{f'-{sharding}' if sharding else ''}-seed{course.seed}{ending}"
+    name = f"{kind}{f'-{sharding}' if sharding else ''}-seed{course.seed}"
     return Trial(name=name, spec=_spec(kind, course, sharding or "topic"))
 
 
@@ -182,56 +178,56 @@ def _spec(kind: str, course: Course, sharding: Sharding) -> dict[str, Any]:
 
 def tune(bench: Bench) -> Result:
     """Nats per byte at the end of what is tuned, at one rate."""
-    found = {}
-    for kind in TUNED:
-        context = Within(bench.context, bench.context.folder / kind)
-        found[kind] = KINDS[kind](replace(bench, context=context))["nats_per_byte"]
-    return found
-
-
-def start(bench: Bench) -> Result:
-    """What all have in common."""
-    model = bench.branches.load(bench.branches.branch())
-    return _measured(bench, model)
+    return {"joint": joint(bench)["nats_per_byte"], "mixed": mixed(bench)["nats_per_byte"]}
 
 
 def joint(bench: Bench) -> Result:
     """The start, and all together to the end."""
     course = bench.course
-    return _stage(bench, Stage(first=course.branch_step, last=course.steps), bench.branches.branch())
+    return _stage(bench, "joint", Stage(first=course.branch_step, last=course.steps), bench.branches.branch())
 
 
 def nothing(bench: Bench) -> Result:
     """The start and the last quarter: as joint, but for the tokens that others spend apart."""
-    course = bench.course
-    return _stage(bench, Stage(first=course.apart_step, last=course.steps), bench.branches.branch())
+    course, begin = bench.course, bench.branches.branch()
+    found = _stage(bench, "nothing", Stage(first=course.apart_step, last=course.steps), begin)
+    return found | {"start": _measured(bench, bench.branches.load(begin))}
 
 
 def apart(bench: Bench) -> Result:
-    """The participants, and the merged model before it has learnt anything, with two gates."""
+    """The participants by one kind of text, and all that is made of them."""
     branches, course, sharding = bench.branches, bench.course, bench.sharding
-    model = branches.load(branches.merged(sharding))
-    found = {"side by side": _measured(bench, model)}
-    found["side by side"]["specialisation"] = specialisation(model, bench.dataset, course.batch, course.seed)
-    forget_gates(model, course.seed)
-    return found | {
-        "forgotten": _measured(bench, model),
+    found = {
         "participants": [measured_last(folder) for folder in branches.participants(sharding)],
         "bytes": [len(branches.text(sharding, index).train) for index in range(course.participants)],
+        **merged(bench),
+        "gate": gate(bench),
+        "mixed": mixed(bench),
     }
+    return found | ({"ensemble": ensemble(bench)} if sharding in ENSEMBLES else {})
+
+
+def merged(bench: Bench) -> Result:
+    """The merged model before it has learnt anything, with two gates."""
+    model = bench.branches.load(bench.branches.merged(bench.sharding))
+    found = {"merged": _measured(bench, model)}
+    course = bench.course
+    found["merged"]["specialisation"] = specialisation(model, bench.dataset, course.batch, course.seed)
+    forget_gates(model, course.seed)
+    return {**found, "forgotten": _measured(bench, model)}
 
 
 def gate(bench: Bench) -> Result:
     """The merged model, of which the gates alone learn."""
     course = bench.course
     stage = Stage(first=course.apart_step, last=course.steps, gates_only=True)
-    return _stage(bench, stage, bench.branches.merged(bench.sharding))
+    return _stage(bench, "gate", stage, bench.branches.merged(bench.sharding))
 
 
 def mixed(bench: Bench) -> Result:
     """The merged model, trained whole."""
-    course = bench.course
-    return _stage(bench, Stage(first=course.apart_step, last=course.steps), bench.branches.merged(bench.sharding))
+    course, begin = bench.course, bench.branches.merged(bench.sharding)
+    return _stage(bench, "mixed", Stage(first=course.apart_step, last=course.steps), begin)
 
 
 def ensemble(bench: Bench) -> Result:
@@ -249,10 +245,16 @@ def ensemble(bench: Bench) -> Result:
     }
 
 
-def _stage(bench: Bench, stage: Stage, begin: Path) -> Result:
-    run = StageRun(bench.course, stage, bench.context, bench.dataset, begin)
-    run.go()
-    return result_of(run, bench.dataset)
+def _stage(bench: Bench, name: str, stage: Stage, begin: Path) -> Result:
+    """The figures of a last stage, which are kept: a trial that was cut does not train it again."""
+    folder = bench.context.folder / name
+    done = folder / "result.json"
+    if not done.exists():
+        run = StageRun(bench.course, stage, Within(bench.context, folder), bench.dataset, begin)
+        run.go()
+        write_atomically(done, json.dumps(result_of(run, bench.dataset)).encode())
+    result: Result = json.loads(done.read_bytes())
+    return result
 
 
 def _measured(bench: Bench, model: Model) -> Result:
@@ -264,9 +266,6 @@ def _windows(nats_N: torch.Tensor) -> Result:
     return {"nats_per_byte": float(nats_N.mean()), "window_nats": [round(nats, 4) for nats in nats_N.tolist()]}
 
 
-KINDS: dict[str, Callable[[Bench], Result]] = {
-    "tune": tune, "start": start, "joint": joint, "nothing": nothing, "apart": apart, "gate": gate, "mixed": mixed,
-    "ensemble": ensemble,
-}  # fmt: skip
+KINDS: dict[str, Callable[[Bench], Result]] = {"tune": tune, "nothing": nothing, "joint": joint, "apart": apart}
 
 EXPERIMENT = Apart()

@@ -54,9 +54,14 @@ def forgotten_label(sharding: Sharding) -> str:
     return f"apart {TEXTS[sharding]}, gate forgotten"
 
 
-LABELS: tuple[Callable[[Sharding], str], ...] = (
-    mixed_label, gate_label, ensemble_label, merged_label, forgotten_label,
-)  # fmt: skip
+LABELS: dict[str, Callable[[Sharding], str]] = {
+    "mixed": mixed_label,
+    "gate": gate_label,
+    "ensemble": ensemble_label,
+    "merged": merged_label,
+    "forgotten": forgotten_label,
+}
+"""By the name that the arm's figures have in the result of a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +89,14 @@ class Row:
 def rows_of(trial: Trial, result: Result) -> Iterator[Row]:
     """Arms by the trial that has their figures."""
     course, kind, sharding = Course.from_json(trial.spec["course"]), trial.spec["kind"], trial.spec["sharding"]
-    labels = {
-        "joint": JOINT,
-        "nothing": NOTHING,
-        "mixed": mixed_label(sharding),
-        "gate": gate_label(sharding),
-        "ensemble": ensemble_label(sharding),
-    }
-    if kind in labels:
-        yield Row(label=labels[kind], course=course, result=result)
-    if kind == "apart":
-        yield Row(label=merged_label(sharding), course=course, result=result["side by side"])
-        yield Row(label=forgotten_label(sharding), course=course, result=result["forgotten"])
+    if kind == "joint":
+        yield Row(label=JOINT, course=course, result=result)
+    elif kind == "nothing":
+        yield Row(label=NOTHING, course=course, result=result)
+    elif kind == "apart":
+        for name, label in LABELS.items():
+            if name in result:
+                yield Row(label=label(sharding), course=course, result=result[name])
 
 
 class Found:
@@ -110,9 +111,8 @@ class Found:
             key = (trial.spec["kind"], trial.spec["sharding"])
             self._by_kind.setdefault(key, []).append(results[trial.name])
         present = {row.label for row in self._rows}
-        whole = [mixed_label, gate_label, merged_label]
-        self.shardings = [text for text in TEXTS if all(label(text) in present for label in whole)]
-        order = [JOINT, *(label(text) for label in LABELS for text in TEXTS), NOTHING]
+        self.shardings = [text for text in TEXTS if mixed_label(text) in present]
+        order = [JOINT, *(label(text) for label in LABELS.values() for text in TEXTS), NOTHING]
         self.labels = [label for label in order if label in present]
         self.all = self.arms(self.labels)
         self.course = self._rows[0].course
@@ -169,19 +169,18 @@ def gap_table(found: Found) -> str:
 def participants_table(found: Found) -> str:
     """Each participant as a whole model, and their ensembles."""
     rows = []
-    for text, words in TEXTS.items():
-        alone, together = found.of("apart", text), found.of("ensemble", text)
-        if not alone:
-            continue
+    for text in found.shardings:
+        alone = found.of("apart", text)
         sizes = [size for result in alone for size in result["bytes"]]
-        row = [words, f"{min(sizes) / 1e6:.2f} to {max(sizes) / 1e6:.2f}", _mean(alone)]
+        together = [result["ensemble"] for result in alone if "ensemble" in result]
         cells = [_mean(together), _nats(result["even"] for result in together), _nats(together)] if together else []
-        rows.append([*row, *(cells or ["-"] * 3)])
+        span = f"{min(sizes) / 1e6:.2f} to {max(sizes) / 1e6:.2f}"
+        rows.append([TEXTS[text], span, _mean(alone), *(cells or ["-"] * 3)])
     header = [
         "texts", "M bytes of a text", "a participant at the merge", "a participant at the end",
         "ensemble, all alike", "ensemble, by likelihood so far",
     ]  # fmt: skip
-    common = _nats(result for result in found.of("start"))
+    common = _nats(result["start"] for result in found.of("nothing"))
     note = f"Nats per byte on the same held-out text of all topics. The start in common: {common}."
     return f"{note}\n\n{markdown_table(header, rows)}"
 

@@ -20,6 +20,7 @@ PREFIX: int = 32
 def by_prefix(log_p_PNT: Tensor, prefix: int = PREFIX) -> Tensor:
     """Nats per byte [N]: the mixture by the posterior for `prefix` bytes, then the one that was likeliest on these."""
     n_positions = log_p_PNT.shape[2]
+    prefix = min(prefix, n_positions)
     chosen_N = log_p_PNT[:, :, :prefix].sum(2).argmax(0)
     rest_N = -by_index(log_p_PNT[:, :, prefix:].sum(2), chosen_N)
     return (by_posterior(log_p_PNT[:, :, :prefix]) * prefix + rest_N) / n_positions
@@ -27,6 +28,7 @@ def by_prefix(log_p_PNT: Tensor, prefix: int = PREFIX) -> Tensor:
 
 def models_by_prefix(n_models: int, n_positions: int, prefix: int = PREFIX) -> float:
     """Models that are run for a byte, on average."""
+    prefix = min(prefix, n_positions)
     return (n_models * prefix + n_positions - prefix) / n_positions
 
 

@@ -114,7 +114,7 @@ average.
 
 Choosing between the same participants instead: their predictions averaged evenly; averaged by the posterior, the
 likelihood that each has given to the window so far (arXiv 2208.03306); the one that was likeliest on the first {PREFIX}
-bytes of the window; and as bounds the participant whose shard holds the window's topic, told by the label, and
+bytes of the window; the one whose shard holds the window's topic, told by the label; and, as the bound of choosing one,
 whichever was best on the window in hindsight.
 
 Everything that is chosen (scales, densities, temperatures, shares, a participant) is chosen on every fourth document of

@@ -81,7 +81,7 @@ def merging_report(found: MergingResults) -> Report:
         "How far apart": _distances(found),
     }
     figures = {
-        "ways": ("Held-out loss of each way, and of the joint model (line), with 95 % intervals", _by_way(found)),
+        "ways": ("Held-out loss of each way above that of the joint model, with 95 % intervals", _by_way(found)),
         "search": ("The least loss on the text to choose on, by models measured, mean of the seeds", _searches(found)),
     }
     return Report(finding=_finding(found), tables=tables, figures=figures)
@@ -92,12 +92,12 @@ def _finding(found: MergingResults) -> str:
     if len(found.joint) == 1:
         verdict = "One seed cannot tell"
     elif all(sticks):
-        verdict = "It is not: what is searched for is better than the average and than as many random shares"
+        verdict = "It is not: the merge that is chosen is better than the average and than as many random shares"
     elif any(sticks):
         kinds = " and ".join(WORDS[kind] for kind, holds in zip(found.apart, sticks, strict=True) if holds)
-        verdict = f"Only in part: what is searched for is better than the average and than random shares {kinds}"
+        verdict = f"Only in part: the merge that is chosen is better than the average and than random shares {kinds}"
     else:
-        verdict = "In so far as one searches, it is: nothing that was searched for is surely better than both the "
+        verdict = "Searching is: the merge that the text to choose on prefers is nowhere surely better than both the "
         verdict += "plain average and as many random shares"
     return f"{verdict}. {' '.join(_sentence(found, kind) for kind in found.apart)}"
 
@@ -119,10 +119,11 @@ def _sentence(found: MergingResults, kind: str) -> str:
     parts = ", ".join(f"{gap.words} than {other}" for other, gap in against.items())
     search = difference(found.wisest_nats(kind), average)
     ensemble = difference(found.nats(kind, POSTERIOR), average)
+    models = found.apart[kind][0]["ways"][POSTERIOR]["models"]
     return (
         f"{WORDS[kind].capitalize()}, the average is {parts}; the merge that was chosen "
         f"({_names(found, kind)}) is {search.words} than the average, and the participants as an ensemble by the "
-        f"posterior, at as many times the FLOPs, are {ensemble.words} than it."
+        f"posterior, at {models:g} times the FLOPs, are {ensemble.words} than the average."
     )
 
 
@@ -199,15 +200,13 @@ def _distances(found: MergingResults) -> str:
 def _by_way(found: MergingResults) -> Figure:
     figure = Figure(figsize=(WIDE, HIGH), layout="constrained")
     panels = figure.subplots(1, len(found.apart), sharey=True, squeeze=False)[0]
-    joint = float(np.mean(found.nats("", JOINT)))
     for axes, (kind, results) in zip(panels, found.apart.items(), strict=True):
         ways = list(results[0]["ways"])[::-1]
-        means = [estimate(found.nats(kind, way), "seeds") for way in ways]
-        spread = [mean.half_width for mean in means]
-        axes.errorbar([mean.mean for mean in means], ways, xerr=spread, fmt="o", capsize=3)
-        axes.axvline(joint, linestyle="--", color="C1", label=JOINT)
+        gaps = [difference(found.nats(kind, way), found.nats(kind, JOINT)) for way in ways]
+        axes.errorbar([gap.mean for gap in gaps], ways, xerr=[gap.half_width for gap in gaps], fmt="o", capsize=3)
+        axes.axvline(0.0, linestyle="--", color="C1", label=JOINT)
         axes.set_title(WORDS[kind])
-        axes.set_xlabel("held-out nats per byte")
+        axes.set_xlabel("nats per byte above joint training")
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
     return figure

@@ -135,11 +135,11 @@ def test_every_kind_of_trial_gives_what_the_page_needs(bench: Bench) -> None:
     trials, results = trials_of(1, run)
     report = apart_report(trials, results)
     assert "apart by topic, gate forgotten" in report.tables["Loss"]
-    assert "ensemble at random" in report.tables["Loss"]
+    assert "ensemble by topic" in report.tables["Loss"]
     assert "apart at random, mixed" in report.tables["Load"]
     tuned = run({"kind": "tune", "sharding": "topic"})
     assert tuned["joint"] == results["joint-seed0"]["nats_per_byte"]
-    assert tuned["mixed"] == results["mixed-topic-seed0"]["nats_per_byte"]
+    assert tuned["mixed"] == results["apart-topic-seed0"]["mixed"]["nats_per_byte"]
 
 
 GATE = {
@@ -149,20 +149,21 @@ GATE = {
 BITS = [{"bits": 0.5, "shuffled_bits": 0.1, "shuffled_std": 0.01}]
 
 
-def made_up(mixed: float, **others: float) -> Any:
+def made_up(mixed: float, random: float = 0.0) -> Any:
     """Results by kind, joint at 2 nats per byte; seeds differ by a hundredth, the same in all arms."""
-    levels = {"joint": 2.0, "start": 2.6, "nothing": 2.4, "gate": 2.3, "ensemble": 2.25, "apart": 2.5, "mixed": mixed}
+    levels = {"gate": 2.3, "ensemble": 2.25, "merged": 2.5, "mixed": mixed, "forgotten": 2.9}
+
+    def figures(nats: float) -> Result:
+        plain = {"nats_per_byte": nats, "window_nats": [nats - 0.1, nats + 0.1]}
+        return {**plain, "gates": [GATE], "specialisation": {"byte class": BITS, "topic": BITS}}
 
     def result(spec: dict[str, Any]) -> Result:
-        kind, seed = spec["kind"], spec["course"]["seed"]
-        worse = others.get("random", 0.0) if spec["sharding"] == "random" and kind == "mixed" else 0.0
-        nats = levels[kind] + others.get(kind, 0.0) + worse + seed / 100
-        plain = {"nats_per_byte": nats, "window_nats": [nats - 0.1, nats + 0.1]}
-        whole = {**plain, "gates": [GATE], "specialisation": {"byte class": BITS, "topic": BITS}}
-        if kind == "apart":
-            sides = {"side by side": {**whole, "gates": []}, "forgotten": plain}
-            return {**sides, "participants": [2.7] * 8, "bytes": [500_000] * 8}
-        return {**whole, "participants": [2.6] * 8, "even": plain} if kind == "ensemble" else whole
+        seed, worse = spec["course"]["seed"] / 100, random if spec["sharding"] == "random" else 0.0
+        if spec["kind"] != "apart":
+            return figures((2.0 if spec["kind"] == "joint" else 2.4) + seed) | {"start": figures(2.6 + seed)}
+        found = {name: figures(nats + seed + worse) for name, nats in levels.items()}
+        found["ensemble"] |= {"participants": [2.6] * 8, "even": figures(2.3)}
+        return {**found, "participants": [2.7] * 8, "bytes": [500_000] * 8}
 
     return result
 
@@ -194,14 +195,13 @@ def test_trials_wait_for_those_whose_weights_they_read() -> None:
     rates = {f"tune-lr{rate:g}": {"joint": rate, "mixed": -rate} for rate in (4e-3, 8e-3, 1.6e-2)}
     assert [trial.name for trial in EXPERIMENT.plan("full", {})] == list(rates)
     names = [trial.name for trial in EXPERIMENT.plan("full", rates)]
-    assert "start-seed0-lr0.004" in names
-    assert "start-seed0-lr0.016" in names
-    assert not [name for name in names if name.startswith(("joint", "apart", "mixed"))]
-    started = {**rates, "start-seed0-lr0.016": {}}
-    names = [trial.name for trial in EXPERIMENT.plan("full", started)]
-    assert "apart-topic-seed0" in names
-    assert "joint-seed0" not in names, "it has another rate"
-    assert "mixed-topic-seed0" in [t.name for t in EXPERIMENT.plan("full", {**started, "apart-topic-seed0": {}})]
+    assert "joint-seed0" in names, "it has another rate, and so a start of its own"
+    assert not [name for name in names if name.startswith("apart")]
+    alike = {name: {"joint": -rate["joint"], "mixed": rate["mixed"]} for name, rate in rates.items()}
+    assert "joint-seed0" not in [trial.name for trial in EXPERIMENT.plan("full", alike)]
+    names = [trial.name for trial in EXPERIMENT.plan("full", {**alike, "nothing-seed0": {}})]
+    assert {"joint-seed0", "apart-topic-seed0", "apart-random-seed0", "apart-cluster-seed0"} <= set(names)
+    assert "apart-topic-seed1" not in names
 
 
 def test_a_report_that_is_wanted_too_early_says_what_makes_it() -> None:

@@ -232,5 +232,5 @@ def test_a_spec_survives_its_trip_through_json() -> None:
 
 
 def test_an_unknown_experiment_is_named_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match="no experiment 'granulrity'; it is one of adapters, apart, "):
+    with pytest.raises(ConfigError, match=f"no experiment 'granulrity'; it is one of {', '.join(MODULES)}"):
         load("granulrity")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from experiments.arm import Cost
     from experiments.experiment import Result
     from experiments.shards import Sharding
+    from experiments.statistics import Estimate
 
 JOINT, NOTHING = "joint", "start and last quarter only"
 TEXTS: dict[Sharding, str] = {"topic": "by topic", "cluster": "by clusters", "random": "at random"}
@@ -150,9 +151,7 @@ def gap_table(found: Found) -> str:
     """From the merged model to joint, step by step."""
     rows = []
     for text in found.shardings:
-        merged, gate, mixed = merged_label(text), gate_label(text), mixed_label(text)
-        steps = [(merged, JOINT), (merged, gate), (gate, mixed), (mixed, JOINT)]
-        gap, *parts = (found.all.difference(one, other) for one, other in steps)
+        gap, *parts = distances(found, text)
         shares = [f"{part.mean / gap.mean:.0%}" if gap.mean > gap.half_width else "-" for part in parts[:2]]
         rows.append([TEXTS[text], str(gap), str(parts[0]), str(parts[1]), str(parts[2]), *shares])
     header = [
@@ -164,6 +163,13 @@ def gap_table(found: Found) -> str:
         "what a merged model is worth before them is in the first column."
     )
     return f"{note}\n\n{markdown_table(header, rows)}"
+
+
+def distances(found: Found, text: Sharding) -> list[Estimate]:
+    """From merged to joint; what the gate alone gains, and mixing beyond it; and from mixed to joint."""
+    merged, gate, mixed = merged_label(text), gate_label(text), mixed_label(text)
+    steps = [(merged, JOINT), (merged, gate), (gate, mixed), (mixed, JOINT)]
+    return [found.all.difference(one, other) for one, other in steps]
 
 
 def participants_table(found: Found) -> str:
@@ -255,13 +261,23 @@ def finding(found: Found) -> str:
         f"those trained together on as many tokens ({found.course.tokens:,}), and {gate.words} if only the gate learns"
     )
     words = [first]
+    gap, *parts = distances(found, best)
+    if gap.mean > gap.half_width:
+        gate_share, mixing_share = (part.mean / gap.mean for part in parts[:2])
+        words.append(
+            f"of the distance from joint at the merge, {gap}, learning the gate alone closes {gate_share:.0%} and "
+            f"mixing {mixing_share:.0%} more"
+        )
     if ensemble_label(best) in found.labels:
-        words.append(f"an ensemble of the whole participants is {_against_joint(found, ensemble_label(best))}")
+        together = _against(found, ensemble_label(best), JOINT)
+        words.append(f"an ensemble of the whole participants is {together} than joint")
     if "random" in found.shardings and best != "random":
-        control = found.all.difference(mixed_label("random"), mixed_label(best))
-        words.append(f"with texts cut at random, mixing is {control.words} than {TEXTS[best]}")
-    if NOTHING in found.labels:
-        words.append(f"the part apart brings: mixing is {_against(found, mixed_label(best), NOTHING)} than without it")
+        words.append(
+            f"with texts cut at random, mixing is {_against(found, mixed_label('random'), mixed_label(best))} than "
+            f"{TEXTS[best]}"
+        )
+    without = _against(found, mixed_label(best), NOTHING)
+    words.append(f"and {without} than if the half that is spent apart is left out")
     return f"{verdict(mixed.low, mixed.high)}: {'; '.join(words)}."
 
 
@@ -270,10 +286,6 @@ def verdict(low: float, high: float) -> str:
     if low > WORTH:
         return "It holds here"
     return "It does not hold" if high < WORTH else "It is not known"
-
-
-def _against_joint(found: Found, label: str) -> str:
-    return _against(found, label, JOINT)
 
 
 def _against(found: Found, label: str, other: str) -> str:

@@ -97,7 +97,8 @@ def work(job: Job, connection: Connection) -> None:
     from experiments.catalogue import experiment_in  # noqa: PLC0415 - imports torch
 
     torch.set_num_threads(job.threads)
-    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    for folder in (job.folder, job.shared):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         answer: Result | Failure = experiment_in(job.module).run(job.spec, Context(job, connection))
     except KilohiveError as error:

@@ -153,14 +153,17 @@ def gap_table(found: Found) -> str:
     for text in found.shardings:
         gap, *parts = distances(found, text)
         shares = [f"{part.mean / gap.mean:.0%}" if gap.mean > gap.half_width else "-" for part in parts[:2]]
-        rows.append([TEXTS[text], str(gap), str(parts[0]), str(parts[1]), str(parts[2]), *shares])
+        forgotten = str(found.all.difference(forgotten_label(text), merged_label(text)))
+        rows.append([TEXTS[text], str(gap), str(parts[0]), str(parts[1]), str(parts[2]), *shares, forgotten])
     header = [
         "texts", "merged, above joint", "gained by the gate alone", "gained by mixing beyond that",
         "mixed, above joint", "part that the gate closes", "part that mixing adds",
+        "lost if the gate is forgotten",
     ]  # fmt: skip
     note = (
         "Nats per byte. The gate alone and mixing have equally many tokens, both after the merge; "
-        "what a merged model is worth before them is in the first column."
+        "what a merged model is worth before them is in the first column. Where a forgotten gate loses little, experts "
+        "are still much alike, and no gate could be worth much."
     )
     return f"{note}\n\n{markdown_table(header, rows)}"
 
@@ -254,6 +257,8 @@ def differences(found: Found) -> Figure:
 def finding(found: Found) -> str:
     """Whether it holds, by the best of the texts that mean something; and what random ones do."""
     texts = [text for text in found.shardings if text != "random"] or found.shardings
+    seeds = {text: len(found.all.results(mixed_label(text))) for text in texts}
+    texts = [text for text in texts if seeds[text] == max(seeds.values())]
     best = min(texts, key=lambda text: found.all.mean(mixed_label(text)))
     mixed, gate = (found.all.difference(label(best), JOINT) for label in (mixed_label, gate_label))
     first = (

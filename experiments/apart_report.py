@@ -282,7 +282,7 @@ def finding(found: Found) -> str:
             f"{TEXTS[best]}"
         )
     without = _against(found, mixed_label(best), NOTHING)
-    words.append(f"and {without} than if the half that is spent apart is left out")
+    words.append(f"mixed {TEXTS[best]} it is {without} than if the half that is spent apart is left out")
     return f"{verdict(mixed.low, mixed.high)}: {'; '.join(words)}."
 
 

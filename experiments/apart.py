@@ -92,7 +92,7 @@ tuned alike for *joint* and for *mixing* by topic, on {FULL.tuning_steps * STEP:
 start. Held-out text is the same for all arms and the {FULL.seeds} seeds; a difference is taken seed by seed and window
 by window. Intervals are of 95 %.
 
-What this cannot show: {FULL.steps * STEP:,} tokens are few, less than a tenth of what granularity trains on, and a
+What this cannot show: {FULL.steps * STEP:,} tokens are few, a twentieth of what granularity trains on, and a
 participant has a sixteenth of them for itself. With longer training apart the trunks go further from each other, and
 texts have more time to make participants different. The published methods start from models that are nearly trained.
 """
@@ -142,8 +142,8 @@ def planned(plan: Plan, results: Mapping[str, Result]) -> list[Trial]:
     tuning = [Trial(name=f"tune-lr{course.lr:g}", spec=_spec("tune", course, "topic")) for course in courses]
     rates = best_rates(tuning, results)
     trials = [trial for seed in range(plan.seeds) for trial in _of_seed(plan, seed, rates)] if rates else []
-    # Clusters last: a run that is cut has every seed of the arms that the finding needs.
-    trials.sort(key=lambda of: of[0].spec["sharding"] == "cluster")
+    # A run that is cut has every seed of what matters most.
+    trials.sort(key=lambda of: SHARDINGS.index(of[0].spec["sharding"]))
     return [*tuning, *(trial for trial, needs in trials if all(name in results for name in needs))]
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from experiments.arm import Cost
     from experiments.experiment import Result
     from experiments.shards import Sharding
+    from experiments.statistics import Estimate
 
 JOINT, NOTHING = "joint", "start and last quarter only"
 TEXTS: dict[Sharding, str] = {"topic": "by topic", "cluster": "by clusters", "random": "at random"}
@@ -150,20 +151,28 @@ def gap_table(found: Found) -> str:
     """From the merged model to joint, step by step."""
     rows = []
     for text in found.shardings:
-        merged, gate, mixed = merged_label(text), gate_label(text), mixed_label(text)
-        steps = [(merged, JOINT), (merged, gate), (gate, mixed), (mixed, JOINT)]
-        gap, *parts = (found.all.difference(one, other) for one, other in steps)
+        gap, *parts = distances(found, text)
         shares = [f"{part.mean / gap.mean:.0%}" if gap.mean > gap.half_width else "-" for part in parts[:2]]
-        rows.append([TEXTS[text], str(gap), str(parts[0]), str(parts[1]), str(parts[2]), *shares])
+        forgotten = str(found.all.difference(forgotten_label(text), merged_label(text)))
+        rows.append([TEXTS[text], str(gap), str(parts[0]), str(parts[1]), str(parts[2]), *shares, forgotten])
     header = [
         "texts", "merged, above joint", "gained by the gate alone", "gained by mixing beyond that",
         "mixed, above joint", "part that the gate closes", "part that mixing adds",
+        "lost if the gate is forgotten",
     ]  # fmt: skip
     note = (
         "Nats per byte. The gate alone and mixing have equally many tokens, both after the merge; "
-        "what a merged model is worth before them is in the first column."
+        "what a merged model is worth before them is in the first column. Where a forgotten gate loses little, experts "
+        "are still much alike, and no gate could be worth much."
     )
     return f"{note}\n\n{markdown_table(header, rows)}"
+
+
+def distances(found: Found, text: Sharding) -> list[Estimate]:
+    """From merged to joint; what the gate alone gains, and mixing beyond it; and from mixed to joint."""
+    merged, gate, mixed = merged_label(text), gate_label(text), mixed_label(text)
+    steps = [(merged, JOINT), (merged, gate), (gate, mixed), (mixed, JOINT)]
+    return [found.all.difference(one, other) for one, other in steps]
 
 
 def participants_table(found: Found) -> str:
@@ -248,6 +257,8 @@ def differences(found: Found) -> Figure:
 def finding(found: Found) -> str:
     """Whether it holds, by the best of the texts that mean something; and what random ones do."""
     texts = [text for text in found.shardings if text != "random"] or found.shardings
+    seeds = {text: len(found.all.results(mixed_label(text))) for text in texts}
+    texts = [text for text in texts if seeds[text] == max(seeds.values())]
     best = min(texts, key=lambda text: found.all.mean(mixed_label(text)))
     mixed, gate = (found.all.difference(label(best), JOINT) for label in (mixed_label, gate_label))
     first = (
@@ -255,13 +266,23 @@ def finding(found: Found) -> str:
         f"those trained together on as many tokens ({found.course.tokens:,}), and {gate.words} if only the gate learns"
     )
     words = [first]
+    gap, *parts = distances(found, best)
+    if gap.mean > gap.half_width:
+        gate_share, mixing_share = (part.mean / gap.mean for part in parts[:2])
+        words.append(
+            f"of the distance from joint at the merge, {gap}, learning the gate alone closes {gate_share:.0%} and "
+            f"mixing {mixing_share:.0%} more"
+        )
     if ensemble_label(best) in found.labels:
-        words.append(f"an ensemble of the whole participants is {_against_joint(found, ensemble_label(best))}")
+        together = _against(found, ensemble_label(best), JOINT)
+        words.append(f"an ensemble of the whole participants is {together} than joint")
     if "random" in found.shardings and best != "random":
-        control = found.all.difference(mixed_label("random"), mixed_label(best))
-        words.append(f"with texts cut at random, mixing is {control.words} than {TEXTS[best]}")
-    if NOTHING in found.labels:
-        words.append(f"the part apart brings: mixing is {_against(found, mixed_label(best), NOTHING)} than without it")
+        words.append(
+            f"with texts cut at random, mixing is {_against(found, mixed_label('random'), mixed_label(best))} than "
+            f"{TEXTS[best]}"
+        )
+    without = _against(found, mixed_label(best), NOTHING)
+    words.append(f"mixed {TEXTS[best]} it is {without} than if the half that is spent apart is left out")
     return f"{verdict(mixed.low, mixed.high)}: {'; '.join(words)}."
 
 
@@ -270,10 +291,6 @@ def verdict(low: float, high: float) -> str:
     if low > WORTH:
         return "It holds here"
     return "It does not hold" if high < WORTH else "It is not known"
-
-
-def _against_joint(found: Found, label: str) -> str:
-    return _against(found, label, JOINT)
 
 
 def _against(found: Found, label: str, other: str) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 Sharding = Literal["topic", "cluster", "random"]
-SHARDINGS: tuple[Sharding, ...] = ("topic", "cluster", "random")
+SHARDINGS: tuple[Sharding, ...] = ("topic", "random", "cluster")
 
 FEATURES = 4096
 """Most frequent words that documents are compared by."""

@@ -79,7 +79,7 @@ async def test_a_plan_with_stages_is_run_to_its_end_and_not_run_again(tmp_path: 
     assert sorted(view.names[:2]) == ["square-2", "square-3"]
     assert view.names[2:] == ["sum"]
     assert view.most_at_once == CONFIG.jobs
-    assert store.all()["sum"] == {"value": 13}
+    assert store.all()["sum"] == {"value": 13, "left": ["2", "3"]}, "it finds what earlier trials have left"
     assert not list((tmp_path / "unfinished").iterdir())
 
     done, view, _ = await run(tmp_path, Small())
@@ -138,7 +138,7 @@ async def test_a_stop_ends_every_worker_within_three_seconds_and_a_trial_goes_on
         if done:
             break
     assert done
-    assert store.all()["sum"] == {"value": 0}
+    assert store.all()["sum"]["value"] == 0
 
 
 async def test_the_page_json_and_plots_are_the_same_bytes_each_time_and_the_json_resumes(tmp_path: Path) -> None:

@@ -187,8 +187,17 @@ def test_the_distance_from_joint_is_told_step_by_step() -> None:
     report = apart_report(*trials_of(3, made_up(2.1, random=0.05)))
     row = next(line for line in report.tables["Where the difference comes from"].splitlines() if "by topic" in line)
     numbers = [cell.split(" ± ")[0].strip() for cell in row.split("|")[2:-1]]
-    assert numbers == ["0.500", "0.200", "0.200", "0.100", "40%", "40%"]
+    assert numbers == ["0.500", "0.200", "0.200", "0.100", "40%", "40%", "0.400"]
     assert "mixing is 0.050" in report.finding
+
+
+def test_an_arm_that_lacks_seeds_does_not_make_the_finding() -> None:
+    trials, results = trials_of(3, made_up(2.1))
+    kept = [trial for trial in trials if trial.name not in {"apart-random-seed1", "apart-random-seed2"}]
+    lucky = next(trial for trial in kept if trial.name == "apart-random-seed0")
+    results[lucky.name]["mixed"] |= {"nats_per_byte": 1.0, "window_nats": [0.9, 1.1]}
+    kept[kept.index(lucky)] = replace(lucky, spec={**lucky.spec, "sharding": "cluster"})
+    assert "apart by topic" in apart_report(kept, results).finding
 
 
 def test_trials_wait_for_those_whose_weights_they_read() -> None:

@@ -97,7 +97,7 @@ def _finding(found: MergingResults) -> str:
         kinds = " and ".join(WORDS[kind] for kind, holds in zip(found.apart, sticks, strict=True) if holds)
         verdict = f"Only in part: the merge that is chosen is better than the average and than random shares {kinds}"
     else:
-        verdict = "Searching is: the merge that the text to choose on prefers is nowhere surely better than both the "
+        verdict = "Where one searches, it is: the merge that the text to choose on prefers is nowhere surely better than both the "
         verdict += "plain average and as many random shares"
     return f"{verdict}. {' '.join(_sentence(found, kind) for kind in found.apart)}"
 

@@ -246,7 +246,7 @@ def results(found: dict[str, Any], seeds: int, **nats: float) -> MergingResults:
 def test_the_finding_says_it_is_where_nothing_that_was_searched_for_sticks(found: dict[str, Any]) -> None:
     report = merging_report(results(found, 3, TIES=1.99, random_by_layer=1.9))
     assert report.finding.startswith(
-        "Searching is: the merge that the text to choose on prefers is nowhere surely better"
+        "Where one searches, it is: the merge that the text to choose on prefers is nowhere surely better"
     )
     assert "Parting late, the average is" in report.finding
     assert "the merge that was chosen (TIES) is 0.010" in report.finding

@@ -119,7 +119,7 @@ class Runner:
 
     def _end(self, worker: Worker, said: Result | Failure) -> None:
         del self._workers[worker.connection]
-        worker.stop()
+        worker.end()
         trial = worker.trial
         if isinstance(said, Failure):
             self._failed[trial.name] = said.words

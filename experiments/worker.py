@@ -65,6 +65,11 @@ class Worker:
         """Of its process."""
         return self._process.pid
 
+    def end(self) -> None:
+        """Let it end by itself, as it has said its last: ended from outside it would leave semaphores behind."""
+        self._process.join(STOP_S)
+        self.stop()
+
     def stop(self) -> None:
         """End it; a trial that is cut goes on from its last checkpoint."""
         self._process.terminate()

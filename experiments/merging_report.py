@@ -97,8 +97,8 @@ def _finding(found: MergingResults) -> str:
         kinds = " and ".join(WORDS[kind] for kind, holds in zip(found.apart, sticks, strict=True) if holds)
         verdict = f"Only in part: the merge that is chosen is better than the average and than random shares {kinds}"
     else:
-        verdict = "Where one searches, it is: the merge that the text to choose on prefers is nowhere surely better than "
-        verdict += "both the plain average and as many random shares"
+        verdict = "Where one searches, it is: the merge that the text to choose on prefers is nowhere surely better "
+        verdict += "than both the plain average and as many random shares"
     return f"{verdict}. {' '.join(_sentence(found, kind) for kind in found.apart)}"
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from dht.directory import MAX_AVOID_S
 from node.dispatch.client import is_lost
 from node.dispatch.hedging import LatencyWindow
 from node.dispatch.replica_choice import PeerCosts, choose
@@ -53,8 +54,10 @@ class Peers:
     """Chooses among the directory's replicas by what calls have cost, and tells the directory who failed.
 
     A peer that failed is avoided for `avoid_failed_s`, doubled by each further failure in a row; where calls only get
-    lost, from the third in a row on, or a network that loses one in ten would empty the swarm. One that says that it
-    does not hold a block is only left alone for that block: it has given it up, and its record has yet to say so.
+    lost, from the third in a row on, or a network that loses one in ten would empty the swarm. Calls that were on their
+    way already when it came to be avoided are no further failures, or one death would count for each of them. One that
+    says that it does not hold a block is only left alone for that block: it has given it up, and its record has yet to
+    say so.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Peers:
         self._costs = PeerCosts()
         self._latencies = LatencyWindow()
         self._failures_in_a_row: Counter[str] = Counter()
+        self._avoided_until: dict[str, float] = {}
         self._given_up: dict[tuple[str, BlockId], float] = {}
         self.calls_ok = 0
         self.calls_failed = 0
@@ -106,6 +110,7 @@ class Peers:
         with self._lock:
             self.calls_ok += 1
             self._failures_in_a_row.pop(peer_id, None)
+            self._avoided_until.pop(peer_id, None)
         self._directory.report_success(peer_id)
 
     def learn(self, peer_id: str, seconds: float, n_tokens: int, queue_tokens: int) -> None:
@@ -145,15 +150,25 @@ class Peers:
             if isinstance(error, NotHostedError):
                 self._give_up(replica.peer_id, blocks)
                 return
-            self._failures_in_a_row[replica.peer_id] += 1
-            further = self._failures_in_a_row[replica.peer_id] - (LOST_IN_A_ROW if is_lost(error) else 1)
+            retry_after_s = self._avoid(replica.peer_id, error)
+        if retry_after_s is not None:
+            self._directory.report_failure(replica.peer_id, retry_after_s)
+
+    def _avoid(self, peer_id: str, error: KilohiveError) -> float | None:
+        """Called with the lock held. For how long a peer is avoided from now on; None: no longer than before."""
+        now_s = self._clock()
+        if self._avoided_until.get(peer_id, now_s) > now_s:
+            return None
+        self._failures_in_a_row[peer_id] += 1
+        further = self._failures_in_a_row[peer_id] - (LOST_IN_A_ROW if is_lost(error) else 1)
         if further < 0:
-            return
+            return None
         # A frozen peer costs a step its whole deadline at every try: tries become rare.
-        retry_after_s = self._avoid_failed_s * 2 ** min(further, MAX_DOUBLINGS)
+        retry_after_s = self._avoid_failed_s * 2.0 ** min(further, MAX_DOUBLINGS)
         if isinstance(error, OverloadedError):
             retry_after_s = error.retry_after_s
-        self._directory.report_failure(replica.peer_id, retry_after_s)
+        self._avoided_until[peer_id] = now_s + min(retry_after_s, MAX_AVOID_S)
+        return retry_after_s
 
     def _give_up(self, peer_id: str, blocks: Sequence[BlockId]) -> None:
         """Called with the lock held. Of several blocks the error does not say which one is gone."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dht.directory import MAX_AVOID_S
 from node.dispatch import replica_choice
 from node.dispatch.hedging import MIN_SAMPLES, WINDOW, LatencyWindow
 from node.dispatch.peers import Peers
@@ -179,10 +180,11 @@ def test_a_peer_that_holds_some_of_several_blocks_is_left_alone_for_none_of_them
 
 
 def test_a_peer_that_fails_is_avoided_longer_each_time_until_it_answers() -> None:
-    directory, _, peers = swarm_of("a")
+    directory, clock, peers = swarm_of("a")
     first = directory.replicas(BLOCK)[0]
     for _ in range(2):
         peers.failed(first, [BLOCK], NotConnectedError("gone"))
+        clock.now_s += 10.0
     peers.failed(first, [BLOCK], OverloadedError("full", retry_after_s=0.3))
     peers.answered("a")
     peers.failed(first, [BLOCK], NotConnectedError("gone"))
@@ -190,8 +192,29 @@ def test_a_peer_that_fails_is_avoided_longer_each_time_until_it_answers() -> Non
     assert (peers.calls_ok, peers.calls_failed) == (1, 4)
 
 
+def test_calls_that_were_on_their_way_when_a_peer_died_do_not_have_it_avoided_longer() -> None:
+    directory, clock, peers = swarm_of("a")
+    first = directory.replicas(BLOCK)[0]
+    for _ in range(4):
+        peers.failed(first, [BLOCK], NotConnectedError("gone"))
+    assert directory.retry_after_s == [5.0]
+    clock.now_s += 5.0
+    peers.failed(first, [BLOCK], NotConnectedError("gone"))
+    assert directory.retry_after_s == [5.0, 10.0], "a call that was made after it"
+    assert peers.calls_failed == 5
+
+
+def test_a_peer_that_never_answers_is_avoided_anew_whenever_it_is_tried_again() -> None:
+    directory, clock, peers = swarm_of("a")
+    first = directory.replicas(BLOCK)[0]
+    for _ in range(8):
+        peers.failed(first, [BLOCK], NotConnectedError("gone"))
+        clock.now_s += MAX_AVOID_S
+    assert directory.retry_after_s == [5.0 * 2**n for n in (0, 1, 2, 3, 4, 5, 6, 6)]
+
+
 def test_a_peer_is_avoided_from_the_third_call_in_a_row_on_that_got_lost() -> None:
-    directory, _, peers = swarm_of("a")
+    directory, clock, peers = swarm_of("a")
     first, lost = directory.replicas(BLOCK)[0], UnavailableError("lost on the way")
     for _ in range(2):
         peers.failed(first, [BLOCK], lost)
@@ -200,6 +223,9 @@ def test_a_peer_is_avoided_from_the_third_call_in_a_row_on_that_got_lost() -> No
     assert directory.retry_after_s == []
     for _ in range(4):
         peers.failed(first, [BLOCK], lost)
+    assert directory.retry_after_s == [5.0]
+    clock.now_s += 5.0
+    peers.failed(first, [BLOCK], lost)
     assert directory.retry_after_s == [5.0, 10.0]
 
 

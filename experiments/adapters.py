@@ -80,15 +80,16 @@ apart see their own domain's third, in a third of the steps.
   to all, weighed by softmax.
 - **merged**: the mean of the same adapters, which is one of rank {3 * RANK}.
 
-The learning rate is tuned for each arm alike, on {TUNING_TOKENS:,} tokens with a seed of its own, out of
-{", ".join(f"{rate:g}" for rate in RATES)}, by the loss on documents that are neither trained on nor held out; a gate's
-is its adapters'. Adapters that are trained apart are tuned for each way of using them. Held-out text is the same for
-all arms and their {FULL.seeds} seeds, {HELD_OUT_TOKENS:,} tokens of each domain. A difference is taken seed by seed and
-window by window. Intervals are of 95 % and say what a seed changes, not what other texts would.
+The learning rate is tuned for each arm with a seed of its own, out of {", ".join(f"{rate:g}" for rate in RATES)}, by
+the loss on documents that are neither trained on nor held out; a gate's is its adapters'. Arms that learn from the mix
+are tuned on {TUNING_TOKENS:,} tokens; those that are trained apart on {TOKENS:,}, so that each adapter takes as many
+steps, and for each way of using them. Held-out text is the same for all arms and their {FULL.seeds} seeds,
+{HELD_OUT_TOKENS:,} tokens of each domain. A difference is taken seed by seed and window by window. Intervals are of
+95 % and say what a seed changes, not what other texts would.
 
 What this cannot show: what larger seeds, adapters in every layer, or a thousand times the text would do. From so little
-text a domain's facts are not learnt, only its ways: its words, its marks, its form. Rates are tuned on a third of the
-tokens, and the best for all of them may be lower; with three adapters Arrow has little to choose from.
+text a domain's facts are not learnt, only its ways: its words, its marks, its form. With three adapters Arrow has
+little to choose from. Who learns from the mix might do better at a lower rate than a third of the tokens asks for.
 """
 
 

@@ -94,6 +94,10 @@ class AdapterArms:
     seeds: int
     rates: tuple[float, ...] = ()
     tuning_windows: int = 0
+    """Of each domain, for arms that learn from the mix; those trained apart take three times as many.
+
+    So each of their adapters takes as many steps: how far it has moved is what Arrow and a mean depend on.
+    """
 
     def plan(self, results: Mapping[str, Result]) -> list[Trial]:
         """The seed alone, which computes what all others need; then rates; then arms whose rate is known."""
@@ -132,10 +136,11 @@ class AdapterArms:
 
     def _spec(self, sharing: Sequence[tuple[AdapterArm, float]], seed: int) -> AdapterTrial:
         (arm, rate), is_tuning = sharing[0], seed == TUNING_SEED
+        tuning_windows = self.tuning_windows * (len(WEAK) if arm.is_apart else 1)
         return AdapterTrial(
             text=self.text,
             ways=tuple(arm.way for arm, _ in sharing),
-            windows=self.tuning_windows if is_tuning else self.text.training,
+            windows=tuning_windows if is_tuning else self.text.training,
             is_tuning=is_tuning,
             is_apart=arm.is_apart,
             run=AdapterRun(grid=arm.grid, layers=self.text.layers, rate=rate, seed=seed) if arm.grid else None,

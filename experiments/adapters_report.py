@@ -170,9 +170,8 @@ def arrow_table(found: AdapterResults) -> str:
     if not tuned:
         return f"{note}\n\n{table}"
     words = (
-        f"Prototypes depend on how far adapters have moved. Share that went to the adapter of a token's own domain in "
-        f"the short runs that tuned the rate (on {found.arms.tuning_windows} windows of each domain, not "
-        f"{found.arms.text.training}); the one with the lowest loss was taken, which need not be best for longer:"
+        "Prototypes depend on how far adapters have moved. Share that went to the adapter of a token's own domain in "
+        "the runs that tuned the rate, of which the one with the lowest loss was taken:"
     )
     by_rate = markdown_table(["rate", *(f"{name} to its own" for name in WEAK)], tuned)
     return f"{note}\n\n{table}\n\n{words}\n\n{by_rate}"

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 TEXT = TextPlan(training=12, tuning=2, held_out=3, window_tokens=16, layers=2)
 GRIDS = {16: AdapterGrid(rank=4), 2: AdapterGrid(rank=2, experts=8, per_token=2)}
 SMALL_ARMS = tuple(replace(arm, grid=arm.grid and GRIDS[arm.grid.rank]) for arm in ARMS if "1,024" not in arm.label)
-SMALL = AdapterArms(arms=SMALL_ARMS, text=replace(TEXT, training=4), seeds=2, rates=(3e-2, 1e-1), tuning_windows=2)
+SMALL = AdapterArms(arms=SMALL_ARMS, text=replace(TEXT, training=6), seeds=2, rates=(3e-2, 1e-1), tuning_windows=2)
 SHAPE = SeedShape(n_layers=30, d_model=576, n_heads=9, n_kv_heads=3, rope_base=1e5, norm_eps=1e-5)
 RUN = AdapterRun(grid=GRIDS[2], layers=2, rate=3e-2, seed=0)
 ONE = replace(RUN, grid=GRIDS[16])
@@ -79,9 +79,11 @@ def test_the_whole_experiment_goes_from_the_seed_alone_over_rates_to_a_report(se
     assert stages[0] == [ALONE]
     assert len(stages[1]) == 3 * len(SMALL.rates), "adapters that are trained apart are tuned once for all their ways"
     assert all(name.startswith("tune-") for name in stages[1])
+    in_tuning = {name: results[name]["tokens"] for name in stages[1]}
+    assert in_tuning["tune-apart-rank4-lr0.1"] == 3 * in_tuning["tune-2-of-8-rank2-lr0.1"], "as many steps an adapter"
     final = [name for stage in stages[2:] for name in stage]
     assert all("-seed" in name for name in final)
-    assert {results[name]["tokens"] for name in final} == {3 * 4 * TEXT.window_tokens}, "every arm learns from as many"
+    assert {results[name]["tokens"] for name in final} == {3 * 6 * TEXT.window_tokens}, "every arm learns from as many"
 
     report = AdaptersExperiment({"quick": SMALL, "full": SMALL}).report("quick", results)
     assert "8 of 256 adapters are" in report.finding

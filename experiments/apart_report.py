@@ -15,6 +15,7 @@ from experiments.arms_report import SIZE, load_table, loss_table, specialisation
 from experiments.branches import Course
 from experiments.experiment import Report, Trial, markdown_table
 from experiments.statistics import estimate
+from node.gate.stats import WINDOW_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,10 +232,10 @@ def cost_table(found: Found) -> str:
 
 def load_note(course: Course) -> str:
     """What makes dead experts of joint and of others hard to compare."""
-    steps = course.steps - course.apart_step
+    joint, others = course.steps - course.branch_step, course.steps - course.apart_step
     return (
-        f"All arms but joint were counted over their last stage alone, {steps} steps: an expert that few tokens reach "
-        "is found dead more easily in fewer steps."
+        f"*Joint* was counted over {min(joint, WINDOW_STEPS)} steps, the others over {min(others, WINDOW_STEPS)}: an "
+        "expert that few tokens reach is found dead more easily in fewer steps."
     )
 
 

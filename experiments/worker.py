@@ -102,11 +102,10 @@ class Context:
 def work(job: Job, connection: Connection) -> None:
     """The worker's main: one trial, one answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the runner decides
-    import torch  # noqa: PLC0415 - the parent does without
+    # Before torch is imported, which reads it then; trials that need no torch do without.
+    os.environ["OMP_NUM_THREADS"] = str(job.threads)
+    from experiments.catalogue import experiment_in  # noqa: PLC0415 - may import torch
 
-    from experiments.catalogue import experiment_in  # noqa: PLC0415 - imports torch
-
-    torch.set_num_threads(job.threads)
     for folder in (job.folder, job.shared):
         Path(folder).mkdir(parents=True, exist_ok=True)
     try:

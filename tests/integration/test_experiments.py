@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from experiments.worker import Progress
     from node.data import ByteDataset
 
-CONFIG = RunnerConfig(module=small_experiment.__name__, preset="quick", jobs=2, threads=1, device="cpu", only="")
+CONFIG = RunnerConfig(module=small_experiment.__name__, preset="quick", jobs=2, threads=3, device="cpu", only="")
 
 
 @dataclass
@@ -85,6 +85,11 @@ async def test_a_plan_with_stages_is_run_to_its_end_and_not_run_again(tmp_path: 
     done, view, _ = await run(tmp_path, Small())
     assert done
     assert view.names == []
+
+
+async def test_a_trial_computes_with_the_threads_that_it_is_given(tmp_path: Path) -> None:
+    _, _, store = await run(tmp_path, Small(kinds=("threads",)))
+    assert store.all()["threads-2"] == {"value": CONFIG.threads}
 
 
 async def test_a_trial_that_runs_alone_has_no_other_beside_it(tmp_path: Path) -> None:

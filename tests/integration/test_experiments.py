@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from experiments.worker import Progress
     from node.data import ByteDataset
 
-CONFIG = RunnerConfig(module=small_experiment.__name__, preset="quick", jobs=2, threads=3, device="cpu", only="")
+CONFIG = RunnerConfig(module=small_experiment.__name__, preset="quick", jobs=2, threads=1, device="cpu", only="")
 
 
 @dataclass

@@ -24,6 +24,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self.shared = self.folder.parent / "shared"
+        self.shared.mkdir(parents=True, exist_ok=True)
 
     def progress(self, done: float, total: float, words: str) -> None:
         assert 0 <= done <= total

@@ -219,10 +219,10 @@ def test_a_training_run_that_was_cut_ends_as_one_that_was_not(tmp_path: Path, da
 
 def test_a_dense_run_needs_no_experts_and_resumes_too(tmp_path: Path, dataset: ByteDataset) -> None:
     spec = TrainSpec.from_json({**SPEC.to_json(), "arm": {"label": "dense", "hidden": 16}})
-    run = TrainRun(spec, Context(tmp_path), dataset)
+    run = TrainRun(spec, Context(tmp_path / "own"), dataset)
     run.go()
     run.save()
-    again = TrainRun(spec, Context(tmp_path), dataset)
+    again = TrainRun(spec, Context(tmp_path / "own"), dataset)
     again.go()
     one, other = result_of(run, dataset), result_of(again, dataset)
     assert (

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Context:
-    """A trial's context, which counts what it is told."""
+    """A trial's context, which counts what it is told. Trials with folders in one folder share another one there."""
 
     folder: Path
     device: str = "cpu"
@@ -24,7 +24,8 @@ class Context:
 
     def __post_init__(self) -> None:
         self.shared = self.folder.parent / "shared"
-        self.shared.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.shared):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def progress(self, done: float, total: float, words: str) -> None:
         assert 0 <= done <= total

@@ -75,7 +75,7 @@ def run_all(arms: AdapterArms, seed: Seed, context: Context) -> tuple[list[list[
 
 
 def test_the_whole_experiment_goes_from_the_seed_alone_over_rates_to_a_report(seed: Seed, tmp_path: Path) -> None:
-    stages, results = run_all(SMALL, seed, Context(tmp_path))
+    stages, results = run_all(SMALL, seed, Context(tmp_path / "trial"))
     assert stages[0] == [ALONE]
     assert len(stages[1]) == 3 * len(SMALL.rates), "adapters that are trained apart are tuned once for all their ways"
     assert all(name.startswith("tune-") for name in stages[1])
@@ -299,7 +299,7 @@ def test_without_the_seed_one_sentence_says_what_to_run(tmp_path: Path, monkeypa
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
     (first,) = EXPERIMENT.plan("quick", {})
     with pytest.raises(DataError, match="is not installed: run `make setup-seed`") as caught:
-        EXPERIMENT.run(first.spec, Context(tmp_path))
+        EXPERIMENT.run(first.spec, Context(tmp_path / "trial"))
     assert "\n" not in str(caught.value)
 
 

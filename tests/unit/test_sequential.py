@@ -37,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    return Context(tmp_path_factory.mktemp("trial"))
+    return Context(tmp_path_factory.mktemp("trials") / "trial")
 
 
 @pytest.fixture(scope="module")

@@ -57,9 +57,12 @@ def finding(found: ArmResults) -> str:
     ladder = [arm.label for arm in SIZES if arm.label in found.labels]
     best = min(ladder, key=found.mean)
     smallest = found.difference(ladder[-1], LARGE.label)
+    fewer = len(found.results(ladder[-1])) < len(found.results(LARGE.label))
     verdict = (
-        f"{ladder[-1]}: {smallest.words} than {LARGE.label} at equal active and total size; "
-        f"the best size was {best} ({found.mean(best):.3f} nats per byte)"
+        f"{ladder[-1]}: {smallest.words} than {LARGE.label} at equal active and total size"
+        f"{' (fewer seeds than the others so far)' if fewer else ''}; "
+        f"the best size was {best} ({found.mean(best):.3f} nats per byte), {found.difference(best, DENSE.label).words} "
+        f"than a dense layer of equal active width"
     )
     frozen, hashed = (found.difference(MIDDLE.label, null.label) for null in (FROZEN, HASHED))
     return f"{verdict}; a learnt gate is {frozen.words} than a frozen one, and {hashed.words} than a hash of two bytes."

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from dht.daemon import FOLDER_PREFIX, STALE_FOLDER_S
+from experiments.processes import wait_until
 from protocol.errors import ConfigError, UnavailableError
 from protocol.identity import Identity
 from tests.support.dht_nodes import KEY, Start, entry_by, eventually
@@ -154,6 +155,7 @@ async def test_stop_ends_a_call_that_waits(start: Start) -> None:
     second = await start(first)
     os.kill(first.daemon_pid, signal.SIGSTOP)
     try:
+        wait_until(lambda: psutil.Process(first.daemon_pid).status() == psutil.STATUS_STOPPED, "it is stopped")
         call = asyncio.create_task(second.store_many([entry_by(Identity.generate())]))
         await asyncio.sleep(0.1)
         assert not call.done()

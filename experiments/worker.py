@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from node.allocator import keep_freed_memory
 from protocol.errors import KilohiveError
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def work(job: Job, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the runner decides
     # Before torch is imported, which reads it then; trials that need no torch do without.
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
+    keep_freed_memory()
     from experiments.catalogue import experiment_in  # noqa: PLC0415 - may import torch
 
     for folder in (job.folder, job.shared):

@@ -127,4 +127,4 @@ class Runner:
         else:
             self._store.keep(trial, said)
             shutil.rmtree(self._store.scratch(trial), ignore_errors=True)
-        self._view.ended(trial)
+        self._view.ended(trial, has_result=not isinstance(said, Failure))

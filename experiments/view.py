@@ -63,9 +63,10 @@ class View:
         part = int(PARTS * said.done / max(said.total, 1))
         self._bars.update(self._tasks[trial.name], completed=part, words=said.words)
 
-    def ended(self, trial: Trial) -> None:
-        """Its bar goes; its last words stay."""
+    def ended(self, trial: Trial, *, has_result: bool) -> None:
+        """Its bar goes; its last words stay, if they are of a result."""
         self._bars.remove_task(self._tasks.pop(trial.name))
         done, total = self._counts
         words = self._words.pop(trial.name, "")
+        words = words if has_result else "no result"
         self._console.print(f"{trial.name}: {words} ({done + 1} of {total})", highlight=False, soft_wrap=True)

@@ -14,14 +14,14 @@ from node.averaging.pairing import Pairing, Tally
 from node.averaging.replica import ReplicaState
 from node.averaging.wire import Wire, within
 from node.guest.allowance import Allowance
-from node.serving.guard import abort_with, failure_of, parse, timeout_s
+from node.serving.guard import ServerStream, parse, streaming, timeout_s
 from protocol import averaging_pb2 as pb
 from protocol.call_signature import caller_of
 from protocol.errors import InvalidInputError, KilohiveError, NotHostedError, OverloadedError, UnknownRunError
 from protocol.manifest import parse_block_id
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
     from node.averaging.exchange import ExchangeConfig, ExchangeResult
     from node.averaging.replica_set import ReplicaSet
@@ -64,8 +64,8 @@ class AveragingService:
     def handler(self) -> grpc.GenericRpcHandler:
         """Handlers for `grpc.aio.Server.add_generic_rpc_handlers`."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Exchange": grpc.stream_stream_rpc_method_handler(_guarded(self._exchange, "Exchange")),
-            "Download": grpc.unary_stream_rpc_method_handler(_guarded(self._download, "Download")),
+            "Exchange": grpc.stream_stream_rpc_method_handler(streaming(self._exchange, "Exchange")),
+            "Download": grpc.unary_stream_rpc_method_handler(streaming(self._download, "Download")),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
@@ -127,32 +127,3 @@ class AveragingService:
             yield
         finally:
             self._running[what] -= 1
-
-
-class ServerStream:
-    """The answering end of a gRPC stream."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    async def send(self, raw: bytes) -> None:
-        """Send one message."""
-        await self._context.write(raw)
-
-    async def receive(self) -> bytes | None:
-        """The next message, None when the caller sends no more."""
-        raw = await self._context.read()
-        return raw if isinstance(raw, bytes) else None
-
-
-def _guarded(call: Callable[[Any, Context], Awaitable[None]], what: str) -> Callable[[Any, Context], Awaitable[None]]:
-    async def handle(request: object, context: Context) -> None:
-        try:
-            await call(request, context)
-        except Exception as error:  # noqa: BLE001 - task boundary: a bug of ours must not end the node
-            failure = failure_of(error, what)
-        else:
-            return
-        await abort_with(failure, context)
-
-    return handle

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dht.view import PeerInfo
-    from node.averaging.service import ServerStream
     from node.contribution.offers import OfferQueue
+    from node.serving.guard import ServerStream
     from protocol.manifest import Manifest
 
     Context = grpc.aio.ServicerContext[Any, Any]

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dht.view import PeerInfo
-    from node.averaging.service import ServerStream
     from node.contribution.expert_file import Weights
     from node.guest.allowance import Allowance
+    from node.serving.guard import ServerStream
     from node.serving.runtime import Runtime
     from protocol.events import EventLog
     from protocol.manifest import Manifest

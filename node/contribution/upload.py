@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from node.averaging.service import ServerStream
 from node.contribution.expert_file import Place, check_size
-from node.serving.guard import abort_with, failure_of, parse
+from node.serving.guard import ServerStream, parse, streaming
 from protocol import contribution_pb2 as pb
 from protocol.errors import InvalidInputError, LimitExceededError, UnknownRunError
 from protocol.limits import MAX_PIECE_BYTES
@@ -90,14 +89,10 @@ def upload_handler(
 ) -> Callable[[object, Context], Awaitable[bytes]]:
     """Handler of a stream of raw messages around `call`, which raises a KilohiveError for anything that is off."""
 
-    async def handle(_: object, context: Context) -> bytes:
-        try:
-            return (await call(ServerStream(context), context)).SerializeToString()
-        except Exception as error:  # noqa: BLE001 - task boundary: a bug of ours must not end the node
-            failure = failure_of(error, what)
-        return await abort_with(failure, context)
+    async def answer(_: object, context: Context) -> bytes:
+        return (await call(ServerStream(context), context)).SerializeToString()
 
-    return handle
+    return streaming(answer, what)
 
 
 def _unpacked(raw: bytes, max_bytes: int) -> pb.OfferMessage:

@@ -1,8 +1,7 @@
 """What every gRPC handler of a node does alike: parse untrusted bytes, bound the deadline, turn errors into statuses.
 
-A unary handler is built whole by `unary` or `unary_in_context`. A streaming one uses `parse`, `timeout_s`,
-`failure_of` and `abort_with`; it aborts after its `except` block and not in it, so that no handler of its own catches
-the AbortError that gRPC raises.
+A unary handler is built whole by `unary` or `unary_in_context`, a streaming one by `streaming`. They abort after their
+`except` block and not in it, so that no handler of their own catches the AbortError that gRPC raises.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 Req = TypeVar("Req", bound=Message)
+Res = TypeVar("Res")
 logger = logging.getLogger(__name__)
 
 
@@ -66,6 +66,35 @@ def unary_in_context(
         except Exception as error:  # noqa: BLE001 - task boundary: a bug of ours must not end the node
             failure = failure_of(error, request_type.__name__)
         counts.refused += 1
+        return await abort_with(failure, context)
+
+    return handle
+
+
+class ServerStream:
+    """The answering end of a gRPC stream."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def send(self, raw: bytes) -> None:
+        """Send one message."""
+        await self._context.write(raw)
+
+    async def receive(self) -> bytes | None:
+        """The next message, None when the caller sends no more."""
+        raw = await self._context.read()
+        return raw if isinstance(raw, bytes) else None
+
+
+def streaming(call: Callable[[Any, Context], Awaitable[Res]], what: str) -> Callable[[Any, Context], Awaitable[Res]]:
+    """Handler of a call that reads or writes a ServerStream, which raises a KilohiveError for anything that is off."""
+
+    async def handle(request: object, context: Context) -> Res:
+        try:
+            return await call(request, context)
+        except Exception as error:  # noqa: BLE001 - task boundary: a bug of ours must not end the node
+            failure = failure_of(error, what)
         return await abort_with(failure, context)
 
     return handle

@@ -44,7 +44,8 @@ class Seen(View):
     stop_at: str = ""
 
     def __post_init__(self) -> None:
-        super().__init__("small", Console(file=io.StringIO()))
+        self.written = io.StringIO()
+        super().__init__("small", Console(file=self.written))
         self.names: list[str] = []
         self.running: set[str] = set()
         self.most_at_once = 0
@@ -55,9 +56,9 @@ class Seen(View):
         self.most_at_once = max(self.most_at_once, len(self.running))
         super().started(trial)
 
-    def ended(self, trial: Trial) -> None:
+    def ended(self, trial: Trial, *, has_result: bool) -> None:
         self.running.remove(trial.name)
-        super().ended(trial)
+        super().ended(trial, has_result=has_result)
 
     def progress(self, trial: Trial, said: Progress) -> None:
         super().progress(trial, said)
@@ -117,8 +118,9 @@ async def test_a_trial_that_fails_is_told_and_the_others_keep_their_results(
     tmp_path: Path, kind: str, words: str
 ) -> None:
     with pytest.raises(TrialsFailedError, match="2 trials have no result") as caught:
-        await run(tmp_path, Small(kinds=(kind, "square")))
+        await run(tmp_path, Small(kinds=(kind, "square")), view := Seen())
     assert words in str(caught.value)
+    assert f"{kind}-2: no result" in view.written.getvalue()
     store = ResultStore(tmp_path, tmp_path / "small.json")
     assert store.all() == {"square-2": {"value": 4}, "square-3": {"value": 9}}
 

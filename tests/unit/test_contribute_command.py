@@ -27,7 +27,7 @@ async def test_a_file_that_is_not_there_or_too_long_is_told_before_the_swarm_is_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ContributeConfig(file=tmp_path / "none.safetensors", swarm=tmp_path / "swarm.toml")
-    with pytest.raises(ConfigError, match=r"none\.safetensors: cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.safetensors: is not there; --fetch writes the present expert"):
         await run_contribute(config, asyncio.Event())
     config.file.write_bytes(bytes(11))
     monkeypatch.setattr(command, "MAX_FILE_BYTES", 10)

@@ -12,10 +12,10 @@ from experiments.apart_report import apart_report
 from experiments.arm import Arm
 from experiments.branches import Branches, Course, Stage, StageRun, Within, measured_last
 from experiments.experiment import Trial, no_results
-from experiments.merged import by_posterior, evenly_weighted, forget_gates, held_out, log_likelihood
+from experiments.merged import by_posterior, evenly_weighted, forget_gates, held_out
 from experiments.shards import SHARDINGS, Sharding
 from experiments.specialisation import specialisation
-from experiments.training import nats_per_window, open_text, result_of
+from experiments.training import log_likelihood, nats_per_window, open_text, result_of
 from experiments.tuning import SEED
 from protocol.atomic_file import write_atomically
 

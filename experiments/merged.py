@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from experiments.branches import Course
     from experiments.training import Model
     from node.data import ByteDataset
-    from node.transformer import Transformer
 
 
 def merge(course: Course, folders: Sequence[Path], into: Path) -> Path:
@@ -69,19 +68,6 @@ def forget_gates(model: Model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in model.layers:
         layer.gate.load_state_dict(build_gate(model.manifest.model, generator).state_dict())
-
-
-@torch.no_grad()
-def log_likelihood(trunk: Transformer, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Log probability [N, T] float64 of each byte of windows [B, T + 1] but their first."""
-    trunk.eval()
-    device, found = trunk.embedding_VD.device, []
-    for ids in batches:
-        ids_BT = ids.to(device)
-        logits_BTV = trunk(ids_BT[:, :-1])
-        loss_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
-        found.append(-loss_BT.double().cpu())
-    return torch.cat(found)
 
 
 def by_posterior(log_p_PNT: torch.Tensor) -> torch.Tensor:

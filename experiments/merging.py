@@ -14,7 +14,7 @@ from experiments.choosing import PREFIX, by_prefix, by_topic, in_hindsight, mode
 from experiments.experiment import Trial, no_results
 from experiments.labels import Topics
 from experiments.merge_search import POPULATION, SCALES, TIES_DENSITIES, TIES_SCALES, Search
-from experiments.merged import by_posterior, evenly_weighted, log_likelihood
+from experiments.merged import by_posterior, evenly_weighted
 from experiments.merging_report import (
     AVERAGE,
     BEST,
@@ -29,7 +29,7 @@ from experiments.merging_report import (
     merging_report,
 )
 from experiments.shards import evenly, split
-from experiments.training import TrainRun, nats_per_window, open_text
+from experiments.training import TrainRun, log_likelihood, nats_per_window, open_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """Train one arm in this process with the product's own parts, from a spec to figures. Resumes from its folder.
 
-Shapes: B sequences, T positions, V vocabulary.
+Shapes: B sequences, T positions, V vocabulary, N windows in all.
 """
 
 from __future__ import annotations
@@ -218,18 +218,22 @@ def _counters(training: Training) -> dict[str, Any]:
     return {"version": training.version, "run_tokens": training.run_tokens, "own_tokens": training.own_tokens}
 
 
-@torch.no_grad()
 def nats_per_window(trunk: Transformer, dataset: ByteDataset, spec: TrainSpec, max_bytes: int) -> torch.Tensor:
     """Mean nats per byte of each held-out window, [N] float64: the same windows for every arm."""
+    return -log_likelihood(trunk, dataset.held_out_batches(spec.batch, spec.context, max_bytes)).mean(1)
+
+
+@torch.no_grad()
+def log_likelihood(trunk: Transformer, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Log probability [N, T] float64 of each byte of windows [B, T + 1] but their first."""
     trunk.eval()
-    device = trunk.embedding_VD.device
-    means = []
-    for ids in dataset.held_out_batches(spec.batch, spec.context, max_bytes):
+    device, found = trunk.embedding_VD.device, []
+    for ids in batches:
         ids_BT = ids.to(device)
         logits_BTV = trunk(ids_BT[:, :-1])
         loss_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
-        means.append(loss_BT.double().mean(1).cpu())
-    return torch.cat(means)
+        found.append(-loss_BT.double().cpu())
+    return torch.cat(found)
 
 
 def result_of(run: TrainRun, dataset: ByteDataset) -> Result:

@@ -170,6 +170,7 @@ def manifest_of(spec: TrainSpec, place: Place) -> Manifest:
     manifest = spec.manifest()
     return replace(
         manifest,
+        codec="fp32",  # that the network alone makes the difference, not what is rounded
         model=replace(manifest.model, experts_per_block=place.experts_per_block),
         averaging=AveragingConfig(target_replicas=place.replicas),
     )

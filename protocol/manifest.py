@@ -130,7 +130,7 @@ class Manifest:
     owner: str = ""
     protocol_version: int = PROTOCOL_VERSION
     minimum_version: str = ""
-    codec: Codec = "fp32"
+    codec: Codec = "int8"
     dtype: Dtype = "fp32"
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

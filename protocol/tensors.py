@@ -143,8 +143,8 @@ def _check_values(x: torch.Tensor, field: str) -> None:
 def _quantise_rows(x_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not x_RN.numel():
         return x_RN.to(torch.int8), x_RN.new_zeros(len(x_RN))
-    low_R, high_R = torch.aminmax(x_RN, dim=-1)
-    scale_R = torch.maximum(-low_R, high_R) / _INT8_MAX
+    # Two reductions take a sixth of the time of torch.aminmax along a dimension, which is not vectorised.
+    scale_R = torch.maximum(-x_RN.amin(-1), x_RN.amax(-1)) / _INT8_MAX
     # A row so near to zero that 1 / scale would be infinite is one of zeros. No product rounds to more than _INT8_MAX.
     inverse_R = torch.where(scale_R > torch.finfo(scale_R.dtype).tiny, 1 / scale_R, 0.0)
     return (x_RN * inverse_R[:, None]).round_().to(torch.int8), scale_R
@@ -157,7 +157,7 @@ def _dequantised(message: pb.Tensor, q: torch.Tensor, spec: TensorSpec) -> torch
         raise InvalidInputError(spec.field, f"has {len(message.scales)} bytes of scales, its shape needs {expected}")
     scale_R = _from_bytes(message.scales, torch.float32)
     _check_values(scale_R, f"{spec.field} scales")
-    x = q * scale_R.view(*q.shape[:-1], 1)
+    x = q.to(torch.float32).mul_(scale_R.view(*q.shape[:-1], 1))  # q times the scale would make a copy twice
     # Scales bound the values: only where that does not do must these be looked at.
     if rows and float(scale_R.abs().max()) > MAX_VALUE / (_INT8_MAX + 1):
         _check_values(x, spec.field)

@@ -63,7 +63,7 @@ class Case:
     def name(self, hosts: int) -> str:
         """As it stands in the rows."""
         size = f"{self.experts}x{self.d_model}x{self.hidden}, K={self.experts_per_token}"
-        return f"{size}, {self.tokens} tokens, {hosts} host{'s' if hosts > 1 else ''}"
+        return f"{size}, {self.tokens} tokens, {hosts} host{'s' if hosts > 1 else ''}, {self.codec}"
 
     def manifest(self) -> Manifest:
         """One layer, no warm-up; fp32 on the wire, as hivemind has it, unless the case says otherwise."""

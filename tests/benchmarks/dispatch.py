@@ -35,6 +35,7 @@ CASES = (
     Case(key="wide", experts=64, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=10, peer_limit_s=300),
     Case(key="medium", experts=256, d_model=64, hidden=256, tokens=4096, hosts=(2,), steps=12),
     Case(key="large", experts=1024, d_model=128, hidden=128, tokens=4096, hosts=(2,), steps=10),
+    Case(key="large-int8", experts=1024, d_model=128, hidden=128, tokens=4096, hosts=(2,), steps=10, codec="int8"),
 )
 HIVEMIND_NOT_RUN = "hivemind 1.1.12 not run: it takes two processes per expert"
 NOTES = (

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-SMALL, WIDE, MEDIUM, LARGE = dispatch.CASES
+SMALL, WIDE, MEDIUM, LARGE, LARGE_INT8 = dispatch.CASES
 
 
 def test_a_row_compares_medians_not_means() -> None:

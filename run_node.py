@@ -180,7 +180,7 @@ COMMANDS = (
         summary="offer an expert trained at home; taken in if it is tested and gains.",
         config=ContributeConfig,
         examples=(
-            "contribute --layer 1 --expert 7 --fetch --join invite.txt",
+            "contribute --layer 1 --expert 7 --train 500 --join invite.txt",
             "contribute --layer 1 --expert 7 --join invite.txt",
         ),
         entry="node.contribution.command:run_contribute",

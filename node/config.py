@@ -203,6 +203,20 @@ class ContributeConfig(SwarmConfig):
     """Its index within the layer, from 0."""
     fetch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write the present expert into the file; offer nothing."""
+    train: int = 0
+    """Train the file's expert, or the present one, for so many steps; offer nothing."""
+    data: Path | None = None
+    """Text to train it on, a file or folder; else the default corpus."""
+    batch: int = 16
+    """Windows of text in one of those steps."""
+    lr: float = 0.0
+    """First learning rate, which falls to 0; 0: the run's own of now."""
+    seed: int = 0
+    """Of the order in which text is read."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps: where the trunk computes."""
+    threads: int = 1
+    """CPU threads."""
     timeout_s: float = 3600.0
     """Seconds to wait until it is evaluated and taken in."""
 

@@ -15,11 +15,10 @@ from node.data import open_dataset
 from node.devices import pick_device
 from node.dispatch.dispatcher import DispatchConfig
 from node.folders import data_cache
-from node.moe import RemoteMoE
 from node.sampling import sample_text
 from node.swarm import Swarm, until_stopped
 from node.text import printable
-from node.training import build_trunk, mean_nats
+from node.training import build_model, mean_nats
 from node.transformer import bits_per_byte
 from node.trunk_state import Progress, load_trunk_weights
 from protocol.identity import Identity
@@ -81,8 +80,7 @@ async def _trained_model(config: EvaluateConfig | SampleConfig, stop: asyncio.Ev
         dispatcher = swarm.dispatch(DispatchConfig())
         manifest = swarm.manifest
         generator = torch.Generator().manual_seed(manifest.seed)
-        layers = [RemoteMoE(dispatcher, layer, generator) for layer in range(manifest.model.n_layers)]
-        model = build_trunk(manifest, layers, generator).to(device).eval()
+        model = build_model(manifest, dispatcher, generator).to(device).eval()
         progress = load_trunk_weights(config.out, model, manifest.run_id)
         yield TrainedModel(model=model, manifest=manifest, progress=progress, device=device)
     finally:

@@ -24,14 +24,13 @@ from node.display import open_display
 from node.experts.kinds import expert_parameters
 from node.folders import data_cache, prepare_folder
 from node.health import server_told
-from node.moe import RemoteMoE
 from node.progress import StepReport, step_event
 from node.report import Summary, write_report
 from node.run_tokens import RunTokens
 from node.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
 from node.security import Address
 from node.swarm import Swarm, until_stopped, wait_for_blocks
-from node.training import StepConfig, Training, build_trunk
+from node.training import StepConfig, Training, build_model
 from node.trunk_sharing import TrunkSharing
 from node.trunk_state import Progress, load_trunk, save_trunk
 from node.whereabouts import Whereabouts
@@ -241,8 +240,7 @@ class Trainer:
     def _build(self, dataset: ByteDataset) -> Training:
         config, manifest = self._config, self._manifest
         generator = torch.Generator().manual_seed(manifest.seed)
-        layers = [RemoteMoE(self._dispatcher, layer, generator) for layer in range(manifest.model.n_layers)]
-        model = build_trunk(manifest, layers, generator).to(pick_device(config.device))
+        model = build_model(manifest, self._dispatcher, generator).to(pick_device(config.device))
         steps = StepConfig(
             batch=config.batch,
             micro_batches=config.micro_batches,

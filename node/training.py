@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch.nn import functional
 
+from node.gate import build_gate
 from node.moe import MoE
 from node.pace import Pace
 from node.transformer import Transformer, bits_per_byte
@@ -244,6 +245,12 @@ def mean_nats(model: Transformer, batches: Iterable[torch.Tensor], device: torch
     """Nats per byte over windows [B, T + 1], one batch after the other."""
     sums = [(float(next_byte_loss(model, ids, device)) * ids[:, 1:].numel(), ids[:, 1:].numel()) for ids in batches]
     return sum(nats for nats, _ in sums) / sum(n for _, n in sums)
+
+
+def build_model(manifest: Manifest, experts: Experts, generator: torch.Generator) -> Transformer:
+    """The trunk with gates of its own around a run's experts."""
+    layers = [MoE(build_gate(manifest.model, generator), experts, layer) for layer in range(manifest.model.n_layers)]
+    return build_trunk(manifest, layers, generator)
 
 
 def build_trunk(manifest: Manifest, layers: Sequence[MoE], generator: torch.Generator) -> Transformer:

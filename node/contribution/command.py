@@ -1,23 +1,24 @@
-"""`contribute`: fetch an expert to train at home, and offer it to the run; the terminal tells what became of it."""
+"""`contribute`: fetch an expert, train it at home, offer it to the run; the terminal tells what became of it."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
+import torch
 
 from node.averaging.node_averaging import Averaging
 from node.contribution.contribution import Contribution
 from node.contribution.contributor import ContributionClient
 from node.contribution.expert_file import MAX_FILE_BYTES, Place, expert_file, metadata_of, read_expert
 from node.contribution.present import fetch_expert
+from node.contribution.schooling import Pupil, Schooling
+from node.contribution.shown import steps_shown, words_shown
+from node.data import open_dataset
 from node.evaluation import print_result
+from node.folders import data_cache
 from node.swarm import Swarm, until_stopped
 from protocol.atomic_file import write_atomically
 from protocol.errors import ConfigError, InvalidInputError
@@ -27,94 +28,130 @@ from protocol.settings import check_minimums
 from protocol.verdict import Offered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from node.averaging.joining import Downloader
     from node.config import ContributeConfig
+    from node.contribution.expert_file import Weights
     from protocol.manifest import Manifest
 
-logger = logging.getLogger(__name__)
-
 EXIT_OK, EXIT_NOT_TAKEN = 0, 1
-LOG_EVERY_S = 5.0
 
 
 async def run_contribute(config: ContributeConfig, stop: asyncio.Event) -> int:
-    """Fetch the expert into the file, or offer the file: 1 if it is not taken in."""
-    check_minimums(config, {"layer": 0, "expert": 0, "timeout_s": 1, "join_timeout_s": 0.1})
-    data = b"" if config.fetch else await asyncio.to_thread(_read, config.file)
+    """Fetch the expert into the file, train that of the file, or offer it: 1 if it is not taken in."""
+    _check_config(config)
+    data = await asyncio.to_thread(_read, config)
     place, swarm = Place(config.layer, config.expert), Swarm(config, Identity.generate())
     try:
         await until_stopped(swarm.join(), stop)
         _check_place(place, swarm.manifest)
+        if data:
+            _check_file(config.file, data, place, swarm.manifest)
+        if config.train:
+            return await _train(config, swarm, place, data, stop)
         work = _fetch(config.file, swarm, place) if config.fetch else _offer(config, swarm, place, data)
         return await until_stopped(work, stop)
     finally:
         await swarm.leave()
 
 
-async def _fetch(path: Path, swarm: Swarm, place: Place) -> int:
-    """As a joiner takes a block."""
-    manifest, block_id = swarm.manifest, place.block(swarm.manifest.model)
-    averaging = Averaging(manifest, swarm.security, swarm.directory, EventLog())
+def _check_config(config: ContributeConfig) -> None:
+    least = {"layer": 0, "expert": 0, "train": 0, "batch": 1, "lr": 0, "threads": 1, "timeout_s": 1}
+    check_minimums(config, {**least, "join_timeout_s": 0.1})
+    if config.fetch and config.train:
+        raise ConfigError("--fetch, --train: give one of them; --train fetches the expert itself if there is no file")
+
+
+@asynccontextmanager
+async def _downloads(swarm: Swarm) -> AsyncIterator[Downloader]:
+    averaging = Averaging(swarm.manifest, swarm.security, swarm.directory, EventLog())
     try:
-        replicas = swarm.directory.replicas(block_id)
-        weights, version = await fetch_expert(averaging.client, replicas, place, manifest)
+        yield averaging.client
     finally:
         await averaging.stop()
+
+
+async def _present(swarm: Swarm, downloads: Downloader, place: Place) -> tuple[Weights, dict[str, str]]:
+    """As a joiner takes a block: its weights, and what a file says of them."""
+    manifest = swarm.manifest
+    replicas = swarm.directory.replicas(place.block(manifest.model))
+    weights, version = await fetch_expert(downloads, replicas, place, manifest)
     told = {"run_id": manifest.run_id, "layer": place.layer, "expert": place.expert, "version": version}
-    data = expert_file(weights, {name: str(value) for name, value in told.items()})
-    try:
-        await asyncio.to_thread(write_atomically, path, data)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-    print_result(f"{path}: {place}, from version {version} of block {block_id}")
+    return weights, {name: str(value) for name, value in told.items()}
+
+
+async def _fetch(path: Path, swarm: Swarm, place: Place) -> int:
+    async with _downloads(swarm) as downloads:
+        weights, told = await _present(swarm, downloads, place)
+    await asyncio.to_thread(_write, path, expert_file(weights, told))
+    print_result(f"{path}: {place}, from version {told['version']} of block {place.block(swarm.manifest.model)}")
+    return EXIT_OK
+
+
+async def _train(config: ContributeConfig, swarm: Swarm, place: Place, data: bytes, stop: asyncio.Event) -> int:
+    """What was learnt is in the file also if `stop` ends it early."""
+    torch.set_num_threads(config.threads)
+    dataset = await asyncio.to_thread(open_dataset, config.data, cache_dir=data_cache(), seed=swarm.manifest.seed)
+    async with _downloads(swarm) as downloads:
+        present, told = await until_stopped(_present(swarm, downloads, place), stop)
+        start = read_expert(data, swarm.manifest) if data else present
+        schooling = Schooling(config, swarm, downloads, Pupil(place, start), dataset)
+        try:
+            with steps_shown(config.train) as tell:
+                done = await schooling.run(stop, tell)
+            await asyncio.to_thread(_write, config.file, expert_file(schooling.weights, told))
+            print_result(f"{config.file}: {place}, after {done:,} steps")
+            if stop.is_set():
+                return EXIT_OK
+            # The run has trained on meanwhile: what an evaluator would compare with is another one.
+            present, _ = await until_stopped(_present(swarm, downloads, place), stop)
+            gain = await until_stopped(schooling.gain(present), stop)
+        finally:
+            swarm.dispatcher.close()
+            schooling.close()
+    print_result(f"it gains {gain}; offer it without --train")
     return EXIT_OK
 
 
 async def _offer(config: ContributeConfig, swarm: Swarm, place: Place, data: bytes) -> int:
     manifest = swarm.manifest
-    _check_file(config.file, data, place, manifest)
     offered = Offered(
         run_id=manifest.run_id, layer=place.layer, expert=place.expert, sha256=hashlib.sha256(data).digest()
     )
     client = ContributionClient(swarm.security.caller())
-    with _shown() as tell:
+    with words_shown("looking for evaluators") as tell:
         contribution = Contribution(manifest, swarm.directory, client, (offered, data), tell)
         outcome = await contribution.run(config.timeout_s)
     print_result(f"{place}: {outcome.words}")
     return EXIT_OK if outcome.taken_in else EXIT_NOT_TAKEN
 
 
-@contextmanager
-def _shown() -> Iterator[Callable[[str], None]]:
-    """A line that changes on a terminal; elsewhere a line in the log from time to time."""
-    console, next_s = Console(stderr=True), 0.0
-
-    def log(words: str) -> None:
-        nonlocal next_s
-        if time.monotonic() >= next_s:
-            logger.info("%s", words)
-            next_s = time.monotonic() + LOG_EVERY_S
-
-    if not console.is_terminal:
-        yield log
-        return
-    with console.status("looking for evaluators") as status:
-        yield lambda words: status.update(Text(words))  # a peer's words are no markup
-
-
-def _read(path: Path) -> bytes:
+def _read(config: ContributeConfig) -> bytes:
+    """The file's bytes; none where there is nothing to offer or to go on from."""
+    path = config.file
+    if config.fetch or (config.train and not path.exists()):
+        return b""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: is not there; --fetch writes the present expert to it, to train on") from None
+        raise ConfigError(
+            f"{path}: is not there; --fetch writes the present expert to it, --train N trains that"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: is longer than {MAX_FILE_BYTES:,} bytes, too long for an expert")
     return data
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _check_place(place: Place, manifest: Manifest) -> None:

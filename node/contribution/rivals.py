@@ -16,9 +16,7 @@ from torch.nn import functional
 from node.dispatch.plan import NO_EXPERT, Combined
 from node.experts.grouped import Groups
 from node.experts.kinds import expert_kind
-from node.gate import build_gate
-from node.moe import MoE
-from node.training import build_trunk
+from node.training import build_model
 from protocol.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -81,9 +79,7 @@ class Rivals:
 def rivals_model(manifest: Manifest, trunk: Mapping[str, torch.Tensor], rivals: Rivals) -> Transformer:
     """A trunk of its own whose state is `trunk`, for `window_gains`: training goes on meanwhile."""
     generator = torch.Generator().manual_seed(0)
-    gates = [build_gate(manifest.model, generator) for _ in range(manifest.model.n_layers)]
-    layers = [MoE(gate, rivals, layer) for layer, gate in enumerate(gates)]
-    model = build_trunk(manifest, layers, generator)
+    model = build_model(manifest, rivals, generator)
     model.load_state_dict(dict(trunk))
     return model.to(next(iter(trunk.values())).device).eval()
 

@@ -69,11 +69,15 @@ class BackwardAnswer:
 
 @dataclass(frozen=True)
 class BackwardBatch:
-    """Gradients of one layer's sums, on the CPU, and the run's tokens: the place in the learning-rate schedule."""
+    """Gradients of one layer's sums, on the CPU, and the run's tokens: the place in the learning-rate schedule.
+
+    With `no_step` the experts give gradients and learn nothing.
+    """
 
     layer: int
     grad_TD: torch.Tensor
     run_tokens: int
+    no_step: bool = False
 
 
 class BackwardWork:
@@ -125,6 +129,7 @@ class BackwardWork:
             grad_combined_TD=encode(self._batch.grad_TD[part.tokens], self._manifest.codec),
             run_tokens=self._batch.run_tokens,
             version=version,
+            no_step=self._batch.no_step,
         )
 
     def _inputs(self, part: Part, origin: SentPart) -> pb.Inputs:

@@ -48,6 +48,8 @@ class DispatchConfig:
     """After a peer's first failure; doubled by each further one in a row."""
     hedge: bool = False
     """Send a forward that is later than 95 % of the latest ones to other replicas as well."""
+    teach: bool = True
+    """Backwards step the experts; else they ask for gradients alone."""
     seed: int = 0
 
 
@@ -161,7 +163,7 @@ class Dispatcher:
         Raises DrainingError once closed.
         """
         grad_TD, choice = grad_TD.detach().cpu(), ticket.choice
-        work = BackwardWork(self.manifest, self._client, BackwardBatch(choice.layer, grad_TD, self.run_tokens))
+        work = BackwardWork(self.manifest, self._client, self._batch(choice.layer, grad_TD))
         delivery = Delivery(self._planner(choice), work, self._peers, self._calls, self._limits())
         grad_x_TD = torch.zeros_like(grad_TD)
         grad_weight = grad_TD.new_zeros(choice.expert_ids_TK.numel())
@@ -196,6 +198,9 @@ class Dispatcher:
 
     def _limits(self, hedge_after_s: float | None = None) -> DeliveryLimits:
         return DeliveryLimits(deadline=time.monotonic() + self._config.call_timeout_s, hedge_after_s=hedge_after_s)
+
+    def _batch(self, layer: int, grad_TD: torch.Tensor) -> BackwardBatch:
+        return BackwardBatch(layer, grad_TD, self.run_tokens, no_step=not self._config.teach)
 
     def _forward(self, planner: Planner, batch: ForwardBatch) -> list[tuple[ForwardCall, ForwardAnswer]]:
         limits = self._limits(self._peers.late_after_s() if self._config.hedge else None)

@@ -12,8 +12,10 @@ import torch
 from node.config import ContributeConfig
 from node.contribution.command import run_contribute
 from node.contribution.expert_file import Place, expert_file, metadata_of, read_expert
+from node.contribution.schooling import Schooling
+from protocol.errors import UnavailableError
 from protocol.manifest import AveragingConfig
-from tests.support.contributing import RunInLoop, run_in_loop, trained_at_home
+from tests.support.contributing import RunInLoop, run_in_loop
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
@@ -53,11 +55,21 @@ class Files:
         return metadata_of(self.path.read_bytes())
 
 
-async def contribute(run: RunInLoop, path: Path, *, fetch: bool = False) -> int:
+async def contribute(
+    run: RunInLoop, path: Path, *, fetch: bool = False, train: int = 0, stop: asyncio.Event | None = None
+) -> int:
     config = ContributeConfig(
-        swarm=run.swarm_file, file=path, layer=PLACE.layer, expert=PLACE.expert, fetch=fetch, timeout_s=60
+        swarm=run.swarm_file,
+        file=path,
+        layer=PLACE.layer,
+        expert=PLACE.expert,
+        fetch=fetch,
+        train=train,
+        data=run.text,
+        lr=1e-2,
+        timeout_s=60,
     )
-    return await run_contribute(config, asyncio.Event())
+    return await run_contribute(config, stop or asyncio.Event())
 
 
 async def test_an_expert_trained_at_home_is_taken_in_and_served_and_one_that_gains_nothing_is_told_why(
@@ -67,10 +79,10 @@ async def test_an_expert_trained_at_home_is_taken_in_and_served_and_one_that_gai
     file, again = Files(tmp_path / "expert.safetensors"), Files(tmp_path / "served.safetensors")
     async with run_in_loop(tmp_path, MANIFEST, text, n_hosts=1) as run:
         await run.until((run.trainer_folder / "trunk.safetensors").exists)
-        assert await contribute(run, file.path, fetch=True) == 0
+        assert await contribute(run, file.path, train=60) == 0
         assert file.metadata()["run_id"] == run.manifest.run_id
-        better = await asyncio.to_thread(trained_at_home, run, file.path, PLACE, 60)
-        file.write(better)
+        assert "after 60 steps\nit gains 0." in capsys.readouterr().out
+        better = file.weights(run)
         assert await contribute(run, file.path) == 0
         assert "taken in by 1 of 1 hosts of block 1/0: it gains" in capsys.readouterr().out
         assert await contribute(run, again.path, fetch=True) == 0
@@ -78,3 +90,38 @@ async def test_an_expert_trained_at_home_is_taken_in_and_served_and_one_that_gai
         file.write({name: w + 1e-4 * torch.randn_like(w) for name, w in better.items()})
         assert await contribute(run, file.path) == 1
         assert "not taken in: no gain was found" in capsys.readouterr().out
+
+
+async def test_training_at_home_goes_on_from_its_file_without_trainers_too_and_keeps_what_it_has_when_it_is_stopped(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path / "cache"))
+    file, stop = Files(tmp_path / "expert.safetensors"), asyncio.Event()
+    async with run_in_loop(tmp_path, MANIFEST, text, n_hosts=1) as run:
+        await run.until((run.trainer_folder / "trunk.safetensors").exists)
+        assert await contribute(run, file.path, fetch=True) == 0
+        fetched = file.weights(run)
+        file.write({name: 2 * w for name, w in fetched.items()})
+        step = Schooling._step
+
+        def stopping(schooling: Schooling, number: int, lr: float) -> float:
+            loss = step(schooling, number, lr)
+            if number == 2:
+                run_loop.call_soon_threadsafe(stop.set)
+            return loss
+
+        async def nobody(_: Schooling) -> None:
+            raise UnavailableError("no trainer is up")
+
+        def then_nobody(schooling: Schooling, number: int, lr: float) -> float:
+            monkeypatch.setattr(Schooling, "_download_trunk", nobody)
+            return stopping(schooling, number, lr)
+
+        run_loop = asyncio.get_running_loop()
+        monkeypatch.setattr("node.contribution.schooling.TRUNK_EVERY_S", 0.0)
+        monkeypatch.setattr(Schooling, "_step", then_nobody)
+        assert await contribute(run, file.path, train=1_000_000, stop=stop) == 0
+        learnt = file.weights(run)
+        for name, w in fetched.items():
+            assert not torch.equal(learnt[name], 2 * w)
+            assert (learnt[name] - 2 * w).abs().max() < 0.1

@@ -140,6 +140,13 @@ def test_a_backward_that_finds_its_peer_gone_is_split_over_the_others_which_step
         assert steps_of(others[0]) | steps_of(others[1]) == dict.fromkeys(BLOCKS, 1)
 
 
+def test_who_does_not_teach_gets_the_same_gradients_and_steps_nobody() -> None:
+    with running_swarm(EXACT, n_hosts=0, config=DispatchConfig(teach=False)) as swarm:
+        host = swarm.add_host("host", BLOCKS)
+        assert_as_local(EXACT, pass_through(remote(swarm), tokens().requires_grad_()))
+        assert steps_of(host) == dict.fromkeys(BLOCKS, 0)
+
+
 def test_an_update_whose_answer_was_lost_is_not_made_a_second_time_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_swarm(EXACT, n_hosts=0) as swarm:
         first = swarm.add_host("first", BLOCKS)

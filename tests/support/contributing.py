@@ -1,32 +1,22 @@
-"""A run's roles in one event loop, over a real DHT and gRPC, and what a contributor does at home: train one expert."""
+"""A run's roles in one event loop, over a real DHT and gRPC."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from coordinator.config import CoordinatorConfig, read_manifest
 from coordinator.coordinator import run_coordinator
 from node.config import HostConfig, TrainConfig
-from node.contribution.expert_file import read_expert
-from node.data import open_dataset
 from node.host import run_host
-from node.moe import LocalExperts, LocalMoE
 from node.trainer import run_trainer
-from node.training import build_trunk
-from node.trunk_state import load_trunk_weights
 from protocol.identity import Identity
-from tests.support.offers import put, train_one
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
-    from node.contribution.expert_file import Place, Weights
     from protocol.manifest import Manifest
 
 HANG_S = 60.0
@@ -88,15 +78,3 @@ async def run_in_loop(folder: Path, manifest: Manifest, text: Path, n_hosts: int
         yield run
     finally:
         await run.stop()
-
-
-def trained_at_home(run: RunInLoop, fetched: Path, place: Place, steps: int) -> Weights:
-    """The fetched expert, trained on the run's text under its trunk, everything else as it is."""
-    manifest = replace(run.manifest, optimizer=replace(run.manifest.optimizer, expert_lr=1e-2))
-    experts, generator = LocalExperts(manifest), torch.Generator().manual_seed(0)
-    layers = [LocalMoE(experts, layer, generator) for layer in range(manifest.model.n_layers)]
-    model = build_trunk(manifest, layers, generator)
-    load_trunk_weights(run.trainer_folder, model, run.manifest.run_id)
-    put(experts, place, read_expert(fetched.read_bytes(), manifest))
-    dataset = open_dataset(run.text, cache_dir=run.folder / "cache", seed=manifest.seed)
-    return train_one(experts, model, dataset, place, steps)

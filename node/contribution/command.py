@@ -111,7 +111,7 @@ async def _train(config: ContributeConfig, swarm: Swarm, place: Place, data: byt
         finally:
             swarm.dispatcher.close()
             schooling.close()
-    print_result(f"it gains {gain}; offer it without --train")
+    print_result(f"it gains {gain}; {'offer it without --train' if gain.is_sure else 'offered, it would be refused'}")
     return EXIT_OK
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRUNK_EVERY_S = 30.0
+TRUNK_EVERY_S = 10.0
 BLOCKS_S = 30.0
 """For every block of the run to have a host."""
 
@@ -55,6 +55,11 @@ class Gain(NamedTuple):
     mean: float
     half: float
     n_windows: int
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval lies above zero."""
+        return self.mean > self.half
 
     def __str__(self) -> str:
         where = f"on {self.n_windows} held-out windows of this text"

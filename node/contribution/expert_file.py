@@ -52,6 +52,13 @@ class Place(NamedTuple):
         """Its row in the block's stacked tensors."""
         return self.expert % model.experts_per_block
 
+    def made_live(self, layer: int, live_E: torch.Tensor) -> torch.Tensor:
+        """Experts of `layer` that can be called if this one is computed here, whoever else is up."""
+        if layer == self.layer:
+            live_E = live_E.clone()
+            live_E[self.expert] = True
+        return live_E
+
 
 def expert_file(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """A file that `read_expert` takes."""

@@ -42,11 +42,7 @@ class Rivals:
 
     def live_experts(self, layer: int) -> torch.Tensor:
         """Those of the run, and the one that is computed here."""
-        live_E = self._experts.live_experts(layer)
-        if layer == self._place.layer:
-            live_E = live_E.clone()
-            live_E[self._place.expert] = True
-        return live_E
+        return self._place.made_live(layer, self._experts.live_experts(layer))
 
     def forward(
         self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, *, keep: bool

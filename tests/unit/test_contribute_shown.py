@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from node.contribution import shown
 from node.contribution.shown import steps_shown, words_shown
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def test_a_terminal_gets_a_bar_with_the_loss_and_a_line_that_changes(
 
 def test_a_log_gets_a_line_from_time_to_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now_s = 100.0
-    monkeypatch.setattr(shown.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr("node.contribution.shown.time.monotonic", lambda: now_s)
     with caplog.at_level(logging.INFO), steps_shown(1000) as tell:
         for done in range(1, 7):
             tell(done, 2.0)

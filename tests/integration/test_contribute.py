@@ -81,7 +81,9 @@ async def test_an_expert_trained_at_home_is_taken_in_and_served_and_one_that_gai
         await run.until((run.trainer_folder / "trunk.safetensors").exists)
         assert await contribute(run, file.path, train=60) == 0
         assert file.metadata()["run_id"] == run.manifest.run_id
-        assert "after 60 steps\nit gains 0." in capsys.readouterr().out
+        told = capsys.readouterr().out  # the trainer's lines are between
+        assert "expert 2 of layer 1, after 60 steps" in told
+        assert "\nit gains 0." in told
         better = file.weights(run)
         assert await contribute(run, file.path) == 0
         assert "taken in by 1 of 1 hosts of block 1/0: it gains" in capsys.readouterr().out

@@ -83,6 +83,7 @@ class BlockKeeper:
         self._joiners: dict[Joiner, float] = {}
         self._leaving: set[BlockId] = set()
         self._letting_go = asyncio.Lock()
+        self._deciding = asyncio.Lock()
         self._told_last = False
         self._join_config = JoinConfig(max_distance=parts.manifest.averaging.clip_radius)
         self.joining: set[BlockId] = set()
@@ -107,8 +108,12 @@ class BlockKeeper:
         return {block_id: block for block_id, block in self._parts.runtime.blocks.items() if block_id not in hidden}
 
     async def take_first(self) -> None:
-        """The fixed blocks, or those that the swarm needs most, most needed first, and that there is room for."""
-        await self.take(self._fixed[: self.max_blocks] or self._plan().take)
+        """The fixed blocks, or those that the swarm needs most, most needed first, and that there is room for.
+
+        A recheck that takes blocks already is waited for: they are here in the end, whoever took them.
+        """
+        async with self._deciding:
+            await self.take(self._fixed[: self.max_blocks] or self._plan().take)
 
     async def take(self, block_ids: Iterable[BlockId]) -> None:
         """Hold these blocks too, the first of them first. One that cannot be had now is logged and left out.
@@ -177,6 +182,10 @@ class BlockKeeper:
 
     async def recheck(self) -> None:
         """Take what the swarm needs and there is room for; move a block if that is worth the transfer."""
+        async with self._deciding:
+            await self._recheck()
+
+    async def _recheck(self) -> None:
         hosted = self._parts.runtime.blocks
         free = max(0, self.max_blocks - len(hosted))
         missing = tuple(block_id for block_id in self._fixed if block_id not in hosted)[:free]

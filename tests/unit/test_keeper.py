@@ -88,8 +88,8 @@ async def test_for_want_of_memory_one_block_goes_and_the_last_one_stays(
 async def test_blocks_that_a_recheck_takes_already_are_here_when_the_first_are_taken(tmp_path: Path) -> None:
     with keeping(tmp_path, ()) as host:
         recheck = asyncio.create_task(host.keeper.recheck())
-        while not host.keeper.joining:
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert host.keeper.joining, "it has begun"
         await host.keeper.take_first()
         assert len(host.keeper.serving) == host.keeper.max_blocks
         await recheck

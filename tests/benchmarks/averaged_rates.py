@@ -27,9 +27,8 @@ from node.averaging.gossip import GossipLimits, Move, apply_move, share_R
 from node.data import open_dataset
 from node.experts.state import block_state
 from node.folders import data_cache
-from node.gate import build_gate
-from node.moe import LocalExperts, MoE
-from node.training import StepConfig, Training, build_trunk
+from node.moe import LocalExperts
+from node.training import StepConfig, Training, build_model
 from node.trunk_replica import TrunkReplica
 from protocol.manifest import TRUNK, Manifest, OptimizerConfig, all_blocks
 from tests.benchmarks.report import Row, Teller, compare, document, publish
@@ -169,9 +168,7 @@ class Trunks:
 def new_training(manifest: Manifest, experts: Replicas, dataset: ByteDataset, steps: StepConfig) -> Training:
     """A trainer without a swarm."""
     generator = torch.Generator().manual_seed(manifest.seed)
-    model = manifest.model
-    layers = [MoE(build_gate(model, generator), experts, layer) for layer in range(model.n_layers)]
-    return Training(manifest, build_trunk(manifest, layers, generator), experts, dataset, steps, give_up)
+    return Training(manifest, build_model(manifest, experts, generator), experts, dataset, steps, give_up)
 
 
 def give_up(error: TooFewExpertsError) -> None:

@@ -18,8 +18,8 @@ import tyro
 
 from node.data import open_dataset
 from node.folders import data_cache
-from node.moe import LocalExperts, LocalMoE
-from node.training import StepConfig, Training, build_trunk
+from node.moe import LocalExperts
+from node.training import StepConfig, Training, build_model
 from protocol.manifest import Manifest, OptimizerConfig
 from tests.benchmarks.report import Row, Teller, compare, document, publish
 
@@ -79,8 +79,7 @@ def train(tokens: int, delay: int, rate: float, dataset: ByteDataset, tell: Tell
     optimizer = OptimizerConfig(total_tokens=tokens)
     manifest = Manifest(name="bench", optimizer=replace(optimizer, lr=rate * optimizer.lr))
     experts, generator = LocalExperts(manifest), torch.Generator().manual_seed(manifest.seed)
-    layers = [LocalMoE(experts, layer, generator) for layer in range(manifest.model.n_layers)]
-    model = build_trunk(manifest, layers, generator)
+    model = build_model(manifest, experts, generator)
     training = LateTraining(manifest, model, experts, dataset, StepConfig(batch=8), give_up)
     training.delay = delay
     n_steps = tokens // training.tokens_per_step

@@ -21,8 +21,8 @@ from experiments.faulty_client import Faults
 from node.allocator import keep_freed_memory
 from node.data import open_dataset
 from node.folders import data_cache
-from node.moe import LocalExperts, LocalMoE
-from node.training import StepConfig, Training, build_trunk
+from node.moe import LocalExperts
+from node.training import StepConfig, Training, build_model
 from protocol.manifest import Manifest, ModelConfig
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 from tests.benchmarks.swarm_training import HOSTS, client_of_hosts, training_over
@@ -100,8 +100,7 @@ def local_training(experts: LocalExperts, dataset: ByteDataset) -> Training:
     """The same model in this process."""
     manifest = experts.manifest
     generator = torch.Generator().manual_seed(manifest.seed)
-    layers = [LocalMoE(experts, layer, generator) for layer in range(manifest.model.n_layers)]
-    return Training(manifest, build_trunk(manifest, layers, generator), experts, dataset, STEPS, give_up)
+    return Training(manifest, build_model(manifest, experts, generator), experts, dataset, STEPS, give_up)
 
 
 def give_up(error: TooFewExpertsError) -> None:

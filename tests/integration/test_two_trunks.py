@@ -16,9 +16,9 @@ from node.averaging.gossip import relative_distance
 from node.averaging.replica import ReplicaState
 from node.config import TrainConfig
 from node.data import open_dataset
-from node.moe import LocalExperts, LocalMoE
+from node.moe import LocalExperts
 from node.security import Security
-from node.training import StepConfig, Training, build_trunk
+from node.training import StepConfig, Training, build_model
 from node.trunk_replica import TrunkReplica
 from node.trunk_sharing import TrunkSharing
 from protocol.errors import TooFewExpertsError, UnavailableError
@@ -127,8 +127,7 @@ def give_up(error: TooFewExpertsError) -> None:
 
 def new_training(dataset: ByteDataset, shard: int, seed: int) -> Training:
     generator, experts = torch.Generator().manual_seed(seed), LocalExperts(MANIFEST)
-    layers = [LocalMoE(experts, layer, generator) for layer in range(MANIFEST.model.n_layers)]
-    model = build_trunk(MANIFEST, layers, generator)
+    model = build_model(MANIFEST, experts, generator)
     config = StepConfig(batch=4, micro_batches=1, shard=shard, n_shards=2)
     return Training(MANIFEST, model, experts, dataset, config, give_up)
 

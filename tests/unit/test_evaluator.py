@@ -18,8 +18,8 @@ from node.contribution.offers import FORGET_S, Offer, OfferQueue
 from node.contribution.trial import ALPHA, Trial, config_of, refusal
 from node.data import open_dataset
 from node.experts.state import block_state
-from node.moe import LocalExperts, LocalMoE
-from node.training import StepConfig, Training, build_trunk
+from node.moe import LocalExperts
+from node.training import StepConfig, Training, build_model
 from protocol import contribution_pb2 as pb
 from protocol.errors import CheckpointError, DrainingError, TooFewExpertsError, UnavailableError
 from protocol.events import EventLog
@@ -113,8 +113,7 @@ class Trainer:
 
 def small_model() -> tuple[LocalExperts, Transformer]:
     generator, experts = torch.Generator().manual_seed(1), LocalExperts(MANIFEST)
-    layers = [LocalMoE(experts, layer, generator) for layer in range(MANIFEST.model.n_layers)]
-    return experts, build_trunk(MANIFEST, layers, generator)
+    return experts, build_model(MANIFEST, experts, generator)
 
 
 @pytest.fixture(autouse=True)

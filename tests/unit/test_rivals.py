@@ -10,8 +10,8 @@ import torch
 from node.acceptance import AcceptanceConfig, decide
 from node.contribution.expert_file import Place
 from node.contribution.rivals import Rivals, rivals_model, window_gains
-from node.moe import LocalExperts, LocalMoE
-from node.training import build_trunk, next_byte_loss
+from node.moe import LocalExperts
+from node.training import build_model, next_byte_loss
 from protocol.errors import InvalidInputError
 from tests.support.offers import present, put, weights
 from tests.support.swarm_parts import small_manifest
@@ -31,8 +31,7 @@ def experts() -> LocalExperts:
 @pytest.fixture
 def model(experts: LocalExperts) -> Transformer:
     generator = torch.Generator().manual_seed(1)
-    layers = [LocalMoE(experts, layer, generator) for layer in range(MANIFEST.model.n_layers)]
-    return build_trunk(MANIFEST, layers, generator).eval()
+    return build_model(MANIFEST, experts, generator).eval()
 
 
 def windows(n: int) -> torch.Tensor:

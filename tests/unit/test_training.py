@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from node.data import open_dataset
-from node.moe import LocalExperts, LocalMoE
-from node.training import StepConfig, Training, build_trunk
+from node.moe import LocalExperts
+from node.training import StepConfig, Training, build_model
 from node.trunk_state import FILE_NAME, Progress, load_trunk, load_trunk_weights, save_trunk
 from protocol.errors import CheckpointError, TooFewExpertsError
 from tests.support.swarm_parts import small_manifest
@@ -49,8 +49,7 @@ class Bench:
     ) -> None:
         self.experts = experts or LocalExperts(manifest)
         generator = torch.Generator().manual_seed(1)
-        layers = [LocalMoE(self.experts, layer, generator) for layer in range(manifest.model.n_layers)]
-        model = build_trunk(manifest, layers, generator)
+        model = build_model(manifest, self.experts, generator)
         config = config or StepConfig(batch=8, micro_batches=1)
         self.training = Training(manifest, model, self.experts, dataset, config, give_up)
 
@@ -98,8 +97,7 @@ def test_micro_batches_in_flight_read_the_batches_that_one_at_a_time_would(datas
     losses = []
     for micro_batches in (1, 4):
         generator = torch.Generator().manual_seed(1)
-        layers = [LocalMoE(experts, layer, generator) for layer in range(2)]
-        model = build_trunk(manifest, layers, generator)
+        model = build_model(manifest, experts, generator)
         config = StepConfig(batch=8, micro_batches=micro_batches)
         training = Training(manifest, model, experts, dataset, config, give_up)
         per_step = [training.step().loss for _ in range(4 // micro_batches)]
@@ -167,8 +165,7 @@ def test_a_micro_batch_is_tried_again_when_too_few_experts_answer(dataset: ByteD
     waited: list[str] = []
     bench.training.close()
     generator = torch.Generator().manual_seed(1)
-    layers = [LocalMoE(bench.experts, layer, generator) for layer in range(2)]
-    model = build_trunk(MANIFEST, layers, generator)
+    model = build_model(MANIFEST, bench.experts, generator)
     training = Training(
         MANIFEST, model, bench.experts, dataset, StepConfig(batch=2), lambda error: waited.append(str(error))
     )

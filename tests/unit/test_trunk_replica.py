@@ -9,8 +9,8 @@ import torch
 
 from node.averaging.replica import AveragedReplica, ReplicaState, schema
 from node.data import open_dataset
-from node.moe import LocalExperts, LocalMoE
-from node.training import StepConfig, Training, build_trunk
+from node.moe import LocalExperts
+from node.training import StepConfig, Training, build_model
 from node.trunk_replica import TrunkReplica
 from node.trunk_state import Progress, load_trunk, save_trunk
 from protocol.errors import DrainingError, InvalidInputError, TooFewExpertsError
@@ -45,8 +45,7 @@ def new_training(dataset: ByteDataset) -> Iterator[Callable[..., Training]]:
 
     def make(seed: int, micro_batches: int = 2) -> Training:
         generator, experts = torch.Generator().manual_seed(seed), LocalExperts(MANIFEST)
-        layers = [LocalMoE(experts, layer, generator) for layer in range(MANIFEST.model.n_layers)]
-        model = build_trunk(MANIFEST, layers, generator)
+        model = build_model(MANIFEST, experts, generator)
         config = StepConfig(batch=4, micro_batches=micro_batches)
         made.append(Training(MANIFEST, model, experts, dataset, config, give_up))
         return made[-1]

@@ -17,6 +17,7 @@ from node.contribution.present import fetch_expert
 from node.contribution.schooling import Pupil, Schooling
 from node.contribution.shown import steps_shown, words_shown
 from node.data import open_dataset
+from node.devices import pick_device
 from node.evaluation import print_result
 from node.folders import data_cache
 from node.swarm import Swarm, until_stopped
@@ -60,6 +61,7 @@ async def run_contribute(config: ContributeConfig, stop: asyncio.Event) -> int:
 def _check_config(config: ContributeConfig) -> None:
     least = {"layer": 0, "expert": 0, "train": 0, "batch": 1, "lr": 0, "threads": 1, "timeout_s": 1}
     check_minimums(config, {**least, "join_timeout_s": 0.1})
+    pick_device(config.device)  # a mistake in it is told before the swarm is looked for
     if config.fetch and config.train:
         raise ConfigError("--fetch, --train: give one of them; --train fetches the expert itself if there is no file")
 
@@ -91,28 +93,37 @@ async def _fetch(path: Path, swarm: Swarm, place: Place) -> int:
 
 
 async def _train(config: ContributeConfig, swarm: Swarm, place: Place, data: bytes, stop: asyncio.Event) -> int:
-    """What was learnt is in the file also if `stop` ends it early."""
+    """What was learnt is in the file also if `stop` or an error ends it early."""
     torch.set_num_threads(config.threads)
-    dataset = await asyncio.to_thread(open_dataset, config.data, cache_dir=data_cache(), seed=swarm.manifest.seed)
+    opening = asyncio.to_thread(open_dataset, config.data, cache_dir=data_cache(), seed=swarm.manifest.seed)
+    dataset = await until_stopped(opening, stop)
     async with _downloads(swarm) as downloads:
         present, told = await until_stopped(_present(swarm, downloads, place), stop)
         start = read_expert(data, swarm.manifest) if data else present
         schooling = Schooling(config, swarm, downloads, Pupil(place, start), dataset)
         try:
-            with steps_shown(config.train) as tell:
-                done = await schooling.run(stop, tell)
-            await asyncio.to_thread(_write, config.file, expert_file(schooling.weights, told))
-            print_result(f"{config.file}: {place}, after {done:,} steps")
-            if stop.is_set():
-                return EXIT_OK
-            # The run has trained on meanwhile: what an evaluator would compare with is another one.
-            present, _ = await until_stopped(_present(swarm, downloads, place), stop)
-            gain = await until_stopped(schooling.gain(present), stop)
+            await _learn(config.file, schooling, (place, told), stop)
+            if not stop.is_set():
+                # The run has trained on meanwhile: what an evaluator would compare with is another one.
+                present, _ = await until_stopped(_present(swarm, downloads, place), stop)
+                gain = await until_stopped(schooling.gain(present), stop)
+                advice = "offer it without --train" if gain.is_sure else "no gain is sure: train on"
+                print_result(f"it gains {gain}; {advice}")
         finally:
             swarm.dispatcher.close()
             schooling.close()
-    print_result(f"it gains {gain}; {'offer it without --train' if gain.is_sure else 'offered, it would be refused'}")
     return EXIT_OK
+
+
+async def _learn(path: Path, schooling: Schooling, about: tuple[Place, dict[str, str]], stop: asyncio.Event) -> None:
+    place, told = about
+    try:
+        with steps_shown(schooling.steps) as tell:
+            await schooling.run(stop, tell)
+    finally:
+        if schooling.done:
+            await asyncio.to_thread(_write, path, expert_file(schooling.weights, told))
+            print_result(f"{path}: {place}, after {schooling.done:,} steps")
 
 
 async def _offer(config: ContributeConfig, swarm: Swarm, place: Place, data: bytes) -> int:

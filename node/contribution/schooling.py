@@ -76,14 +76,14 @@ class Pupil(NamedTuple):
 class Schooling:
     """Steps of one expert. Belongs to the event loop; what computes runs on threads.
 
-    `weights` are those after the last whole step.
+    `weights` are those after the last whole step, of which `done` of `steps` were taken.
     """
 
     def __init__(
         self, config: ContributeConfig, swarm: Swarm, downloads: Downloader, pupil: Pupil, dataset: ByteDataset
     ) -> None:
         self._config, self._swarm, self._downloads, self._place = config, swarm, downloads, pupil.place
-        self.weights = pupil.start
+        self.weights, self.steps, self.done = pupil.start, config.train, 0
         manifest, device = swarm.manifest, pick_device(config.device)
         self._dispatcher = swarm.dispatch(DispatchConfig(teach=False, seed=config.seed))
         self._experts = HomeExperts(self._dispatcher, pupil.place, pupil.start, manifest)
@@ -94,22 +94,22 @@ class Schooling:
         self._trunk = TrunkReplica(self._training)  # before HomeTraining freezes what it is made of
         self._home = HomeTraining(model, self._training.moe_layers[pupil.place.layer], self._experts, device)
 
-    async def run(self, stop: asyncio.Event, tell: Callable[[int, float], None]) -> int:
-        """Train; `tell` hears of each step and its loss, nats per byte. Steps done: fewer if `stop` was set."""
+    async def run(self, stop: asyncio.Event, tell: Callable[[int, float], None]) -> None:
+        """Train until the last step or until `stop` is set; `tell` hears of each step and its loss, nats per byte."""
         await until_stopped(wait_for_blocks(self._swarm.directory, BLOCKS_S), stop)
         loop, rate, trunk_s = asyncio.get_running_loop(), self._first_rate(), 0.0
-        for number in range(self._config.train):
+        for number in range(self.steps):
             try:
                 if loop.time() >= trunk_s:
                     await until_stopped(self._take_trunk(), stop)
                     trunk_s = loop.time() + TRUNK_EVERY_S
                 # To zero, which rounds off the noise of the last steps.
-                lr = rate * (1 - number / self._config.train)
+                lr = rate * (1 - number / self.steps)
                 loss = await until_stopped(asyncio.to_thread(self._step, number, lr), stop)
             except DrainingError:
-                return number
-            tell(number + 1, loss)
-        return self._config.train
+                return
+            self.done = number + 1
+            tell(self.done, loss)
 
     async def gain(self, present: Weights) -> Gain:
         """Over the expert that serves now, on held-out windows of one's own text, under the newest trunk."""
@@ -138,7 +138,9 @@ class Schooling:
             await self._download_trunk()
         except UnavailableError as error:
             if not self._training.version:
-                raise
+                raise UnavailableError(
+                    f"the run's trunk, which a trainer of it must give, is not to be had now: {error}"
+                ) from error
             logger.warning("The trunk cannot be taken over again, training goes on under the last one: %s", error)
 
     async def _download_trunk(self) -> None:
@@ -154,10 +156,8 @@ class Schooling:
         trunk = {name: tensor.detach().clone() for name, tensor in self._training.model.state_dict().items()}
         rivals = Rivals(self._dispatcher, self._place, present, self.weights, manifest)
         model, context = rivals_model(manifest, trunk, rivals), manifest.model.context
-        order_N = np.random.default_rng(self._config.seed).permutation(dataset.n_held_out(context))[:GAIN_WINDOWS]
-        gains: list[float] = []
-        for numbers_B in np.array_split(order_N, -(-len(order_N) // self._config.batch)):
-            gains += window_gains(model, dataset.held_out_windows(numbers_B, context))
+        batches = dataset.held_out_batches(self._config.batch, context, GAIN_WINDOWS * context)
+        gains = [gain for ids in batches for gain in window_gains(model, ids)]
         spread = np.std(gains, ddof=1) if len(gains) > 1 else np.inf
         return Gain(float(np.mean(gains)), float(NORMAL_95 * spread / np.sqrt(len(gains))), len(gains))
 

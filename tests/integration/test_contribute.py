@@ -13,7 +13,7 @@ from node.config import ContributeConfig
 from node.contribution.command import run_contribute
 from node.contribution.expert_file import Place, expert_file, metadata_of, read_expert
 from node.contribution.schooling import Schooling
-from protocol.errors import UnavailableError
+from protocol.errors import DataError, UnavailableError
 from protocol.manifest import AveragingConfig
 from tests.support.contributing import RunInLoop, run_in_loop
 from tests.support.swarm_parts import small_manifest
@@ -104,7 +104,7 @@ async def test_training_at_home_goes_on_from_its_file_without_trainers_too_and_k
         assert await contribute(run, file.path, fetch=True) == 0
         fetched = file.weights(run)
         file.write({name: 2 * w for name, w in fetched.items()})
-        step = Schooling._step
+        step, download = Schooling._step, Schooling._download_trunk
 
         def stopping(schooling: Schooling, number: int, lr: float) -> float:
             loss = step(schooling, number, lr)
@@ -127,3 +127,14 @@ async def test_training_at_home_goes_on_from_its_file_without_trainers_too_and_k
         for name, w in fetched.items():
             assert not torch.equal(learnt[name], 2 * w)
             assert (learnt[name] - 2 * w).abs().max() < 0.1
+
+        def failing(schooling: Schooling, number: int, lr: float) -> float:
+            if number == 2:
+                raise DataError("the disk is gone")
+            return step(schooling, number, lr)
+
+        monkeypatch.setattr(Schooling, "_step", failing)
+        monkeypatch.setattr(Schooling, "_download_trunk", download)
+        with pytest.raises(DataError):
+            await contribute(run, file.path, train=1_000_000)
+        assert not torch.equal(file.weights(run)["w_in"], learnt["w_in"])

@@ -35,6 +35,8 @@ async def test_a_file_that_is_not_there_or_too_long_is_told_before_the_swarm_is_
         await run_contribute(config, asyncio.Event())
     with pytest.raises(ConfigError, match="--fetch, --train: give one of them"):
         await run_contribute(ContributeConfig(fetch=True, train=3), asyncio.Event())
+    with pytest.raises(ConfigError, match="--device: 'gpu' is not a device"):
+        await run_contribute(ContributeConfig(device="gpu"), asyncio.Event())
     with pytest.raises(ConfigError, match=r"--layer: must be 0 or more, is -1"):
         await run_contribute(ContributeConfig(layer=-1), asyncio.Event())
 

@@ -29,7 +29,7 @@ from tests.support.leaks import adopt_orphans
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FULL_STEPS = 16
+FULL_STEPS = 13
 SPEED = "tokens/s"
 NOTES = (
     f"the default manifest over {HOSTS} hosts: 2 layers x 512 experts, D=128; Wikipedia's text",
@@ -49,7 +49,7 @@ class LatencyBenchmark:
     """Of each run; fewer than the default are for a look, not for the docs."""
     batch: int = 8
     """Sequences per micro-batch."""
-    micro_batches: int = 128
+    micro_batches: int = 160
     """Micro-batches per step."""
     delays_ms: tuple[int, ...] = (0, 10, 100, 200, 1000)
     """Means of the delays; the first is what the others are compared with."""

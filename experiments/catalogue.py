@@ -16,6 +16,7 @@ MODULES = {
     "granularity": "experiments.granularity",
     "idiots": "experiments.idiots",
     "merging": "experiments.merging",
+    "merging-adapters": "experiments.merging_adapters",
     "sequential": "experiments.sequential",
     "swarm": "experiments.swarm",
 }

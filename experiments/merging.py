@@ -10,34 +10,21 @@ import torch
 
 from experiments.arm import Arm, TrainSpec, cost
 from experiments.branches import Branches, Course
-from experiments.choosing import PREFIX, by_prefix, by_topic, in_hindsight, models_by_prefix
+from experiments.choosing import PREFIX
 from experiments.experiment import Trial, no_results
 from experiments.labels import Topics
+from experiments.merge_desk import Desk, chosen_between, unsearched, ways_apart
 from experiments.merge_search import POPULATION, SCALES, TIES_DENSITIES, TIES_SCALES, Search
-from experiments.merged import by_posterior, evenly_weighted
-from experiments.merging_report import (
-    AVERAGE,
-    BEST,
-    BRANCH,
-    EVOLVED,
-    POSTERIOR,
-    RANDOM,
-    TASK_ARITHMETIC,
-    TIES,
-    WEIGHTED,
-    MergingResults,
-    merging_report,
-)
+from experiments.merging_report import POSTERIOR, MergingResults, Wording, merging_report
 from experiments.shards import evenly, split
 from experiments.training import TrainRun, log_likelihood, nats_per_window, open_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from experiments.experiment import Preset, Report, Result, TrialContext
-    from experiments.merge_search import Found
     from experiments.merges import Weights
     from node.data import ByteDataset
     from node.transformer import Transformer
@@ -50,6 +37,20 @@ RATE = 8e-3
 STEP = 2048
 WHEN = {"late": 3, "early": 1}
 """Quarters of the tokens that pass before they part."""
+
+BRANCH = "the branch, before they part"
+JOINT = "trained jointly"
+WORDS = Wording(
+    unit="byte",
+    kinds={"late": "parting late", "early": "parting early"},
+    base=BRANCH,
+    base_words="the branch",
+    together={JOINT: "joint training"},
+    rivals={POSTERIOR: "the participants as an ensemble by the posterior, at {models} times the FLOPs, are"},
+    model="A model",
+    training_passes=3,
+    length="way of a participant, part of the branch's length",
+)
 
 VALIDATION_EVERY = 4
 """Of the held-out documents, one in so many is for choosing, and not for the figures."""
@@ -152,7 +153,9 @@ class Merging:
         if not whole:
             raise no_results(self.name, preset, "a whole seed")
         by_kind = {kind: [results[f"{kind}-seed{seed}"] for seed in whole] for kind in ("joint", *WHEN)}
-        return merging_report(MergingResults(joint=by_kind.pop("joint"), apart=by_kind, cost=cost(plan.joint(0))))
+        together = {JOINT: by_kind.pop("joint")}
+        one = cost(plan.joint(0))
+        return merging_report(MergingResults(words=WORDS, together=together, apart=by_kind, cost=one))
 
 
 EXPERIMENT = Merging()
@@ -208,68 +211,39 @@ def apart(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> 
     folders = [branches.branch(), *branches.participants("topic")]
     trunk = branches.load(folders[0]).trunk
     base, *participants = (dict(branches.load(folder).trunk.state_dict()) for folder in folders)
-    desk = Desk(spec, course, trunk, held_out_in_two(dataset), context)
-    ways = {BRANCH: {"nats": desk.figure(base), "evaluations": 0, "models": 1.0}}
-    search = Search(base, participants, desk.loss)
-    ways |= {name: desk.way(found) for name, found in desk.merges(search).items()}
+    measure = InTrunk(course, trunk, held_out_in_two(dataset), spec["validation_bytes"])
+    desk = Desk(measure, spec["evaluations"], context.progress)
+    ways = {BRANCH: unsearched(desk.figure(base), 1)}
+    ways |= desk.merges(Search(base, participants, desk.loss), course.seed)
     log_p_PNT = torch.stack([desk.log_likelihood(participant) for participant in participants])
-    owner_N = owners(dataset, desk.texts, course)
+    owner_N = owners(dataset, measure.texts, course)
     return {
-        "ways": ways | chosen_between(log_p_PNT, owner_N),
+        "ways": ways | chosen_between(log_p_PNT, owner_N, "byte", "topic"),
         "participants": (-log_p_PNT.mean((1, 2))).tolist(),
         **distances(base, participants),
-        "bytes_of_evaluation": desk.n_bytes,
+        "bytes_of_evaluation": measure.n_bytes,
     }
 
 
-class Desk:
-    """Where models of one shape are measured, one after the other, in one trunk."""
+class InTrunk:
+    """Measures whole models in one trunk; a Measure."""
 
-    def __init__(
-        self, spec: dict[str, Any], course: Course, trunk: Transformer, texts: Texts, context: TrialContext
-    ) -> None:
-        self.texts, self._spec, self._course, self._trunk, self._context = texts, spec, course, trunk, context
-        windows = texts.chosen_on.held_out_batches(course.batch, course.context, spec["validation_bytes"])
-        self._windows = list(windows)
+    def __init__(self, course: Course, trunk: Transformer, texts: Texts, validation_bytes: int) -> None:
+        self.texts, self._course, self._trunk = texts, course, trunk
+        self._windows = list(texts.chosen_on.held_out_batches(course.batch, course.context, validation_bytes))
         self.n_bytes = sum(len(ids) for ids in self._windows) * course.context
-        self._done = 0
 
-    def loss(self, weights: Weights) -> float:
-        """On the text to choose on, nats per byte."""
-        self._done += 1
-        self._context.progress(self._done, max(self._done, 2 * self._spec["evaluations"] + 40), "models measured")
+    def chosen_on(self, weights: Weights) -> float:
+        """As Measure."""
         self._trunk.load_state_dict(weights)
         return -float(log_likelihood(self._trunk, self._windows).mean())
 
     def log_likelihood(self, weights: Weights) -> torch.Tensor:
-        """[N, T], on the text for the figures."""
+        """As Measure."""
         self._trunk.load_state_dict(weights)
         course = self._course
         windows = self.texts.figures.held_out_batches(course.batch, course.context, course.final_eval_bytes)
         return log_likelihood(self._trunk, windows)
-
-    def figure(self, weights: Weights) -> float:
-        """Nats per byte, on the text for the figures."""
-        return -float(self.log_likelihood(weights).mean())
-
-    def way(self, found: Found) -> Result:
-        """A merge's row."""
-        row = {"nats": self.figure(found.weights), "chosen_nats": found.nats, "evaluations": found.evaluations}
-        return row | {"models": 1.0, "chosen": found.chosen, "best_so_far": found.best_so_far}
-
-    def merges(self, search: Search) -> dict[str, Found]:
-        """Each way to make one model."""
-        seed, tries = self._course.seed, self._spec["evaluations"]
-        makers: dict[str, Callable[[], Found]] = {
-            BEST: search.best_participant,
-            AVERAGE: search.plain,
-            WEIGHTED: search.weighted,
-            TASK_ARITHMETIC: search.scaled,
-            TIES: search.elected,
-            EVOLVED: lambda: search.evolved(tries, np.random.default_rng([seed, 1])),
-            RANDOM: lambda: search.thrown(tries, np.random.default_rng([seed, 2])),
-        }
-        return {name: make() for name, make in makers.items()}
 
 
 def owners(dataset: ByteDataset, texts: Texts, course: Course) -> torch.Tensor:
@@ -279,27 +253,7 @@ def owners(dataset: ByteDataset, texts: Texts, course: Course) -> torch.Tensor:
     return torch.from_numpy(shard_of_topic)[windows[:, 0]]
 
 
-def chosen_between(log_p_PNT: torch.Tensor, owner_N: torch.Tensor) -> dict[str, Result]:
-    """Rows of the ways that keep the participants as they are. None needs a text to choose on."""
-    n_models, _, n_positions = log_p_PNT.shape
-    ways = {
-        "even ensemble": (evenly_weighted(log_p_PNT), n_models),
-        POSTERIOR: (by_posterior(log_p_PNT), n_models),
-        f"one, by {PREFIX} bytes": (by_prefix(log_p_PNT), models_by_prefix(n_models, n_positions)),
-        "one, told the topic": (by_topic(log_p_PNT, owner_N), 1.0),
-        "one, in hindsight": (in_hindsight(log_p_PNT), n_models),
-    }
-    return {
-        name: {"nats": float(nats_N.mean()), "evaluations": 0, "models": float(models)}
-        for name, (nats_N, models) in ways.items()
-    }
-
-
 def distances(base: Weights, participants: Sequence[Weights]) -> Result:
     """How far participants went, as a part of the branch's length, and the mean cosine between two of their ways."""
-    start = torch.cat([tensor.flatten() for tensor in base.values()])
-    ways = [torch.cat([tensor.flatten() for tensor in weights.values()]) - start for weights in participants]
-    unit_SW = torch.stack([way / way.norm() for way in ways])
-    cosines = (unit_SW @ unit_SW.T)[~torch.eye(len(ways), dtype=torch.bool)]
-    length = float(torch.stack([way.norm() for way in ways]).mean() / start.norm())
-    return {"length": length, "cosine": float(cosines.mean())}
+    start, length, cosine = ways_apart(base, participants)
+    return {"length": length / start, "cosine": cosine}

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from experiments.arm import Cost
     from experiments.experiment import Result
 
-BRANCH: Final = "the branch, before they part"
 BEST: Final = "the best participant"
 AVERAGE: Final = "average"
 WEIGHTED: Final = "weighted average"
@@ -26,30 +25,61 @@ TIES: Final = "TIES"
 RANDOM: Final = "random by layer"
 EVOLVED: Final = "evolved by layer"
 POSTERIOR: Final = "ensemble by the posterior"
-JOINT: Final = "trained jointly"
 MERGES: Final = (AVERAGE, WEIGHTED, TASK_ARITHMETIC, TIES, EVOLVED, RANDOM)
 SEARCHED: Final = (WEIGHTED, TASK_ARITHMETIC, TIES, EVOLVED)
 """What is meant to be wiser than the average, and than throwing."""
-
-WORDS: Final = {"late": "parting late", "early": "parting early"}
-TRAINING_PASSES: Final = 3
-"""Training on a byte costs as much as running the model on so many."""
 
 WIDE, HIGH = 9.0, 4.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergingResults:
-    """Of whole seeds, in their order; `apart` by when they part. `cost` of one model."""
+class Wording:
+    """What a page calls its rows and measures; keys are the results' own."""
 
-    joint: Sequence[Result]
+    unit: str
+    """Of text: a loss is in nats for each."""
+
+    kinds: Mapping[str, str]
+    base: str
+    """The way that nobody has trained alone, as a row."""
+
+    base_words: str
+    together: Mapping[str, str]
+    """Rows of what was trained on everything; the first is what the others are held against."""
+
+    rivals: Mapping[str, str]
+    """Ways that choose between the participants, with a verb; `models` is how many are run."""
+
+    model: str
+    training_passes: int
+    """Training on a unit costs as much as running the model on so many."""
+
+    length: str
+
+    @property
+    def nats(self) -> str:
+        """Unit of a loss."""
+        return f"nats per {self.unit}"
+
+    @property
+    def joint(self) -> str:
+        """The row that others are held against."""
+        return next(iter(self.together))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingResults:
+    """Of whole seeds, in their order; `together` by row, `apart` by kind. `cost` of one model."""
+
+    words: Wording
+    together: Mapping[str, Sequence[Result]]
     apart: Mapping[str, Sequence[Result]]
     cost: Cost
 
     def nats(self, kind: str, way: str) -> list[float]:
         """Of a way, by seed."""
-        if way == JOINT:
-            return [result["nats"] for result in self.joint]
+        if way in self.together:
+            return [result["nats"] for result in self.together[way]]
         return [result["ways"][way]["nats"] for result in self.apart[kind]]
 
     def wisest(self, kind: str) -> list[str]:
@@ -74,7 +104,7 @@ def merging_report(found: MergingResults) -> Report:
     """All of it."""
     tables = {}
     for kind in found.apart:
-        tables[f"Loss, {WORDS[kind]}"] = _loss(found, kind)
+        tables[f"Loss, {found.words.kinds[kind]}"] = _loss(found, kind)
     tables |= {
         "What it costs": _costs(found),
         "What was chosen": _chosen(found),
@@ -89,12 +119,12 @@ def merging_report(found: MergingResults) -> Report:
 
 def _finding(found: MergingResults) -> str:
     sticks = [_sticks(found, kind) for kind in found.apart]
-    if len(found.joint) == 1:
+    if len(found.together[found.words.joint]) == 1:
         verdict = "One seed cannot tell"
     elif all(sticks):
         verdict = "It is not: the merge that is chosen is better than the average and than as many random shares"
     elif any(sticks):
-        kinds = " and ".join(WORDS[kind] for kind, holds in zip(found.apart, sticks, strict=True) if holds)
+        kinds = " and ".join(found.words.kinds[kind] for kind, holds in zip(found.apart, sticks, strict=True) if holds)
         verdict = f"Only in part: the merge that is chosen is better than the average and than random shares {kinds}"
     else:
         verdict = "Where one searches, it is: the merge that the text to choose on prefers is nowhere surely better "
@@ -110,21 +140,23 @@ def _sticks(found: MergingResults, kind: str) -> bool:
 
 
 def _sentence(found: MergingResults, kind: str) -> str:
-    average = found.nats(kind, AVERAGE)
-    against = {
-        "the branch": difference(average, found.nats(kind, BRANCH)),
-        "the best participant": difference(average, found.nats(kind, BEST)),
-        "joint training": difference(average, found.nats(kind, JOINT)),
-    }
-    parts = ", ".join(f"{gap.words} than {other}" for other, gap in against.items())
-    search = difference(found.wisest_nats(kind), average)
-    ensemble = difference(found.nats(kind, POSTERIOR), average)
-    models = found.apart[kind][0]["ways"][POSTERIOR]["models"]
-    return (
-        f"{WORDS[kind].capitalize()}, the average is {parts}; the merge that was chosen "
-        f"({_names(found, kind)}) is {search.words} than the average, and the participants as an ensemble by the "
-        f"posterior, at {models:g} times the FLOPs, are {ensemble.words} than the average."
+    words, average = found.words, found.nats(kind, AVERAGE)
+    others = {words.base: words.base_words, BEST: "the best participant", **words.together}
+    against = ", ".join(
+        f"{difference(average, found.nats(kind, way)).words_in(words.nats)} than {name}" for way, name in others.items()
     )
+    search = difference(found.wisest_nats(kind), average).words_in(words.nats)
+    chosen = f"the merge that was chosen ({_names(found, kind)}) is {search} than the average"
+    *rivals, last = (_rival(found, kind, way) for way in words.rivals)
+    rest = f"{', '.join([chosen, *rivals])}, and {last}"
+    return f"{words.kinds[kind].capitalize()}, the average is {against}; {rest}."
+
+
+def _rival(found: MergingResults, kind: str, way: str) -> str:
+    """A way that keeps the participants as they are, held against their average."""
+    gap = difference(found.nats(kind, way), found.nats(kind, AVERAGE)).words_in(found.words.nats)
+    words = found.words.rivals[way].format(models=f"{found.apart[kind][0]['ways'][way]['models']:g}")
+    return f"{words} {gap} than the average"
 
 
 def _names(found: MergingResults, kind: str) -> str:
@@ -133,13 +165,15 @@ def _names(found: MergingResults, kind: str) -> str:
 
 def _loss(found: MergingResults, kind: str) -> str:
     rows = []
-    for way in (*found.apart[kind][0]["ways"], JOINT):
+    joint = found.words.joint
+    for way in (*found.apart[kind][0]["ways"], *found.together):
         nats = found.nats(kind, way)
         gaps = [
-            "" if way == other else str(difference(nats, found.nats(kind, other))) for other in (AVERAGE, JOINT, RANDOM)
+            "" if way == other else str(difference(nats, found.nats(kind, other))) for other in (AVERAGE, joint, RANDOM)
         ]
         rows.append([way, str(estimate(nats, "seeds")), *gaps, _chosen_nats(found, kind, way)])
-    header = ["way", "held-out nats per byte", "difference from the average", "from joint training"]
+    header = ["way", f"held-out {found.words.nats}", "difference from the average"]
+    header += [f"from {found.words.together[joint]}"]
     header += ["from random by layer", "on the text to choose on"]
     note = "Mean of the seeds, with half widths of 95 % intervals over them. *One, in hindsight* is a bound, no way."
     return f"{note}\n\n{markdown_table(header, rows)}"
@@ -151,33 +185,36 @@ def _chosen_nats(found: MergingResults, kind: str, way: str) -> str:
 
 
 def _costs(found: MergingResults) -> str:
-    first = next(iter(found.apart.values()))[0]
+    first, words = next(iter(found.apart.values()))[0], found.words
+    flops = found.cost.flops_per_token
     rows = []
     for way, row in first["ways"].items():
-        read = row["evaluations"] * first["bytes_of_evaluation"]
+        read = row["evaluations"] * first[f"{words.unit}s_of_evaluation"]
         rows.append([
             way,
             str(row["evaluations"]),
             f"{read:,}",
-            f"{read * found.cost.flops_per_token / 1e9:,.0f}",
-            f"{read / TRAINING_PASSES:,.0f}",
+            f"{read * flops / 1e9:,.0f}",
+            f"{read / words.training_passes:,.0f}",
             f"{row['models']:.2f}",
-            f"{row['models'] * found.cost.flops_per_token / 1e6:.2f}",
+            f"{row['models'] * flops / 1e6:.2f}",
         ])  # fmt: skip
+    unit = words.unit
     header = [
-        "way", "models measured to choose it", "bytes run through a model for that", "GFLOPs",
-        "as many bytes of training", "models run for a byte", "MFLOPs a byte, inference",
+        "way", "models measured to choose it", f"{unit}s run through a model for that", "GFLOPs",
+        f"as many {unit}s of training", f"models run for a {unit}", f"MFLOPs a {unit}, inference",
     ]  # fmt: skip
     note = (
-        f"A model has {found.cost.parameters / 1e6:.2f} M parameters. Training on a byte costs as much as running a "
-        f"model on {TRAINING_PASSES}. The joint model is run once for a byte, and nothing is measured to choose it."
+        f"{words.model} has {found.cost.parameters / 1e6:.2f} M parameters. Training on a {unit} costs as much as "
+        f"running a model on {words.training_passes}. What is trained jointly is run once for a {unit}, and nothing is "
+        "measured to choose it."
     )
     return f"{note}\n\n{markdown_table(header, rows)}"
 
 
 def _chosen(found: MergingResults) -> str:
     rows = [
-        [WORDS[kind], way, str(seed), result["ways"][way]["chosen"]]
+        [found.words.kinds[kind], way, str(seed), result["ways"][way]["chosen"]]
         for kind, results in found.apart.items()
         for way in (BEST, *MERGES[1:])
         for seed, result in enumerate(results)
@@ -191,22 +228,23 @@ def _distances(found: MergingResults) -> str:
         apart = [float(np.ptp(result["participants"])) for result in results]
         cells = [np.mean([result[key] for result in results]) for key in ("length", "cosine")]
         means = [float(np.mean(result["participants"])) for result in results]
-        rows.append([WORDS[kind], *(f"{cell:.3f}" for cell in (*cells, np.mean(means), np.mean(apart)))])
-    header = ["", "way of a participant, part of the branch's length", "cosine of two ways"]
-    header += ["participants' held-out nats per byte, mean", "from best to worst"]
+        rows.append([found.words.kinds[kind], *(f"{cell:.3f}" for cell in (*cells, np.mean(means), np.mean(apart)))])
+    header = ["", found.words.length, "cosine of two ways"]
+    header += [f"participants' held-out {found.words.nats}, mean", "from best to worst"]
     return markdown_table(header, rows)
 
 
 def _by_way(found: MergingResults) -> Figure:
     figure = Figure(figsize=(WIDE, HIGH), layout="constrained")
+    joint = found.words.joint
     panels = figure.subplots(1, len(found.apart), sharey=True, squeeze=False)[0]
     for axes, (kind, results) in zip(panels, found.apart.items(), strict=True):
         ways = list(results[0]["ways"])[::-1]
-        gaps = [difference(found.nats(kind, way), found.nats(kind, JOINT)) for way in ways]
+        gaps = [difference(found.nats(kind, way), found.nats(kind, joint)) for way in ways]
         axes.errorbar([gap.mean for gap in gaps], ways, xerr=[gap.half_width for gap in gaps], fmt="o", capsize=3)
-        axes.axvline(0.0, linestyle="--", color="C1", label=JOINT)
-        axes.set_title(WORDS[kind])
-        axes.set_xlabel("nats per byte above joint training")
+        axes.axvline(0.0, linestyle="--", color="C1", label=joint)
+        axes.set_title(found.words.kinds[kind])
+        axes.set_xlabel(f"{found.words.nats} above {found.words.together[joint]}")
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
     return figure
@@ -219,9 +257,9 @@ def _searches(found: MergingResults) -> Figure:
         for way in (EVOLVED, RANDOM):
             curve = np.mean([result["ways"][way]["best_so_far"] for result in results], 0)
             axes.plot(np.arange(len(curve)) + 1, curve, label=way)
-        axes.set_title(WORDS[kind])
+        axes.set_title(found.words.kinds[kind])
         axes.set_xlabel("models measured")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("nats per byte on the text to choose on")
+    panels[0].set_ylabel(f"{found.words.nats} on the text to choose on")
     panels[0].legend(fontsize="small")
     return figure

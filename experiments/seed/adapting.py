@@ -150,14 +150,17 @@ def train_apart(
 
 
 @torch.no_grad()
-def nats_per_window(upper: Upper, adapters: Mapping[int, nn.Module], states: States) -> list[float]:
-    """Mean over the tokens of each window, with any modules (N, D -> N, D) around the seed's FFNs; none: the seed."""
+def nats_per_token(upper: Upper, adapters: Mapping[int, nn.Module], states: States) -> torch.Tensor:
+    """[W, T] float64, with any modules (N, D -> N, D) around the seed's FFNs; none: the seed."""
     for layer in adapters.values():
         layer.eval()
-    found: list[float] = []
-    for index in torch.arange(len(states)).split(TEST_WINDOWS):
-        x_BTD, targets_BT = states.batch(index)
-        found += upper.nats(x_BTD, targets_BT, adapters).double().mean(1).tolist()
+    batches = (states.batch(index) for index in torch.arange(len(states)).split(TEST_WINDOWS))
+    return torch.cat([upper.nats(x_BTD, targets_BT, adapters).double() for x_BTD, targets_BT in batches])
+
+
+def nats_per_window(upper: Upper, adapters: Mapping[int, nn.Module], states: States) -> list[float]:
+    """Mean over the tokens of each window; as `nats_per_token`."""
+    found: list[float] = nats_per_token(upper, adapters, states).mean(1).tolist()
     return found
 
 

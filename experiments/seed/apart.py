@@ -18,7 +18,7 @@ from node.gate import Gate
 from node.moe import LocalExperts, MoE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from experiments.seed.adapting import Adapters
     from protocol.manifest import ModelConfig
@@ -44,6 +44,29 @@ def merged(alone: Sequence[Adapters]) -> dict[int, Product]:
         a_DS = torch.cat([own["w_in"][0] for own in weights], 1)
         found[layer] = Product(a_DS, torch.cat([own["w_out"][0] for own in weights]) / len(alone))
     return found
+
+
+def products(adapters: Adapters) -> dict[str, torch.Tensor]:
+    """What one adapter of each layer does to its input, A B [D, D], named as a model's tensors are."""
+    weights = {layer: adapters.weights(layer) for layer in adapters.layers}
+    return {f"layers.{layer}": own["w_in"][0] @ own["w_out"][0] for layer, own in weights.items()}
+
+
+class Whole(nn.Module):
+    """An adapter of any rank: x W."""
+
+    def __init__(self, weight_DD: torch.Tensor) -> None:
+        super().__init__()
+        self.weight_DD = weight_DD
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """x_ND -> [N, D]."""
+        return x_ND @ self.weight_DD
+
+
+def from_products(weights: Mapping[str, torch.Tensor]) -> dict[int, Whole]:
+    """Adapters by layer, of such products or what was made of them."""
+    return {int(name.rpartition(".")[2]): Whole(weight_DD) for name, weight_DD in weights.items()}
 
 
 class ArrowGate(Gate):

@@ -17,8 +17,8 @@ from experiments.choosing import by_prefix, by_topic, in_hindsight, models_by_pr
 from experiments.labels import Topics
 from experiments.merge_search import POPULATION, SCALES, TEMPERATURES, TIES_DENSITIES, TIES_SCALES, Found, Search
 from experiments.merged import by_posterior
-from experiments.merging import EXPERIMENT, PRESETS, apart, distances, held_out_in_two, joint, owners
-from experiments.merging_report import JOINT, MERGES, MergingResults, merging_report
+from experiments.merging import EXPERIMENT, JOINT, PRESETS, WORDS, apart, distances, held_out_in_two, joint, owners
+from experiments.merging_report import MERGES, MergingResults, merging_report
 from experiments.shards import split
 from protocol.errors import ConfigError
 from tests.support.trials import Context, topical_dataset
@@ -240,7 +240,7 @@ def results(found: dict[str, Any], seeds: int, **nats: float) -> MergingResults:
         apart_by[kind] = [{**found, "ways": way} for way in ways]
     joint_rows = [{"nats": wanted.get(JOINT, 1.9) + 0.1 * seed} for seed in range(seeds)]
     plan = PRESETS["full"]
-    return MergingResults(joint=joint_rows, apart=apart_by, cost=cost(plan.joint(0)))
+    return MergingResults(words=WORDS, together={JOINT: joint_rows}, apart=apart_by, cost=cost(plan.joint(0)))
 
 
 def test_the_finding_says_it_is_where_nothing_that_was_searched_for_sticks(found: dict[str, Any]) -> None:

@@ -90,8 +90,10 @@ Held-out text is the same for all arms and their {FULL.seeds} seeds; a differenc
 window. Intervals are of 95 %; a swarm is called far if it is more than {CLOSE:g} nats per byte worse for certain.
 
 What this cannot show: all nodes share one machine, so that no bandwidth is short and hosts compete with the trainer for
-its cores; and other work was running on it. Tokens per second therefore say little, and processor time stands beside
-them. One trainer, a small model, few tokens, and a rate that was tuned neither for late gradients nor for so few.
+its cores; and other work was running on it, less of it beside the arms with dying hosts. These ran last, after calls
+that are in flight when a host dies had been made to count as one failure of it and not as many. Tokens per second
+therefore say little, and processor time stands beside them. One trainer, a small model, few tokens, and a rate that was
+tuned neither for late gradients nor for so few.
 """
 
 

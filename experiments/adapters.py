@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 RANK = 16
 """That works for a token in every trained arm but those that hold several adapters of it at once."""
 
+HOSTS = 2
 SMALL = AdapterGrid(rank=2, experts=256, per_token=8)
 MANY = AdapterGrid(rank=2, experts=1024, per_token=8)
 WHOLE = AdapterGrid(rank=RANK)
@@ -35,6 +36,7 @@ ARMS = (
     AdapterArm(label="one adapter for all", way="gated", grid=WHOLE),
     AdapterArm(label="8 of 256 adapters", way="gated", grid=SMALL),
     AdapterArm(label="8 of 1,024 adapters", way="gated", grid=MANY),
+    AdapterArm(label=f"8 of 1,024 adapters, on {HOSTS} hosts", way="gated", grid=MANY, hosts=HOSTS),
     AdapterArm(label="trained apart, each domain its own", way="own", grid=WHOLE),
     AdapterArm(label="trained apart, Arrow chooses 1", way="arrow-1", grid=WHOLE),
     AdapterArm(label="trained apart, Arrow weighs all 3", way="arrow-all", grid=WHOLE),
@@ -74,6 +76,9 @@ apart see their own domain's third, in a third of the steps.
 - **8 of 256** and **8 of 1,024**: adapters of rank {SMALL.rank} ({SMALL.experts * LAYERS:,} and
   {MANY.experts * LAYERS:,} in all), the same size for a token, behind a gate that is trained with them; a bias balances
   the load, no token is dropped.
+- **on {HOSTS} hosts**: the same 1,024 a layer, held by real nodes, `python run_node.py coordinator` and {HOSTS} times
+  `python run_node.py host` on one machine, found through the DHT and called over gRPC, int8 on the wire; seed and gate
+  are in the trainer. At the rate that is best in one process.
 - **each domain its own**: adapters of rank {RANK}, one for each domain, and somebody who knows a text's domain.
 - **Arrow** (arXiv 2405.11157): the same adapters, and a gate that nobody trained. An adapter's prototype is the
   direction of its input that it amplifies most; a token goes to the adapter whose prototype it points along most, or

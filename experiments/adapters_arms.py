@@ -39,6 +39,8 @@ class AdapterArm:
     label: str
     way: Way
     grid: AdapterGrid | None = None
+    hosts: int = 0
+    """That hold its adapters; none: they are in the trial's process."""
 
     @property
     def is_apart(self) -> bool:
@@ -73,10 +75,14 @@ class AdapterTrial:
     is_tuning: bool = False
     is_apart: bool = False
     run: AdapterRun | None = None
+    hosts: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As a trial's spec."""
-        return asdict(self)
+        """As a trial's spec; hosts only where there are any, so that older results of the others still are theirs."""
+        spec = asdict(self)
+        if not self.hosts:
+            del spec["hosts"]
+        return spec
 
     @classmethod
     def from_json(cls, spec: Mapping[str, Any]) -> AdapterTrial:
@@ -132,25 +138,29 @@ class AdapterArms:
         sharing: dict[str, list[tuple[AdapterArm, float]]] = {}
         for arm, rate in rated:
             sharing.setdefault(trial_name(arm, rate, seed), []).append((arm, rate))
-        return [Trial(name=name, spec=self._spec(own, seed).to_json()) for name, own in sharing.items()]
+        specs = {name: self._spec(own, seed) for name, own in sharing.items()}
+        return [Trial(name=name, spec=spec.to_json(), alone=spec.hosts > 0) for name, spec in specs.items()]
 
     def _spec(self, sharing: Sequence[tuple[AdapterArm, float]], seed: int) -> AdapterTrial:
         (arm, rate), is_tuning = sharing[0], seed == TUNING_SEED
         tuning_windows = self.tuning_windows * (len(WEAK) if arm.is_apart else 1)
         return AdapterTrial(
             text=self.text,
-            ways=tuple(arm.way for arm, _ in sharing),
+            ways=tuple(dict.fromkeys(arm.way for arm, _ in sharing)),
             windows=tuning_windows if is_tuning else self.text.training,
             is_tuning=is_tuning,
             is_apart=arm.is_apart,
             run=AdapterRun(grid=arm.grid, layers=self.text.layers, rate=rate, seed=seed) if arm.grid else None,
+            hosts=0 if is_tuning else arm.hosts,
         )
 
 
 def trial_name(arm: AdapterArm, rate: float, seed: int) -> str:
-    """Of an arm's training, which others may share."""
+    """Of an arm's training, which others may share; the rate of one that is hosted is that of the same one here."""
     training = arm.training(rate)
-    return f"tune-{training}" if seed == TUNING_SEED else f"{training}-seed{seed}"
+    if seed == TUNING_SEED:
+        return f"tune-{training}"
+    return f"{training}-{f'{arm.hosts}-hosts-' if arm.hosts else ''}seed{seed}"
 
 
 def windows_of(result: Result, way: Way, domains: Sequence[DomainName]) -> list[float]:

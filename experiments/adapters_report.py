@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from experiments.adapters_arms import AdapterArm, AdapterResults
     from experiments.domains import DomainName
+    from experiments.experiment import Result
 
 WIDE, HIGH = 9.0, 4.2
 UNIT = "nats per token"
@@ -32,6 +33,7 @@ def adapters_report(found: AdapterResults) -> Report:
         "Loss where the seed is weak": loss_table(found),
         "What is forgotten": english_table(found),
         "What a volunteer gives": volunteer_table(found),
+        **hosted_tables(found),
         "Load": load_table(found),
         "Specialisation": specialisation_table(found),
         "Where Arrow sends tokens": arrow_table(found),
@@ -50,7 +52,16 @@ def finding(found: AdapterResults) -> str:
         f"{best.label} are {gain.words_in(UNIT)} than one adapter of equal active size, and {learnt.words_in(UNIT)} "
         f"than the seed alone, where it is weak; on English they are {forgotten.words_in(UNIT)} than the seed alone"
     )
-    return f"{joint}; {apart_words(found)}."
+    return f"{joint}; {hosted_words(found)}{apart_words(found)}."
+
+
+def hosted_words(found: AdapterResults) -> str:
+    """What it changes that adapters are held by hosts."""
+    words = ""
+    for arm, here in _hosted(found).items():
+        gap = found.difference(arm, here, WEAK)
+        words += f"{here.label} that are held by {arm.hosts} hosts are {gap.words_in(UNIT)} than in one process; "
+    return words
 
 
 def apart_words(found: AdapterResults) -> str:
@@ -136,6 +147,35 @@ def volunteer_table(found: AdapterResults) -> str:
     return f"{note}\n\n{markdown_table(header, rows)}"
 
 
+def hosted_tables(found: AdapterResults) -> dict[str, str]:
+    """Loss, bytes and processor time of adapters that hosts hold, beside the same ones in one process."""
+    rows = []
+    for arm, here in _hosted(found).items():
+        ours, theirs = found.rows(arm), found.rows(here)
+        layers, tokens = found.arms.text.layers, ours[0]["tokens"]
+
+        def mean(rows: Sequence[Result], *keys: str) -> float:
+            return fmean(sum(row[key] for key in keys) for row in rows)
+
+        rows.append(
+            [
+                arm.label,
+                f"{layers * (arm.grid.experts if arm.grid else 0):,}",
+                str(found.difference(arm, here, WEAK)),
+                f"{mean(ours, 'calls_ok'):,.0f}",
+                f"{mean(ours, 'calls_failed'):,.0f}",
+                f"{mean(ours, 'wire_bytes') / tokens / layers:,.0f}",
+                f"{mean(ours, 'cpu_seconds', 'others_cpu_seconds') / mean(theirs, 'cpu_seconds'):.2f}",
+            ]
+        )
+    header = [
+        "arm", "adapters in all", f"{UNIT}, difference from one process", "calls", "of them failed",
+        "bytes for a token and layer", "processor time, times that of one process",
+    ]  # fmt: skip
+    note = "Of training, mean of the seeds. Bytes are counted on the messages of all hosts, both ways."
+    return {"Held by hosts": f"{note}\n\n{markdown_table(header, rows)}"} if rows else {}
+
+
 def load_table(found: AdapterResults) -> str:
     """How evenly trained gates use their adapters."""
     return load_table_of({arm.label: [g for row in found.rows(arm) for g in row["gates"]] for arm in _gated(found)})
@@ -204,6 +244,13 @@ def _arm(found: AdapterResults, way: str) -> AdapterArm:
 def _control(found: AdapterResults) -> AdapterArm:
     """The one adapter that all domains share."""
     return next(arm for arm in found.arms.arms if arm.way == "gated" and arm.grid and arm.grid.experts == 1)
+
+
+def _hosted(found: AdapterResults) -> dict[AdapterArm, AdapterArm]:
+    """Arms that hosts hold, each with the same one in one process."""
+    arms = found.arms.arms
+    here = {(arm.way, arm.grid): arm for arm in arms if not arm.hosts}
+    return {arm: here[arm.way, arm.grid] for arm in arms if arm.hosts}
 
 
 def _gated(found: AdapterResults) -> Sequence[AdapterArm]:

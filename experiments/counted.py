@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from node.dispatch.plan import NO_EXPERT, Combined
+from protocol.errors import UnavailableError
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,12 @@ class CountedExperts:
     @run_tokens.setter
     def run_tokens(self, tokens: int) -> None:
         self._experts.run_tokens = tokens
+
+    def check_held_out(self) -> None:
+        """Raises UnavailableError if an expert was missing in a pass without a backward: no loss of the model's own."""
+        met = self.held_out
+        if met["answered"] < met["chosen"] or met["live"] < met["experts"]:
+            raise UnavailableError(f"experts were missing in the last evaluation: {dict(met)}; run the trial again")
 
     def live_experts(self, layer: int) -> torch.Tensor:
         """As of the experts themselves."""

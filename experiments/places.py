@@ -183,6 +183,13 @@ def experts_at(place: Place, spec: TrainSpec, folder: Path) -> Iterator[Where]:
     if not place.hosts:
         yield Here(manifest)
         return
+    with experts_over_hosts(place, manifest, spec.steps, folder) as where:
+        yield where
+
+
+@contextmanager
+def experts_over_hosts(place: Place, manifest: Manifest, steps: int, folder: Path) -> Iterator[OverHosts]:
+    """A swarm of `place.hosts` for a training of so many steps; what befalls it is drawn with the run's seed."""
     # A folder of its own: hosts that a trial left when it was cut may still be leaving the last one.
     with (
         tempfile.TemporaryDirectory(prefix="swarm-", dir=folder) as own,
@@ -190,13 +197,13 @@ def experts_at(place: Place, spec: TrainSpec, folder: Path) -> Iterator[Where]:
     ):
         hosts = Hosts(swarm, manifest, place.hosts)
         hosts.wait_until_joined()
-        faults = Faults(delay_mean_s=place.delay_mean_s, fail=place.fail, seed=spec.seed)
+        faults = Faults(delay_mean_s=place.delay_mean_s, fail=place.fail, seed=manifest.seed)
         with (
             SwarmClient(
                 SwarmConfig(swarm=swarm.swarm_file),
-                DispatchConfig(seed=spec.seed),
+                DispatchConfig(seed=manifest.seed),
                 make_client=partial(FaultyClient, faults),
             ) as client,
-            Churn(hosts, kill_steps(spec.steps, place.kills), spec.seed) as churn,
+            Churn(hosts, kill_steps(steps, place.kills), manifest.seed) as churn,
         ):
             yield OverHosts(client, hosts, churn)

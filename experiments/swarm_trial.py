@@ -11,7 +11,6 @@ from experiments.counted import CountedExperts
 from experiments.places import experts_at, manifest_of
 from experiments.training import AnyModel, figures_of, trunk_with_experts
 from node.training import StepConfig, Training
-from protocol.errors import UnavailableError
 
 if TYPE_CHECKING:
     from experiments.arm import TrainSpec
@@ -70,9 +69,7 @@ class SwarmTrial:
         """On held-out text; raises UnavailableError if an expert was missing, as that would not be the model's loss."""
         self._where.settle()
         found = figures_of(self.model, self._spec, self._dataset)
-        met = self.experts.held_out
-        if met["answered"] < met["chosen"] or met["live"] < met["experts"]:
-            raise UnavailableError(f"experts were missing in the last evaluation: {dict(met)}; run the trial again")
+        self.experts.check_held_out()
         return found
 
 

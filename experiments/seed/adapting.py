@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from node.moe import LocalExperts, LocalMoE
+from node.gate import build_gate
+from node.moe import LocalExperts, MoE
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 from protocol.schedule import learning_rate_factor
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from experiments.seed.model import SeedShape
     from experiments.seed.states import Progress, States, Upper
     from node.gate import GateOutput
-    from node.moe import MoE
+    from node.moe import Experts
     from protocol.manifest import GateKind
 
 STEP_WINDOWS = 2
@@ -79,16 +80,14 @@ class AdapterRun:
         return Manifest(name="adapters", seed=self.seed, codec="int8", model=model, optimizer=optimizer)
 
 
-class Adapters:
-    """A layer of gated adapters for each adapted layer of the seed; `layers` by the seed's numbers."""
+class Gated:
+    """A layer of gated adapters, wherever these are, for each adapted layer of the seed; `layers` by its numbers."""
 
-    def __init__(self, run: AdapterRun, upper: Upper, tokens: int, window_tokens: int) -> None:
-        self.manifest = run.manifest(upper.model.shape, tokens, window_tokens)
-        self.experts = LocalExperts(self.manifest)
-        generator = torch.Generator().manual_seed(run.seed)
-        self._start, self._upper = upper.start, upper
+    def __init__(self, manifest: Manifest, upper: Upper, experts: Experts) -> None:
+        self.manifest, self._upper, self._experts = manifest, upper, experts
+        generator, model = torch.Generator().manual_seed(manifest.seed), manifest.model
         self.layers: dict[int, MoE] = {
-            self._start + layer: LocalMoE(self.experts, layer, generator) for layer in range(run.layers)
+            upper.start + layer: MoE(build_gate(model, generator), experts, layer) for layer in range(model.n_layers)
         }
         self._parameters = [p for layer in self.layers.values() for p in layer.parameters()]
         adam = self.manifest.optimizer
@@ -104,35 +103,53 @@ class Adapters:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(self._parameters, adam.grad_clip)
-        self._gates.param_groups[0]["lr"] = adam.lr * learning_rate_factor(adam, self.experts.run_tokens)
+        self._gates.param_groups[0]["lr"] = adam.lr * learning_rate_factor(adam, self._experts.run_tokens)
         self._gates.step()
         for layer in self.layers.values():
             layer.balance()
-        self.experts.run_tokens += targets_BT.numel()
+        self._experts.run_tokens += targets_BT.numel()
         return float(loss.detach())
-
-    def weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """`w_in` [E, D, R] and `w_out` [E, R, D] of a layer of the seed."""
-        blocks = self.experts.blocks[layer - self._start]
-        return {name: torch.cat([block.params[name] for block in blocks]) for name in blocks[0].params}
 
     def gate_stats(self) -> list[dict[str, float]]:
         """Of each layer's gate, over the last steps."""
         return [asdict(layer.gate.stats()) for layer in self.layers.values()]
 
 
+class Adapters(Gated):
+    """With the adapters in this process, where their weights can be read."""
+
+    def __init__(self, manifest: Manifest, upper: Upper) -> None:
+        self.experts = LocalExperts(manifest)
+        super().__init__(manifest, upper, self.experts)
+
+    def weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """`w_in` [E, D, R] and `w_out` [E, R, D] of a layer of the seed."""
+        blocks = self.experts.blocks[layer - self._upper.start]
+        return {name: torch.cat([block.params[name] for block in blocks]) for name in blocks[0].params}
+
+
 def train_adapters(run: AdapterRun, upper: Upper, texts: Sequence[States], progress: Progress) -> Adapters:
-    """Each window of `texts` once, those of all texts mixed, in an order of the seed."""
+    """New adapters, in this process."""
+    adapters = Adapters(manifest_for(run, upper, texts), upper)
+    train(adapters, texts, progress)
+    return adapters
+
+
+def manifest_for(run: AdapterRun, upper: Upper, texts: Sequence[States]) -> Manifest:
+    """Of a run that learns from each window of `texts` once."""
+    tokens = sum(states.targets_WT.numel() for states in texts)
+    return run.manifest(upper.model.shape, tokens, texts[0].targets_WT.shape[1])
+
+
+def train(adapters: Gated, texts: Sequence[States], progress: Progress) -> None:
+    """Each window of `texts` once, those of all texts mixed, in an order of the run's seed."""
     places = torch.tensor([(text, window) for text, states in enumerate(texts) for window in range(len(states))])
-    places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(run.seed))]
-    window_tokens = texts[0].targets_WT.shape[1]
-    adapters = Adapters(run, upper, len(places) * window_tokens, window_tokens)
+    places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(adapters.manifest.seed))]
     for start in range(0, len(places), STEP_WINDOWS):
         chosen = places[start : start + STEP_WINDOWS]
         parts = [texts[text].batch(torch.tensor([window])) for text, window in chosen.tolist()]
         loss = adapters.step(torch.cat([x for x, _ in parts]), torch.cat([targets for _, targets in parts]))
         progress(start + len(chosen), len(places), f"{loss:.3f} nats per token")
-    return adapters
 
 
 def train_apart(

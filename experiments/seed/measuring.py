@@ -5,17 +5,29 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from experiments.counted import CountedExperts
 from experiments.domains import DOMAINS, WEAK
-from experiments.seed.adapting import nats_and_choices, nats_per_window, train_adapters, train_apart
+from experiments.places import Place, experts_over_hosts
+from experiments.seed.adapting import (
+    STEP_WINDOWS,
+    Gated,
+    manifest_for,
+    nats_and_choices,
+    nats_per_window,
+    train,
+    train_adapters,
+    train_apart,
+)
 from experiments.seed.apart import arrow, merged
 from experiments.seed.volunteer import volunteer
 from experiments.specialisation import excess
+from protocol.manifest import AveragingConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,9 +37,11 @@ if TYPE_CHECKING:
     from experiments.adapters_arms import AdapterTrial, Way
     from experiments.domains import DomainName
     from experiments.experiment import Result, TrialContext
+    from experiments.places import OverHosts
     from experiments.seed.adapting import Adapters
     from experiments.seed.states import States, Texts, Upper
     from node.moe import MoE
+    from protocol.manifest import Manifest
 
 DIGITS = 4
 
@@ -50,6 +64,13 @@ def measure(trial: AdapterTrial, texts: Texts, context: TrialContext) -> Result:
         result["volunteer"] = asdict(volunteer(alone[WEAK[0]].manifest))
         for way in trial.ways:
             _measure_apart(measuring, way, alone)
+    elif trial.hosts:
+        manifest = manifest_for(trial.run, texts.upper, list(training.values()))
+        place = Place(hosts=trial.hosts)
+        manifest = replace(manifest, averaging=AveragingConfig(target_replicas=place.replicas))
+        steps = sum(map(len, training.values())) // STEP_WINDOWS
+        with experts_over_hosts(place, manifest, steps, context.folder) as where:
+            _measure_hosted(measuring, manifest, where, list(training.values()), context)
     else:
         adapters = train_adapters(trial.run, texts.upper, list(training.values()), context.progress)
         result["cpu_seconds"] = round(time.process_time() - cpu, 1)
@@ -57,6 +78,23 @@ def measure(trial: AdapterTrial, texts: Texts, context: TrialContext) -> Result:
         result["gates"] = adapters.gate_stats()
         measuring.gated("gated", adapters.layers)
     return result
+
+
+def _measure_hosted(
+    measuring: _Measuring, manifest: Manifest, where: OverHosts, training: list[States], context: TrialContext
+) -> None:
+    """Adapters that are trained and measured where hosts hold them."""
+    result, experts = measuring.result, CountedExperts(where.experts)
+    adapters = Gated(manifest, measuring.upper, experts)
+    cpu, others = time.process_time(), where.cpu_seconds()
+    train(adapters, training, context.progress)
+    result["cpu_seconds"] = round(time.process_time() - cpu, 1)
+    result["others_cpu_seconds"] = round(where.cpu_seconds() - others, 1)
+    result |= {"volunteer": asdict(volunteer(manifest)), "gates": adapters.gate_stats()}
+    result |= {"pairs": dict(experts.trained), **where.figures()}
+    where.settle()
+    measuring.gated("gated", adapters.layers)
+    experts.check_held_out()
 
 
 def _measure_apart(measuring: _Measuring, way: Way, alone: Mapping[DomainName, Adapters]) -> None:
@@ -77,13 +115,12 @@ class _Measuring:
     """Of one model on some texts, way by way."""
 
     def __init__(self, upper: Upper, tests: Mapping[DomainName, States]) -> None:
-        self.tests = tests
+        self.tests, self.upper = tests, upper
         self.result: Result = {"nats": {}, "specialisation": {}, "shares": {}}
-        self._upper = upper
 
     def plain(self, way: Way, adapters: Mapping[DomainName, Mapping[int, nn.Module]]) -> None:
         """With the adapters that are given for each domain."""
-        nats = {name: nats_per_window(self._upper, own, self.tests[name]) for name, own in adapters.items()}
+        nats = {name: nats_per_window(self.upper, own, self.tests[name]) for name, own in adapters.items()}
         self._keep(way, nats)
 
     def gated(self, way: Way, layers: Mapping[int, MoE]) -> None:
@@ -91,7 +128,7 @@ class _Measuring:
         nats: dict[DomainName, list[float]] = {}
         chosen: dict[DomainName, list[torch.Tensor]] = {}
         for name, states in self.tests.items():
-            nats[name], chosen[name] = nats_and_choices(self._upper, layers, states)
+            nats[name], chosen[name] = nats_and_choices(self.upper, layers, states)
         self._keep(way, nats)
         n_experts = next(iter(layers.values())).gate.n_experts
         if n_experts > 1:

@@ -256,6 +256,8 @@ def made_up(trial: AdapterTrial, nats: dict[str, float], english: dict[str, floa
         "volunteer": {
             "parameters": 1, "memory_bytes": 1, "block_adapters": 1, "wire_bytes_per_token": 1.0, "share": 1.0,
         },
+        "tokens": 1_000, "cpu_seconds": 10.0, "others_cpu_seconds": 5.0, "wire_bytes": 8_000_000, "calls_ok": 400,
+        "calls_failed": 0,
     }  # fmt: skip
     return result
 
@@ -274,6 +276,10 @@ def test_the_finding_says_what_came_out_good_or_bad() -> None:
     assert "0% (Arrow chooses 1)" in good.finding
     assert "Many are dead in: 8 of 256 adapters; 8 of 1,024 adapters" in good.tables["Load"]
     assert "perhaps not tuned" not in good.tables["Loss where the seed is weak"]
+
+    assert "8 of 1,024 adapters that are held by 2 hosts are 0.000 nats per token worse" in good.finding
+    hosted = "| 8 of 1,024 adapters, on 2 hosts | 4,096 | 0.000 | 400 | 0 | 2,000 | 1.50 |"
+    assert hosted in good.tables["Held by hosts"]
 
     bad = report({"8 of 256 adapters": 3.8, "one adapter for all": 3.5}, {"8 of 256 adapters": 4.5})
     assert bad.finding.startswith("8 of 256 adapters are 0.300")

@@ -150,6 +150,7 @@ def with_and_without(folder: Path, config: ChurnConfig) -> tuple[float, float]:
     return with_churn, without
 
 
+@pytest.mark.slow  # a minute; deaths and takeovers are each tested alone in tests/faults
 @pytest.mark.timeout(300)
 def test_a_host_killed_and_another_joining_lose_no_block_and_training_goes_on(tmp_path: Path) -> None:
     bits_per_byte, steps = disturbed(tmp_path, ChurnConfig(kills=1))

@@ -72,6 +72,7 @@ def test_a_local_swarm_trains_to_the_end_and_leaves_its_files(tmp_path: Path, te
         assert what in done.stdout, what
 
 
+@pytest.mark.slow  # what `local` adds to tests of averaging, a minute on a slow machine
 def test_two_replicas_of_each_block_and_two_trainers_make_one_run(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "run"
     shape = ("--replicas", "2", "--trainers", "2", "--averaging-period-s", "0.2", "--steps", "120")

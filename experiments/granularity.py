@@ -22,7 +22,13 @@ EXPERTS = (
     Arm(label="8 of 2,025 experts", hidden=32, experts=2025, per_token=8, gate="product_key"),
     Arm(label="8 of 8,281 experts", hidden=32, experts=8281, per_token=8, gate="product_key"),
 )
-FULL = Arms(arms=(DENSE, DENSE_FLOPS, *EXPERTS, DENSE_TOTAL), tokens=4_096_000, seeds=3, tuning_tokens=512_000)
+FULL = Arms(
+    arms=(DENSE, DENSE_FLOPS, *EXPERTS, DENSE_TOTAL),
+    tokens=4_096_000,
+    seeds=3,
+    rates=(*RATES, 1.6e-2),
+    tuning_tokens=512_000,
+)
 QUICK = Arms(arms=(DENSE, DENSE_FLOPS, *EXPERTS[:4]), tokens=1_024_000, seeds=1)
 WORTH_MORE = 0.01
 """Nats per byte: four times the experts that gain less than that are no longer worth it."""
@@ -41,7 +47,7 @@ product keys, which take a square number of experts. A bias balances the load; n
 Controls: a dense layer of the same active width; one of {DENSE_FLOPS.hidden} hidden units, which costs at least as many
 FLOPs as any arm with experts, its gate counted; and, as the upper bound for 64 experts, a dense layer as large as all
 of them together. The learning rate is tuned for each arm alike, on {FULL.tuning_tokens:,} tokens with a seed of its
-own: {", ".join(f"{rate:g}" for rate in RATES)} are tried. Held-out text is the same for all arms and their {FULL.seeds}
+own: {", ".join(f"{rate:g}" for rate in FULL.rates)} are tried. Held-out text is the same for all arms and their {FULL.seeds}
 seeds; a difference is taken seed by seed and window by window. Intervals are of 95 %.
 
 What this cannot show: what happens with larger models, or with much more text. An arm with more experts has more

@@ -47,8 +47,8 @@ product keys, which take a square number of experts. A bias balances the load; n
 Controls: a dense layer of the same active width; one of {DENSE_FLOPS.hidden} hidden units, which costs at least as many
 FLOPs as any arm with experts, its gate counted; and, as the upper bound for 64 experts, a dense layer as large as all
 of them together. The learning rate is tuned for each arm alike, on {FULL.tuning_tokens:,} tokens with a seed of its
-own: {", ".join(f"{rate:g}" for rate in FULL.rates)} are tried. Held-out text is the same for all arms and their {FULL.seeds}
-seeds; a difference is taken seed by seed and window by window. Intervals are of 95 %.
+own: {", ".join(f"{rate:g}" for rate in FULL.rates)} are tried. Held-out text is the same for all arms and
+their {FULL.seeds} seeds; a difference is taken seed by seed and window by window. Intervals are of 95 %.
 
 What this cannot show: what happens with larger models, or with much more text. An arm with more experts has more
 parameters, as it has on a swarm: equal are the work for each token and the tokens, not the memory.

@@ -12,6 +12,7 @@ import torch
 
 from experiments.choosing import PREFIX, by_prefix, by_topic, in_hindsight, models_by_prefix
 from experiments.merged import by_posterior, evenly_weighted
+from experiments.merges import row_of
 from experiments.merging_report import AVERAGE, BEST, EVOLVED, POSTERIOR, RANDOM, TASK_ARITHMETIC, TIES, WEIGHTED
 
 if TYPE_CHECKING:
@@ -96,13 +97,9 @@ def unsearched(nats: float, models: float) -> Result:
 
 def ways_apart(base: Weights, participants: Sequence[Weights]) -> tuple[float, float, float]:
     """Length of the base; mean length of the participants' ways from it; mean cosine between two of them."""
-    start_W = _row(base)
-    ways = [_row(weights) - start_W for weights in participants]
+    start_W = row_of(base)
+    ways = [row_of(weights) - start_W for weights in participants]
     unit_PW = torch.stack([way / way.norm() for way in ways])
     cosines = (unit_PW @ unit_PW.T)[~torch.eye(len(ways), dtype=torch.bool)]
     length = torch.stack([way.norm() for way in ways]).mean()
     return float(start_W.norm()), float(length), float(cosines.mean())
-
-
-def _row(weights: Weights) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in weights.values()])

@@ -57,8 +57,8 @@ def ties(base: Weights, participants: Sequence[Weights], density: float, scale: 
     _check_alike([base, *participants])
     if not 0.0 < density <= 1.0:
         raise InvalidInputError("density", f"is {density:g}; it is more than 0 and at most 1")
-    base_W = _row(base)
-    trimmed_SW = torch.stack([trimmed(_row(p) - base_W, density) for p in participants])
+    base_W = row_of(base)
+    trimmed_SW = torch.stack([trimmed(row_of(p) - base_W, density) for p in participants])
     elected_W = trimmed_SW.sum(0).sign()
     agrees_SW = (trimmed_SW.sign() == elected_W) & (trimmed_SW != 0.0)
     sum_W = torch.where(agrees_SW, trimmed_SW, 0.0).sum(0)
@@ -85,12 +85,13 @@ def group_of(name: str) -> str:
     return "embedding" if first.startswith("embedding") else "head"
 
 
+def row_of(weights: Weights) -> Tensor:
+    """All values of a model in one row [W]."""
+    return torch.cat([tensor.flatten() for tensor in weights.values()])
+
+
 def _combined(shares_S: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return torch.einsum("s,s...->...", shares_S.to(tensors[0]), torch.stack(list(tensors)))
-
-
-def _row(weights: Weights) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in weights.values()])
 
 
 def _unrow(row_W: Tensor, like: Weights) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ import torch
 from experiments.arm import Arm, TrainSpec, cost
 from experiments.branches import Branches, Course
 from experiments.choosing import PREFIX
-from experiments.experiment import Trial, no_results
+from experiments.experiment import Trial
 from experiments.labels import Topics
 from experiments.merge_desk import Desk, chosen_between, unsearched, ways_apart
 from experiments.merge_search import POPULATION, SCALES, TIES_DENSITIES, TIES_SCALES, Search
-from experiments.merging_report import POSTERIOR, MergingResults, Wording, merging_report
+from experiments.merging_experiment import MergingExperiment
+from experiments.merging_report import POSTERIOR, MergingResults, Wording
 from experiments.shards import evenly, split
 from experiments.training import TrainRun, log_likelihood, nats_per_window, open_text
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from experiments.experiment import Preset, Report, Result, TrialContext
+    from experiments.experiment import Preset, Result, TrialContext
     from experiments.merges import Weights
     from node.data import ByteDataset
     from node.transformer import Transformer
@@ -74,6 +75,15 @@ class Plan:
             branch_tokens=branch,
             apart_tokens=self.tokens - branch,
         )
+
+    def trials(self, seed: int) -> list[Trial]:
+        """The joint model, and what is trained apart late and early."""
+        trials = [Trial(name=f"joint-seed{seed}", spec={"kind": "joint", "train": self.joint(seed).to_json()})]
+        for kind, quarters in WHEN.items():
+            course = self.course(seed, quarters).to_json()
+            chosen_on = {"evaluations": self.evaluations, "validation_bytes": self.validation_bytes}
+            trials.append(Trial(name=f"{kind}-seed{seed}", spec={"kind": kind, "train": course, **chosen_on}))
+        return trials
 
     def joint(self, seed: int) -> TrainSpec:
         """The same run, all together to its end."""
@@ -129,46 +139,30 @@ of evaluations; with more of them the text to choose on would have to be larger 
 """
 
 
-class Merging:
-    """The experiment."""
-
-    name = "merging"
-    claim = '"Merging is throwing things at the wall."'
-    method = METHOD
-
-    def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:  # noqa: ARG002 - no stages
-        """Seed by seed the joint model, and what is trained apart late and early."""
-        plan = PRESETS[preset]
-        return [trial for seed in range(plan.seeds) for trial in _of_seed(plan, seed)]
-
-    def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
-        """Train what it takes; then merge and choose."""
-        dataset = open_text()
-        return joint(spec, dataset, context) if spec["kind"] == "joint" else apart(spec, dataset, context)
-
-    def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
-        """Of those seeds that are whole; ConfigError where there is none."""
-        plan = PRESETS[preset]
-        whole = [seed for seed in range(plan.seeds) if all(trial.name in results for trial in _of_seed(plan, seed))]
-        if not whole:
-            raise no_results(self.name, preset, "a whole seed")
-        by_kind = {kind: [results[f"{kind}-seed{seed}"] for seed in whole] for kind in ("joint", *WHEN)}
-        together = {JOINT: by_kind.pop("joint")}
-        one = cost(plan.joint(0))
-        return merging_report(MergingResults(words=WORDS, together=together, apart=by_kind, cost=one))
+def carry_out(spec: dict[str, Any], context: TrialContext) -> Result:
+    """Train what it takes; then merge and choose."""
+    dataset = open_text()
+    return joint(spec, dataset, context) if spec["kind"] == "joint" else apart(spec, dataset, context)
 
 
-EXPERIMENT = Merging()
+def results_of(plan: Plan, by_kind: Mapping[str, Sequence[Result]]) -> MergingResults:
+    """As the page takes them."""
+    return MergingResults(
+        words=WORDS,
+        together={JOINT: by_kind["joint"]},
+        apart={kind: by_kind[kind] for kind in WHEN},
+        cost=cost(plan.joint(0)),
+    )
 
 
-def _of_seed(plan: Plan, seed: int) -> list[Trial]:
-    together = {"kind": "joint", "train": plan.joint(seed).to_json()}
-    trials = [Trial(name=f"joint-seed{seed}", spec=together)]
-    for kind, quarters in WHEN.items():
-        course = plan.course(seed, quarters).to_json()
-        chosen_on = {"evaluations": plan.evaluations, "validation_bytes": plan.validation_bytes}
-        trials.append(Trial(name=f"{kind}-seed{seed}", spec={"kind": kind, "train": course, **chosen_on}))
-    return trials
+EXPERIMENT = MergingExperiment(
+    name="merging",
+    claim='"Merging is throwing things at the wall."',
+    method=METHOD,
+    presets=PRESETS,
+    carry_out=carry_out,
+    results_of=results_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

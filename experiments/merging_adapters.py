@@ -11,10 +11,11 @@ from experiments.adapters import FULL as ADAPTERS
 from experiments.adapters import SMALL, WHOLE
 from experiments.arm import Cost
 from experiments.domains import WEAK, read_domain
-from experiments.experiment import Trial, no_results
+from experiments.experiment import Trial
 from experiments.merge_desk import Desk, chosen_between, unsearched, ways_apart
 from experiments.merge_search import POPULATION, Search
-from experiments.merging_report import POSTERIOR, MergingResults, Wording, merging_report
+from experiments.merging_experiment import MergingExperiment
+from experiments.merging_report import POSTERIOR, MergingResults, Wording
 from experiments.seed.adapting import AdapterGrid, AdapterRun, nats_per_token, train_adapters, train_apart
 from experiments.seed.apart import arrow, from_products, products
 from experiments.seed.matrix import FrozenMatrix
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from experiments.experiment import Preset, Report, Result, TrialContext
+    from experiments.experiment import Preset, Result, TrialContext
     from experiments.merges import Weights
     from experiments.seed.states import States, Texts, Upper
 
@@ -114,46 +115,36 @@ plain average.
 """
 
 
-class MergingAdapters:
-    """The experiment."""
-
-    name = "merging-adapters"
-    claim = '"Merging is throwing things at the wall": the adapters that were trained apart.'
-    method = METHOD
-
-    def plan(self, preset: Preset, results: Mapping[str, Result]) -> Sequence[Trial]:  # noqa: ARG002 - no stages
-        """Seed by seed."""
-        plan = PRESETS[preset]
-        return [trial for seed in range(plan.seeds) for trial in plan.trials(seed)]
-
-    def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
-        """Train and measure; minutes, so nothing of it is kept but what the frozen layers gave for the texts."""
-        texts = Frozen(load_seed(), context.shared).texts(read_domain, TextPlan(**spec["text"]), context.progress)
-        return run_trial(spec, texts, context)
-
-    def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
-        """Of those seeds that are whole; ConfigError where there is none."""
-        plan = PRESETS[preset]
-        whole = [seed for seed in range(plan.seeds) if all(trial.name in results for trial in plan.trials(seed))]
-        if not whole:
-            raise no_results(self.name, preset, "a whole seed")
-
-        def rows(kind: str) -> list[Result]:
-            return [results[f"{kind}-seed{seed}"] for seed in whole]
-
-        parameters = rows("further")[0]["parameters"]
-        one = Cost(parameters=parameters, active_parameters=parameters, flops_per_token=2 * parameters)
-        together = {ROWS[kind]: rows(kind) for kind in TOGETHER}
-        return merging_report(
-            MergingResults(words=WORDS, together=together, apart={kind: rows(kind) for kind in RATES}, cost=one)
-        )
+def carry_out(spec: dict[str, Any], context: TrialContext) -> Result:
+    """Train and measure; minutes, so nothing of it is kept but what the frozen layers gave for the texts."""
+    texts = Frozen(load_seed(), context.shared).texts(read_domain, TextPlan(**spec["text"]), context.progress)
+    return run_trial(spec, texts, context)
 
 
-EXPERIMENT = MergingAdapters()
+def results_of(_plan: Plan, by_kind: Mapping[str, Sequence[Result]]) -> MergingResults:
+    """As the page takes them."""
+    apart = {kind: by_kind[kind] for kind in RATES}
+    parameters = apart["further"][0]["parameters"]
+    return MergingResults(
+        words=WORDS,
+        together={row: by_kind[kind] for kind, row in ROWS.items()},
+        apart=apart,
+        cost=Cost(parameters=parameters, active_parameters=parameters, flops_per_token=2 * parameters),
+    )
+
+
+EXPERIMENT = MergingExperiment(
+    name="merging-adapters",
+    claim='"Merging is throwing things at the wall": the adapters that were trained apart.',
+    method=METHOD,
+    presets=PRESETS,
+    carry_out=carry_out,
+    results_of=results_of,
+)
 
 
 def run_trial(spec: dict[str, Any], texts: Texts, context: TrialContext) -> Result:
-    """What `run` does, with any texts."""
+    """What `carry_out` does, with any texts."""
     run = AdapterRun(**{**spec["run"], "grid": AdapterGrid(**spec["run"]["grid"])})
     if spec["kind"] in TOGETHER:
         return together(run, texts, context)

@@ -40,8 +40,10 @@ class Wording:
     """Of text: a loss is in nats for each."""
 
     kinds: Mapping[str, str]
+    """By kind of a trial, how its participants came to part."""
+
     base: str
-    """The way that nobody has trained alone, as a row."""
+    """Row of what the participants began from; in a sentence it is `base_words`."""
 
     base_words: str
     together: Mapping[str, str]
@@ -55,6 +57,7 @@ class Wording:
     """Training on a unit costs as much as running the model on so many."""
 
     length: str
+    """Heading of how far participants went."""
 
     @property
     def nats(self) -> str:

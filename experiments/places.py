@@ -177,19 +177,14 @@ def manifest_of(spec: TrainSpec, place: Place) -> Manifest:
 
 
 @contextmanager
-def experts_at(place: Place, spec: TrainSpec, folder: Path) -> Iterator[Where]:
-    """The experts, which are there until the context ends, and their processes with them."""
-    manifest = manifest_of(spec, place)
+def experts_at(place: Place, manifest: Manifest, steps: int, folder: Path) -> Iterator[Where]:
+    """The experts for a training of so many steps, which are there until the context ends, and their processes.
+
+    What befalls them is drawn with the run's seed.
+    """
     if not place.hosts:
         yield Here(manifest)
         return
-    with experts_over_hosts(place, manifest, spec.steps, folder) as where:
-        yield where
-
-
-@contextmanager
-def experts_over_hosts(place: Place, manifest: Manifest, steps: int, folder: Path) -> Iterator[OverHosts]:
-    """A swarm of `place.hosts` for a training of so many steps; what befalls it is drawn with the run's seed."""
     # A folder of its own: hosts that a trial left when it was cut may still be leaving the last one.
     with (
         tempfile.TemporaryDirectory(prefix="swarm-", dir=folder) as own,

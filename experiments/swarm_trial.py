@@ -75,7 +75,7 @@ class SwarmTrial:
 
 def run_trial(spec: TrainSpec, place: Place, context: TrialContext, dataset: ByteDataset) -> Result:
     """Train, end all disturbance, measure."""
-    with experts_at(place, spec, context.folder) as where:
+    with experts_at(place, manifest_of(spec, place), spec.steps, context.folder) as where:
         trial = SwarmTrial(spec, place, where, dataset)
         return {**trial.train(context), **trial.measure()}
 

@@ -13,7 +13,7 @@ import torch
 
 from experiments.counted import CountedExperts
 from experiments.domains import DOMAINS, WEAK
-from experiments.places import Place, experts_over_hosts
+from experiments.places import Place, experts_at
 from experiments.seed.adapting import (
     STEP_WINDOWS,
     Gated,
@@ -21,7 +21,6 @@ from experiments.seed.adapting import (
     nats_and_choices,
     nats_per_window,
     train,
-    train_adapters,
     train_apart,
 )
 from experiments.seed.apart import arrow, merged
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from experiments.adapters_arms import AdapterTrial, Way
     from experiments.domains import DomainName
     from experiments.experiment import Result, TrialContext
-    from experiments.places import OverHosts
+    from experiments.places import Where
     from experiments.seed.adapting import Adapters
     from experiments.seed.states import States, Texts, Upper
     from node.moe import MoE
@@ -57,33 +56,27 @@ def measure(trial: AdapterTrial, texts: Texts, context: TrialContext) -> Result:
     training = {name: texts.training[name].first(trial.windows) for name in WEAK}
     result = measuring.result
     result["tokens"] = sum(states.targets_WT.numel() for states in training.values())
-    cpu = time.process_time()
     if trial.is_apart:
+        cpu = time.process_time()
         alone = train_apart(trial.run, texts.upper, training, context.progress)
         result["cpu_seconds"] = round(time.process_time() - cpu, 1)
         result["volunteer"] = asdict(volunteer(alone[WEAK[0]].manifest))
         for way in trial.ways:
             _measure_apart(measuring, way, alone)
-    elif trial.hosts:
-        manifest = manifest_for(trial.run, texts.upper, list(training.values()))
-        place = Place(hosts=trial.hosts)
-        manifest = replace(manifest, averaging=AveragingConfig(target_replicas=place.replicas))
-        steps = sum(map(len, training.values())) // STEP_WINDOWS
-        with experts_over_hosts(place, manifest, steps, context.folder) as where:
-            _measure_hosted(measuring, manifest, where, list(training.values()), context)
-    else:
-        adapters = train_adapters(trial.run, texts.upper, list(training.values()), context.progress)
-        result["cpu_seconds"] = round(time.process_time() - cpu, 1)
-        result["volunteer"] = asdict(volunteer(adapters.manifest))
-        result["gates"] = adapters.gate_stats()
-        measuring.gated("gated", adapters.layers)
+        return result
+    together, place = list(training.values()), Place(hosts=trial.hosts)
+    manifest = manifest_for(trial.run, texts.upper, together)
+    manifest = replace(manifest, averaging=AveragingConfig(target_replicas=place.replicas))
+    steps = sum(map(len, together)) // STEP_WINDOWS
+    with experts_at(place, manifest, steps, context.folder) as where:
+        _measure_gated(measuring, manifest, where, together, context)
     return result
 
 
-def _measure_hosted(
-    measuring: _Measuring, manifest: Manifest, where: OverHosts, training: list[States], context: TrialContext
+def _measure_gated(
+    measuring: _Measuring, manifest: Manifest, where: Where, training: list[States], context: TrialContext
 ) -> None:
-    """Adapters that are trained and measured where hosts hold them."""
+    """Adapters that are trained with their gate and measured wherever they are held."""
     result, experts = measuring.result, CountedExperts(where.experts)
     adapters = Gated(manifest, measuring.upper, experts)
     cpu, others = time.process_time(), where.cpu_seconds()

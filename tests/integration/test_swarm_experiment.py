@@ -9,7 +9,7 @@ import pytest
 
 from experiments import swarm
 from experiments.arm import Arm, TrainSpec
-from experiments.places import Place, experts_at
+from experiments.places import Place, experts_at, manifest_of
 from experiments.processes import wait_until
 from experiments.swarm_trial import SwarmTrial
 from experiments.training import nats_per_window
@@ -38,7 +38,7 @@ def trained(place: Place, dataset: ByteDataset, folder: Path) -> tuple[dict[str,
     """What training told, and the held-out loss once nothing is disturbed any more."""
     folder.mkdir()
     context = Context(folder)
-    with experts_at(place, SPEC, folder) as where:
+    with experts_at(place, manifest_of(SPEC, place), SPEC.steps, folder) as where:
         trial = SwarmTrial(SPEC, place, where, dataset)
         told = trial.train(context)
         where.settle()

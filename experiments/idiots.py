@@ -19,7 +19,7 @@ FROZEN = Arm(
 SIZES = (LARGE, MIDDLE, SMALL, NEURONS)
 NULLS = (HASHED, FROZEN)
 # The highest of the usual rates was the best for most arms of `granularity`.
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FULL = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=1_024_000, seeds=3, tuning_tokens=256_000, rates=RATES)
 QUICK = Arms(arms=(DENSE, *SIZES, *NULLS), tokens=256_000, seeds=1)
 

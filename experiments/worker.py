@@ -16,6 +16,7 @@ from protocol.errors import KilohiveError
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
+    from types import FrameType
 
     from experiments.experiment import Result, Trial
 
@@ -100,9 +101,15 @@ class Context:
         self._connection.send(Progress(done, total, words))
 
 
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    """Unwind: a process that is ended by the signal itself leaves its semaphores and folders behind."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def work(job: Job, connection: Connection) -> None:
     """The worker's main: one trial, one answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the runner decides
+    signal.signal(signal.SIGTERM, _leave)
     # Before torch is imported, which reads it then; trials that need no torch do without.
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
     keep_freed_memory()

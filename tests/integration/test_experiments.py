@@ -6,8 +6,12 @@ import asyncio
 import io
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,8 +31,6 @@ from tests.support.small_experiment import Small
 from tests.support.trials import Context, bee_dataset
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from experiments.experiment import Trial
     from experiments.worker import Progress
     from node.data import ByteDataset
@@ -146,6 +148,33 @@ async def test_a_stop_ends_every_worker_within_three_seconds_and_a_trial_goes_on
             break
     assert done
     assert store.all()["sum"]["value"] == 0
+
+
+STOPPED = """
+import sys
+from experiments.worker import Job, Worker
+from tests.support import small_experiment
+
+if __name__ == "__main__":
+    trial = small_experiment.Small(kinds=("waits",)).plan("quick", {})[0]
+    job = Job(module=small_experiment.__name__, spec=trial.spec, folder=sys.argv[1], shared=sys.argv[1], device="cpu",
+              threads=1)
+    worker = Worker(trial, job)
+    while worker.connection.recv().words != "waiting":
+        pass
+    worker.stop()
+"""
+
+
+def test_a_trial_that_is_stopped_leaves_no_semaphores_behind_and_its_user_no_warning(tmp_path: Path) -> None:
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    root = str(Path(small_experiment.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "trial")],
+        env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
 
 
 async def test_the_page_json_and_plots_are_the_same_bytes_each_time_and_the_json_resumes(tmp_path: Path) -> None:

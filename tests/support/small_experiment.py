@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,8 @@ class Small:
                 if mark.exists():
                     return {"value": 0}
                 mark.touch()
+                # Has a name in the system, as those of libraries that trials use.
+                self.lock = multiprocessing.get_context("spawn").Lock()
                 context.progress(0.5, 1, "waiting")
                 while True:
                     time.sleep(0.05)

@@ -25,20 +25,21 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.config import CoordinatorConfig, LighthouseConfig, LocalConfig, StatusConfig, program_name
-from node.cli import HELP_LIMITS, Page, parse, print_help, print_limits, resolved_text
-from node.config import (
-    ContributeConfig,
-    ControlConfig,
-    EvaluateConfig,
+from common.command_line import HELP_LIMITS, Page, parse, print_help, print_limits, resolved_text
+from common.errors import ConfigError, KilohiveError
+from coordinator.config import (
+    CoordinatorConfig,
     ExperimentConfig,
-    HealthConfig,
-    HostConfig,
-    LimitsConfig,
-    SampleConfig,
-    TrainConfig,
+    LighthouseConfig,
+    LocalConfig,
+    StatusConfig,
+    program_name,
 )
-from protocol.errors import ConfigError, KilohiveError
+from node.contributor.config import ContributeConfig
+from node.host.config import ControlConfig, HostConfig
+from node.limits.config import LimitsConfig
+from node.rpc.config import HealthConfig
+from node.trainer.config import EvaluateConfig, SampleConfig, TrainConfig
 from protocol.version import VERSION
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ COMMANDS = (
         config=HostConfig,
         examples=("host --swarm runs/run/swarm.toml", "host --swarm swarm.toml --blocks 0/0-3,1/7 --state state/b"),
         limits=LimitsConfig,
-        entry="node.host:run_host",
+        entry="node.host.host:run_host",
         endless=True,
     ),
     Command(
@@ -104,7 +105,7 @@ COMMANDS = (
         summary="train a run's trunk over the swarm's experts.",
         config=TrainConfig,
         examples=("train --swarm runs/run/swarm.toml --steps 500", "train --swarm runs/run/swarm.toml --resume"),
-        entry="node.trainer:run_trainer",
+        entry="node.trainer.trainer:run_trainer",
     ),
     Command(
         name="coordinator",
@@ -138,42 +139,42 @@ COMMANDS = (
         summary="ask the node of a folder on this machine whether it serves.",
         config=HealthConfig,
         examples=("health --state state/host", "health --state runs/run"),
-        entry="node.health:run_health",
+        entry="node.rpc.health:run_health",
     ),
     Command(
         name="pause",
         summary="have the host of a folder on this machine stop working; it stays in the swarm.",
         config=ControlConfig,
         examples=("pause --state state/host",),
-        entry="node.control:run_pause",
+        entry="node.host.control:run_pause",
     ),
     Command(
         name="resume",
         summary="have a paused host work again.",
         config=ControlConfig,
         examples=("resume --state state/host",),
-        entry="node.control:run_resume",
+        entry="node.host.control:run_resume",
     ),
     Command(
         name="leave",
         summary="have a host hand its blocks over, leave the swarm and end, within 20 s.",
         config=ControlConfig,
         examples=("leave --state state/host",),
-        entry="node.control:run_leave",
+        entry="node.host.control:run_leave",
     ),
     Command(
         name="evaluate",
         summary="measure held-out bits per byte of a run that is up.",
         config=EvaluateConfig,
         examples=("evaluate --swarm runs/local/swarm.toml --out runs/local",),
-        entry="node.evaluation:run_evaluate",
+        entry="node.trainer.evaluation:run_evaluate",
     ),
     Command(
         name="sample",
         summary="let the model of a run that is up write text.",
         config=SampleConfig,
         examples=('sample --swarm runs/local/swarm.toml --prompt "The city "',),
-        entry="node.evaluation:run_sample",
+        entry="node.trainer.evaluation:run_sample",
     ),
     Command(
         name="contribute",
@@ -183,14 +184,14 @@ COMMANDS = (
             "contribute --layer 1 --expert 7 --train 500 --join invite.txt",
             "contribute --layer 1 --expert 7 --join invite.txt",
         ),
-        entry="node.contribution.command:run_contribute",
+        entry="node.contributor.command:run_contribute",
     ),
     Command(
         name="experiment",
         summary="put a claim about tiny experts to the test.",
         config=ExperimentConfig,
         examples=("experiment", "experiment granularity", "experiment granularity --preset full --jobs 2"),
-        entry="experiments.run:run_experiment",
+        entry="experiments.harness.run:run_experiment",
     ),
 )
 

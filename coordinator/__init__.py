@@ -1,4 +1,4 @@
-"""What a run's owner runs: manifest, bootstrap, the local swarm, status. Never on the training path.
+"""What a run's owner runs: manifest, first peer, the local swarm, status. Never on the training path.
 
-May import dht and protocol. Imported by run_node and tests only; node and coordinator never import each other.
+May import `dht`, `protocol` and `common`. `node` and `coordinator` never import each other.
 """

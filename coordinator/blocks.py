@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
-from protocol.errors import ConfigError
+from common.errors import ConfigError
 from protocol.manifest import BlockId, all_blocks
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a person can set on a coordinator, a lighthouse, a local swarm or `status`.
+"""What a person can set on a coordinator, a lighthouse, a local swarm, `status` or an experiment.
 
 Light: no hivemind, so that `--help` is quick.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from common.errors import ConfigError, ManifestError, RecordError
+from dht.swarm_config import SwarmChoice
 from protocol.announcements import PeerRecord
-from protocol.errors import ConfigError, ManifestError, RecordError
 from protocol.manifest import (
     AveragingCodec,
     AveragingConfig,
@@ -23,7 +24,6 @@ from protocol.manifest import (
     ModelConfig,
     OptimizerConfig,
 )
-from protocol.swarm_choice import SwarmChoice
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -206,6 +206,30 @@ class LighthouseConfig(SwarmChoice):
     """Address for Prometheus metrics."""
     stop_on_stdin_eof: Flag = False
     """Leave when standard input ends. For a parent process that starts this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Put one of the claims about tiny experts to the test."""
+
+    name: tyro.conf.Positional[str] = ""
+    """Which one; without a name they are listed."""
+    preset: Literal["quick", "full"] = "quick"
+    """Quick shows that it runs, full is what the pages report."""
+    out: Path = Path("runs/experiments")
+    """Folder for what an interrupted run goes on from."""
+    results: Path | None = None
+    """Folder for page, plots and JSON; else docs/results, or for quick the folder of --out."""
+    jobs: int = 0
+    """Trials at once, each a process; 0: one for each core."""
+    threads: int = 1
+    """CPU threads of a trial."""
+    device: str = "cpu"
+    """auto, cpu, cuda, cuda:N or mps."""
+    only: str = ""
+    """Run only trials whose names hold this text."""
+    report: Flag = False
+    """Run nothing; write the page from the results that there are."""
 
 
 def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest:

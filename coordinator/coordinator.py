@@ -15,6 +15,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from common.atomic_file import write_atomically
+from common.errors import ConfigError, UnavailableError
+from common.events import EventLog
+from common.settings import check_minimums
+from common.tasks import Periodic
 from coordinator.config import (
     CoordinatorConfig,
     check_evaluators,
@@ -28,16 +33,11 @@ from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
 from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
-from dht.periodic import Periodic
-from dht.relay import Relay, RelayLimits
+from dht.relay.relay import Relay, RelayLimits
 from protocol.admission import Admission, owners_token
 from protocol.announcements import PeerRecord
-from protocol.atomic_file import write_atomically
-from protocol.errors import ConfigError, UnavailableError
-from protocol.events import EventLog
 from protocol.identity import Identity
 from protocol.invite import Invite
-from protocol.settings import check_minimums
 from protocol.swarm_file import SwarmFile
 from protocol.version import SOFTWARE
 

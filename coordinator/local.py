@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from common.errors import ConfigError, UnavailableError
+from common.events import EventLog
+from common.settings import check_minimums
 from coordinator.blocks import block_list_text, split_blocks
 from coordinator.children import Child, ChildSpec, end_all, exit_words
 from coordinator.config import LocalConfig, RunConfig, check_same_run, manifest_of, program_name, read_manifest
 from protocol.announcements import MAX_EVALUATORS
-from protocol.errors import ConfigError, UnavailableError
-from protocol.events import EventLog
 from protocol.identity import Identity
-from protocol.settings import check_minimums
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
+from common.errors import UnavailableError
 from coordinator.tables import largest_divergence, largest_gap, render_status
 from dht.addresses import listen_host
 from dht.directory import Directory
 from dht.join import fetch_manifest
 from dht.node import DhtConfig, DhtNode
-from protocol.errors import UnavailableError
+from dht.swarm_config import resolve
 from protocol.identity import Identity
-from protocol.swarm_choice import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

@@ -7,7 +7,7 @@ import ipaddress
 import socket
 from typing import TYPE_CHECKING
 
-from protocol.errors import ConfigError
+from common.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,17 +7,17 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dht.periodic import Periodic
-from dht.stamps import PERIOD_S, TTL_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, Stamps
-from dht.store import Entry
+from common.errors import KilohiveError
+from common.tasks import Periodic
+from dht.record_store import Entry
+from dht.record_versions import PERIOD_S, TTL_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, Stamps
 from protocol.announcements import encode_block, encode_peer
-from protocol.errors import KilohiveError
 from protocol.records import block_key, peers_key, sign_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dht.store import RecordStore
+    from dht.record_store import RecordStore
     from protocol.admission import Admission
     from protocol.announcements import BlockRecord, PeerRecord
     from protocol.identity import Identity

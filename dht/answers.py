@@ -17,8 +17,8 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
+from common.errors import RecordError
 from dht.packing import DICTIONARY_TAG, MAX_KEYS_PER_REQUEST, place_of_peer, unpack_dictionary
-from protocol.errors import RecordError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from protocol.errors import ConfigError, UnavailableError
+from common.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     from protocol.identity import Identity

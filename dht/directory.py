@@ -14,18 +14,18 @@ import threading
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from dht.book import RecordBook
-from dht.periodic import Periodic
+from common.errors import KilohiveError
+from common.tasks import Periodic
+from dht.record_cache import RecordBook
 from dht.view import DirectoryView, PeerInfo, Replica
 from protocol.announcements import BlockRecord, PeerRecord
-from protocol.errors import KilohiveError
 from protocol.manifest import TRUNK, all_blocks
 from protocol.records import block_key, peers_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dht.store import RecordStore
+    from dht.record_store import RecordStore
     from protocol.manifest import BlockId, ModelConfig
     from protocol.records import SignedRecord
 

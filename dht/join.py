@@ -6,8 +6,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from dht.store import Entry
-from protocol.errors import ManifestError, RecordError, UnavailableError
+from common.errors import ManifestError, RecordError, UnavailableError
+from dht.record_store import Entry
 from protocol.records import (
     MAX_MANIFEST_TTL_S,
     decode_manifest,
@@ -20,7 +20,7 @@ from protocol.records import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dht.store import RecordStore
+    from dht.record_store import RecordStore
     from protocol.identity import Identity
     from protocol.manifest import Manifest
 

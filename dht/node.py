@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, TypeVar
 from hivemind.dht.node import DHTNode
 from hivemind.utils.logging import use_hivemind_log_handler
 
+from common.errors import UnavailableError
 from dht.answers import node_id_of
-from dht.calls import Calls
+from dht.bootstrap import InitialPeer, Membership, parse_initial_peer
+from dht.bounded_calls import Calls
 from dht.daemon import Daemon, Place, place_of
 from dht.lookup import Lookup
-from dht.membership import InitialPeer, Membership, parse_initial_peer
 from dht.packing import RecordChecker
-from dht.store import Entry
+from dht.record_store import Entry
 from dht.streams import Streams
 from dht.transport import Transport
 from dht.validator import RecordValidator
 from protocol.admission import OPEN, Admission
-from protocol.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgpack  # type: ignore[import-untyped]
 
+from common.errors import RecordError
 from protocol.admission import OPEN
-from protocol.errors import RecordError
 from protocol.records import MAX_RECORD_BYTES, SignedRecord, check_time, parse_key, verify_record
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
-from dht.relaying import LENGTH_BYTES, PIECE_BYTES, SEND_TIMEOUT_S, length_in, packed, parsed
-from protocol.errors import IdentityError, KilohiveError, UnavailableError
+from common.errors import IdentityError, KilohiveError, UnavailableError
+from dht.framing import LENGTH_BYTES, PIECE_BYTES, SEND_TIMEOUT_S, length_in, packed, parsed
 from protocol.identity import public_key_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.routing import DHTID
 
+from common.errors import RecordError
 from dht.packing import MAX_STORED_KEYS, MAX_SUBKEYS, check_in_run
-from protocol.errors import RecordError
 
 if TYPE_CHECKING:
     from dht.packing import RecordChecker

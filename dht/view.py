@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from protocol.endpoints import Address
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -32,6 +34,11 @@ class Replica:
     expiration_s: float
     state: ReplicaState = "serving"
     divergence: float = 0.0
+
+    @property
+    def address(self) -> Address:
+        """Whom to call for it, and where."""
+        return Address(self.peer_id, self.endpoint)
 
 
 @dataclass(frozen=True, kw_only=True)

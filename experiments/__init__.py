@@ -1,4 +1,4 @@
-"""The arms that test the idea, built from node's pure-torch parts.
+"""The arms that test the idea, a folder each, built from the product's own parts. `README.md` says how to add one.
 
-May import node and protocol. Nothing in the product imports it, and no wheel holds it.
+May import `node`, `coordinator`, `protocol` and `common`. Nothing in the product imports it, and no wheel holds it.
 """

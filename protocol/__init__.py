@@ -1,4 +1,4 @@
-"""The wire: messages, tensor codec, identity, signed records, limits, errors, the run's manifest. Knows nobody.
+"""The wire, and nothing else: messages, tensor codec, identity, signed records, limits, statuses, the run's manifest.
 
-Everything may import it; it imports nothing of Kilohive.
+May import `common`. Everything else may import it.
 """

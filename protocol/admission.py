@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from protocol.atomic_file import write_atomically
-from protocol.errors import ConfigError
+from common.atomic_file import write_atomically
+from common.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path

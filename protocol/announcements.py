@@ -11,9 +11,9 @@ from typing import Final, Literal, TypeVar, get_args
 
 from google.protobuf.message import DecodeError, Message
 
+from common.errors import IdentityError, RecordError
 from protocol import limits, records_pb2
 from protocol.endpoints import check_endpoint, is_relay_address
-from protocol.errors import IdentityError, RecordError
 from protocol.identity import public_key_of
 from protocol.manifest import TRUNK, BlockId
 

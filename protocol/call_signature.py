@@ -11,8 +11,8 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from common.errors import IdentityError, OverloadedError, UnauthenticatedError
 from protocol.admission import NOT_INVITED, OPEN
-from protocol.errors import IdentityError, OverloadedError, UnauthenticatedError
 from protocol.identity import KEY_BYTES, SIGNATURE_BYTES, peer_id_of, verify
 from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from protocol.errors import IdentityError
+from common.errors import IdentityError
 from protocol.identity import check_certified, peer_id_of, public_key_of
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ Without any it is reached only by those whom it has dialled itself, over that co
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-from protocol.errors import ConfigError, IdentityError, RecordError
+from common.errors import ConfigError, IdentityError, RecordError
 from protocol.identity import public_key_of
 
 MAX_ENDPOINT_CHARS = 261
@@ -17,6 +18,14 @@ MAX_RELAYS = 2
 RELAY = "relay:"
 SHOWN_CHARS = 6
 MAX_RELAY_ADDRESS_CHARS = 80
+
+
+class Address(NamedTuple):
+    """Whom to call, and where."""
+
+    peer_id: str
+    endpoint: str
+
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")

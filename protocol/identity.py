@@ -15,7 +15,7 @@ import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from protocol.errors import IdentityError
+from common.errors import IdentityError
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64

@@ -15,9 +15,9 @@ from pathlib import Path
 import base58
 from google.protobuf.message import DecodeError
 
+from common.errors import ConfigError, IdentityError
 from protocol import invite_pb2
 from protocol.admission import checked_token
-from protocol.errors import ConfigError, IdentityError
 from protocol.identity import peer_id_of, public_key_of
 from protocol.swarm_file import checked_peers, checked_run_id
 from protocol.version import VERSION

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import tomli_w
 
+from common.errors import ManifestError
 from protocol import limits
-from protocol.errors import ManifestError
 from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION, VERSION, is_older, is_version
 
 MAX_TOML_BYTES = 8192

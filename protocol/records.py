@@ -13,6 +13,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from common.errors import IdentityError, ManifestError, RecordError
 from protocol import limits, records_pb2
 from protocol.admission import NOT_INVITED, OPEN, TICKET_BYTES, Admission
 from protocol.announcements import (
@@ -27,7 +28,6 @@ from protocol.announcements import (
     decode_peer,
     parse_message,
 )
-from protocol.errors import IdentityError, ManifestError, RecordError
 from protocol.identity import Identity, peer_id_of, verify
 from protocol.manifest import HASH_CHARS, MAX_TOML_BYTES, TRUNK, BlockId, Manifest
 from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import tomli_w
 
+from common.atomic_file import write_atomically
+from common.errors import ConfigError
 from protocol import limits
 from protocol.admission import token_from_hex
-from protocol.atomic_file import write_atomically
-from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.errors import InvalidInputError, LimitExceededError
 from protocol import expert_pb2 as pb
-from protocol.errors import InvalidInputError, LimitExceededError
 from protocol.limits import MAX_TENSOR_DIMS, MAX_TENSOR_ELEMENTS, MAX_VALUE
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import hashlib
 import math
 from dataclasses import dataclass
 
+from common.errors import IdentityError, InvalidInputError, LimitExceededError, RecordError
 from protocol import contribution_pb2 as pb
 from protocol import limits
 from protocol.announcements import MAX_RECORD_VERSION, MAX_TIME_S, parse_message
 from protocol.call_signature import MAX_AGE_S
-from protocol.errors import IdentityError, InvalidInputError, LimitExceededError, RecordError
 from protocol.identity import Identity, peer_id_of, verify
 from protocol.version import PROTOCOL_VERSION
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from dht.packing import Record, pack, place_of_key, wrap
-from dht.stamps import PERIOD_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, Stamps
+from dht.record_versions import PERIOD_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, Stamps
 from protocol.announcements import encode_peer
 from protocol.records import peers_key, sign_record
 

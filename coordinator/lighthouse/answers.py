@@ -6,6 +6,7 @@ import heapq
 from functools import partial
 from typing import TYPE_CHECKING
 
+from common.errors import InvalidInputError, LimitExceededError, RecordError
 from coordinator.lighthouse.hivemind_pb2 import (
     FOUND_DICTIONARY,
     FindRequest,
@@ -23,7 +24,6 @@ from dht.packing import (
     place_of_peer,
     unpack_dictionary,
 )
-from protocol.errors import InvalidInputError, LimitExceededError, RecordError
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from dht.relaying import PIECE_BYTES
-from protocol.errors import UnavailableError
+from common.errors import UnavailableError
+from dht.framing import PIECE_BYTES
 
 if TYPE_CHECKING:
-    from coordinator.lighthouse.ledger import Circuit, Ledger
+    from coordinator.lighthouse.relay_quotas import Circuit, Ledger
     from coordinator.lighthouse.streams import Stream
 
 logger = logging.getLogger(__name__)

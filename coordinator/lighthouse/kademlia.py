@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from common.errors import InvalidInputError, UnavailableError
 from coordinator.lighthouse.libp2p_pb2 import KademliaMessage, KademliaPeer
 from coordinator.lighthouse.wire import framed, read_message
-from protocol.errors import InvalidInputError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,25 +15,25 @@ import trio
 from rich.console import Console
 from rich.text import Text
 
+from common.events import EventLog
+from common.metrics import serve_metrics
+from common.settings import check_minimums
 from coordinator.config import program_name
 from coordinator.lighthouse.announcer import Announcer
 from coordinator.lighthouse.kademlia import Kademlia
-from coordinator.lighthouse.ledger import Ledger, RelayLimits
+from coordinator.lighthouse.listen_addresses import announced, initial_members, listen
 from coordinator.lighthouse.member import Member
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.node_relay import NodeRelay
 from coordinator.lighthouse.observer import OBSERVE_S, Observer
-from coordinator.lighthouse.places import announced, initial_members, listen
 from coordinator.lighthouse.relay import Relay
+from coordinator.lighthouse.relay_quotas import Ledger, RelayLimits
 from coordinator.lighthouse.rpc import Calls
 from coordinator.lighthouse.store import Store
 from coordinator.lighthouse.transport import Transport, quiet_libp2p
+from dht.swarm_config import resolve
 from protocol.announcements import PeerRecord
-from protocol.events import EventLog
 from protocol.identity import Identity
-from protocol.metrics import serve_metrics
-from protocol.settings import check_minimums
-from protocol.swarm_choice import resolve
 from protocol.swarm_file import SwarmFile
 from protocol.version import SOFTWARE
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from common.errors import InvalidInputError, UnavailableError
 from coordinator.lighthouse.answers import MAX_KEYS_PER_SEARCH, Answers, distance
 from coordinator.lighthouse.hivemind_pb2 import (
     FindRequest,
@@ -21,7 +22,6 @@ from coordinator.lighthouse.hivemind_pb2 import (
 from coordinator.lighthouse.search import Search
 from coordinator.lighthouse.table import RoutingTable
 from dht.packing import place_of_key, place_of_peer
-from protocol.errors import InvalidInputError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

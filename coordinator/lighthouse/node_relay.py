@@ -1,4 +1,4 @@
-"""Carries calls to nodes that nobody can dial, as `dht/relay.py` does, with the ledger that libp2p's circuits have too.
+"""Carries calls to nodes that nobody can dial, as `dht/relay/relay.py` does, with the quotas of libp2p's circuits.
 
 py-libp2p has TCP only: here a peer is seen at no address where others could meet it over QUIC. What it says of itself
 is passed on, if that is at the IP address that it is seen at.
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from common.errors import InvalidInputError, KilohiveError, UnavailableError
 from coordinator.lighthouse.circuits import Account, carry
-from dht import relaying
+from dht import framing
+from dht.relay import relaying
 from protocol import relay_pb2 as pb
-from protocol.errors import InvalidInputError, KilohiveError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from google.protobuf.message import Message
 
-    from coordinator.lighthouse.ledger import Circuit, Ledger
+    from coordinator.lighthouse.relay_quotas import Circuit, Ledger
     from coordinator.lighthouse.streams import Stream
     from coordinator.lighthouse.transport import Transport
 
@@ -142,22 +143,22 @@ async def _request(stream: Stream) -> pb.RelayRequest:
     """What a peer wants; raises UnavailableError when it says nothing, or nothing that makes sense."""
     with trio.move_on_after(relaying.REQUEST_TIMEOUT_S):
         try:
-            length = relaying.length_in(await stream.read_exactly(relaying.LENGTH_BYTES))
-            return relaying.parsed(pb.RelayRequest, await stream.read_exactly(length))
+            length = framing.length_in(await stream.read_exactly(framing.LENGTH_BYTES))
+            return framing.parsed(pb.RelayRequest, await stream.read_exactly(length))
         except InvalidInputError as error:
             raise UnavailableError(f"relay: {error}") from None
     raise UnavailableError(f"relay: said nothing for {relaying.REQUEST_TIMEOUT_S:g} s")
 
 
 async def _send(stream: Stream, message: Message) -> None:
-    with trio.move_on_after(relaying.SEND_TIMEOUT_S):
-        await stream.write(relaying.packed(message))
+    with trio.move_on_after(framing.SEND_TIMEOUT_S):
+        await stream.write(framing.packed(message))
         return
-    raise UnavailableError(f"relay: takes nothing for {relaying.SEND_TIMEOUT_S:g} s")
+    raise UnavailableError(f"relay: takes nothing for {framing.SEND_TIMEOUT_S:g} s")
 
 
 async def _last(stream: Stream, message: Message) -> None:
     """Send what nothing follows; the other end closes, as p2pd drops what is sent just before a close."""
     await _send(stream, message)
-    with trio.move_on_after(relaying.SEND_TIMEOUT_S):
+    with trio.move_on_after(framing.SEND_TIMEOUT_S):
         await stream.read(1)

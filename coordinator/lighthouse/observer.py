@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from dht.book import RecordBook
+from common.errors import ManifestError, RecordError
+from dht.record_cache import RecordBook
 from protocol.announcements import ROLES, BlockRecord, PeerRecord
-from protocol.errors import ManifestError, RecordError
 from protocol.manifest import all_blocks
 from protocol.records import block_key, decode_manifest, manifest_key, open_record, peers_key
 

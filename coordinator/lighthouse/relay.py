@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from common.errors import InvalidInputError, OverloadedError, UnavailableError
 from coordinator.lighthouse.circuits import Account, carry
 from coordinator.lighthouse.libp2p_pb2 import (
     CONNECTION_FAILED,
@@ -30,10 +31,9 @@ from coordinator.lighthouse.libp2p_pb2 import (
     StopMessage,
 )
 from coordinator.lighthouse.wire import framed, read_message
-from protocol.errors import InvalidInputError, OverloadedError, UnavailableError
 
 if TYPE_CHECKING:
-    from coordinator.lighthouse.ledger import Circuit, Ledger
+    from coordinator.lighthouse.relay_quotas import Circuit, Ledger
     from coordinator.lighthouse.streams import Stream
     from coordinator.lighthouse.transport import Transport
 

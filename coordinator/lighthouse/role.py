@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
-from protocol.errors import ConfigError
+from common.errors import ConfigError
 
 if TYPE_CHECKING:
     import trio

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 from google.protobuf.message import Message
 
+from common.errors import KilohiveError, UnavailableError
 from coordinator.lighthouse import wire
-from protocol.errors import KilohiveError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -10,9 +10,9 @@ import contextlib
 import heapq
 from typing import TYPE_CHECKING
 
+from common.errors import RecordError
 from coordinator.lighthouse.hivemind_pb2 import FOUND_DICTIONARY
 from dht.packing import place_of_peer, unpack_dictionary, unwrap
-from protocol.errors import RecordError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

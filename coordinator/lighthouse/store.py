@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.errors import RecordError
 from dht.packing import MAX_STORED_KEYS, MAX_SUBKEYS, Record, RecordChecker, check_in_run
-from protocol.errors import RecordError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

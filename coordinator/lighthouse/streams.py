@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from libp2p.exceptions import BaseLibp2pError
 
-from protocol.errors import UnavailableError
+from common.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

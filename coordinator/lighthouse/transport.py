@@ -34,7 +34,8 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 from multiaddr.exceptions import MultiaddrError
 
-from coordinator.lighthouse.bounds import (
+from common.errors import UnavailableError
+from coordinator.lighthouse.connection_limits import (
     MAX_CONNECTIONS_PER_ADDRESS,
     MAX_STREAMS,
     MAX_STREAMS_PER_PEER,
@@ -42,7 +43,6 @@ from coordinator.lighthouse.bounds import (
     Bound,
 )
 from coordinator.lighthouse.streams import Stream, one_error
-from protocol.errors import UnavailableError
 from protocol.identity import KEY_BYTES
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from common.errors import InvalidInputError, LimitExceededError, UnavailableError
 from coordinator.lighthouse.hivemind_pb2 import Answer, Call, Frame
-from protocol.errors import InvalidInputError, LimitExceededError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-"""Keeping replicas in sync, beside training: gossip's arithmetic, exchanges of pairs, downloads for joiners.
+"""Replicas kept in sync, beside training: gossip's arithmetic, exchanges of pairs, downloads for joiners.
 
-Experts' blocks on hosts and the trunk on trainers go through the same code. Imported by node/host.py, node/trainer.py.
+Experts' blocks on hosts and the trunk on trainers go through the same code. May import `node/rpc` and what lies below.
 """

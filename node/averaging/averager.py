@@ -13,18 +13,18 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from common.errors import KilohiveError, OverloadedError, UnavailableError
 from node.averaging.exchange import ExchangeResult
 from node.averaging.partners import FIRST_BUSY_S, History, candidates, choose_partner
-from node.security import Address
-from protocol.errors import KilohiveError, OverloadedError, UnavailableError
+from protocol.endpoints import Address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
+    from common.events import EventLog
     from dht.view import Replica
     from node.averaging.partners import Candidate
     from node.averaging.replica import AveragedReplica
-    from protocol.events import EventLog
     from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)

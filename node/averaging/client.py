@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from common.errors import KilohiveError, OverloadedError, UnavailableError
+from common.tasks import within
 from node.averaging.download import Download
 from node.averaging.pairing import Pairing, Tally
 from node.averaging.service import SERVICE_NAME
-from node.averaging.wire import Inbox, Wire, within
-from node.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
-from node.dispatch.client import rebuilt_error
-from node.guest.allowance import Allowance
+from node.limits.rate_limits import Allowance
+from node.rpc.call_errors import rebuilt_error
+from node.rpc.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
+from node.rpc.message_stream import Inbox, Wire
 from protocol import averaging_pb2 as pb
-from protocol.errors import KilohiveError, OverloadedError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from node.averaging.exchange import ExchangeConfig, ExchangeResult
-    from node.averaging.replica import ReplicaState, TensorSchema
     from node.averaging.replica_set import ReplicaSet
-    from node.security import Address, Caller
+    from node.model.replica_state import ReplicaState, TensorSchema
+    from node.rpc.security import Caller
+    from protocol.endpoints import Address
     from protocol.manifest import BlockId
 
 _CUT_IN_A_MESSAGE = "Internal error from Core"

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.errors import InvalidInputError
 from node.averaging.exchange import START_BYTES, START_BYTES_PER_ROW, counters_of
 from node.averaging.gossip import checked_moments
+from node.averaging.messages import MAX_PIECE_MESSAGE_BYTES, require, unpack
 from node.averaging.pieces import PARAMS, Incoming, Store, cut, flattened, piece_message
-from node.averaging.replica import ReplicaState, schema
-from node.averaging.wire import MAX_PIECE_MESSAGE_BYTES, require, unpack
+from node.model.replica_state import ReplicaState, schema
 from protocol import averaging_pb2 as pb
-from protocol.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from node.averaging.exchange import ExchangeConfig
     from node.averaging.pieces import Slot
-    from node.averaging.replica import TensorSchema
-    from node.averaging.wire import Inbox, Wire
+    from node.model.replica_state import TensorSchema
+    from node.rpc.message_stream import Inbox, Wire
     from protocol.manifest import BlockId
 
 

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.errors import InvalidInputError, LimitExceededError
+from common.tasks import both, within
 from node.averaging.gossip import MAX_LEAD_STEPS, Move, apply_move, checked_moments, share_R
+from node.averaging.messages import MAX_PIECE_MESSAGE_BYTES, require, unpack
 from node.averaging.pieces import Incoming, Slot, Store, cut, flattened, piece_codec, sent_as
-from node.averaging.replica import ReplicaState, schema
-from node.averaging.wire import MAX_PIECE_MESSAGE_BYTES, Wire, both, require, unpack, within
+from node.model.replica_state import ReplicaState, schema
 from protocol import averaging_pb2 as pb
-from protocol.errors import InvalidInputError, LimitExceededError
 from protocol.limits import MAX_RUN_TOKENS
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from node.averaging.gossip import GossipLimits
     from node.averaging.replica import AveragedReplica
+    from node.rpc.message_stream import Wire
     from protocol.manifest import AveragingCodec, BlockId, Dtype
 
 START_BYTES = 1024

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from node.devices import knows_float64
+from common.errors import InvalidInputError, LimitExceededError
+from node.model.devices import knows_float64
 from protocol.announcements import MAX_DIVERGENCE
-from protocol.errors import InvalidInputError, LimitExceededError
 from protocol.limits import MAX_RUN_TOKENS
 from protocol.manifest import TRUNK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from node.averaging.replica import ReplicaState
+    from node.model.replica_state import ReplicaState
     from protocol.manifest import BlockId, Manifest
 
 MAX_LEAD_STEPS = 1_000_000

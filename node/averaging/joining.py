@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from common.errors import KilohiveError, UnavailableError
 from node.averaging.gossip import relative_distance
-from node.security import address_of
-from protocol.errors import KilohiveError, UnavailableError
 
 if TYPE_CHECKING:
     import random
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from dht.view import Replica
-    from node.averaging.replica import ReplicaState, TensorSchema
-    from node.security import Address
+    from node.model.replica_state import ReplicaState, TensorSchema
+    from protocol.endpoints import Address
     from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
@@ -142,9 +141,7 @@ async def _take(
     client: Downloader, source: Replica, wanted: Sequence[TensorSchema], config: JoinConfig, *, params_only: bool
 ) -> ReplicaState | None:
     try:
-        return await client.download(
-            address_of(source), source.block, wanted, config.timeout_s, params_only=params_only
-        )
+        return await client.download(source.address, source.block, wanted, config.timeout_s, params_only=params_only)
     except KilohiveError as error:
         logger.warning("Block %s cannot be taken from %s: %s", source.block, source.peer_id, error)
         return None

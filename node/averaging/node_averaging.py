@@ -15,15 +15,15 @@ from node.averaging.exchange import ExchangeConfig
 from node.averaging.gossip import GossipLimits
 from node.averaging.replica_set import ReplicaSet
 from node.averaging.service import AveragingService
-from node.guest.allowance import Allowance
+from node.limits.rate_limits import Allowance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from common.events import EventLog
     from dht.directory import Directory
-    from node.averaging.replica import ReplicaState
-    from node.security import Security
-    from protocol.events import EventLog
+    from node.model.replica_state import ReplicaState
+    from node.rpc.security import Security
     from protocol.manifest import BlockId, Manifest
 
 

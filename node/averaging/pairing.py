@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from common.errors import InvalidInputError, KilohiveError, LimitExceededError, NotHostedError, UnknownRunError
+from common.tasks import within
 from node.averaging.exchange import (
     START_BYTES,
     START_BYTES_PER_ROW,
@@ -23,11 +25,10 @@ from node.averaging.exchange import (
     dial_block,
     settled,
 )
-from node.averaging.replica import ReplicaState
+from node.averaging.messages import MAX_OFFER_MESSAGE_BYTES, require, unpack
 from node.averaging.replica_set import Claim
-from node.averaging.wire import MAX_OFFER_MESSAGE_BYTES, require, unpack, within
+from node.model.replica_state import ReplicaState
 from protocol import averaging_pb2 as pb
-from protocol.errors import InvalidInputError, KilohiveError, LimitExceededError, NotHostedError, UnknownRunError
 from protocol.limits import MAX_EXPERTS_PER_LAYER, MAX_OFFERED_BLOCKS, MAX_PEER_ID_CHARS
 from protocol.manifest import parse_block_id
 from protocol.version import PROTOCOL_VERSION
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from node.averaging.exchange import ExchangeConfig
     from node.averaging.replica import AveragedReplica
     from node.averaging.replica_set import ReplicaSet
-    from node.averaging.wire import Wire
+    from node.rpc.message_stream import Wire
     from protocol.manifest import BlockId
 
 S = TypeVar("S", bound=Side)

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import xxhash
 
+from common.errors import InvalidInputError
 from protocol import averaging_pb2 as pb
-from protocol.errors import InvalidInputError
 from protocol.limits import MAX_PIECE_BYTES
 from protocol.tensors import CODECS, TensorSpec, decode, encode_into, is_lossless
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from node.averaging.replica import TensorSchema
+    from node.model.replica_state import TensorSchema
     from protocol.manifest import AveragingCodec, Codec, Dtype
 
 MIN_COLUMNS = 64

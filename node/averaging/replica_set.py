@@ -12,8 +12,8 @@ from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from node.averaging.replica import schema, schema_hash
-from protocol.errors import NotHostedError
+from common.errors import NotHostedError
+from node.model.replica_state import schema, schema_hash
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

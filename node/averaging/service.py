@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from common.errors import InvalidInputError, KilohiveError, NotHostedError, OverloadedError, UnknownRunError
+from common.tasks import within
 from node.averaging.download import send_state
 from node.averaging.pairing import Pairing, Tally
-from node.averaging.replica import ReplicaState
-from node.averaging.wire import Wire, within
-from node.guest.allowance import Allowance
-from node.serving.guard import ServerStream, parse, streaming, timeout_s
+from node.limits.rate_limits import Allowance
+from node.model.replica_state import ReplicaState
+from node.rpc.handlers import ServerStream, parse, streaming, timeout_s
+from node.rpc.message_stream import Wire
 from protocol import averaging_pb2 as pb
 from protocol.call_signature import caller_of
-from protocol.errors import InvalidInputError, KilohiveError, NotHostedError, OverloadedError, UnknownRunError
 from protocol.manifest import parse_block_id
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from node.folders import locked
-from protocol.errors import DataError
+from common.errors import DataError
+from common.folders import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

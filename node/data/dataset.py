@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from common.errors import ConfigError, DataError, InvalidInputError
 from node.data.cache import HELD_OUT_FILE, TRAIN_FILE, SplitConfig, cached_corpus
 from node.data.shuffle import keys_of, shuffled
 from node.data.sources import find_corpus, read_documents
-from protocol.errors import ConfigError, DataError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

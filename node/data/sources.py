@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from protocol.errors import DataError
+from common.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -23,21 +23,21 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
+from common.folders import data_cache
 from node.averaging.gossip import GossipLimits, Move, apply_move, share_R
 from node.data import open_dataset
-from node.experts.state import block_state
-from node.folders import data_cache
-from node.moe import LocalExperts
-from node.training import StepConfig, Training, build_model
-from node.trunk_replica import TrunkReplica
+from node.model.experts.state import block_state
+from node.model.moe import LocalExperts
+from node.trainer.train_step import StepConfig, Training, build_model
+from node.trainer.trunk_replica import TrunkReplica
 from protocol.manifest import TRUNK, Manifest, OptimizerConfig, all_blocks
 from tests.benchmarks.report import Row, Teller, compare, document, publish
 
 if TYPE_CHECKING:
-    from node.averaging.replica import ReplicaState
+    from common.errors import TooFewExpertsError
     from node.data import ByteDataset
-    from node.experts.block import Block
-    from protocol.errors import TooFewExpertsError
+    from node.model.experts.block import Block
+    from node.model.replica_state import ReplicaState
     from protocol.manifest import BlockId
 
 FULL_TOKENS, FULL_SEEDS = 819_200, 3

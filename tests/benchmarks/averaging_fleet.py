@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from experiments.provenance import ROOT
+from experiments.harness.provenance import ROOT
 from tests.benchmarks.averaging_parts import Change, Samples, agreed_at_s, change_of
 from tests.benchmarks.meters import SocketMeter, pss_bytes, tree
 

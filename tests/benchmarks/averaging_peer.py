@@ -23,18 +23,18 @@ import torch
 import tyro
 import uvloop
 
+from common.errors import NotHostedError
+from common.events import EventLog
 from dht.announcer import Announcement, Announcer
 from dht.directory import Directory
 from dht.node import DhtConfig, DhtNode
 from node.averaging.node_averaging import Averaging, AveragingOptions
-from node.averaging.replica import ReplicaState
 from node.averaging.service import SERVICE_NAME
-from node.security import Security
-from node.serving.server import NodeServer
+from node.model.replica_state import ReplicaState
+from node.rpc.security import Security
+from node.rpc.server import NodeServer
 from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord
-from protocol.errors import NotHostedError
-from protocol.events import EventLog
 from protocol.identity import Identity
 from protocol.manifest import AveragingCodec, AveragingConfig, BlockId, Manifest, ModelConfig, all_blocks
 from tests.benchmarks.averaging_parts import (

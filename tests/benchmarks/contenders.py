@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from experiments.processes import process_swarm
-from node.config import SwarmConfig
-from node.dispatch.dispatcher import DispatchConfig
-from node.moe import LocalExperts, LocalMoE
-from node.swarm import SwarmClient
+from experiments.live.processes import process_swarm
+from node.membership.config import SwarmConfig
+from node.model.moe import LocalExperts, LocalMoE
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.swarm_client import SwarmClient
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 from tests.benchmarks.line_peer import LinePeer, NoAnswerError
 from tests.benchmarks.meters import cpu_seconds, tree
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from node.moe import MoE
+    from node.model.moe import MoE
     from protocol.manifest import Codec, GateKind
 
 START_TIMEOUT_S = 120.0

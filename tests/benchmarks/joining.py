@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
-from experiments.processes import ProcessSwarm, process_swarm, wait_until
-from node.config import SwarmConfig
-from node.dispatch.dispatcher import DispatchConfig
-from node.experts.layer import Pairs
-from node.security import Address
-from node.swarm import SwarmClient
-from node.wire import encode_inputs
+from experiments.live.processes import ProcessSwarm, process_swarm, wait_until
+from node.membership.config import SwarmConfig
+from node.model.pairs import Pairs
+from node.rpc.expert_codec import encode_inputs
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.swarm_client import SwarmClient
 from protocol import expert_pb2 as pb
+from protocol.endpoints import Address
 from protocol.limits import REQUEST_ID_BYTES
 from protocol.manifest import Manifest, all_blocks
 from tests.benchmarks.report import Row, RunsConfig, Teller, compare
@@ -34,7 +34,7 @@ from tests.support.leaks import adopt_orphans
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from experiments.processes import Node
+    from experiments.live.processes import Node
 
 MANIFEST = Manifest(name="bench")
 LIMIT_S = 10.0

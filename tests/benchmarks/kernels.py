@@ -18,9 +18,10 @@ import torch
 import tyro
 from torch import nn
 
-from node.allocator import keep_freed_memory
-from node.experts.layer import Pairs, layer_backward, layer_forward
-from node.moe import LocalExperts
+from common.allocator import keep_freed_memory
+from node.model.experts.layer import layer_backward, layer_forward
+from node.model.moe import LocalExperts
+from node.model.pairs import Pairs
 from tests.benchmarks.contenders import LAYER, Case
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import tyro
 
-from protocol.schedule import learning_rate_factor
+from node.model.learning_rate import learning_rate_factor
 from tests.benchmarks.far_experts import Distance, FarExperts
 from tests.benchmarks.grid_tasks import TASKS, build_task
 from tests.benchmarks.report import Row, Teller, compare, document, publish

@@ -23,15 +23,15 @@ import psutil
 import torch
 import tyro
 
-from experiments.processes import process_swarm
-from node.config import SwarmConfig
-from node.dispatch.dispatcher import DispatchConfig
-from node.experts.layer import Pairs
-from node.security import Address
-from node.swarm import SwarmClient
-from node.wire import encode_inputs
+from common.errors import KilohiveError
+from experiments.live.processes import process_swarm
+from node.membership.config import SwarmConfig
+from node.model.pairs import Pairs
+from node.rpc.expert_codec import encode_inputs
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.swarm_client import SwarmClient
 from protocol import expert_pb2 as pb
-from protocol.errors import KilohiveError
+from protocol.endpoints import Address
 from protocol.limits import REQUEST_ID_BYTES
 from protocol.manifest import AveragingConfig, Manifest, ModelConfig
 from protocol.tensors import encode
@@ -41,7 +41,7 @@ from tests.support.leaks import adopt_orphans
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from experiments.processes import Node
+    from experiments.live.processes import Node
 
 MODEL = ModelConfig(
     n_layers=1, d_model=256, expert_hidden=256, experts_per_layer=256, experts_per_block=8, experts_per_token=4

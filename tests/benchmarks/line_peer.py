@@ -14,7 +14,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from experiments.provenance import ROOT
+from experiments.harness.provenance import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

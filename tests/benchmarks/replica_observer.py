@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.errors import KilohiveError
 from node.averaging.client import AveragingClient
 from node.averaging.exchange import ExchangeConfig
 from node.averaging.gossip import GossipLimits, relative_distance
-from node.averaging.replica import schema
 from node.averaging.replica_set import ReplicaSet
-from node.config import SwarmConfig
-from node.experts.block import new_block
-from node.experts.state import block_state
-from node.security import Security, address_of
-from node.swarm import SwarmClient
-from protocol.errors import KilohiveError
+from node.membership.config import SwarmConfig
+from node.model.experts.block import new_block
+from node.model.experts.state import block_state
+from node.model.replica_state import schema
+from node.rpc.security import Security
+from node.trainer.swarm_client import SwarmClient
 from protocol.identity import Identity
 from protocol.manifest import all_blocks
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from dht.view import Replica
-    from node.averaging.replica import TensorSchema
+    from node.model.replica_state import TensorSchema
     from protocol.manifest import BlockId, Manifest
 
 JOIN_TIMEOUT_S = 60.0
@@ -127,7 +127,7 @@ class Observer:
         try:
             one, other = await asyncio.gather(
                 *(
-                    self._averaging.download(address_of(r), block_id, wanted, DOWNLOAD_TIMEOUT_S, params_only=True)
+                    self._averaging.download(r.address, block_id, wanted, DOWNLOAD_TIMEOUT_S, params_only=True)
                     for r in replicas
                 )
             )

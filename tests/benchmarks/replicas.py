@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from coordinator.blocks import block_list_text, split_blocks
-from experiments.processes import POLL_S, process_swarm, wait_until
-from node.checkpoint import read_checkpoint
-from node.trunk_state import FILE_NAME
+from experiments.live.processes import POLL_S, process_swarm, wait_until
+from node.model.checkpoint import read_checkpoint
+from node.trainer.trunk_state import FILE_NAME
 from protocol.manifest import AveragingCodec, AveragingConfig, Manifest, ModelConfig, OptimizerConfig
 from tests.benchmarks.replica_observer import Observer, distance
 from tests.benchmarks.report import Row, Teller, compare, document, not_compared, publish
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from experiments.processes import Node, ProcessSwarm
+    from experiments.live.processes import Node, ProcessSwarm
     from tests.benchmarks.replica_observer import Check
 
 FULL_TOKENS = 819_200

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
-from node.allocator import keep_freed_memory
-from node.gate import build_gate
+from common.allocator import keep_freed_memory
+from node.model.gate import build_gate
 from tests.benchmarks.contenders import Case, Metered, local, ours
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 from tests.support.leaks import adopt_orphans

@@ -17,8 +17,9 @@ import grpc
 import tyro
 import uvloop
 
-from node.security import Address, Security
-from node.serving.server import NodeServer
+from node.rpc.security import Security
+from node.rpc.server import NodeServer
+from protocol.endpoints import Address
 from protocol.identity import Identity
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 

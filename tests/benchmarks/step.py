@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
-from experiments.faulty_client import Faults
-from node.allocator import keep_freed_memory
+from common.allocator import keep_freed_memory
+from common.folders import data_cache
+from experiments.live.faulty_client import Faults
 from node.data import open_dataset
-from node.folders import data_cache
-from node.moe import LocalExperts
-from node.training import StepConfig, Training, build_model
+from node.model.moe import LocalExperts
+from node.trainer.train_step import StepConfig, Training, build_model
 from protocol.manifest import Manifest, ModelConfig
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 from tests.benchmarks.swarm_training import HOSTS, client_of_hosts, training_over
@@ -31,8 +31,8 @@ from tests.support.leaks import adopt_orphans
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from common.errors import TooFewExpertsError
     from node.data import ByteDataset
-    from protocol.errors import TooFewExpertsError
 
 METRIC = "tokens/s"
 STEPS = StepConfig(batch=16, micro_batches=2)

@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments.provenance import ROOT, commit, machine
+from experiments.harness.provenance import ROOT, commit, machine
 from tests.benchmarks.report import Teller, table
 
 BENCHMARKS = (

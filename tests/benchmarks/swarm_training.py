@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from coordinator.blocks import block_list_text, split_blocks
-from experiments.faulty_client import Faults, FaultyClient
-from experiments.processes import process_swarm
-from node.config import SwarmConfig
-from node.dispatch.dispatcher import DispatchConfig
-from node.swarm import SwarmClient
-from node.training import Training, build_trunk
+from experiments.live.faulty_client import Faults, FaultyClient
+from experiments.live.processes import process_swarm
+from node.membership.config import SwarmConfig
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.swarm_client import SwarmClient
+from node.trainer.train_step import Training, build_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from common.errors import TooFewExpertsError
     from node.data import ByteDataset
-    from node.training import StepConfig
-    from protocol.errors import TooFewExpertsError
+    from node.trainer.train_step import StepConfig
     from protocol.manifest import Manifest
     from tests.benchmarks.report import Teller
 

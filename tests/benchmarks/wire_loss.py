@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 import tyro
 
-from experiments.faulty_client import Faults
-from node.allocator import keep_freed_memory
+from common.allocator import keep_freed_memory
+from common.folders import data_cache
+from experiments.live.faulty_client import Faults
 from node.data import open_dataset
-from node.folders import data_cache
-from node.training import StepConfig
+from node.trainer.train_step import StepConfig
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 from tests.benchmarks.report import Row, Teller, compare, document, publish
 from tests.benchmarks.swarm_training import HOSTS, LOSS, Plan, train_over_hosts

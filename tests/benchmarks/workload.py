@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from experiments.processes import process_swarm
+from experiments.live.processes import process_swarm
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 from tests.benchmarks.line_peer import LinePeer
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare

@@ -17,12 +17,12 @@ import torch
 import tyro
 from torch import nn
 
-from node.allocator import keep_freed_memory
-from node.config import SwarmConfig
-from node.dispatch.dispatcher import DispatchConfig
-from node.gate.base import GateOutput
-from node.moe import MoE
-from node.swarm import SwarmClient
+from common.allocator import keep_freed_memory
+from node.membership.config import SwarmConfig
+from node.model.gate.base import GateOutput
+from node.model.moe import MoE
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.swarm_client import SwarmClient
 from tests.benchmarks.peer_process import private_stdout
 
 START_TIMEOUT_S = 60.0

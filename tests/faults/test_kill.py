@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from experiments.processes import ProcessSwarm, process_swarm, wait_until
-from node.block_store import block_path
-from node.checkpoint import read_checkpoint
+from experiments.live.processes import ProcessSwarm, process_swarm, wait_until
+from node.host.block_store import block_path
+from node.model.checkpoint import read_checkpoint
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import small_manifest
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from experiments.processes import Node
+    from experiments.live.processes import Node
 
 # 32 experts a layer, 4 of them for each token, over three hosts: a kill takes some of nearly every token's experts.
 MANIFEST = small_manifest(

@@ -10,13 +10,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from node.guest.allowance import CALL_BYTES, OVERHEAD, Allowance
-from node.guest.limits import Limits
-from node.serving.admission import Admission
-from node.serving.guard import CallCounts, unary
-from node.serving.server import NodeServer
+from common.errors import DrainingError, KilohiveError
+from node.limits.limits import Limits
+from node.limits.rate_limits import CALL_BYTES, OVERHEAD, Allowance
+from node.rpc.handlers import CallCounts, unary
+from node.rpc.rate_limit_interceptor import Admission
+from node.rpc.server import NodeServer
 from protocol import expert_pb2 as pb
-from protocol.errors import DrainingError, KilohiveError
 from tests.support.swarm_parts import PLAIN
 
 if TYPE_CHECKING:

@@ -10,21 +10,21 @@ import grpc
 import pytest
 import torch
 
-from node.averaging import pieces
-from node.averaging.pieces import cut, piece_message
-from node.averaging.replica import schema, schema_hash
-from node.averaging.service import SERVICE_NAME
-from node.guest.allowance import Allowance
-from node.guest.limits import Limits
-from node.security import Address
-from protocol import averaging_pb2 as pb
-from protocol.call_signature import CallSigner
-from protocol.errors import (
+from common.errors import (
     DrainingError,
     OverloadedError,
     UnavailableError,
     UnknownRunError,
 )
+from node.averaging import pieces
+from node.averaging.pieces import cut, piece_message
+from node.averaging.service import SERVICE_NAME
+from node.limits.limits import Limits
+from node.limits.rate_limits import Allowance
+from node.model.replica_state import schema, schema_hash
+from protocol import averaging_pb2 as pb
+from protocol.call_signature import CallSigner
+from protocol.endpoints import Address
 from protocol.identity import Identity
 from protocol.manifest import TRUNK, BlockId
 from protocol.tensors import encode

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from node.config import ContributeConfig
-from node.contribution.command import run_contribute
-from node.contribution.expert_file import Place, expert_file, metadata_of, read_expert
-from node.contribution.schooling import Schooling
-from protocol.errors import DataError, UnavailableError
+from common.errors import DataError, UnavailableError
+from node.contributor.command import run_contribute
+from node.contributor.config import ContributeConfig
+from node.contributor.local_training import Schooling
+from node.model.expert_file import Place, expert_file, metadata_of, read_expert
 from protocol.manifest import AveragingConfig
 from tests.support.contributing import RunInLoop, run_in_loop
 from tests.support.swarm_parts import small_manifest
@@ -21,7 +21,7 @@ from tests.support.swarm_parts import small_manifest
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from node.contribution.expert_file import Weights
+    from node.model.expert_file import Weights
 
 PLACE = Place(1, 2)
 # The run itself learns nothing: whatever is gained is the contributor's.
@@ -120,7 +120,7 @@ async def test_training_at_home_goes_on_from_its_file_without_trainers_too_and_k
             return stopping(schooling, number, lr)
 
         run_loop = asyncio.get_running_loop()
-        monkeypatch.setattr("node.contribution.schooling.TRUNK_EVERY_S", 0.0)
+        monkeypatch.setattr("node.contributor.local_training.TRUNK_EVERY_S", 0.0)
         monkeypatch.setattr(Schooling, "_step", then_nobody)
         assert await contribute(run, file.path, train=1_000_000, stop=stop) == 0
         learnt = file.weights(run)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from common.errors import ConfigError, UnavailableError
 from coordinator.config import CoordinatorConfig, StatusConfig, read_manifest
 from coordinator.coordinator import open_run
 from coordinator.status import run_status
-from protocol.errors import ConfigError, UnavailableError
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
 

@@ -8,7 +8,7 @@ import pytest
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
-from dht.store import Entry
+from dht.record_store import Entry
 from protocol.announcements import BlockRecord, encode_block
 from protocol.identity import Identity
 from protocol.manifest import TRUNK, BlockId

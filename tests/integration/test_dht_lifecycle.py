@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from common.errors import ConfigError, UnavailableError
 from dht.daemon import FOLDER_PREFIX, STALE_FOLDER_S
-from experiments.processes import wait_until
-from protocol.errors import ConfigError, UnavailableError
+from experiments.live.processes import wait_until
 from protocol.identity import Identity
 from tests.support.dht_nodes import KEY, Start, entry_by, eventually
 from tests.support.leaks import is_running

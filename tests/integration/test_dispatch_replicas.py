@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from experiments.processes import wait_until
-from node.dispatch.dispatcher import DispatchConfig
-from node.dispatch.hedging import MIN_SAMPLES
-from node.experts.layer import Pairs
-from node.moe import LocalExperts, LocalMoE, RemoteMoE
-from node.security import NotConnectedError
-from node.wire import encode_inputs
+from common.errors import UnavailableError
+from experiments.live.processes import wait_until
+from node.model.moe import LocalExperts, LocalMoE
+from node.model.pairs import Pairs
+from node.rpc.expert_codec import encode_inputs
+from node.rpc.security import NotConnectedError
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.dispatch.peer_costs import MIN_SAMPLES
+from node.trainer.remote_moe import RemoteMoE
 from protocol import expert_pb2 as pb
-from protocol.errors import UnavailableError
 from protocol.limits import REQUEST_ID_BYTES
 from protocol.manifest import all_blocks
 from tests.support.swarm_parts import forget, running_swarm, small_manifest
@@ -31,8 +32,8 @@ from tests.support.swarm_parts import forget, running_swarm, small_manifest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from node.moe import MoE
-    from node.security import Address
+    from node.model.moe import MoE
+    from protocol.endpoints import Address
     from protocol.manifest import BlockId, Manifest
     from tests.support.swarm_parts import TestHost, TestSwarm
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.processes import process_swarm
-from node.block_store import block_path
-from node.checkpoint import read_checkpoint
-from node.security import Security
+from experiments.live.processes import process_swarm
+from node.host.block_store import block_path
+from node.model.checkpoint import read_checkpoint
+from node.rpc.security import Security
 from protocol.identity import Identity
 from protocol.manifest import BlockId, all_blocks
 from tests.support.docs import ROOT, python_blocks

@@ -11,15 +11,7 @@ import grpc
 import pytest
 import torch
 
-from dht.view import Replica
-from node.averaging import pieces
-from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_replica
-from node.averaging.pieces import cut, piece_message
-from node.averaging.replica import ReplicaState, schema
-from node.averaging.service import SERVICE_NAME
-from node.security import Address
-from protocol import averaging_pb2 as pb
-from protocol.errors import (
+from common.errors import (
     DeadlineError,
     InvalidInputError,
     LimitExceededError,
@@ -27,6 +19,14 @@ from protocol.errors import (
     UnavailableError,
     UnknownRunError,
 )
+from dht.view import Replica
+from node.averaging import pieces
+from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_replica
+from node.averaging.pieces import cut, piece_message
+from node.averaging.service import SERVICE_NAME
+from node.model.replica_state import ReplicaState, schema
+from protocol import averaging_pb2 as pb
+from protocol.endpoints import Address
 from protocol.manifest import TRUNK, BlockId
 from tests.support.averaging_parts import (
     BLOCK,

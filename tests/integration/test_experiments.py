@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from experiments import catalogue
-from experiments.arm import Arm, TrainSpec
-from experiments.page import publish
-from experiments.run import run_experiment
-from experiments.runner import Runner, RunnerConfig, TrialsFailedError
-from experiments.store import ResultStore
-from experiments.training import TrainRun, result_of
-from experiments.view import View
-from node.config import ExperimentConfig
+from coordinator.config import ExperimentConfig
+from experiments.arms.arm import Arm, TrainSpec
+from experiments.arms.training import TrainRun, result_of
+from experiments.harness import catalogue
+from experiments.harness.page import publish
+from experiments.harness.run import run_experiment
+from experiments.harness.runner import Runner, RunnerConfig, TrialsFailedError
+from experiments.harness.store import ResultStore
+from experiments.harness.view import View
 from tests.support import small_experiment
 from tests.support.small_experiment import Small
 from tests.support.trials import Context, bee_dataset
 
 if TYPE_CHECKING:
-    from experiments.experiment import Trial
-    from experiments.worker import Progress
+    from experiments.harness.experiment import Trial
+    from experiments.harness.worker import Progress
     from node.data import ByteDataset
 
 CONFIG = RunnerConfig(module=small_experiment.__name__, preset="quick", jobs=2, threads=1, device="cpu", only="")
@@ -152,7 +152,7 @@ async def test_a_stop_ends_every_worker_within_three_seconds_and_a_trial_goes_on
 
 STOPPED = """
 import sys
-from experiments.worker import Job, Worker
+from experiments.harness.worker import Job, Worker
 from tests.support import small_experiment
 
 if __name__ == "__main__":

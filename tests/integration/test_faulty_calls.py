@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from experiments.faulty_client import Faults, FaultyClient
-from node.dispatch.dispatcher import DispatchConfig
-from node.moe import LocalExperts, LocalMoE, RemoteMoE
-from node.security import Address
-from protocol.errors import DeadlineError, TooFewExpertsError, UnavailableError
+from common.errors import DeadlineError, TooFewExpertsError, UnavailableError
+from experiments.live.faulty_client import Faults, FaultyClient
+from node.model.moe import LocalExperts, LocalMoE
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.remote_moe import RemoteMoE
+from protocol.endpoints import Address
 from tests.support.swarm_parts import PLAIN, running_swarm, small_manifest
 
 if TYPE_CHECKING:
-    from node.moe import MoE
+    from node.model.moe import MoE
 
 N_CALLS = 60
 

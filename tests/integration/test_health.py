@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from node.config import HealthConfig
-from node.health import run_health, server_told
-from node.security import Address, Security
-from node.serving.server import NodeServer
+from common.errors import UnavailableError
+from node.rpc.config import HealthConfig
+from node.rpc.health import run_health, server_told
+from node.rpc.security import Security
+from node.rpc.server import NodeServer
 from protocol.admission import Admission
-from protocol.errors import UnavailableError
+from protocol.endpoints import Address
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
 from tests.support.dht_nodes import running_nodes

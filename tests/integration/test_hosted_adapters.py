@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from experiments.adapters import run_trial
-from experiments.adapters_arms import AdapterTrial, windows_of
-from experiments.domains import WEAK
-from experiments.seed.adapting import AdapterGrid, AdapterRun
-from experiments.seed.states import TextPlan
+from experiments.adapters.arms import AdapterTrial, windows_of
+from experiments.adapters.domains import WEAK
+from experiments.adapters.experiment import run_trial
+from experiments.adapters.seed.adapting import AdapterGrid, AdapterRun
+from experiments.adapters.seed.states import TextPlan
 from tests.support.tiny_seed import tiny_domain, tiny_seed
 from tests.support.trials import Context
 

@@ -21,7 +21,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
 from dht.packing import place_of_peer, wrap
-from experiments.processes import RUN_NODE, wait_until
+from experiments.live.processes import RUN_NODE, wait_until
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
 from tests.support.dht_nodes import KEY, RUN, Start, entry_by, eventually

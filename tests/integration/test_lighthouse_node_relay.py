@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dht.directory import Directory
-from dht.relaying import MAX_CONTROL_BYTES, RELAY_PROTOCOL
-from dht.reservations import RelayOffer
-from dht.stamps import PERIOD_S, TTL_S
+from dht.framing import MAX_CONTROL_BYTES
+from dht.record_versions import PERIOD_S, TTL_S
+from dht.relay.relaying import RELAY_PROTOCOL
+from dht.relay.reservations import RelayOffer
 from protocol import relay_pb2 as pb
 from protocol.identity import Identity
 from tests.support.dht_nodes import MODEL, RUN, Start, eventually
@@ -96,7 +97,7 @@ async def test_a_lighthouse_that_a_node_has_not_met_is_dialled(light: Light, sta
 async def test_a_reservation_outlives_a_silence_that_a_node_would_mind(
     light: Light, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dht.reservations.SILENCE_S", 7.0)
+    monkeypatch.setattr("dht.relay.reservations.SILENCE_S", 7.0)
     lighthouse = light()
     hidden = await node_at(start, lighthouse)
     async with relay_stream(hidden, lighthouse) as stream:

@@ -12,7 +12,8 @@ from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 
-from coordinator.lighthouse.bounds import MAX_STREAMS_PER_PEER
+from common.errors import InvalidInputError
+from coordinator.lighthouse.connection_limits import MAX_STREAMS_PER_PEER
 from coordinator.lighthouse.libp2p_pb2 import (
     MALFORMED_MESSAGE,
     NO_RESERVATION,
@@ -26,7 +27,6 @@ from coordinator.lighthouse.libp2p_pb2 import (
     KademliaMessage,
 )
 from coordinator.lighthouse.wire import framed, read_message
-from protocol.errors import InvalidInputError
 from tests.support.dht_nodes import eventually
 from tests.support.lighthouse import Light, needs_libp2p
 
@@ -82,7 +82,7 @@ async def hidden_peer_of(*lighthouses: Lighthouse, monkeypatch: pytest.MonkeyPat
 
 
 async def started(*lighthouses: Lighthouse, **settings: object) -> P2P:
-    """hivemind's p2pd ends if its first dial fails, on a busy machine for one; ours dials again (dht/membership.py)."""
+    """hivemind's p2pd ends if its first dial fails, on a busy machine for one; ours dials again (dht/bootstrap.py)."""
     known = [lighthouse.address for lighthouse in lighthouses]
     for tries_left in (2, 1, 0):
         try:

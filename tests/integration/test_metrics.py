@@ -5,10 +5,10 @@ import urllib.request
 
 import pytest
 
-from node.metrics import HostCollector
-from protocol import metrics
-from protocol.errors import ConfigError
-from protocol.metrics import serve_metrics
+from common import metrics
+from common.errors import ConfigError
+from common.metrics import serve_metrics
+from node.host.metrics import HostCollector
 from tests.support.swarm_parts import running_swarm, small_manifest
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
+from common.events import EventLog
 from dht.view import PeerInfo
-from node import reachability
-from node.reachability import DIAL_BACK, SERVICE_NAME, DialBackService, ReachabilityWatch
-from node.security import Address, Security
-from node.serving.server import NodeServer
+from node.membership import reachability
+from node.membership.reachability import DIAL_BACK, SERVICE_NAME, DialBackService, ReachabilityWatch
+from node.rpc.security import Security
+from node.rpc.server import NodeServer
 from protocol import reach_pb2 as pb
-from protocol.events import EventLog
+from protocol.endpoints import Address
 from protocol.identity import Identity
 
 if TYPE_CHECKING:

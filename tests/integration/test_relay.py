@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from dht import tunnel as tunnel_module
-from dht.relay import Relay, RelayLimits
-from dht.relaying import MAX_CONTROL_BYTES, RELAY_PROTOCOL, TUNNEL_PROTOCOL
-from dht.reservations import RelayLinks, RelayOffer, punch
-from dht.tunnel import Tunnels, expose
-from node.security import Address, NotConnectedError, Security
-from node.serving.server import NodeServer
+from common.errors import UnavailableError
+from dht.framing import MAX_CONTROL_BYTES
+from dht.relay import tunnel as tunnel_module
+from dht.relay.relay import Relay, RelayLimits
+from dht.relay.relaying import RELAY_PROTOCOL, TUNNEL_PROTOCOL
+from dht.relay.reservations import RelayLinks, RelayOffer, punch
+from dht.relay.tunnel import Tunnels, expose
+from node.rpc.security import NotConnectedError, Security
+from node.rpc.server import NodeServer
 from protocol import relay_pb2 as pb
-from protocol.endpoints import relayed_endpoint
-from protocol.errors import UnavailableError
+from protocol.endpoints import Address, relayed_endpoint
 from protocol.identity import Identity
 from tests.support.dht_nodes import Start, eventually
 from tests.support.relayed import WAIT_S, connect, echo_server, reservations_of, says, tunnels_apart
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from dht.node import DhtNode
-    from dht.reservations import Reservations
+    from dht.relay.reservations import Reservations
     from dht.streams import Stream
 
 PIECES = 64
@@ -141,7 +142,7 @@ async def test_a_relay_that_is_gone_is_left_for_another(start: Start) -> None:
 async def test_a_relay_that_falls_silent_is_left(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     swarm = await swarm_of(start)
     silent = await start(swarm.public)
-    monkeypatch.setattr("dht.reservations.SILENCE_S", 0.5)
+    monkeypatch.setattr("dht.relay.reservations.SILENCE_S", 0.5)
 
     async def grants_and_says_no_more(stream: Stream) -> None:
         await stream.receive(pb.RelayRequest, WAIT_S)

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from experiments.processes import wait_until
-from node.dispatch.dispatcher import DispatchConfig
-from node.moe import LocalExperts, LocalMoE, RemoteMoE
-from node.serving.runtime import RuntimeConfig
-from protocol.errors import DrainingError, TooFewExpertsError
+from common.errors import DrainingError, TooFewExpertsError
+from experiments.live.processes import wait_until
+from node.host.serving.runtime import RuntimeConfig
+from node.model.moe import LocalExperts, LocalMoE
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.remote_moe import RemoteMoE
 from protocol.manifest import BlockId, all_blocks
 from tests.support.swarm_parts import forget, running_swarm, small_manifest
 

@@ -12,14 +12,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from node.dispatch.client import ExpertClient
-from node.security import Address, Caller, NotConnectedError, Security
-from node.serving.guard import CallCounts, unary
-from node.serving.server import NodeServer
+from common.errors import ConfigError, DeadlineError, UnauthenticatedError, UnavailableError
+from node.rpc.handlers import CallCounts, unary
+from node.rpc.security import Caller, NotConnectedError, Security
+from node.rpc.server import NodeServer
+from node.trainer.dispatch.client import ExpertClient
 from protocol import expert_pb2 as pb
 from protocol.admission import Admission
 from protocol.call_signature import CALLER_KEY
-from protocol.errors import ConfigError, DeadlineError, UnauthenticatedError, UnavailableError
+from protocol.endpoints import Address
 from protocol.identity import Identity
 from protocol.version import PROTOCOL_VERSION
 

@@ -11,13 +11,13 @@ import torch
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from node.experts.layer import Pairs
-from node.serving.guard import CallCounts, unary
-from node.serving.server import NodeServer
-from node.serving.service import SERVICE_NAME
-from node.wire import encode_inputs
+from common.errors import ConfigError
+from node.host.serving.service import SERVICE_NAME
+from node.model.pairs import Pairs
+from node.rpc.expert_codec import encode_inputs
+from node.rpc.handlers import CallCounts, unary
+from node.rpc.server import NodeServer
 from protocol import expert_pb2 as pb
-from protocol.errors import ConfigError
 from protocol.limits import MAX_MESSAGE_BYTES
 from protocol.manifest import BlockId, all_blocks
 from protocol.tensors import encode

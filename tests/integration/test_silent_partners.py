@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from node.averaging.wire import ALIVE, ALIVE_PER_SILENCE, Wire
+from node.rpc.message_stream import ALIVE, ALIVE_PER_SILENCE, Wire
 from tests.support.averaging_parts import BLOCK, MemoryReplica, averaging_node, make_state, two_replicas
 
 WAIT_S = 20.0

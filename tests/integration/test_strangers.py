@@ -10,13 +10,13 @@ import grpc
 import pytest
 import torch
 
-from node.dispatch.dispatcher import DispatchConfig
-from node.experts.layer import Pairs
-from node.moe import RemoteMoE
-from node.serving.runtime import RuntimeConfig
-from node.wire import encode_inputs
+from common.errors import TooFewExpertsError
+from node.host.serving.runtime import RuntimeConfig
+from node.model.pairs import Pairs
+from node.rpc.expert_codec import encode_inputs
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.remote_moe import RemoteMoE
 from protocol import expert_pb2 as pb
-from protocol.errors import TooFewExpertsError
 from protocol.manifest import BlockId, all_blocks
 from protocol.tensors import encode
 from tests.support.swarm_parts import TestHost, running_swarm, small_manifest

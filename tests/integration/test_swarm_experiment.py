@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from experiments import swarm
-from experiments.arm import Arm, TrainSpec
-from experiments.places import Place, experts_at, manifest_of
-from experiments.processes import wait_until
-from experiments.swarm_trial import SwarmTrial
-from experiments.training import nats_per_window
-from experiments.worker import Failure, Job, Progress, Worker
+from experiments.arms.arm import Arm, TrainSpec
+from experiments.arms.training import nats_per_window
+from experiments.harness.worker import Failure, Job, Progress, Worker
+from experiments.live.placement import Place, experts_at, manifest_of
+from experiments.live.processes import wait_until
+from experiments.swarm import experiment as swarm
+from experiments.swarm.trial import SwarmTrial
 from tests.support.trials import Context, bee_dataset
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def test_a_trial_that_is_cut_leaves_no_process_behind(tmp_path: Path) -> None:
     trial = next(t for t in swarm.EXPERIMENT.plan("quick", {}) if t.spec["train"]["arm"]["label"] == swarm.ALL)
     folder, shared = str(tmp_path / "own"), str(tmp_path / "shared")
     (tmp_path / "own").mkdir()
-    job = Job(module="experiments.swarm", spec=trial.spec, folder=folder, shared=shared, device="cpu", threads=1)
+    job = Job(
+        module="experiments.swarm.experiment", spec=trial.spec, folder=folder, shared=shared, device="cpu", threads=1
+    )
     worker = Worker(trial, job)
     try:
         assert worker.connection.poll(90), "it trains"

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from common.errors import TooFewExpertsError, UnavailableError
+from common.events import EventLog
 from dht.view import DirectoryView, Replica
 from node.averaging.gossip import relative_distance
-from node.averaging.replica import ReplicaState
-from node.config import TrainConfig
 from node.data import open_dataset
-from node.moe import LocalExperts
-from node.security import Security
-from node.training import StepConfig, Training, build_model
-from node.trunk_replica import TrunkReplica
-from node.trunk_sharing import TrunkSharing
-from protocol.errors import TooFewExpertsError, UnavailableError
-from protocol.events import EventLog
+from node.model.moe import LocalExperts
+from node.model.replica_state import ReplicaState
+from node.rpc.security import Security
+from node.trainer.config import TrainConfig
+from node.trainer.train_step import StepConfig, Training, build_model
+from node.trainer.trunk_replica import TrunkReplica
+from node.trainer.trunk_sharing import TrunkSharing
 from protocol.manifest import TRUNK, AveragingConfig, BlockId
 from tests.support.swarm_parts import make_replica, small_manifest
 

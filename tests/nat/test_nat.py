@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from experiments.processes import Node, end_nodes, wait_until
+from experiments.live.processes import Node, end_nodes, wait_until
 from protocol.manifest import AveragingConfig
 from protocol.swarm_file import SwarmFile
 from tests.support.lighthouse import needs_libp2p

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dht.announcer import Announcement, Announcer
-from dht.store import Entry
+from dht.record_store import Entry
 from protocol import records_pb2
 from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord, encode_block

@@ -7,18 +7,18 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from common.events import EventLog
 from dht.view import Replica
 from node.averaging.averager import Averager, AveragerConfig
 from node.averaging.exchange import BlockResult, ExchangeResult
-from protocol.events import EventLog
 from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-    from node.averaging.replica import ReplicaState
-    from node.security import Address
+    from node.model.replica_state import ReplicaState
+    from protocol.endpoints import Address
 
 A, B = BlockId(0, 0), BlockId(0, 1)
 

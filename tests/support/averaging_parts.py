@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 import torch
 
+from common.errors import KilohiveError, UnavailableError
 from node.averaging.client import AveragingClient
 from node.averaging.exchange import ExchangeConfig, ExchangeResult
 from node.averaging.gossip import GossipLimits
 from node.averaging.pairing import Pairing, Tally
-from node.averaging.replica import ReplicaState
 from node.averaging.replica_set import ReplicaSet
 from node.averaging.service import AveragingService
-from node.averaging.wire import Wire
-from node.security import Address
+from node.model.replica_state import ReplicaState
+from node.rpc.message_stream import Wire
 from protocol import averaging_pb2 as pb
-from protocol.errors import KilohiveError, UnavailableError
+from protocol.endpoints import Address
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from node.guest.allowance import Allowance
+    from node.limits.rate_limits import Allowance
 
 R = TypeVar("R")
 

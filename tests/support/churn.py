@@ -12,17 +12,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from node.security import address_of
+from common.errors import KilohiveError
 from protocol import expert_pb2 as pb
-from protocol.errors import KilohiveError
 from protocol.manifest import BlockId, all_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from experiments.processes import Node, ProcessSwarm
-    from node.security import Address
-    from node.swarm import SwarmClient
+    from experiments.live.processes import Node, ProcessSwarm
+    from node.trainer.swarm_client import SwarmClient
+    from protocol.endpoints import Address
 
 DESCRIBE_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 120.0
@@ -94,8 +93,8 @@ class Churn:
         """How many hosts serve each block: announced, not killed, and they say so themselves when asked."""
         view = self._client.directory.snapshot(with_avoided=True).without(frozenset(self._killed_ids))
         living = [replica for replicas in view.replicas.values() for replica in replicas]
-        held = {address: self._held_at(address) for address in sorted({address_of(replica) for replica in living})}
-        counts = Counter(replica.block for replica in living if replica.block in held[address_of(replica)])
+        held = {address: self._held_at(address) for address in sorted({replica.address for replica in living})}
+        counts = Counter(replica.block for replica in living if replica.block in held[replica.address])
         return {block: counts[block] for block in all_blocks(self._client.manifest.model)}
 
     def _held_at(self, address: Address) -> frozenset[BlockId]:

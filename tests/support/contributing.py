@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.config import CoordinatorConfig, read_manifest
 from coordinator.coordinator import run_coordinator
-from node.config import HostConfig, TrainConfig
-from node.host import run_host
-from node.trainer import run_trainer
+from node.host.config import HostConfig
+from node.host.host import run_host
+from node.trainer.config import TrainConfig
+from node.trainer.trainer import run_trainer
 from protocol.identity import Identity
 
 if TYPE_CHECKING:

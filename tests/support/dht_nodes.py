@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from dht.node import DhtConfig, DhtNode
-from dht.store import Entry
+from dht.record_store import Entry
 from protocol.announcements import PeerRecord, encode_peer
 from protocol.identity import Identity
 from protocol.manifest import Manifest, ModelConfig

@@ -6,12 +6,12 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from protocol.errors import UnavailableError
+from common.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dht.store import Entry
+    from dht.record_store import Entry
 
 START_S = 1_800_000_000.0
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from common.events import EventLog
 from dht.view import DirectoryView
 from node.averaging.replica_set import ReplicaSet
-from node.block_store import BlockStore
-from node.keeper import BlockKeeper, KeeperParts
-from node.placement import PlacementConfig
-from node.serving.runtime import Runtime, RuntimeConfig
-from protocol.events import EventLog
+from node.host.block_manager import BlockKeeper, KeeperParts
+from node.host.block_store import BlockStore
+from node.host.placement import PlacementConfig
+from node.host.serving.runtime import Runtime, RuntimeConfig
 from protocol.manifest import all_blocks
 from tests.support.swarm_parts import CPU, small_manifest
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from protocol.events import Event
+    from common.events import Event
     from protocol.manifest import BlockId
 
 MANIFEST = small_manifest()

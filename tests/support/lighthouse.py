@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 from hivemind.p2p import PeerID
 
-from experiments.processes import Node, events
+from experiments.live.processes import Node, events
 from protocol.identity import Identity
 from tests.support.dht_nodes import RUN, eventually
 

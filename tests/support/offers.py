@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dht.view import PeerInfo
-from node.training import next_byte_loss
+from node.trainer.train_step import next_byte_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from node.contribution.expert_file import Place
     from node.data import ByteDataset
-    from node.moe import LocalExperts
-    from node.transformer import Transformer
+    from node.model.expert_file import Place
+    from node.model.moe import LocalExperts
+    from node.model.transformer import Transformer
     from protocol.announcements import Role
 
 SHAPES = {"w_in": (16, 8), "w_out": (8, 16)}

@@ -6,8 +6,8 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from dht.reservations import RelayLinks, RelayOffer, Reservations
-from dht.tunnel import Tunnels, expose
+from dht.relay.reservations import RelayLinks, RelayOffer, Reservations
+from dht.relay.tunnel import Tunnels, expose
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

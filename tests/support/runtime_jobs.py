@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from node.experts.block import new_block
-from node.experts.layer import Pairs, layer_backward
-from node.serving.jobs import BackwardJob, ForwardJob
-from node.serving.kept_inputs import CheckedInputs, RequestKey
-from node.serving.runtime import Runtime, RuntimeConfig
+from node.host.serving.activation_cache import CheckedInputs, RequestKey
+from node.host.serving.jobs import BackwardJob, ForwardJob
+from node.host.serving.runtime import Runtime, RuntimeConfig
+from node.model.experts.block import new_block
+from node.model.experts.layer import layer_backward
+from node.model.learning_rate import learning_rate_factor
+from node.model.pairs import Pairs
 from protocol.manifest import BlockId, all_blocks
-from protocol.schedule import learning_rate_factor
 from tests.support.swarm_parts import CPU, small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from node.experts.block import Block
+    from node.model.experts.block import Block
     from protocol.manifest import Manifest
 
 MANIFEST = small_manifest(dtype="fp64")

@@ -14,7 +14,7 @@ import torch
 
 from dht.directory import REFRESH_S
 from dht.view import DirectoryView, PeerInfo, Replica
-from node.averaging.replica import ReplicaState
+from node.model.replica_state import ReplicaState
 from tests.support.swarm_parts import make_replica
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from dht.directory import REFRESH_S
-from dht.stamps import PERIOD_S, TTL_S
+from dht.record_versions import PERIOD_S, TTL_S
 from node.averaging.gossip import GossipLimits, Move, apply_move, checked_moments, relative_distance, share_R
 from node.averaging.partners import History, candidates, choose_partner
-from node.placement import (
+from node.host.placement import (
     JITTER,
     Joiner,
     PlacementConfig,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dht.view import DirectoryView
-    from node.averaging.replica import ReplicaState
+    from node.model.replica_state import ReplicaState
 
 LOAD_S = 30.0
 
@@ -72,7 +72,7 @@ class SimulationConfig:
         return replace(self, churn_s=0.0, wipe_s=0.0, failing_joiners=0.0, exchange_s=10_000.0)
 
     def recovery_bound_s(self) -> float:
-        """As the docstring of `node.placement` has it, and a step for rounding each of the four."""
+        """As the docstring of `node.host.placement` has it, and a step for rounding each of the four."""
         checks_s = 2 * (1 + JITTER) * PlacementConfig(max_blocks=1, target_replicas=1).check_s
         return TTL_S + REFRESH_S + checks_s + self.transfer_s + 4.0
 

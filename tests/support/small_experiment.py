@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from experiments.experiment import Report, Trial
-from protocol.errors import DataError
+from common.errors import DataError
+from experiments.harness.experiment import Report, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from experiments.experiment import Preset, Result, TrialContext
+    from experiments.harness.experiment import Preset, Result, TrialContext
 
 
 class Small:

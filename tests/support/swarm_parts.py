@@ -12,21 +12,22 @@ import torch
 import uvloop
 
 from dht.view import Replica
-from node.dispatch.client import ExpertClient
-from node.dispatch.dispatcher import DispatchConfig, Dispatcher
-from node.experts.block import Block, new_block
-from node.security import Address, Security
-from node.serving.runtime import Runtime, RuntimeConfig
-from node.serving.server import NodeServer
-from node.serving.service import SERVICE_NAME, ExpertService
+from node.host.serving.runtime import Runtime, RuntimeConfig
+from node.host.serving.service import SERVICE_NAME, ExpertService
+from node.model.experts.block import Block, new_block
+from node.rpc.security import Security
+from node.rpc.server import NodeServer
+from node.trainer.dispatch.client import ExpertClient
+from node.trainer.dispatch.dispatcher import DispatchConfig, Dispatcher
 from protocol import expert_pb2 as pb
+from protocol.endpoints import Address
 from protocol.identity import Identity
 from protocol.manifest import BlockId, Manifest, ModelConfig, OptimizerConfig, all_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
-    from node.security import Caller
+    from node.rpc.security import Caller
 
 R = TypeVar("R")
 CPU = torch.device("cpu")

@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from node.config import SwarmConfig
-from node.security import Address
-from node.swarm import SwarmClient
+from common.errors import KilohiveError
+from dht.relay.tunnel import Tunnels
+from node.membership.config import SwarmConfig
+from node.trainer.swarm_client import SwarmClient
 from protocol import expert_pb2 as pb
-from protocol.endpoints import is_relayed
-from protocol.errors import KilohiveError
+from protocol.endpoints import Address, is_relayed
 
 if TYPE_CHECKING:
-    from node.swarm import Swarm
+    from node.membership.swarm import Swarm
 
 CALL_TIMEOUT_S = 5.0
 PAUSE_S = 0.02
@@ -55,7 +55,7 @@ def _call(client: SwarmClient, peer_id: str) -> dict[str, Any]:
     return {
         "t": time.time(),
         "ms": milliseconds,
-        "direct": not is_relayed(endpoint) or (tunnels is not None and tunnels.is_direct(peer_id)),
+        "direct": not is_relayed(endpoint) or (isinstance(tunnels, Tunnels) and tunnels.is_direct(peer_id)),
         "seen_at": client.call(swarm.dht.streams.seen_at(peer_id, CALL_TIMEOUT_S), CALL_TIMEOUT_S + 1),
     }
 

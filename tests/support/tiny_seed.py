@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.domains import Domain, parted
-from experiments.seed.model import Seed, SeedModel
-from experiments.seed.package import SeedFile
-from experiments.seed.tokenizer import SeedTokenizer
+from experiments.adapters.domains import Domain, parted
+from experiments.adapters.seed.model import Seed, SeedModel
+from experiments.adapters.seed.package import SeedFile
+from experiments.adapters.seed.tokenizer import SeedTokenizer
 
 if TYPE_CHECKING:
-    from experiments.domains import DomainName
+    from experiments.adapters.domains import DomainName
 
 LAYERS, D_MODEL, HEADS, HIDDEN = 3, 16, 2, 24
 BYTES = 256

@@ -1,10 +1,10 @@
 """Hosts are killed and others join while a swarm trains: no block is lost, no trainer fails, the loss is the same.
 
 A killed host's blocks are missed only when its records expire; a joiner then takes them over. Both take up to about
-half a minute (`node.placement`: TTL_S + REFRESH_S + checks + transfer), longer than the 20 s between two kills, so that
-two dead hosts' replicas may be missing at once. Hence three replicas of each block: with two, killing both holders of a
-block within that time loses what it has learnt, and nothing but luck prevents it. Hosts start one after the other, as
-each one's choice of blocks rests on what the others have announced.
+half a minute (`node.host.placement`: TTL_S + REFRESH_S + checks + transfer), longer than the 20 s between two kills, so
+that two dead hosts' replicas may be missing at once. Hence three replicas of each block: with two, killing both holders
+of a block within that time loses what it has learnt, and nothing but luck prevents it. Hosts start one after the other,
+as each one's choice of blocks rests on what the others have announced.
 
 The learning rate is constant, so that a run's loss depends only on the tokens that it has trained on: the churn has its
 time by the clock, and the undisturbed run then trains for as many steps, over hosts that place themselves alike. At
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from experiments.processes import ProcessSwarm, process_swarm
-from node.config import SwarmConfig
-from node.swarm import SwarmClient
+from experiments.live.processes import ProcessSwarm, process_swarm
+from node.membership.config import SwarmConfig
+from node.trainer.swarm_client import SwarmClient
 from protocol.manifest import AveragingConfig
 from tests.support.churn import Churn, ChurnConfig
 from tests.support.swarm_parts import small_manifest
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from experiments.processes import Node
+    from experiments.live.processes import Node
 
 N_HOSTS = 6
 N_TRAINERS = 2

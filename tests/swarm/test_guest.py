@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from experiments.processes import RUN_NODE, Node, ProcessSwarm, process_swarm, wait_until
-from node.guest.signals import SIGNALS
+from experiments.live.processes import RUN_NODE, Node, ProcessSwarm, process_swarm, wait_until
+from node.host.signals import SIGNALS
 from protocol.manifest import AveragingConfig
 from tests.support.swarm_parts import small_manifest
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from experiments.processes import RUN_NODE, events, wait_until
+from experiments.live.processes import RUN_NODE, events, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,24 +6,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from experiments.processes import process_swarm
-from node.block_store import block_path
-from node.checkpoint import read_checkpoint
-from node.config import SwarmConfig
+from experiments.live.processes import process_swarm
 from node.data import open_dataset
-from node.dispatch.dispatcher import DispatchConfig
-from node.experts.state import block_tensors
-from node.moe import LocalExperts, LocalMoE, RemoteMoE
-from node.swarm import SwarmClient
-from node.training import StepConfig, Training, build_trunk
+from node.host.block_store import block_path
+from node.membership.config import SwarmConfig
+from node.model.checkpoint import read_checkpoint
+from node.model.experts.state import block_tensors
+from node.model.moe import LocalExperts, LocalMoE
+from node.trainer.dispatch.dispatcher import DispatchConfig
+from node.trainer.remote_moe import RemoteMoE
+from node.trainer.swarm_client import SwarmClient
+from node.trainer.train_step import StepConfig, Training, build_trunk
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from common.errors import TooFewExpertsError
     from node.data import ByteDataset
-    from node.moe import Experts, MoE
-    from protocol.errors import TooFewExpertsError
+    from node.model.moe import Experts, MoE
     from protocol.manifest import Manifest
 
 STEPS = 50

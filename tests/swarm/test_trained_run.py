@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from experiments.processes import RUN_NODE, ProcessSwarm, process_swarm, wait_until
+from experiments.live.processes import RUN_NODE, ProcessSwarm, process_swarm, wait_until
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:

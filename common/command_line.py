@@ -1,0 +1,239 @@
+"""From command line and TOML file to a frozen configuration, and from a configuration to a help page of one screen.
+
+tyro parses and converts the flags; this adds `--config FILE` (flags win over file over default) and a help page that
+gives each flag one line, taken from the docstring under its field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import textwrap
+import tomllib
+import types
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from _typeshed import DataclassInstance
+    from rich.console import Console
+
+C = TypeVar("C", bound="DataclassInstance")
+MAX_CONFIG_BYTES = 65_536
+MAX_CHOICES_CHARS = 12
+MAX_SHOWN_INVITE = 40
+LOG_LEVELS = ("debug", "info", "warning", "error")
+HELP_LIMITS = "--help-limits"
+SHARED_FLAGS = (
+    ("--config FILE", "TOML file with any of these settings; flags win over it"),
+    ("--log-level LEVEL", f"{', '.join(LOG_LEVELS)} [info]"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page(Generic[C]):
+    """One subcommand as a person meets it: its name, a sentence, examples and the class of its configuration.
+
+    `limits`: the base class of `config` whose flags have a page of their own, if one has; see HELP_LIMITS.
+    """
+
+    name: str
+    summary: str
+    config: type[C]
+    examples: tuple[str, ...]
+    limits: type | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed(Generic[C]):
+    """What the command line and the file said. `given`: names of the fields that differ from their defaults."""
+
+    config: C
+    log_level: str
+    given: frozenset[str]
+
+
+def parse(page: Page[C], arguments: Sequence[str], program: str) -> Parsed[C]:
+    """Read flags and the optional file. Raises ConfigError for the file, SystemExit(2) for a flag, after a sentence."""
+    shared = argparse.ArgumentParser(prog=f"{program} {page.name}", add_help=False, allow_abbrev=False)
+    shared.add_argument("--config", type=Path)
+    shared.add_argument("--log-level", choices=LOG_LEVELS, default="info")
+    known, rest = shared.parse_known_args(list(arguments))
+    _check_choices(page.config, rest)
+    from_file = read_config_file(page.config, known.config) if known.config is not None else {}
+    config = tyro.cli(
+        page.config,
+        prog=f"{program} {page.name}",
+        args=rest,
+        default=page.config(**from_file),
+        add_help=False,
+    )
+    return Parsed(config=config, log_level=known.log_level, given=_given(config, page.config()))
+
+
+def _check_choices(cls: type, arguments: Sequence[str]) -> None:
+    """Tyro refuses a wrong choice too, but cuts its list of the right ones short on a narrow terminal."""
+    hints = {f"--{name.replace('_', '-')}": hint for name, hint in get_type_hints(cls).items()}
+    for flag, value in pairwise(arguments):
+        if get_origin(hints.get(flag)) is Literal:
+            _converted(flag, value, hints[flag])
+
+
+def _given(config: DataclassInstance, default: DataclassInstance) -> frozenset[str]:
+    names = [field.name for field in fields(config)]
+    return frozenset(name for name in names if getattr(config, name) != getattr(default, name))
+
+
+def read_config_file(cls: type, path: Path) -> dict[str, object]:
+    """Values for the fields of `cls`, checked for name and type. Raises ConfigError naming the file and the field."""
+    try:
+        with path.open("rb") as file:
+            table = tomllib.loads(file.read(MAX_CONFIG_BYTES + 1).decode())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not TOML: {error}") from None
+    hints = get_type_hints(cls)
+    values = {key.replace("-", "_"): value for key, value in table.items()}
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ConfigError(f"--config {path}: {unknown[0]}: unknown setting; see --help for those of this command")
+    return {key: _converted(f"--config {path}: {key}", value, hints[key]) for key, value in values.items()}
+
+
+def _converted(name: str, value: object, hint: Any) -> object:  # noqa: ANN401 - a type's annotation can be anything
+    """`value`, as TOML gave it, in the declared type of its field."""
+    if get_origin(hint) is types.UnionType:
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise ConfigError(f"{name}: is {value!r}, must be one of {', '.join(map(str, get_args(hint)))}")
+    if get_origin(hint) is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise ConfigError(f"{name}: must be {_type_words(hint)}, is {value!r}")
+
+
+def _type_words(hint: Any) -> str:  # noqa: ANN401 - see _converted
+    if get_origin(hint) is tuple:
+        return "a list of texts"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    return words.get(hint, str(hint))
+
+
+def print_help(page: Page[C], console: Console, program: str) -> None:
+    """One line per flag where it fits: flag, meaning, default. Limits are left to `print_limits`."""
+    console.print(Text.assemble((f"{program} {page.name}", "bold"), f": {page.summary}"))
+    for example in page.examples:
+        console.print(Text(f"  {program} {example}", style="cyan"), soft_wrap=True)
+    console.print()
+    apart = {flag for flag, _ in help_rows(page.limits)} if page.limits else set()
+    rows = [(flag, meaning) for flag, meaning in help_rows(page.config) if flag not in apart]
+    if page.limits:
+        rows.append((HELP_LIMITS, Text("flags that limit what it takes of this machine, and when")))
+    _print_rows([*rows, *((flag, Text(words)) for flag, words in SHARED_FLAGS)], console)
+
+
+def print_limits(page: Page[C], console: Console, program: str) -> None:
+    """The flags that `print_help` leaves out; none for a page without limits."""
+    console.print(Text.assemble((f"{program} {page.name}", "bold"), ": what it may take of this machine, and when."))
+    console.print()
+    _print_rows(list(help_rows(page.limits)) if page.limits else [], console)
+
+
+def _print_rows(rows: Sequence[tuple[str, Text]], console: Console) -> None:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for flag, meaning in rows:
+        grid.add_row(Text(flag, style="bold"), meaning)
+    console.print(grid)
+
+
+def help_rows(cls: type) -> Iterator[tuple[str, Text]]:
+    """(flag with its value's name, meaning with its default) per field; those of `cls` itself before inherited ones."""
+    hints, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+    default = cls()
+    docs = {name: doc for owner in reversed(cls.__mro__) for name, doc in field_docs(owner).items()}
+    seen: set[str] = set()
+    for owner in cls.__mro__:
+        own = [name for name in vars(owner).get("__annotations__", {}) if name not in seen]
+        seen.update(own)
+        for name in own:
+            value_name, choices = _value_name(hints[name])
+            flag = f"--{name.replace('_', '-')} {value_name}".strip()
+            if _is_positional(annotated[name]):
+                flag = name.upper()
+            meaning = _first_sentence(docs.get(name, "")) + choices
+            yield flag, Text.assemble(meaning, (_default_text(getattr(default, name)), "dim"))
+
+
+def _is_positional(hint: Any) -> bool:  # noqa: ANN401 - see _converted
+    return get_args(tyro.conf.Positional[str])[1:] == getattr(hint, "__metadata__", ())
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split()).partition(". ")[0].rstrip(".")
+
+
+def _default_text(value: object) -> str:
+    hidden = value is None or value is False or value in ("", ())
+    return "" if hidden else f" [{value}]"
+
+
+def _value_name(hint: Any) -> tuple[str, str]:  # noqa: ANN401 - see _converted
+    """What to write for the value after the flag, and the choices where these are too long for that."""
+    if get_origin(hint) is Literal:
+        choices = "|".join(get_args(hint))
+        return (choices, "") if len(choices) <= MAX_CHOICES_CHARS else ("NAME", f": {', '.join(get_args(hint))}")
+    if get_origin(hint) is tuple:
+        return "TEXT ...", ""
+    if hint is Path or Path in get_args(hint):
+        return "PATH", ""
+    return {bool: "", int: "N", float: "X"}.get(hint, "TEXT"), ""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string under each field that `cls` itself declares."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):
+        return {}
+    body = ast.parse(source).body[0]
+    if not isinstance(body, ast.ClassDef):
+        return {}
+    return {
+        line.target.id: doc.value.value
+        for line, doc in zip(body.body, body.body[1:], strict=False)
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str)
+    }
+
+
+def resolved_text(page: Page[C], parsed: Parsed[C]) -> Text:
+    """Every setting in force, in one paragraph; those that differ from the default stand out."""
+    text = Text.assemble((f"{page.name} ", "bold"))
+    for field in fields(parsed.config):
+        value = getattr(parsed.config, field.name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if len(shown) > MAX_SHOWN_INVITE and shown.startswith("kh"):  # its end may be a closed run's token
+            shown = f"{shown[:MAX_SHOWN_INVITE]}..."
+        text.append(f"{field.name}={shown or '-'} ", style="bold" if field.name in parsed.given else "dim")
+    return text

@@ -1,0 +1,96 @@
+"""Where a lighthouse listens, what it tells others about that, and whom it joins through."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import TYPE_CHECKING
+
+import trio
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+from multiaddr.exceptions import MultiaddrError
+
+from common.errors import ConfigError, IdentityError, UnavailableError
+from coordinator.lighthouse.streams import tcp_address
+from dht.addresses import listen_host
+from protocol.identity import public_key_of
+from protocol.swarm_file import SwarmFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from coordinator.config import LighthouseConfig
+
+MAX_PORT = 65_535
+BACKLOG = 128
+
+
+async def listen(config: LighthouseConfig, initial_peers: Sequence[str]) -> trio.SocketListener:
+    """Listen where a person said, with last time's port where they named none. Raises a KilohiveError."""
+    if not 0 <= config.port <= MAX_PORT:
+        raise ConfigError(f"--port: must be from 0 (any) to {MAX_PORT}, is {config.port}")
+    host = listen_host(config.listen, initial_peers)
+    _check_announced(host, config.announce)
+    last = last_port(config.state / "swarm.toml") if config.port == 0 else 0
+    if last:
+        try:
+            return await _bind(host, last)
+        except UnavailableError:  # somebody else has it now
+            pass
+    return await _bind(host, config.port)
+
+
+def announced(listener: trio.SocketListener, announce: str, peer_id: str) -> str:
+    """The multiaddress that others are told."""
+    host, port = listener.socket.getsockname()[:2]
+    return f"{tcp_address(announce or host, port)}/p2p/{peer_id}"
+
+
+def initial_members(initial_peers: Sequence[str]) -> dict[bytes, list[bytes]]:
+    """Peers to join through and where each is; raises ConfigError for what is no address of a peer."""
+    found: dict[bytes, list[bytes]] = {}
+    for text in initial_peers:
+        address, _, peer_id = text.rpartition("/p2p/")
+        try:
+            public_key_of(peer_id)
+            where = Multiaddr(address).to_bytes()
+        except (IdentityError, MultiaddrError, ValueError) as error:
+            raise ConfigError(f"initial peer {text[:120]!r} is not a peer's multiaddress ({error})") from None
+        found.setdefault(ID.from_string(peer_id).to_bytes(), []).append(where)
+    return found
+
+
+def last_port(path: Path) -> int:
+    """Port of the first address in an earlier file: nodes that are up look for this peer there."""
+    try:
+        parts = SwarmFile.read(path).initial_peers[0].split("/")
+    except ConfigError:
+        return 0
+    port = parts[parts.index("tcp") + 1] if "tcp" in parts[:-1] else ""
+    return int(port) if port.isascii() and port.isdigit() else 0
+
+
+def _check_announced(host: str, announce: str) -> None:
+    for flag, text, is_told in (("--listen", host, not announce), ("--announce", announce, True)):
+        try:
+            unspecified = bool(text) and ipaddress.ip_address(text).is_unspecified
+        except ValueError:
+            raise ConfigError(f"{flag}: must be an IP address such as 192.0.2.1, is {text[:80]!r}") from None
+        if unspecified and is_told:
+            raise ConfigError(f"{flag}: others cannot call {text}; name this machine's own address with --announce")
+
+
+async def _bind(host: str, port: int) -> trio.SocketListener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        await bound.bind((host, port))
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        hint = "stop what uses it or choose another, 0 takes any" if port else "choose an address of this machine"
+        raise UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}") from None
+    return trio.SocketListener(bound)

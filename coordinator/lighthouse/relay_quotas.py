@@ -1,0 +1,156 @@
+"""What a relay has promised and to whom: reservations and circuits within their limits. Pure; `relay.py` acts on it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from common.errors import OverloadedError, UnavailableError
+from dht.relay.relaying import no_circuit_left, no_reservation_left
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+Way = Literal["libp2p", "kilohive"]
+"""How a peer is reached through its reservation: libp2p's circuits, or streams as nodes relay them."""
+
+RESERVATION_S = 3600.0
+"""A reservation's life; peers renew theirs long before."""
+
+MAX_RESERVATIONS_PER_ADDRESS = 16
+"""Peers behind one public address: more than a household has, and not enough to take all."""
+
+MAX_CIRCUITS_PER_PEER = 16
+"""Into one peer, and out of one peer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelayLimits:
+    """What a lighthouse's owner gives away. `circuit_bytes` counts both ways together."""
+
+    reservations: int
+    circuits: int
+    circuit_bytes: int
+    circuit_s: float
+
+
+class _Reserved(NamedTuple):
+    expires_s: float
+    address: str
+
+
+class Circuit:
+    """One circuit's account."""
+
+    def __init__(self, source: bytes, target: bytes, max_bytes: int) -> None:
+        self.source, self.target = source, target
+        self.left_bytes = max_bytes
+
+    def spend(self, n_bytes: int) -> bool:
+        """Whether so many bytes more may pass; if so, they are counted."""
+        if n_bytes > self.left_bytes:
+            return False
+        self.left_bytes -= n_bytes
+        return True
+
+
+class Ledger:
+    """Reservations and circuits of one relay; `clock` gives seconds since 1970."""
+
+    def __init__(self, limits: RelayLimits, clock: Callable[[], float]) -> None:
+        self.limits, self._clock = limits, clock
+        self._reserved: dict[tuple[Way, bytes], _Reserved] = {}
+        self._circuits: set[Circuit] = set()
+        self.relayed_bytes = 0
+        self.refused = 0
+
+    @property
+    def n_reservations(self) -> int:
+        """Reservations that hold."""
+        now_s = self._clock()
+        return sum(reserved.expires_s > now_s for reserved in self._reserved.values())
+
+    @property
+    def n_circuits(self) -> int:
+        """Circuits that are open."""
+        return len(self._circuits)
+
+    def reserve(self, peer: bytes, address: str, way: Way = "libp2p") -> float:
+        """Reserve for a peer that is connected from `address`, or renew; until when. Raises OverloadedError."""
+        self._expire()
+        if (way, peer) not in self._reserved:
+            self._check_room(address)
+        expires_s = self._clock() + RESERVATION_S
+        self._reserved[way, peer] = _Reserved(expires_s, address)
+        return expires_s
+
+    def has_reserved(self, peer: bytes, way: Way = "libp2p") -> bool:
+        """Whether a peer's reservation holds."""
+        reserved = self._reserved.get((way, peer))
+        return reserved is not None and reserved.expires_s > self._clock()
+
+    def release(self, peer: bytes, way: Way) -> None:
+        """A peer gives its reservation up."""
+        self._reserved.pop((way, peer), None)
+
+    def keep_only(self, connected: Iterable[bytes]) -> None:
+        """Drop reservations of peers that have left: nobody can be led to them."""
+        here = set(connected)
+        self._reserved = {held: reserved for held, reserved in self._reserved.items() if held[1] in here}
+
+    def open(self, source: bytes, target: bytes, way: Way = "libp2p") -> Circuit:
+        """Open a circuit. Raises UnavailableError if the target has no reservation, OverloadedError at a limit."""
+        self._expire()
+        if (way, target) not in self._reserved:
+            raise UnavailableError("relay: the peer has no reservation here")
+        out_of, into = self._circuits_of(source, target)
+        if len(self._circuits) >= self.limits.circuits or out_of >= MAX_CIRCUITS_PER_PEER:
+            self._refuse(no_circuit_left(len(self._circuits), out_of))
+        if into >= MAX_CIRCUITS_PER_PEER:
+            self._refuse(OverloadedError(f"this relay carries {into} circuits to that peer, the most it takes"))
+        circuit = Circuit(source, target, self.limits.circuit_bytes)
+        self._circuits.add(circuit)
+        return circuit
+
+    def pass_bytes(self, circuit: Circuit, n_bytes: int) -> bool:
+        """Count bytes that are about to pass; False if the circuit may not carry them."""
+        if not circuit.spend(n_bytes):
+            return False
+        self.relayed_bytes += n_bytes
+        return True
+
+    def close(self, circuit: Circuit) -> None:
+        """A circuit has ended. Safe to call twice."""
+        self._circuits.discard(circuit)
+
+    def _circuits_of(self, source: bytes, target: bytes) -> tuple[int, int]:
+        """Out of the one peer, and into the other."""
+        out_of = Counter(circuit.source for circuit in self._circuits)
+        into = Counter(circuit.target for circuit in self._circuits)
+        return out_of[source], into[target]
+
+    def _check_room(self, address: str) -> None:
+        if len(self._reserved) >= self.limits.reservations:
+            self._refuse(no_reservation_left(self.limits.reservations))
+        from_there = sum(reserved.address == address for reserved in self._reserved.values())
+        if _is_public(address) and from_there >= MAX_RESERVATIONS_PER_ADDRESS:
+            words = f"this relay has {from_there} reservations from one address, the most it takes"
+            self._refuse(OverloadedError(words))
+
+    def _refuse(self, error: OverloadedError) -> None:
+        self.refused += 1
+        raise error
+
+    def _expire(self) -> None:
+        now_s = self._clock()
+        self._reserved = {held: reserved for held, reserved in self._reserved.items() if reserved.expires_s > now_s}
+
+
+def _is_public(address: str) -> bool:
+    """One's own network is not a stranger's."""
+    try:
+        return ipaddress.ip_address(address).is_global
+    except ValueError:
+        return False

@@ -1,0 +1,150 @@
+"""How a node gets into the DHT and stays in it: joining through initial peers, and finding lost peers again.
+
+hivemind forgets a peer after one call that got no answer and never looks for it again. A machine that stalls for a few
+seconds would forget everybody, be forgotten by everybody, and stay alone for good; so peers are remembered here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hivemind.dht.protocol import ValidationError
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.utils.multiaddr import Multiaddr
+
+from common.errors import ConfigError, IdentityError, UnavailableError
+from protocol.identity import public_key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hivemind.dht.node import DHTNode
+
+    from dht.bounded_calls import Calls
+    from dht.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+STRAGGLER_S = 0.3
+"""Once one initial peer has answered, the others have this long."""
+
+SEARCH_TIMEOUT_S = 3.0
+REMEMBER_S = 600.0
+MAX_REMEMBERED = 256
+MAX_CALLS_PER_REFRESH = 16
+MAX_MULTIADDRESS_CHARS = 512
+
+
+class InitialPeer(NamedTuple):
+    """A peer to join through: `address` is where to dial, `text` what the user wrote."""
+
+    peer_id: PeerID
+    address: Multiaddr
+    text: str
+
+
+@dataclass(kw_only=True)
+class Membership:
+    """Keeps one node's routing table filled."""
+
+    node: DHTNode
+    transport: Transport
+    initial_peers: Sequence[InitialPeer]
+    calls: Calls
+    _last_seen_s: dict[PeerID, float] = field(default_factory=dict)
+
+    @property
+    def known_peers(self) -> int:
+        """Peers in the routing table."""
+        return len(self._table())
+
+    async def join(self, timeout_s: float) -> None:
+        """Meet the initial peers; raises UnavailableError if there are some and none answers within `timeout_s`."""
+        others = [peer for peer in self.initial_peers if peer.peer_id != self.transport.peer_id]
+        if not others:
+            return
+        problems = await self._greet_until_one_answers(others, timeout_s)
+        if all(problems.values()):
+            tried = "; ".join(f"{peer.text}: {problem}" for peer, problem in problems.items())
+            raise UnavailableError(
+                f"initial peers: none answered within {timeout_s:g} s ({tried}); "
+                "check the addresses, and that a node runs at one of them"
+            )
+        await self._search_neighbors()
+
+    async def refresh(self) -> None:
+        """Call peers that were lost, and ask those that are there for neighbors."""
+        now_s = asyncio.get_running_loop().time()
+        present = set(self._table())
+        self._remember(present, now_s)
+        by_id = {peer.peer_id: peer for peer in self.initial_peers if peer.peer_id != self.transport.peer_id}
+        lost = [peer_id for peer_id in {**by_id, **self._last_seen_s} if peer_id not in present]
+        calls = (
+            self._greet(by_id[peer_id]) if peer_id in by_id else self.node.protocol.call_ping(peer_id)
+            for peer_id in lost[:MAX_CALLS_PER_REFRESH]
+        )
+        await asyncio.gather(*calls)
+        await self._search_neighbors()
+
+    def _table(self) -> dict[PeerID, Any]:
+        table: dict[PeerID, Any] = self.node.protocol.routing_table.peer_id_to_uid
+        return table
+
+    def _remember(self, present: set[PeerID], now_s: float) -> None:
+        self._last_seen_s.update(dict.fromkeys(present, now_s))
+        recent = sorted(self._last_seen_s.items(), key=lambda item: -item[1])[:MAX_REMEMBERED]
+        self._last_seen_s = {peer_id: seen_s for peer_id, seen_s in recent if now_s - seen_s < REMEMBER_S}
+
+    async def _greet_until_one_answers(self, peers: Sequence[InitialPeer], timeout_s: float) -> dict[InitialPeer, str]:
+        """For each peer, what went wrong; empty for one that answered."""
+        greetings = {peer: self.calls.begin(self._greet(peer)) for peer in peers}
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        waiting = set(greetings.values())
+        while waiting and (left_s := deadline_s - loop.time()) > 0:
+            done, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if any(not call.result() for call in done):
+                deadline_s = min(deadline_s, loop.time() + STRAGGLER_S)
+        return {peer: call.result() if call.done() else "no answer" for peer, call in greetings.items()}
+
+    async def _greet(self, peer: InitialPeer) -> str:
+        """Dial and exchange places in the DHT; the problem in words, empty if there is none."""
+        try:
+            await self.transport.dial(peer.peer_id, peer.address)
+            # The peer calls back, so that a node which cannot be dialled learns so now.
+            answered = await self.node.protocol.call_ping(peer.peer_id, validate=True, strict=True)
+        except ControlFailure as error:
+            return _last_line(error)
+        except (ValidationError, P2PDaemonError, OSError, EOFError) as error:
+            return str(error)
+        return "" if answered else "is there, but is no DHT node"
+
+    async def _search_neighbors(self) -> None:
+        """A search for our own place fills the table with those nearest to it (Kademlia, section 2.3)."""
+        search = self.calls.begin(self.node.find_nearest_nodes([self.node.node_id]))
+        done, _ = await asyncio.wait({search}, timeout=SEARCH_TIMEOUT_S)
+        if done and search.exception() is not None:
+            logger.debug("the search for neighbors failed: %r", search.exception())
+
+
+def parse_initial_peer(text: str) -> InitialPeer:
+    """Raises ConfigError unless `text` is a multiaddress that ends in an Ed25519 peer id."""
+    problem = f"initial peer {text[:120]!r} is not a multiaddress such as /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
+    address, marker, peer_id = text[:MAX_MULTIADDRESS_CHARS].rpartition("/p2p/")
+    if not marker or not address:
+        raise ConfigError(problem)
+    try:
+        public_key_of(peer_id)
+        return InitialPeer(PeerID.from_base58(peer_id), Multiaddr(address), text)
+    except (IdentityError, ValueError, TypeError, LookupError) as error:
+        raise ConfigError(f"{problem} ({error})") from None
+
+
+def _last_line(error: ControlFailure) -> str:
+    """libp2p's dial errors tell every attempt on a line of its own."""
+    return str(error).strip().splitlines()[-1].strip(" *") if str(error).strip() else "cannot be dialled"

@@ -1,0 +1,270 @@
+"""Train one arm in this process with the product's own parts, from a spec to figures. Resumes from its folder.
+
+Shapes: B sequences, T positions, V vocabulary, N windows in all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.nn import functional
+
+from common.atomic_file import write_atomically
+from common.folders import data_cache
+from experiments.arms.arm import TrainSpec, cost
+from experiments.arms.gates import HashGate, gate_of
+from experiments.arms.specialisation import specialisation
+from node.data import open_dataset
+from node.host.block_store import BlockStore
+from node.model.devices import pick_device
+from node.model.moe import LocalExperts, MoE
+from node.model.transformer import DenseFfn
+from node.trainer.train_step import StepConfig, Training, build_trunk
+from node.trainer.trunk_state import Progress, load_trunk, save_trunk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from common.errors import TooFewExpertsError
+    from experiments.harness.experiment import Result, TrialContext
+    from node.data import ByteDataset
+    from node.model.experts.block import Block
+    from node.model.moe import Experts
+    from node.model.transformer import Transformer
+    from node.trainer.train_step import StepResult
+    from protocol.manifest import Manifest
+
+CHECKPOINT_EVERY_S = 60.0
+PROGRESS_EVERY_STEPS = 5
+
+
+class NoExperts:
+    """What a dense arm calls: nobody."""
+
+    run_tokens = 0
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, list[Block]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyModel:
+    """A transformer, wherever the experts are that it calls."""
+
+    manifest: Manifest
+    trunk: Transformer
+    device: torch.device
+
+    @property
+    def layers(self) -> list[MoE]:
+        """The layers of experts, in order."""
+        return [module for module in self.trunk.modules() if isinstance(module, MoE)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(AnyModel):
+    """A transformer, and its experts in this process."""
+
+    experts: LocalExperts | NoExperts
+
+
+def build_model(spec: TrainSpec, device: torch.device, experts: LocalExperts | None = None) -> Model:
+    """As it is before training: a function of the spec alone. With `experts` in place of its own, all of them."""
+    manifest, generator = spec.manifest(), torch.Generator().manual_seed(spec.seed)
+    arm = spec.arm
+    if not arm.experts:
+        dense = [DenseFfn(spec.d_model, arm.hidden, generator) for _ in range(spec.layers)]
+        trunk = _trunk(manifest, dense, generator, device)
+        return Model(manifest=manifest, trunk=trunk, experts=NoExperts(), device=device)
+    experts = experts or LocalExperts(manifest, device)
+    trunk = trunk_with_experts(spec, manifest, experts, device)
+    return Model(manifest=manifest, trunk=trunk, experts=experts, device=device)
+
+
+def trunk_with_experts(spec: TrainSpec, manifest: Manifest, experts: Experts, device: torch.device) -> Transformer:
+    """The trunk and gates of an arm that has experts, as they are before training, wherever the experts are."""
+    arm, generator = spec.arm, torch.Generator().manual_seed(spec.seed)
+    gates = [
+        gate_of(manifest.model, arm.gate, is_frozen=arm.frozen_gate, generator=generator) for _ in range(spec.layers)
+    ]
+    layers = [MoE(gate, experts, layer) for layer, gate in enumerate(gates)]
+    trunk = _trunk(manifest, layers, generator, device)
+    for gate in gates:
+        if isinstance(gate, HashGate):
+            gate.watch(trunk)
+    return trunk
+
+
+def _trunk(
+    manifest: Manifest, layers: Iterable[torch.nn.Module], generator: torch.Generator, device: torch.device
+) -> Transformer:
+    return build_trunk(manifest, list(layers), generator).to(device)  # type: ignore[arg-type]
+
+
+def open_text(seed: int = 0) -> ByteDataset:
+    """The default corpus. Held-out documents are the same for every seed of a model."""
+    return open_dataset(None, cache_dir=data_cache(), seed=seed)
+
+
+def build_training(model: Model, spec: TrainSpec, dataset: ByteDataset) -> Training:
+    """One micro-batch a step: experts and trunk step alike."""
+    experts = cast("Experts", model.experts)
+    config = StepConfig(batch=spec.batch, micro_batches=1, in_flight=1, seed=spec.seed)
+    return Training(model.manifest, model.trunk, experts, dataset, config, _give_up)
+
+
+def _give_up(error: TooFewExpertsError) -> None:
+    raise error
+
+
+@dataclass(kw_only=True)
+class Log:
+    """What a training run has measured so far."""
+
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens, and nats per byte then."""
+    train: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens, and the mean training loss since the point before."""
+    seconds: float = 0.0
+    """Of training steps alone."""
+
+    cpu_seconds: float = 0.0
+    """Of the same on the processor, which other processes do not lengthen by waiting for it."""
+
+
+class TrainRun:
+    """One run of a spec; `go` trains it to its end, from the last checkpoint if there is one."""
+
+    def __init__(
+        self, spec: TrainSpec, context: TrialContext, dataset: ByteDataset, model: Model | None = None
+    ) -> None:
+        self.spec, self._context, self._dataset = spec, context, dataset
+        self.model = model or build_model(spec, pick_device(context.device))
+        self.last_step = spec.steps
+        self.training = build_training(self.model, spec, dataset)
+        self.log = Log()
+        self._store = BlockStore(context.folder, self.model.manifest, self.model.device)
+        self._saved_at = time.monotonic()
+
+    def go(self) -> None:
+        """Train, measuring on the way."""
+        self._resume()
+        losses = list[float]()
+        for step in range(self.training.steps_done, self.last_step):
+            cpu = time.process_time()
+            result = self._step()
+            self.log.cpu_seconds += time.process_time() - cpu
+            losses.append(result.loss)
+            self.log.seconds += result.seconds
+            if self._is_due(step + 1):
+                self._measure(losses)
+                losses = []
+            if (step + 1) % PROGRESS_EVERY_STEPS == 0:
+                self._context.progress(step + 1, self.last_step, f"{result.loss:.3f} nats per byte")
+            if not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
+                self.save()
+        self.training.close()
+
+    def _step(self) -> StepResult:
+        return self.training.step()
+
+    def _is_due(self, step: int) -> bool:
+        spec = self.spec
+        before, done = (n * spec.evaluations // spec.steps for n in (step - 1, step))
+        return step == self.last_step or done > before
+
+    def _measure(self, losses: list[float]) -> None:
+        nats_N = nats_per_window(self.model.trunk, self._dataset, self.spec, self.spec.eval_bytes)
+        tokens = self.training.run_tokens
+        self.log.held_out.append((tokens, float(nats_N.mean())))
+        self.log.train.append((tokens, sum(losses) / len(losses)))
+
+    def save(self) -> None:
+        """Write what `go` goes on from."""
+        for blocks in self.model.experts.blocks.values():
+            for block in blocks:
+                self._store.write(block.id, *self._store.copy(block))
+        save_trunk(
+            self._context.folder, self.training, Progress(step=self.training.steps_done, **_counters(self.training))
+        )
+        write_atomically(self._context.folder / "log.json", json.dumps(asdict(self.log)).encode())
+        self._saved_at = time.monotonic()
+
+    def load(self, folder: Path) -> bool:
+        """Take trunk, experts and moments from where `save` has put them; False if it has not."""
+        if load_trunk(folder, self.training) is None:
+            return False
+        store = BlockStore(folder, self.model.manifest, self.model.device)
+        for blocks in self.model.experts.blocks.values():
+            blocks[:] = [store.load_or_new(block.id) for block in blocks]
+        return True
+
+    def _resume(self) -> bool:
+        if not self.load(self._context.folder):
+            return False
+        saved = json.loads((self._context.folder / "log.json").read_bytes())
+        for name in ("held_out", "train"):
+            saved[name] = [tuple(point) for point in saved[name]]
+        self.log = Log(**saved)
+        return True
+
+
+def _counters(training: Training) -> dict[str, Any]:
+    return {"version": training.version, "run_tokens": training.run_tokens, "own_tokens": training.own_tokens}
+
+
+def nats_per_window(trunk: Transformer, dataset: ByteDataset, spec: TrainSpec, max_bytes: int) -> torch.Tensor:
+    """Mean nats per byte of each held-out window, [N] float64: the same windows for every arm."""
+    return -log_likelihood(trunk, dataset.held_out_batches(spec.batch, spec.context, max_bytes)).mean(1)
+
+
+@torch.no_grad()
+def log_likelihood(trunk: Transformer, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Log probability [N, T] float64 of each byte of windows [B, T + 1] but their first."""
+    trunk.eval()
+    device, found = trunk.embedding_VD.device, []
+    for ids in batches:
+        ids_BT = ids.to(device)
+        logits_BTV = trunk(ids_BT[:, :-1])
+        loss_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
+        found.append(-loss_BT.double().cpu())
+    return torch.cat(found)
+
+
+def result_of(run: TrainRun, dataset: ByteDataset) -> Result:
+    """The figures of a run that has ended."""
+    log = run.log
+    return {
+        "tokens": run.training.run_tokens,
+        "held_out": log.held_out,
+        "train": log.train,
+        "seconds": round(log.seconds, 1),
+        "cpu_seconds": round(log.cpu_seconds, 1),
+        **figures_of(run.model, run.spec, dataset),
+    }
+
+
+def figures_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result:
+    """What a trained model is worth on held-out text, how it uses its experts, and what it costs."""
+    gates = [asdict(layer.gate.stats()) for layer in model.layers]
+    nats_N = nats_per_window(model.trunk, dataset, spec, spec.final_eval_bytes)
+    return {
+        "cost": asdict(cost(spec)),
+        "nats_per_byte": float(nats_N.mean()),
+        "window_nats": [round(nats, 4) for nats in nats_N.tolist()],
+        "gates": gates,
+        "specialisation": specialisation(model, dataset, spec.batch, spec.seed) if gates else {},
+    }
+
+
+def train(spec: dict[str, Any], context: TrialContext) -> Result:
+    """A trial that is one training run."""
+    dataset = open_text()
+    run = TrainRun(TrainSpec.from_json(spec), context, dataset)
+    run.go()
+    return result_of(run, dataset)

@@ -1,0 +1,46 @@
+"""The public face: what a model of one's own imports to use a swarm's experts.
+
+    from kilohive import SwarmClient, SwarmConfig
+
+Everything in `__all__` keeps its name and meaning within a minor version; all else is free to move. The command is
+`run_node.py`.
+"""
+
+from __future__ import annotations
+
+from common.errors import (
+    ConfigError,
+    DeadlineError,
+    KilohiveError,
+    TooFewExpertsError,
+    UnavailableError,
+)
+from node.membership.config import SwarmConfig
+from node.model.gate import Gate
+from node.model.moe import LocalExperts, LocalMoE, MoE
+from node.trainer.dispatch.dispatcher import DispatchConfig, Dispatcher
+from node.trainer.remote_moe import RemoteMoE
+from node.trainer.swarm_client import SwarmClient
+from protocol.identity import Identity
+from protocol.manifest import Manifest
+from protocol.version import VERSION
+
+__all__ = [
+    "VERSION",
+    "ConfigError",
+    "DeadlineError",
+    "DispatchConfig",
+    "Dispatcher",
+    "Gate",
+    "Identity",
+    "KilohiveError",
+    "LocalExperts",
+    "LocalMoE",
+    "Manifest",
+    "MoE",
+    "RemoteMoE",
+    "SwarmClient",
+    "SwarmConfig",
+    "TooFewExpertsError",
+    "UnavailableError",
+]

@@ -1,0 +1,111 @@
+"""One expert trained at home: the run's trunk and all other experts give gradients, and learn nothing from it."""
+
+# Shapes: T tokens of a call, K experts per token, D model width, P tokens that chose the expert.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from node.model.experts.adam import zero_state
+from node.model.experts.block import Block
+from node.model.experts.kinds import expert_kind
+from node.model.pairs import NO_EXPERT, Combined
+from node.trainer.train_step import next_byte_loss
+
+if TYPE_CHECKING:
+    from node.model.expert_file import Place, Weights
+    from node.model.experts.block import BlockGradients
+    from node.model.moe import Experts, MoE
+    from node.model.transformer import Transformer
+    from protocol.manifest import Manifest
+
+
+class _Kept(NamedTuple):
+    """What a backward through the expert needs."""
+
+    x_TD: torch.Tensor
+    token_P: torch.Tensor
+    weight_P: torch.Tensor
+
+
+class HomeExperts:
+    """Experts of a run, one of which is here; `experts` are asked for all others, and must not be taught."""
+
+    def __init__(self, experts: Experts, place: Place, weights: Weights, manifest: Manifest) -> None:
+        self.run_tokens = experts.run_tokens
+        self._experts, self._place, self._manifest = experts, place, manifest
+        self._block = _block_of_one(place, weights, manifest)
+        self._gradients: BlockGradients | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """A copy of the expert as it is."""
+        return {name: tensor[0].clone() for name, tensor in self._block.params.items()}
+
+    def live_experts(self, layer: int) -> torch.Tensor:
+        """Those of the run, and the one that is here."""
+        return self._place.made_live(layer, self._experts.live_experts(layer))
+
+    def forward(
+        self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, *, keep: bool
+    ) -> Combined:
+        """Weighted sums; nobody else is asked for the expert that is here."""
+        if layer != self._place.layer:
+            return self._experts.forward(layer, x_TD, expert_ids_TK, weights_TK, keep=keep)
+        own_TK = expert_ids_TK == self._place.expert
+        others_TK = expert_ids_TK.masked_fill(own_TK, NO_EXPERT)
+        rest = self._experts.forward(layer, x_TD, others_TK, weights_TK, keep=False)
+        token_P, slot_P = own_TK.cpu().nonzero(as_tuple=True)
+        kept = _Kept(x_TD.detach().cpu(), token_P, weights_TK.detach().cpu()[token_P, slot_P])
+        combined_TD = rest.combined_TD.cpu()
+        if len(token_P):
+            y_PD = self._block.forward(kept.x_TD[token_P], torch.zeros_like(token_P))
+            combined_TD = combined_TD.index_add(0, token_P, y_PD * kept.weight_P[:, None])
+        return Combined(combined_TD, rest.answered_TK.cpu() | own_TK.cpu(), kept)
+
+    def backward(self, ticket: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+        """The run's own gradients; those of the expert that is here are kept for `step`, and nothing flows below it."""
+        if not isinstance(ticket, _Kept):
+            return self._experts.backward(ticket, grad_TD)
+        grad_TD, n_choices = grad_TD.detach().cpu(), len(ticket.x_TD) * self._manifest.model.experts_per_token
+        if len(ticket.token_P):
+            x_PD, grad_PD = ticket.x_TD[ticket.token_P], grad_TD[ticket.token_P]
+            found = self._block.backward(x_PD, torch.zeros_like(ticket.token_P), grad_PD, ticket.weight_P)
+            self._gradients = found.gradients
+        return torch.zeros_like(grad_TD), grad_TD.new_zeros(n_choices)
+
+    def step(self, lr: float) -> None:
+        """Move the expert by what the last backward found, as a host would; nothing if no token chose it."""
+        gradients, self._gradients = self._gradients, None
+        if gradients is not None:
+            self._block.step(gradients, lr, self._manifest.optimizer)
+
+
+class HomeTraining:
+    """Steps of the expert in `layer` of `model`, whose trunk stays as it is, on `device`; the expert is on the CPU."""
+
+    def __init__(self, model: Transformer, layer: MoE, experts: HomeExperts, device: torch.device) -> None:
+        self._model, self._experts, self._device = model.eval().requires_grad_(requires_grad=False), experts, device
+        # Autograd then goes from the loss down to the gate beside the expert, and no further.
+        self._down_to = list(layer.gate.requires_grad_().parameters())
+
+    def step(self, ids: torch.Tensor, lr: float) -> float:
+        """Learn from windows [B, T + 1] at rate `lr`; nats per byte before. TooFewExpertsError if it cannot."""
+        loss = next_byte_loss(self._model, ids, self._device)
+        torch.autograd.grad(loss, self._down_to, allow_unused=True)
+        self._experts.step(lr)
+        return float(loss.detach())
+
+
+def _block_of_one(place: Place, weights: Weights, manifest: Manifest) -> Block:
+    params = {name: tensor[None].clone() for name, tensor in weights.items()}
+    return Block(
+        id=place.block(manifest.model),
+        experts=range(1),
+        kind=expert_kind(manifest.model.expert_kind),
+        params=params,
+        adam=zero_state(params),
+        learnt_E=torch.zeros(1, dtype=torch.float64),
+    )

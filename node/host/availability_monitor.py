@@ -1,0 +1,58 @@
+"""Looks, again and again, whether the owner's conditions for working hold: the hours, an idle machine, no sleep."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from node.host.availability import Reason
+from node.host.idle import SAMPLE_S, IdleJudge, MachineUse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from node.host.availability import Duty
+    from node.limits.limits import Limits
+    from node.limits.process_usage import ProcessUse
+
+LOOK_S = 1.0
+
+
+class DutyWatch:
+    """Tells `duty` of the schedule, of others who need the machine, and has it notice a sleep."""
+
+    def __init__(
+        self,
+        duty: Duty,
+        limits: Limits,
+        use: ProcessUse,
+        local_time: Callable[[], time.struct_time] = time.localtime,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._duty, self._schedule, self._local_time, self._clock = duty, limits.schedule, local_time, clock
+        self._idle = IdleJudge(clock()) if limits.only_when_idle else None
+        self._machine = MachineUse(use)
+        self._sampled_s = clock()
+        self.look()
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self.look()
+
+    def look(self) -> None:
+        """Once."""
+        self._duty.look()
+        if self._schedule is not None:
+            self._duty.tell(Reason.SCHEDULE, holds=not self._schedule.allows(self._local_time()))
+        if self._idle is not None:
+            self._duty.tell(Reason.IN_USE, holds=self._in_use(self._idle))
+
+    def _in_use(self, idle: IdleJudge) -> bool:
+        now_s = self._clock()
+        if now_s - self._sampled_s < SAMPLE_S:
+            return idle.in_use
+        self._sampled_s = now_s
+        return idle.hear(self._machine.sample(), now_s)

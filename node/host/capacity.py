@@ -1,0 +1,88 @@
+"""How many blocks, tokens and kept inputs a host has room for, from its owner's limits and the run's manifest."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from common.errors import ConfigError
+from node.host.serving.runtime import RuntimeConfig
+from node.limits.memory import Need, Room, fit, lowest_limit
+from node.model.experts.kinds import expert_kind
+from protocol.tensors import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+    from node.host.config import HostConfig
+    from node.limits.limits import Limits
+    from protocol.manifest import Manifest
+
+WEIGHTS_AND_MOMENTS = 3
+FILES_PER_BLOCK = 3
+"""A block's checkpoint, the one before, and the next while it is written."""
+
+EVENTS_SHARE = 0.05
+"""Of the disk, for each of the two files of the event log."""
+
+WIDE_TENSORS, NARROW_TENSORS = 6, 3
+"""Rows that a backward holds for each pair at once: of the tokens' width, and of the experts'."""
+
+PAIR_BYTES = 24
+
+
+def need_of(manifest: Manifest) -> Need:
+    """What a block and a token of this run take."""
+    model, size = manifest.model, DTYPES[manifest.dtype].itemsize
+    token_bytes = model.d_model * size
+    wide, narrow = WIDE_TENSORS * token_bytes, NARROW_TENSORS * model.expert_hidden * size
+    pairs = model.experts_per_token
+    return Need(
+        block_bytes=block_bytes(manifest),
+        batch_token_bytes=2 * token_bytes + pairs * (wide + narrow + PAIR_BYTES),
+        # Once as a message, once as tensors.
+        queue_token_bytes=2 * (token_bytes + pairs * PAIR_BYTES),
+    )
+
+
+def block_bytes(manifest: Manifest) -> int:
+    """Of one block's weights and moments, in memory as in its checkpoint."""
+    model = manifest.model
+    per_expert = sum(math.prod(shape) for shape in expert_kind(model.expert_kind).shapes(model).values())
+    return WEIGHTS_AND_MOMENTS * per_expert * model.experts_per_block * DTYPES[manifest.dtype].itemsize
+
+
+def wanted_room(config: HostConfig, n_blocks: int) -> Room:
+    """Without any limit."""
+    return Room(
+        max_blocks=n_blocks,
+        keep_inputs_bytes=config.keep_inputs_mb << 20,
+        max_batch_tokens=RuntimeConfig.max_batch_tokens,
+        max_queue_tokens=config.max_queue_tokens,
+    )
+
+
+def room_for(
+    wanted: Room, limits: Limits, manifest: Manifest, device: torch.device, used_bytes: int, container: int | None
+) -> Room:
+    """`wanted`, lowered to what the limits leave; raises ConfigError naming the limit under which no block fits."""
+    need = need_of(manifest)
+    room = fit(wanted, lowest_limit(limits.memory_bytes, container), used_bytes, need, "--max-memory")
+    if device.type != "cpu":
+        room = fit(room, limits.gpu_memory_bytes, 0, need, "--max-gpu-memory")
+    return _on_disk(room, limits.disk_bytes, manifest)
+
+
+def events_bytes(limits: Limits) -> int | None:
+    """For one file of the event log; None without a limit."""
+    return None if limits.disk_bytes is None else int(limits.disk_bytes * EVENTS_SHARE)
+
+
+def _on_disk(room: Room, limit_bytes: int | None, manifest: Manifest) -> Room:
+    if limit_bytes is None:
+        return room
+    per_block = FILES_PER_BLOCK * block_bytes(manifest)
+    n_blocks = int(limit_bytes * (1 - 2 * EVENTS_SHARE) // per_block)
+    if n_blocks < 1:
+        raise ConfigError(f"--max-disk: is too little for one block, whose checkpoints take {per_block:,} bytes")
+    return room.with_blocks(min(room.max_blocks, n_blocks))

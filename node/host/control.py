@@ -1,0 +1,176 @@
+"""`pause`, `resume` and `leave`: tell the host of a folder on this machine, or in this container, what its owner wants.
+
+A host writes to `server.json` which process it is. That process is sent a signal, if it is the one that began when the
+file says, and tells in its event log what it makes of it. Light: no torch here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections import deque
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from common.errors import ConfigError, UnavailableError
+from common.settings import check_minimums
+from node.host.signals import SIGNALS
+from node.rpc.health import MAX_FILE_BYTES, SERVER_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from node.host.config import ControlConfig
+
+LOOK_S = 0.1
+CLOCK_SLACK_S = 60.0
+"""Between two readings of when a process began: the machine's clock may have been set meanwhile."""
+
+MAX_NEW_BYTES = 1 << 20
+
+
+async def run_pause(config: ControlConfig, _stop: asyncio.Event) -> None:
+    """Returns once the host has paused."""
+    async with _talk(config, "pause") as talk:
+        asked = await talk.wait_for("asked")
+        if not asked["paused"]:
+            await talk.wait_for("paused")
+        _say(f"paused, with its blocks stored in {config.state}")
+
+
+async def run_resume(config: ControlConfig, _stop: asyncio.Event) -> None:
+    """Returns once the host works again, or has said what else keeps it from working."""
+    async with _talk(config, "resume") as talk:
+        asked = await talk.wait_for("asked")
+        if asked["reasons"]:
+            _say(f"no longer paused by its owner, but {' and '.join(asked['reasons'])}")
+            return
+        blocks = (await talk.wait_for("resumed"))["blocks"] if asked["paused"] else None
+        _say("it works" if blocks is None else f"it works again, with {blocks} blocks")
+
+
+async def run_leave(config: ControlConfig, _stop: asyncio.Event) -> None:
+    """Returns once the host's process has ended; tells what it does until then."""
+    async with _talk(config, "leave") as talk:
+        await talk.wait_for("asked")
+        while talk.runs():
+            for event in talk.heard():
+                _tell_leaving(event)
+            await asyncio.sleep(LOOK_S)
+        for event in talk.heard():
+            _tell_leaving(event)
+        _say("left")
+
+
+@asynccontextmanager
+async def _talk(config: ControlConfig, word: str) -> AsyncIterator[_Talk]:
+    """One word to a host, and its answers. UnavailableError if nobody hears it, or obeys within `timeout_s`."""
+    check_minimums(config, {"timeout_s": 0.1})
+    talk = _Talk(config.state)
+    try:
+        async with asyncio.timeout(config.timeout_s):
+            talk.send(word)
+            yield talk
+    except TimeoutError:
+        raise UnavailableError(f"{config.state}: its host did not {word} in {config.timeout_s:g} s") from None
+
+
+class _Talk:
+    """With the host of a folder."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self._process = read_process(state)
+        self._log = state / "events.jsonl"
+        self._offset = _size(self._log)
+        self._heard: deque[dict[str, Any]] = deque()
+
+    def send(self, word: str) -> None:
+        """The signal that stands for it."""
+        try:
+            self._process.send_signal(SIGNALS[word])
+        except psutil.AccessDenied:
+            raise UnavailableError(f"{self._state}: its host runs as another user") from None
+        except psutil.NoSuchProcess:
+            raise _nobody(self._state) from None
+
+    async def wait_for(self, name: str) -> dict[str, Any]:
+        """The next event of that name."""
+        while True:
+            for event in self.heard():
+                if event["event"] == name:
+                    return event
+            if not self.runs():
+                raise UnavailableError(f"{self._state}: its host has ended")
+            await asyncio.sleep(LOOK_S)
+
+    def heard(self) -> Iterator[dict[str, Any]]:
+        """Events since the last one that was taken."""
+        self._heard.extend(self._new_events())
+        while self._heard:
+            yield self._heard.popleft()
+
+    def _new_events(self) -> list[dict[str, Any]]:
+        if _size(self._log) < self._offset:  # begun anew
+            self._offset = 0
+        with self._log.open("rb") as file:
+            file.seek(self._offset)
+            whole = file.read(MAX_NEW_BYTES).rpartition(b"\n")[0]
+        self._offset += len(whole) + 1 if whole else 0
+        return [json.loads(line) for line in whole.splitlines() if line]
+
+    def runs(self) -> bool:
+        """Whether the host's process is there."""
+        return self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
+
+
+def read_process(state: Path) -> psutil.Process:
+    """The process of the host whose folder this is; UnavailableError if there is none, ConfigError for another node."""
+    path = state / SERVER_FILE
+    try:
+        with path.open("rb") as file:
+            told = json.loads(file.read(MAX_FILE_BYTES))
+    except FileNotFoundError:
+        raise _nobody(state) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    pid, started_s = (told.get(name) if isinstance(told, dict) else None for name in ("pid", "started_s"))
+    if type(pid) is not int or not 0 < pid < 1 << 31 or not isinstance(started_s, int | float):
+        raise ConfigError(f"{path}: is not of a host that can be told to pause, resume or leave")
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started_s) < CLOCK_SLACK_S and pid != os.getpid()
+    except psutil.NoSuchProcess:
+        raise _nobody(state) from None
+    if not same:
+        raise UnavailableError(f"{state}: its host has ended, or runs in a container: use `docker exec` then")
+    return process
+
+
+def _tell_leaving(event: dict[str, Any]) -> None:
+    match event["event"]:
+        case "leaving":
+            _say(f"handing {event['blocks']} blocks over")
+        case "handed_over":
+            left = event["left"]
+            _say(f"others serve {event['blocks']} of them" + (f"; nobody has taken {', '.join(left)}" if left else ""))
+        case "leave":
+            _say("withdrawing its records")
+
+
+def _nobody(state: Path) -> UnavailableError:
+    return UnavailableError(f"{state}: no host runs from this folder")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

@@ -1,0 +1,66 @@
+"""Watches a running host's memory: near the limit it takes no more calls and frees what it can, over it a block goes.
+
+What is planned at the start (`memory.py`) is an estimate; this is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from common.allocator import give_back_memory
+from common.errors import KilohiveError, OverloadedError
+from common.sizes import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from node.limits.process_usage import ProcessUse
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+LOOK_SELDOM_S = 30.0
+"""Without a limit, only to be told: the system counts for 7 ms each time, and the node stands still meanwhile."""
+
+REFUSE_ABOVE = 0.97
+OVER_FOR_LOOKS = 5
+"""In a row over the limit before a block is given up: an exchange comes and goes."""
+
+RETRY_AFTER_S = 1.0
+
+
+class MemoryWatch:
+    """`give_up_one` gives up a block; asked for again as long as there is too little memory."""
+
+    def __init__(self, limit_bytes: int | None, use: ProcessUse, give_up_one: Callable[[str], Awaitable[None]]) -> None:
+        self._limit_bytes, self._use, self._give_up_one = limit_bytes, use, give_up_one
+        self._over = 0
+        self.used_bytes = 0
+        self.tight = False
+
+    def refusal(self) -> KilohiveError | None:
+        """Why no call is taken now."""
+        return OverloadedError("this host's memory is full", RETRY_AFTER_S) if self.tight else None
+
+    async def watch(self) -> None:
+        """Look again and again."""
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_SELDOM_S if self._limit_bytes is None else LOOK_S)
+
+    async def look(self) -> None:
+        """Measure, and do what has to be done."""
+        self.used_bytes = await asyncio.to_thread(self._use.memory_bytes)
+        limit = self._limit_bytes
+        if limit is None:
+            return
+        if self.used_bytes > limit * REFUSE_ABOVE:
+            await asyncio.to_thread(give_back_memory)
+            self.used_bytes = await asyncio.to_thread(self._use.memory_bytes)
+        self.tight = self.used_bytes > limit * REFUSE_ABOVE
+        self._over = self._over + 1 if self.used_bytes > limit else 0
+        if self._over >= OVER_FOR_LOOKS:
+            self._over = 0
+            await self._give_up_one(f"it takes {size_text(self.used_bytes)} of the {size_text(limit)} that it may")

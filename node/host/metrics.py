@@ -1,0 +1,44 @@
+"""Prometheus metrics of a host: read from the runtime when scraped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from node.host.serving.runtime import Runtime
+    from node.host.serving.service import ExpertService
+
+
+class HostCollector(Collector):
+    """Counters and gauges of one host; `exchanged_bytes` counts what averaging and downloads moved, both ways."""
+
+    def __init__(
+        self, runtime: Runtime, service: ExpertService, exchanged_bytes: Callable[[], int] | None = None
+    ) -> None:
+        self._runtime, self._service, self._exchanged_bytes = runtime, service, exchanged_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        """Current values."""
+        runtime, service = self._runtime, self._service
+        yield GaugeMetricFamily("kilohive_queue_tokens", "Tokens waiting for the runtime", runtime.queue_tokens)
+        yield GaugeMetricFamily("kilohive_kept_inputs_bytes", "Memory kept for backward", runtime.kept_bytes)
+        yield GaugeMetricFamily("kilohive_tokens_per_second", "Recent forward tokens per second", runtime.tokens_per_s)
+        yield CounterMetricFamily("kilohive_tokens", "Forward tokens since the start", runtime.tokens_total)
+        yield CounterMetricFamily("kilohive_calls_ok", "Calls answered", service.calls_ok)
+        yield CounterMetricFamily("kilohive_calls_refused", "Calls refused with an error", service.calls_refused)
+        staleness = "Recent mean of the optimizer steps between forward and backward"
+        yield GaugeMetricFamily("kilohive_gradient_staleness", staleness, runtime.staleness)
+        yield CounterMetricFamily("kilohive_steps_refused", "Gradients too late to step", runtime.steps_refused)
+        n_bytes = self._exchanged_bytes() if self._exchanged_bytes else 0
+        yield CounterMetricFamily("kilohive_exchanged_bytes", "Bytes of averaging and downloads, both ways", n_bytes)
+        versions = GaugeMetricFamily("kilohive_block_version", "Optimizer steps of a block", labels=["layer", "block"])
+        for block_id, block in runtime.blocks.items():
+            versions.add_metric([str(block_id.layer), str(block_id.block)], block.version)
+        yield versions

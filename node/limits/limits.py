@@ -1,0 +1,63 @@
+"""The limits that an owner has set, as numbers; None where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from common.errors import ConfigError
+from common.sizes import parse_rate, parse_size
+from node.limits.schedule import Schedule
+
+if TYPE_CHECKING:
+    from node.limits.config import LimitsConfig
+
+MIN_BYTES_PER_S = 500_000
+"""A piece of averaging, of up to 1 MB, must pass before its receiver takes the sender for dead."""
+
+MIN_CPU_PERCENT = 5.0
+"""A host that only stays in the swarm takes about half of that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bytes, bytes a second, and percent of one core."""
+
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    up_bytes_per_s: int | None = None
+    down_bytes_per_s: int | None = None
+    cpu_percent: float | None = None
+    disk_bytes: int | None = None
+    schedule: Schedule | None = None
+    only_when_idle: bool = False
+
+    @classmethod
+    def of(cls, config: LimitsConfig) -> Limits:
+        """What the flags say; raises ConfigError for one that cannot be kept."""
+        if config.max_cpu_percent and not MIN_CPU_PERCENT <= config.max_cpu_percent < float("inf"):
+            raise ConfigError(f"--max-cpu-percent: must be {MIN_CPU_PERCENT:g} or more, or 0 for no limit")
+        return cls(
+            memory_bytes=parse_size("--max-memory", config.max_memory),
+            gpu_memory_bytes=parse_size("--max-gpu-memory", config.max_gpu_memory),
+            up_bytes_per_s=_rate("--max-bandwidth-up", config.max_bandwidth_up),
+            down_bytes_per_s=_rate("--max-bandwidth-down", config.max_bandwidth_down),
+            cpu_percent=config.max_cpu_percent or None,
+            disk_bytes=parse_size("--max-disk", config.max_disk),
+            schedule=Schedule.parse(config.schedule) if config.schedule else None,
+            only_when_idle=config.only_when_idle,
+        )
+
+    def told(self) -> dict[str, object]:
+        """Those that are set, for the event log."""
+        own = {**asdict(self), "schedule": self.schedule and str(self.schedule)}
+        return {name: value for name, value in own.items() if value}
+
+
+def _rate(flag: str, text: str) -> int | None:
+    rate = parse_rate(flag, text)
+    if rate is not None and rate < MIN_BYTES_PER_S:
+        raise ConfigError(
+            f"{flag}: is {text[:40]!r}, must be 0.5MB/s or more: a piece of averaging has to pass within 5 s"
+        )
+    return rate

@@ -1,0 +1,120 @@
+"""How long to rest after something was sent, received or computed, so that the owner's limits hold on average.
+
+Everything is counted, with a limit or without. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from node.limits.limits import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from node.limits.process_usage import ProcessUse
+
+OVERHEAD = 1.04
+"""Of what is sent: TCP's and IP's headers, TLS's records, HTTP/2's frames."""
+
+CALL_BYTES = 600
+"""Headers of a call or of its answer: names, deadline, signature."""
+
+
+class Allowance:
+    """What a node may send, receive and compute. `use` measures the computing; without it none is counted."""
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        use: ProcessUse | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        limits = limits or Limits()
+        self._use = use
+        self._up, self._down = DebtBucket(limits.up_bytes_per_s, clock), DebtBucket(limits.down_bytes_per_s, clock)
+        cores = limits.cpu_percent / 100 if limits.cpu_percent else None
+        self._cpu = DebtBucket(cores, clock)
+        self._counting = threading.Lock()
+        self._counted_cpu_s = use.cpu_s() if use else 0.0
+        self._counted_io = use.child_io() if use else None
+
+    @property
+    def sent_bytes(self) -> int:
+        """In all, headers included."""
+        return round(self._up.total)
+
+    @property
+    def received_bytes(self) -> int:
+        """In all, headers included."""
+        return round(self._down.total)
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time that was counted."""
+        return self._cpu.total
+
+    def sent(self, n_bytes: int) -> float:
+        """Count a message; seconds to rest."""
+        return max(self._up.take(n_bytes * OVERHEAD), self.rest_s())
+
+    def received(self, n_bytes: int) -> float:
+        """Count a message; seconds to rest."""
+        return max(self._down.take(n_bytes * OVERHEAD), self.rest_s())
+
+    def debt_s(self) -> float:
+        """Seconds until all that was taken so far is paid for: nothing that can wait is begun before."""
+        return max(self._up.wait_s(), self._down.wait_s(), self.rest_s())
+
+    def rest_s(self) -> float:
+        """Seconds to rest for what was computed until now, by whatever part of the node."""
+        if self._use is None:
+            return 0.0
+        with self._counting:
+            now_s = self._use.cpu_s()
+            used_s, self._counted_cpu_s = now_s - self._counted_cpu_s, now_s
+        return self._cpu.take(max(0.0, used_s))
+
+    def count_child(self) -> None:
+        """Count p2pd's traffic: too much rather than too little, as what it passes on to the node is in it."""
+        if self._use is None or self._counted_io is None:
+            return
+        with self._counting:
+            before, self._counted_io = self._counted_io, self._use.child_io()
+            now = self._counted_io
+        self._up.take(max(0, now.written - before.written))
+        self._down.take(max(0, now.read - before.read))
+
+
+CREDIT_S = 1.0
+"""So much that was not taken may be taken later: little things need not wait for each other."""
+
+
+class DebtBucket:
+    """Of `per_s` a second, None for no limit; counts the `total` in either case. Thread-safe."""
+
+    def __init__(self, per_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_s, self._clock = per_s, clock
+        self._lock = threading.Lock()
+        self._paid_at_s = clock()
+        self.total = 0.0
+
+    def take(self, amount: float) -> float:
+        """Take it; seconds until everything that was taken is paid for."""
+        with self._lock:
+            self.total += amount
+            if self._per_s is None:
+                return 0.0
+            now_s = self._clock()
+            self._paid_at_s = max(self._paid_at_s, now_s - CREDIT_S) + amount / self._per_s
+            return max(0.0, self._paid_at_s - now_s)
+
+    def wait_s(self) -> float:
+        """Seconds until what was taken so far is paid for."""
+        return self.take(0.0)

@@ -1,0 +1,110 @@
+"""Where others call this node: at its own port or, if nobody can, through relays. It asks, acts on it, and tells."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from common.errors import UnavailableError
+from dht.relay.relay import Relay, RelayLimits
+from dht.relay.reservations import Reservations
+from dht.relay.tunnel import expose
+from node.membership.reachability import ReachabilityWatch
+from protocol.endpoints import announced_endpoint, relayed_endpoint
+
+if TYPE_CHECKING:
+    from common.events import EventLog
+    from dht.announcer import Announcer
+    from node.membership.swarm import Swarm
+    from protocol.announcements import Reachability
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 600.0
+LOOK_SOON_S = 15.0
+"""After a look that found nobody to ask, or nobody who could call."""
+
+
+class Whereabouts:
+    """One node's place for others, from `settle` on. Belongs to the event loop.
+
+    With `relay_circuits` it is a relay for others too, as long as others can dial it.
+    """
+
+    def __init__(self, swarm: Swarm, events: EventLog, relay_circuits: int = 0) -> None:
+        self._relay = Relay(swarm.dht.streams, RelayLimits(max_circuits=relay_circuits)) if relay_circuits else None
+        self._swarm, self._events = swarm, events
+        peer_id = swarm.identity.peer_id
+        self._watch = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
+        self._reservations = Reservations(
+            swarm.dht.streams, swarm.relay_links, swarm.relay_offers, self._relays_changed, peer_id
+        )
+        self._own = ""
+        self._changed = asyncio.Event()
+
+    @property
+    def endpoint(self) -> str:
+        """What this node announces: host:port or, if that cannot be called, its relays."""
+        return relayed_endpoint(self._reservations.held) if self._reservations.wanted else self._own
+
+    @property
+    def state(self) -> Reachability:
+        """What it announces of that."""
+        through_relays = self._reservations.wanted and self._reservations.held
+        return "relayed" if through_relays else self._watch.state
+
+    @property
+    def relay_offer(self) -> str:
+        """Where this node is dialled as a relay, if it is one: only who can be dialled can."""
+        return self._swarm.dht.relay_address if self._relay and self._watch.state == "reached" else ""
+
+    async def settle(self, endpoint: str) -> None:
+        """Find out whether `endpoint`, host:port of this node's server, can be called, and find relays if not."""
+        self._own = announced_endpoint(self._swarm.announce, endpoint)
+        await expose(self._swarm.dht.streams, endpoint)
+        if self._relay is not None:
+            await self._relay.start()
+        await self._look()
+        if self._reservations.wanted:
+            await self._reservations.reserve()
+
+    async def watch(self, announcer: Announcer) -> None:
+        """Look again and again, keep relays while they are needed, announce every change, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._look_forever(), name="reachability")
+            group.create_task(self._reservations.keep(), name="relays")
+            group.create_task(self._announce_changes(announcer), name="whereabouts")
+
+    async def close(self) -> None:
+        """Leave the relays; safe to call twice."""
+        await self._reservations.close()
+
+    async def _look_forever(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_S if self._watch.state == "reached" else LOOK_SOON_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        others = [address.split("/")[2] for address in self._swarm.initial_peers]
+        if not self._watch.look_at_itself(self._own, others):
+            await self._watch.look(self._own)
+        self._reservations.wanted = self._watch.state == "not reached"
+
+    def _relays_changed(self) -> None:
+        relays = self._reservations.held
+        self._events.emit("relays", relays=list(relays))
+        if relays:
+            names = " and ".join(relays)
+            logger.info("Others reach this node through %s: calls take a detour until both sides meet directly", names)
+        elif self._reservations.wanted:
+            logger.warning("This node has no relay any more; looking for another")
+        self._changed.set()
+
+    async def _announce_changes(self, announcer: Announcer) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            with contextlib.suppress(UnavailableError):  # the next announcement says it too
+                await announcer.announce_now()

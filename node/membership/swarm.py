@@ -1,0 +1,107 @@
+"""A node's way into a swarm: DHT, manifest, directory, tunnels, built and stopped in order. In an event loop."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from common.errors import ConfigError
+from dht.addresses import listen_host
+from dht.directory import Directory
+from dht.join import fetch_manifest
+from dht.node import DhtConfig, DhtNode
+from dht.relay.reservations import RelayLinks, RelayOffer
+from dht.relay.tunnel import Tunnels
+from dht.swarm_config import resolve
+from node.rpc.security import Security
+from protocol.admission import NOT_INVITED, Admission
+from protocol.endpoints import announced_endpoint, announced_host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from node.membership.config import SwarmConfig
+    from protocol.identity import Identity
+    from protocol.manifest import Manifest
+
+STOP_TIMEOUT_S = 5.0
+
+
+class Swarm:
+    """Everything a node needs to find its peers, and what it proves itself to them with."""
+
+    def __init__(self, config: SwarmConfig, identity: Identity) -> None:
+        self._config, self.identity = config, identity
+        self.security = Security(identity, config.insecure_local)
+        self._stack = AsyncExitStack()
+        self.announce = config.announce
+        self.listen: str
+        self.relay_links: RelayLinks
+        self.admission: Admission
+        self.initial_peers: tuple[str, ...]
+        self.dht: DhtNode
+        self.manifest: Manifest
+        self.directory: Directory
+
+    async def join(self) -> None:
+        """Join the DHT, fetch and check the manifest, fill the directory; raises UnavailableError if nobody answers.
+
+        Raises ConfigError for a closed run whose token the configuration does not have.
+        """
+        self.admission, initial_peers = resolve(self._config)
+        run_id, self.initial_peers = self.admission.run_id, initial_peers
+        self.listen = listen_host(self._config.listen, initial_peers)
+        self.security.check_listen(self.listen)
+        announced_endpoint(self.announce, f"{self.listen}:1")  # a mistake in it is told before anything is started
+        # p2pd is spawned here, before this process's first gRPC call: gRPC does not survive a fork.
+        self.dht = await DhtNode.start(
+            DhtConfig(
+                identity=self.identity,
+                initial_peers=initial_peers,
+                host=self.listen,
+                port=self._config.dht_port,
+                announce=announced_host(self._config.announce) if self._config.dht_port else "",
+                admission=self.admission,
+            )
+        )
+        self._stack.push_async_callback(self.dht.stop)
+        self.manifest = await fetch_manifest(self.dht, run_id, self._config.join_timeout_s)
+        self.dht.serve_only(self.manifest)
+        self.directory = Directory(self.dht, run_id, self.manifest.model)
+        await self.directory.start()
+        self._stack.push_async_callback(self.directory.stop)
+        if self.directory.asks_for_tickets and not self.admission.closed:
+            raise ConfigError(NOT_INVITED)
+        self.relay_links = RelayLinks(self.dht.streams, self.dht.udp_address)
+        tunnels = Tunnels(self.dht.streams, self.relay_links, self._relay_offer)
+        self._stack.push_async_callback(tunnels.close)
+        self.security = replace(self.security, tunnels=tunnels, admission=self.admission)
+
+    def relay_offers(self) -> list[RelayOffer]:
+        """Peers that carry calls to those whom nobody can dial."""
+        own_id = self.identity.peer_id
+        return [
+            RelayOffer(peer.peer_id, peer.relay)
+            for peer in self.directory.peers()
+            if peer.relay and peer.peer_id != own_id
+        ]
+
+    def _relay_offer(self, peer_id: str) -> RelayOffer:
+        """A relay's, without an address if it is not known as one."""
+        return next((o for o in self.relay_offers() if o.peer_id == peer_id), RelayOffer(peer_id, ""))
+
+    def on_leave(self, close: Callable[[], object]) -> None:
+        """Call `close`, and await what it returns if that can be awaited, when the swarm is left, before all else."""
+
+        async def closing() -> None:
+            result = close()
+            if inspect.isawaitable(result):
+                await result
+
+        self._stack.push_async_callback(closing)
+
+    async def leave(self) -> None:
+        """Stop everything that `join` started, last first. Safe after a failed join."""
+        await self._stack.aclose()

@@ -1,0 +1,131 @@
+"""Adam for stacked experts that steps only the experts that got tokens. Last step of a host's backward.
+
+Shapes: E experts of a block, G of them touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.optim.adamw import adamw
+
+from node.model.devices import knows_float64
+
+if TYPE_CHECKING:
+    from protocol.manifest import OptimizerConfig
+
+SMALL_VALUES = 4096
+"""From so many values of a parameter on, an expert is worth a call of its own and no copy."""
+
+
+@dataclass
+class AdamState:
+    """Moments of every parameter, stacked like it, and each expert's own number of steps (int64 `steps_E`)."""
+
+    first: dict[str, torch.Tensor]
+    second: dict[str, torch.Tensor]
+    steps_E: torch.Tensor
+
+
+def zero_state(params: dict[str, torch.Tensor]) -> AdamState:
+    """State before the first step."""
+    some = next(iter(params.values()))
+    return AdamState(
+        first={name: torch.zeros_like(p) for name, p in params.items()},
+        second={name: torch.zeros_like(p) for name, p in params.items()},
+        steps_E=torch.zeros(len(some), dtype=torch.int64, device=some.device),
+    )
+
+
+def is_all(touched_G: torch.Tensor, n_experts: int) -> bool:
+    """Whether experts `touched_G` are all there are, in order: nothing has to be gathered then."""
+    return len(touched_G) == n_experts and bool((touched_G[1:] > touched_G[:-1]).all())
+
+
+def clip_per_expert(grads: dict[str, torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale each expert's gradient in place to at most `max_norm` (L2 over all its parameters).
+
+    Returns `finite_G`: False for experts whose gradient holds NaN or infinity, which must not be stepped.
+    """
+    norm_G = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
+    finite_G = torch.isfinite(norm_G)
+    scale_G = (max_norm / (norm_G + torch.finfo(norm_G.dtype).tiny)).clamp(max=1.0)
+    if bool((scale_G < 1).any()):
+        for g in grads.values():
+            g.mul_(scale_G.view(-1, *[1] * (g.dim() - 1)))
+    return finite_G
+
+
+def adam_step(
+    params: dict[str, torch.Tensor],
+    state: AdamState,
+    grads: dict[str, torch.Tensor],
+    touched_G: torch.Tensor,
+    lr: float,
+    config: OptimizerConfig,
+) -> None:
+    """One decoupled-weight-decay Adam step (arXiv 1711.05101) of experts `touched_G` (unique, int64), in place.
+
+    Bias correction uses each expert's own step count, so an expert met for the first time late in a run starts as
+    carefully as any other.
+    """
+    steps_G = state.steps_E.index_select(0, touched_G)
+    for name, grad in grads.items():
+        tensors = (params[name], state.first[name], state.second[name])
+        step = _step_each if grad[0].numel() >= SMALL_VALUES else _step_stacked
+        step(_Touched(tensors, grad, touched_G, steps_G), lr, config)
+    state.steps_E.index_copy_(0, touched_G, steps_G + 1)
+
+
+class _Touched(NamedTuple):
+    """One parameter of the experts of a step: weights and moments of all experts, gradients of the touched ones."""
+
+    tensors: tuple[torch.Tensor, ...]
+    grad: torch.Tensor
+    touched_G: torch.Tensor
+    steps_G: torch.Tensor
+    """Taken before this one."""
+
+
+def _step_each(of: _Touched, lr: float, config: OptimizerConfig) -> None:
+    """Expert by expert: one pass over memory and no copies, for a call's overhead each."""
+    touched = of.touched_G.tolist()
+    p, m, v = ([experts[index] for index in touched] for experts in (t.unbind(0) for t in of.tensors))
+    adamw(
+        p,
+        list(of.grad.unbind(0)),
+        m,
+        v,
+        [],
+        list(of.steps_G.to(torch.float32).unbind(0)),
+        fused=True,
+        amsgrad=False,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        eps=config.eps,
+        maximize=False,
+    )
+
+
+def _step_stacked(of: _Touched, lr: float, config: OptimizerConfig) -> None:
+    """All at once: several passes, and copies unless all are touched, but nothing for each expert."""
+    tensors, grad, touched_G, steps_G = of
+    whole = is_all(touched_G, len(tensors[0]))
+    p, m, v = tensors if whole else (t.index_select(0, touched_G) for t in tensors)
+    m.lerp_(grad, 1 - config.beta1)
+    v.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
+    if config.weight_decay:
+        p.mul_(1 - lr * config.weight_decay)
+    # lr * (m / c1) / (sqrt(v / c2) + eps) = lr * m / (sqrt(v) * c1 / sqrt(c2) + eps * c1), in fewer passes.
+    steps_G = steps_G if knows_float64(steps_G.device) else steps_G.cpu()
+    count = (steps_G + 1).to(torch.float64).view(-1, *[1] * (grad.dim() - 1))
+    c1, c2 = 1 - config.beta1**count, 1 - config.beta2**count
+    bottom = torch.addcmul((config.eps * c1).to(grad), v.sqrt(), (c1 / c2.sqrt()).to(grad))
+    p.addcdiv_(m, bottom, value=-lr)
+    if not whole:
+        for full, part in zip(tensors, (p, m, v), strict=True):
+            full.index_copy_(0, touched_G, part)

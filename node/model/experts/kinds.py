@@ -1,0 +1,138 @@
+"""Expert kinds: what one expert computes. Adding a kind is one class here and its name in `protocol/manifest.py`.
+
+A kind brings its own gradients: they are fewer products than autograd's, and none is kept that nobody asks for.
+Shapes: P pairs sorted by expert, G experts, D model width, H expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch.nn import functional
+
+from common.errors import ManifestError
+from node.model.experts.grouped import Groups, grouped_outer, grouped_product
+
+if TYPE_CHECKING:
+    from protocol.manifest import ModelConfig
+
+    Params = dict[str, torch.Tensor]
+
+
+class PairGradients(NamedTuple):
+    """Of the inputs [P, D], of the pairs' weights [P], and of each parameter of the G experts, stacked."""
+
+    inputs_PD: torch.Tensor
+    weight_P: torch.Tensor
+    params: dict[str, torch.Tensor]
+
+
+class ExpertKind(Protocol):
+    """Stateless arithmetic of a kind; the weights of G experts come stacked, by name."""
+
+    def shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter of one expert."""
+
+    def init_std(self, model: ModelConfig) -> dict[str, float]:
+        """Standard deviation of each parameter's normal initialisation."""
+
+    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """Outputs [P, D] of each pair's expert."""
+
+    def differentiate(
+        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
+    ) -> PairGradients:
+        """Gradients of the sum over pairs of `weight_P * (grad_PD * apply(...)).sum(1)`."""
+
+
+class FfnKind:
+    """D-H-D feed-forward with GELU and no biases; H may be 1 (a single neuron, as in PEER, arXiv 2407.04153)."""
+
+    def shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """`w_in` [D, H] and `w_out` [H, D]."""
+        d_model, hidden = model.d_model, model.expert_hidden
+        return {"w_in": (d_model, hidden), "w_out": (hidden, d_model)}
+
+    def init_std(self, model: ModelConfig) -> dict[str, float]:
+        """Unit variance through both products."""
+        return {"w_in": model.d_model**-0.5, "w_out": model.expert_hidden**-0.5}
+
+    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """`w_out(gelu(w_in(x)))` of each pair's expert."""
+        h_PH = functional.gelu(grouped_product(x_PD, params["w_in"], groups))
+        return grouped_product(h_PH, params["w_out"], groups)
+
+    def differentiate(
+        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
+    ) -> PairGradients:
+        """Five products: the outputs themselves are not needed, as `grad . (h w_out)` is `(grad w_out^T) . h`."""
+        w_in, w_out = params["w_in"], params["w_out"]
+        a_PH = grouped_product(x_PD, w_in, groups)
+        h_PH = functional.gelu(a_PH)
+        grad_h_PH = grouped_product(grad_PD, w_out.mT, groups)
+        grad_weight_P = torch.linalg.vecdot(grad_h_PH, h_PH)
+        grad_a_PH = torch.ops.aten.gelu_backward(grad_h_PH.mul_(weight_P[:, None]), a_PH)
+        return PairGradients(
+            inputs_PD=grouped_product(grad_a_PH, w_in.mT, groups),
+            weight_P=grad_weight_P,
+            params={
+                "w_in": grouped_outer(x_PD, grad_a_PH, groups),
+                "w_out": grouped_outer(h_PH.mul_(weight_P[:, None]), grad_PD, groups),
+            },
+        )
+
+
+class LoraKind:
+    """Rank-r adapter, r = `expert_hidden`: linear, D-r-D, to be added to what a frozen layer gives (arXiv 2106.09685).
+
+    `w_out` starts at zero, so that whatever the adapters are put around is unchanged until they learn.
+    """
+
+    def shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """`w_in` [D, r] and `w_out` [r, D]."""
+        d_model, rank = model.d_model, model.expert_hidden
+        return {"w_in": (d_model, rank), "w_out": (rank, d_model)}
+
+    def init_std(self, model: ModelConfig) -> dict[str, float]:
+        """Unit variance into the rank, and nothing out of it."""
+        return {"w_in": model.d_model**-0.5, "w_out": 0.0}
+
+    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """`w_out(w_in(x))` of each pair's expert."""
+        return grouped_product(grouped_product(x_PD, params["w_in"], groups), params["w_out"], groups)
+
+    def differentiate(
+        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
+    ) -> PairGradients:
+        """Five products, as for `ffn`; the activation between them is the identity."""
+        w_in, w_out = params["w_in"], params["w_out"]
+        h_PH = grouped_product(x_PD, w_in, groups)
+        grad_h_PH = grouped_product(grad_PD, w_out.mT, groups)
+        grad_weight_P = torch.linalg.vecdot(grad_h_PH, h_PH)
+        grad_h_PH.mul_(weight_P[:, None])
+        return PairGradients(
+            inputs_PD=grouped_product(grad_h_PH, w_in.mT, groups),
+            weight_P=grad_weight_P,
+            params={
+                "w_in": grouped_outer(x_PD, grad_h_PH, groups),
+                "w_out": grouped_outer(h_PH.mul_(weight_P[:, None]), grad_PD, groups),
+            },
+        )
+
+
+_KINDS: dict[str, ExpertKind] = {"ffn": FfnKind(), "lora": LoraKind()}
+
+
+def expert_kind(name: str) -> ExpertKind:
+    """Kind by its name in the manifest."""
+    if name not in _KINDS:
+        raise ManifestError(f"model.expert_kind: {name!r} is not known here; known: {', '.join(_KINDS)}")
+    return _KINDS[name]
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Parameters of all experts of all layers."""
+    per_expert = sum(math.prod(shape) for shape in expert_kind(model.expert_kind).shapes(model).values())
+    return per_expert * model.experts_per_layer * model.n_layers

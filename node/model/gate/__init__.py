@@ -1,0 +1,31 @@
+"""The gate: scores tokens against experts and picks K of them. node's MoE layers and experiments may import this.
+
+Path of a step: trunk -> **gate** -> dispatch -> hosts. `base` says what every gate does, `topk` and `product_key` how
+each finds its experts, `stats` what is measured about the load.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.errors import ManifestError
+from node.model.gate.base import Gate, GateOutput
+from node.model.gate.product_key import ProductKeyGate
+from node.model.gate.stats import GateStats, LoadWindow
+from node.model.gate.topk import TopKGate
+
+if TYPE_CHECKING:
+    import torch
+
+    from protocol.manifest import ModelConfig
+
+__all__ = ["Gate", "GateOutput", "GateStats", "LoadWindow", "ProductKeyGate", "TopKGate", "build_gate"]
+
+_KINDS: dict[str, type[TopKGate | ProductKeyGate]] = {"topk": TopKGate, "product_key": ProductKeyGate}
+
+
+def build_gate(model: ModelConfig, generator: torch.Generator) -> Gate:
+    """The gate that the manifest names, in float32 on the CPU; the same generator state gives the same parameters."""
+    if model.gate not in _KINDS:
+        raise ManifestError(f"model.gate: is {model.gate!r}, must be one of {', '.join(_KINDS)}")
+    return _KINDS[model.gate](model, generator)

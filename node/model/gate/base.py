@@ -1,0 +1,154 @@
+"""What every gate does once it has chosen: normalise weights, hold capacity, balance load.
+
+Path of a step: trunk -> **gate** -> dispatch. Forward changes no state, so several micro-batches may run it at once;
+the trainer calls `update_balance` and `observe` once per optimizer step with the loads of its micro-batches summed.
+"""
+
+# Shapes: T tokens, D d_model, E experts of the layer, K experts per token, P = T * K (token, expert) pairs.
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name torch's own documentation uses)
+from torch import Tensor, nn
+
+from common.errors import InvalidInputError, ManifestError
+from node.model.gate.stats import GateStats, LoadWindow
+
+if TYPE_CHECKING:
+    from protocol.manifest import ModelConfig
+
+NO_EXPERT = -1
+MATRIX_DIMS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateOutput:
+    """What one forward chose.
+
+    expert_ids_TK: int64 index within the layer, or -1 where no live expert, or none with room, was left.
+    weights_TK: differentiable; each row sums to 1 over its chosen experts, and is all 0 where there are none.
+    load_E: int64 pairs per expert, before capacity.
+    overflow: pairs dropped by capacity.
+    """
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    load_E: Tensor
+    overflow: int
+
+
+class Gate(nn.Module, ABC):
+    """Scores are sigmoids; experts are selected by score + bias, weighted by score alone (arXiv 2408.15664)."""
+
+    bias_E: Tensor
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        if model.experts_per_token > model.experts_per_layer:
+            raise ManifestError(
+                f"model.experts_per_token: is {model.experts_per_token}, more than experts_per_layer = "
+                f"{model.experts_per_layer}; lower it"
+            )
+        self.d_model = model.d_model
+        self.n_experts = model.experts_per_layer
+        self.experts_per_token = model.experts_per_token
+        self.capacity_factor = model.capacity_factor
+        self.balance_rate = model.balance_rate
+        self.register_buffer("bias_E", torch.zeros(self.n_experts))
+        self._window = LoadWindow(self.n_experts)
+
+    def forward(self, x_TD: Tensor, live_E: Tensor | None = None) -> GateOutput:
+        """Choose among the experts where the bool mask `live_E` is true (None: all).
+
+        Capacity holds in training mode only: ceil(capacity_factor * T * K / live experts) pairs per expert, the lowest
+        weights dropped. InvalidInputError for an input of the wrong shape, or a mask that is not bool.
+        """
+        self._check(x_TD, live_E)
+        live_E = None if live_E is None else live_E.to(x_TD.device)
+        ids_TK, logits_TK = self.choose(x_TD, live_E)
+        return allot(ids_TK, logits_TK, self.n_experts, self._capacity(x_TD.shape[0], live_E))
+
+    @abstractmethod
+    def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Expert ids [T, K], -1 where fewer than K are live, and their differentiable logits [T, K] (any at -1)."""
+
+    @torch.no_grad()
+    def update_balance(self, load_E: Tensor, live_E: Tensor | None = None) -> None:
+        """Move each live expert's bias by balance_rate towards the mean load of live experts (arXiv 2408.15664).
+
+        Only differences of bias matter, so the mean move is taken out: an expert that was away meets no drift. A
+        forward on another thread sees each bias before or after the move, and either is a valid selection.
+        """
+        live_E = torch.ones_like(self.bias_E, dtype=torch.bool) if live_E is None else live_E.to(self.bias_E.device)
+        if not live_E.any():
+            return
+        load_N = load_E.to(self.bias_E)[live_E]
+        move_N = self.balance_rate * torch.sign(load_N.mean() - load_N)
+        self.bias_E[live_E] += move_N - move_N.mean()
+
+    def observe(self, load_E: Tensor, overflow: int = 0, live_E: Tensor | None = None) -> None:
+        """Count one optimizer step's load in the statistics."""
+        self._window.observe(load_E, overflow, live_E)
+
+    def stats(self) -> GateStats:
+        """Load statistics over the recent steps that were observed."""
+        return self._window.stats()
+
+    def _capacity(self, n_tokens: int, live_E: Tensor | None) -> int | None:
+        if not self.training or self.capacity_factor <= 0:
+            return None
+        n_live = self.n_experts if live_E is None else int(live_E.sum())
+        return math.ceil(self.capacity_factor * n_tokens * self.experts_per_token / max(1, n_live))
+
+    def _check(self, x_TD: Tensor, live_E: Tensor | None) -> None:
+        if x_TD.dim() != MATRIX_DIMS or x_TD.shape[1] != self.d_model:
+            raise InvalidInputError("x_TD", f"has shape {tuple(x_TD.shape)}; this gate takes (tokens, {self.d_model})")
+        if live_E is not None and (live_E.dtype != torch.bool or live_E.shape != (self.n_experts,)):
+            shape = tuple(live_E.shape)
+            raise InvalidInputError("live_E", f"is {live_E.dtype} {shape}; this gate takes bool ({self.n_experts},)")
+
+
+def allot(ids_TK: Tensor, logits_TK: Tensor, n_experts: int, capacity: int | None) -> GateOutput:
+    """Turn chosen ids and their logits into weights, dropping what goes over `capacity` pairs per expert."""
+    chosen_TK = ids_TK != NO_EXPERT
+    load_E = torch.bincount(ids_TK[chosen_TK], minlength=n_experts)
+    weights_TK = normalised_weights(logits_TK, chosen_TK)
+    if capacity is None or int(load_E.max()) <= capacity:
+        return GateOutput(expert_ids_TK=ids_TK, weights_TK=weights_TK, load_E=load_E, overflow=0)
+    kept_TK = chosen_TK & within_capacity(ids_TK, weights_TK.detach(), capacity)
+    return GateOutput(
+        expert_ids_TK=ids_TK.masked_fill(~kept_TK, NO_EXPERT),
+        weights_TK=normalised_weights(logits_TK, kept_TK),
+        load_E=load_E,
+        overflow=int(load_E.sum() - kept_TK.sum()),
+    )
+
+
+def normalised_weights(logits_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+    """sigmoid(logit) / sum over the chosen of the token, [T, K].
+
+    Written as a softmax of log-sigmoids, which is the same number without 0/0 when every sigmoid underflows; and with
+    the lowest finite number rather than -inf, so that a token without experts has neither NaN weights nor NaN gradient.
+    """
+    lowest = torch.finfo(logits_TK.dtype).min
+    log_score_TK = F.logsigmoid(logits_TK).masked_fill(~chosen_TK, lowest)
+    return torch.softmax(log_score_TK, dim=-1) * chosen_TK
+
+
+def within_capacity(ids_TK: Tensor, weights_TK: Tensor, capacity: int) -> Tensor:
+    """Bool [T, K]: is the pair among the `capacity` heaviest of its expert? Ties go to the earlier token."""
+    ids_P = ids_TK.flatten()
+    by_weight_P = weights_TK.flatten().argsort(descending=True, stable=True)
+    order_P = by_weight_P[ids_P[by_weight_P].argsort(stable=True)]
+    sorted_ids_P = ids_P[order_P]
+    first_of_expert_P = torch.searchsorted(sorted_ids_P, sorted_ids_P)
+    rank_P = torch.arange(len(ids_P), device=ids_P.device) - first_of_expert_P
+    kept_P = torch.empty_like(ids_P, dtype=torch.bool)
+    kept_P[order_P] = rank_P < capacity
+    return kept_P.view_as(ids_TK)

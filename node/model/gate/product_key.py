@@ -1,0 +1,121 @@
+"""The gate for very many experts: E = n * n of them cost 2n scores. Path of a step: trunk -> **gate** -> dispatch.
+
+Product keys (arXiv 1907.05242; as a gate over a million tiny experts, arXiv 2407.04153): expert i * n + j has logit
+first_i + second_j, where each half of the token's query is scored against its own table of n sub-keys. The K best sums
+lie among the K best rows times the K best columns, so n * n sums are never formed.
+"""
+
+# Shapes: T tokens, D d_model, C = D / 2 width of a sub-key, n = sqrt(E) sub-keys of a table (in names: S),
+#         K experts per token, R candidate rows, Q candidate columns.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name torch's own documentation uses)
+from torch import Tensor, nn
+
+from common.errors import ManifestError
+from node.model.gate.base import NO_EXPERT, Gate
+
+if TYPE_CHECKING:
+    from protocol.manifest import ModelConfig
+
+# K rows and columns hold the K best sums exactly; twice as many give the balancing bias something to choose from.
+CANDIDATES_PER_CHOICE = 2
+
+PAIRS_AT_ONCE = 2**22
+"""Candidates of so many tokens are compared at once: with many experts per token all of them would want gigabytes."""
+
+
+class ProductKeyGate(Gate):
+    """2 sqrt(E) scores per token; E must be a square."""
+
+    def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
+        super().__init__(model)
+        self.n_sub_keys = math.isqrt(self.n_experts)
+        if self.n_sub_keys**2 != self.n_experts or self.d_model % 2:
+            raise ManifestError(
+                f"model.gate: product_key needs experts_per_layer to be a square and d_model even; they are "
+                f"{self.n_experts} and {self.d_model}. Take a square such as {self.n_sub_keys**2}, or gate = 'topk'"
+            )
+        std = self.d_model**-0.5  # each half-query has norm sqrt(D / 2), so that a logit starts with variance 1
+        half = self.d_model // 2
+        self.query_weight = nn.Parameter(torch.randn(self.d_model, self.d_model, generator=generator) * std)
+        self.sub_keys_2SC = nn.Parameter(torch.randn(2, self.n_sub_keys, half, generator=generator) * std)
+
+    def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As Gate.choose."""
+        query_TD = F.linear(x_TD, self.query_weight)
+        # Half-queries are normalised, as the papers do with batch statistics, but per token: no state, no leak
+        # between tokens.
+        halves = [F.rms_norm(half_TC, half_TC.shape[-1:]) for half_TC in query_TD.chunk(2, dim=-1)]
+        first_TS, second_TS = (F.linear(half_TC, self.sub_keys_2SC[side]) for side, half_TC in enumerate(halves))
+        ids_TK = self._select(first_TS.detach(), second_TS.detach(), live_E)
+        known_TK = ids_TK.clamp(min=0)
+        n = self.n_sub_keys
+        return ids_TK, first_TS.gather(1, known_TK // n) + second_TS.gather(1, known_TK % n)
+
+    @torch.no_grad()
+    def _select(self, first_TS: Tensor, second_TS: Tensor, live_E: Tensor | None) -> Tensor:
+        if live_E is not None:
+            live_SS = live_E.view(self.n_sub_keys, self.n_sub_keys)
+            first_TS = first_TS.masked_fill(~live_SS.any(1), -torch.inf)
+            second_TS = second_TS.masked_fill(~live_SS.any(0), -torch.inf)
+        scores = SubScores(first_TS=first_TS, second_TS=second_TS, bias_E=self.bias_E, live_E=live_E)
+        n_best = min(CANDIDATES_PER_CHOICE * self.experts_per_token, self.n_sub_keys)
+        rows_TR, columns_TQ = first_TS.topk(n_best).indices, second_TS.topk(n_best).indices
+        ids_TK = best_pairs(scores, rows_TR, columns_TQ, self.experts_per_token)
+        short_T = (ids_TK == NO_EXPERT).any(1)
+        if live_E is not None and bool(short_T.any()):
+            ids_TK[short_T] = self._select_by_rows(scores.of_tokens(short_T))
+        return ids_TK
+
+    def _select_by_rows(self, scores: SubScores) -> Tensor:
+        """For tokens whose best rows and columns cross in too few live experts: K live rows, every column of them.
+
+        Each of those rows has a live expert, so K experts are found whenever K are live.
+        """
+        n = self.n_sub_keys
+        rows_TR = scores.first_TS.topk(min(self.experts_per_token, n)).indices
+        columns_TQ = torch.arange(n, device=rows_TR.device).expand(len(rows_TR), n)
+        return best_pairs(scores, rows_TR, columns_TQ, self.experts_per_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubScores:
+    """Both halves' scores (-inf where a row or column has no live expert), and what selection adds or forbids."""
+
+    first_TS: Tensor
+    second_TS: Tensor
+    bias_E: Tensor
+    live_E: Tensor | None
+
+    def of_tokens(self, chosen_T: Tensor) -> SubScores:
+        """The same for some of the tokens."""
+        return replace(self, first_TS=self.first_TS[chosen_T], second_TS=self.second_TS[chosen_T])
+
+    def split(self, n_tokens: int) -> list[SubScores]:
+        """The same by so many tokens at a time."""
+        halves = zip(self.first_TS.split(n_tokens), self.second_TS.split(n_tokens), strict=True)
+        return [replace(self, first_TS=first_TS, second_TS=second_TS) for first_TS, second_TS in halves]
+
+
+def best_pairs(scores: SubScores, rows_TR: Tensor, columns_TQ: Tensor, n_best: int) -> Tensor:
+    """Ids [T, n_best] of the best live experts where the rows cross the columns; -1 where they cross in fewer."""
+    at_once = max(1, PAIRS_AT_ONCE // (rows_TR.shape[1] * columns_TQ.shape[1]))
+    parts = zip(scores.split(at_once), rows_TR.split(at_once), columns_TQ.split(at_once), strict=True)
+    return torch.cat([_best_pairs(of, rows_TR, columns_TQ, n_best) for of, rows_TR, columns_TQ in parts])
+
+
+def _best_pairs(scores: SubScores, rows_TR: Tensor, columns_TQ: Tensor, n_best: int) -> Tensor:
+    logits_TRQ = scores.first_TS.gather(1, rows_TR)[:, :, None] + scores.second_TS.gather(1, columns_TQ)[:, None, :]
+    ids_TX = (rows_TR[:, :, None] * scores.second_TS.shape[1] + columns_TQ[:, None, :]).flatten(1)
+    selection_TX = torch.sigmoid(logits_TRQ.flatten(1)) + scores.bias_E[ids_TX]
+    if scores.live_E is not None:
+        selection_TX.masked_fill_(~scores.live_E[ids_TX], -torch.inf)
+    best = selection_TX.topk(n_best, dim=-1)
+    return ids_TX.gather(1, best.indices).masked_fill(best.values == -torch.inf, NO_EXPERT)

@@ -1,0 +1,42 @@
+"""The plain gate: one linear map scores every expert. Path of a step: trunk -> **gate** -> dispatch."""
+
+# Shapes: T tokens, D d_model, E experts of the layer, K experts per token.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name torch's own documentation uses)
+from torch import Tensor, nn
+
+from node.model.gate.base import NO_EXPERT, Gate
+
+if TYPE_CHECKING:
+    from protocol.manifest import ModelConfig
+
+
+class TopKGate(Gate):
+    """E scores per token; suits up to a few thousand experts."""
+
+    def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
+        super().__init__(model)
+        shape = (self.n_experts, self.d_model)
+        self.expert_keys_ED = nn.Parameter(torch.randn(shape, generator=generator) * self.d_model**-0.5)
+
+    def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As Gate.choose."""
+        ids_TK = self._select(x_TD, live_E)
+        # The chosen logits are computed again, with gradient: K dot products per token. Keeping the E of the selection
+        # for backward would cost T * E floats and a dense E-wide product where all but K columns are zero.
+        keys_TKD = F.embedding(ids_TK.clamp(min=0), self.expert_keys_ED)
+        return ids_TK, (keys_TKD * x_TD[:, None]).sum(-1)
+
+    @torch.no_grad()
+    def _select(self, x_TD: Tensor, live_E: Tensor | None) -> Tensor:
+        # In place, as T x E scores are more than a cache holds: each copy costs as much as the product.
+        selection_TE = F.linear(x_TD, self.expert_keys_ED).sigmoid_().add_(self.bias_E)
+        if live_E is not None and not bool(live_E.all()):
+            selection_TE.masked_fill_(~live_E, -torch.inf)
+        best = selection_TE.topk(self.experts_per_token, dim=-1)
+        return best.indices.masked_fill(best.values == -torch.inf, NO_EXPERT)

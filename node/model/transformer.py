@@ -1,0 +1,185 @@
+"""The trunk: a byte-level transformer whose feed-forward layers are mixture-of-experts layers given from outside.
+
+Path of a step: data -> **transformer** -> gate -> dispatch -> hosts, and back. Nothing in this file knows whether an
+MoE layer is in this process (LocalMoE), on other peers (RemoteMoE) or dense (DenseFfn): each maps tokens x_ND -> y_ND.
+
+Forward changes no module state, so several micro-batches may run it, and its backward, at once from several threads.
+"""
+
+# Shapes: B sequences, T positions of a sequence, N = B * T tokens (what gate and dispatch call T), D d_model,
+#         V byte values, A attention heads, C = D / A channels of a head, H hidden width of DenseFfn.
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name torch's own documentation uses)
+from torch import Tensor, nn
+
+from common.errors import InvalidInputError, ManifestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from protocol.manifest import ModelConfig
+
+ROPE_BASE = 10_000.0
+NORM_EPS = 1e-6
+EMBEDDING_STD = 1.0
+HEAD_STD = 0.02
+MATRIX_DIMS = 2
+DOCUMENT_START = b"\n\n"  # what separates documents in the training bytes; an empty prompt begins there
+
+
+def bits_per_byte(loss_nats: float) -> float:
+    """Mean cross-entropy in nats per byte, as bits per byte."""
+    return loss_nats / math.log(2.0)
+
+
+def normal_parameter(shape: tuple[int, ...], std: float, generator: torch.Generator) -> nn.Parameter:
+    """A parameter drawn on the CPU in float32, so that one seed gives the same start on every device and dtype."""
+    return nn.Parameter(torch.randn(shape, generator=generator) * std)
+
+
+def rope_rotation(n_positions: int, n_channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary position embedding (arXiv 2104.09864), each [n_positions, n_channels / 2].
+
+    They are made per forward, not kept: they cost microseconds, and a buffer would be one more thing that `.to(dtype)`
+    rounds. Angles are taken in float64 and only then rounded to the dtype of `like`.
+    """
+    half = n_channels // 2
+    frequency = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle_TC = torch.arange(n_positions, dtype=torch.float64)[:, None] * frequency
+    return angle_TC.cos().to(like), angle_TC.sin().to(like)
+
+
+def rotate(x_BATC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (channel c, channel c + C/2) by its position's angle; shape and dtype stay."""
+    cos_TC, sin_TC = rotation
+    first, second = x_BATC.chunk(2, dim=-1)
+    return torch.cat((first * cos_TC - second * sin_TC, first * sin_TC + second * cos_TC), dim=-1)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention over the past with rotary positions; queries and keys are RMS-normalised per head.
+
+    The normalisation (arXiv 2010.04245) keeps attention logits bounded, which lets a short run use a high rate.
+    """
+
+    def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        width = model.d_model
+        self.n_heads = model.n_heads
+        self.qkv_weight = normal_parameter((3 * width, width), width**-0.5, generator)
+        self.out_weight = normal_parameter((width, width), (2 * model.n_layers * width) ** -0.5, generator)
+        self.query_norm = nn.RMSNorm(width // model.n_heads, eps=NORM_EPS)
+        self.key_norm = nn.RMSNorm(width // model.n_heads, eps=NORM_EPS)
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """x_BTD -> [B, T, D]; position t sees positions 0..t."""
+        heads = F.linear(x_BTD, self.qkv_weight).view(*x_BTD.shape[:2], 3, self.n_heads, -1)
+        query_BATC, key_BATC, value_BATC = heads.permute(2, 0, 3, 1, 4)
+        mixed_BATC = F.scaled_dot_product_attention(
+            rotate(self.query_norm(query_BATC), rotation),
+            rotate(self.key_norm(key_BATC), rotation),
+            value_BATC,
+            is_causal=True,
+        )
+        return F.linear(mixed_BATC.transpose(1, 2).flatten(2), self.out_weight)
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm residual layer: attention, then whatever maps tokens x_ND -> y_ND."""
+
+    def __init__(self, model: ModelConfig, moe: nn.Module, generator: torch.Generator) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(model.d_model, eps=NORM_EPS)
+        self.attention = CausalAttention(model, generator)
+        self.moe_norm = nn.RMSNorm(model.d_model, eps=NORM_EPS)
+        self.moe = moe
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """x_BTD -> [B, T, D]."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation)
+        y_ND: Tensor = self.moe(self.moe_norm(x_BTD).flatten(0, 1))
+        return x_BTD + y_ND.view_as(x_BTD)
+
+
+class Transformer(nn.Module):
+    """Bytes in, logits of the next byte out.
+
+    `moe_layers[i]` becomes the feed-forward part of layer i and a sub-module: its parameters are in `parameters()`.
+    Parameters start in float32; `.to(torch.float64)` gives the same start for a parity check.
+    """
+
+    def __init__(self, model: ModelConfig, moe_layers: Sequence[nn.Module], generator: torch.Generator) -> None:
+        super().__init__()
+        _check_shape(model, len(moe_layers))
+        self.context = model.context
+        self.channels = model.d_model // model.n_heads
+        self.moe_layers = tuple(moe_layers)
+        self.embedding_VD = normal_parameter((model.vocab_size, model.d_model), EMBEDDING_STD, generator)
+        self.layers = nn.ModuleList(TransformerLayer(model, moe, generator) for moe in moe_layers)
+        self.final_norm = nn.RMSNorm(model.d_model, eps=NORM_EPS)
+        self.head_VD = normal_parameter((model.vocab_size, model.d_model), HEAD_STD, generator)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Integer ids_BT in [0, V), T <= context -> logits_BTV. InvalidInputError when T does not fit the context."""
+        if ids_BT.dim() != MATRIX_DIMS or not 0 < ids_BT.shape[1] <= self.context:
+            shape = tuple(ids_BT.shape)
+            raise InvalidInputError("ids_BT", f"has shape {shape}; it takes (sequences, 1 to {self.context} bytes)")
+        x_BTD = F.embedding(ids_BT.long(), self.embedding_VD)
+        rotation = rope_rotation(ids_BT.shape[1], self.channels, x_BTD)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rotation)
+        return F.linear(self.final_norm(x_BTD), self.head_VD)
+
+    @torch.no_grad()
+    def generate(self, prompt: bytes, n_bytes: int, temperature: float, generator: torch.Generator) -> bytes:
+        """`n_bytes` sampled after `prompt`, each from the last `context` bytes; temperature 0 takes the likeliest.
+
+        An empty prompt begins a new document. The caller chooses `eval()`; switching it here would change the mode
+        under threads that train. Sampling is on the CPU, so that a seeded CPU generator gives the same bytes anywhere.
+        """
+        if n_bytes < 0 or not (math.isfinite(temperature) and temperature >= 0):
+            raise InvalidInputError("temperature, n_bytes", f"are {temperature}, {n_bytes}; both take 0 or more")
+        text = bytearray(prompt or DOCUMENT_START)
+        n_prompt = len(text)
+        for _ in range(n_bytes):
+            window = list(text[-self.context :])
+            logits_V = self(torch.tensor([window], device=self.embedding_VD.device))[0, -1]
+            text.append(_sample(logits_V.cpu().double(), temperature, generator))
+        return bytes(text[n_prompt:])
+
+
+class DenseFfn(nn.Module):
+    """D-H-D with GELU over every token: an MoE layer's interface without experts, for tests and as a dense arm."""
+
+    def __init__(self, d_model: int, d_hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.in_weight = normal_parameter((d_hidden, d_model), d_model**-0.5, generator)
+        self.in_bias = nn.Parameter(torch.zeros(d_hidden))
+        self.out_weight = normal_parameter((d_model, d_hidden), d_hidden**-0.5, generator)
+        self.out_bias = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """x_ND -> y_ND."""
+        return F.linear(F.gelu(F.linear(x_ND, self.in_weight, self.in_bias)), self.out_weight, self.out_bias)
+
+
+def _sample(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    return int(torch.multinomial(torch.softmax(logits_V / temperature, dim=0), 1, generator=generator))
+
+
+def _check_shape(model: ModelConfig, n_given: int) -> None:
+    if model.d_model % (2 * model.n_heads):
+        raise ManifestError(
+            f"model.d_model = {model.d_model} must be a multiple of 2 * n_heads = {2 * model.n_heads}, because rotary "
+            "positions turn pairs of channels within a head: change d_model or n_heads."
+        )
+    if n_given != model.n_layers:
+        raise InvalidInputError("moe_layers", f"holds {n_given} layers; the manifest says n_layers = {model.n_layers}")

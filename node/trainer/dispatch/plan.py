@@ -1,0 +1,149 @@
+"""Which peer gets which (token, expert) pairs: the pure part of dispatch, between the gate and the calls.
+
+Shapes: T tokens, K experts per token, P pairs (those of T x K that name an expert), B blocks of a layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.errors import NotHostedError
+from protocol.manifest import BlockId
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.errors import KilohiveError
+    from dht.view import Replica
+    from node.trainer.dispatch.peers import Peers
+from typing import TYPE_CHECKING
+
+import torch
+
+from node.model.pairs import NO_EXPERT, Pairs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dht.view import Replica
+
+
+@dataclass(frozen=True)
+class Part:
+    """One request: the pairs that go to `replica`'s peer.
+
+    `blocks` of the layer are those that the pairs touch; `tokens` (int64, sorted, unique) are rows of x_TD; `flat`
+    (int64, ascending) are positions in the flattened [T, K] choice; `pairs` count tokens within the part.
+    """
+
+    replica: Replica
+    blocks: tuple[int, ...]
+    tokens: torch.Tensor
+    flat: torch.Tensor
+    pairs: Pairs
+
+
+def split_by_peer(
+    expert_ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    flat: torch.Tensor,
+    replicas: Mapping[int, Replica],
+    experts_per_block: int,
+) -> tuple[list[Part], torch.Tensor]:
+    """Parts, one per peer in the order of peer ids, and the positions in `flat` whose block has no replica.
+
+    `replicas` holds the chosen replica of each block of this layer that has one.
+    """
+    peers = sorted({replica.peer_id: replica for replica in replicas.values()}.items())
+    index_of = {peer_id: index for index, (peer_id, _) in enumerate(peers)}
+    expert_P = expert_ids_TK.reshape(-1)[flat]
+    n_blocks = int(expert_P.max()) // experts_per_block + 1 if len(flat) else 0
+    peer_of_B = torch.full((n_blocks,), NO_EXPERT)
+    for block, replica in replicas.items():
+        if block < n_blocks:
+            peer_of_B[block] = index_of[replica.peer_id]
+    peer_P = peer_of_B[expert_P // experts_per_block] if len(flat) else flat
+    parts = []
+    for index, (_, replica) in enumerate(peers):
+        mine = torch.nonzero(peer_P == index)[:, 0]
+        if len(mine):
+            blocks = tuple(torch.unique(expert_P[mine] // experts_per_block).tolist())
+            parts.append(_part(replica, blocks, flat[mine], expert_P[mine], weights_TK))
+    return parts, flat[peer_P == NO_EXPERT]
+
+
+def pairs_by_block(expert_ids_TK: torch.Tensor, flat: torch.Tensor, experts_per_block: int) -> dict[int, torch.Tensor]:
+    """The positions in `flat` by the block that they name, blocks ascending."""
+    block_P = expert_ids_TK.reshape(-1)[flat] // experts_per_block
+    return {block: flat[block_P == block] for block in torch.unique(block_P).tolist()}
+
+
+def _part(
+    replica: Replica, blocks: tuple[int, ...], flat: torch.Tensor, expert_P: torch.Tensor, weights_TK: torch.Tensor
+) -> Part:
+    # `flat` ascends, so its tokens do too: each is sent once, however many of its experts the peer holds.
+    tokens, token_P = torch.unique_consecutive(flat // weights_TK.shape[1], return_inverse=True)
+    weight_P = weights_TK.reshape(-1)[flat]
+    return Part(replica=replica, blocks=blocks, tokens=tokens, flat=flat, pairs=Pairs(token_P, expert_P, weight_P))
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What the gate chose for the tokens of one layer, on the CPU; -1 is no expert."""
+
+    layer: int
+    expert_ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+
+
+class Planner:
+    """Splits pairs over the replicas of their blocks. Both ways through a layer, and every retry, are planned here."""
+
+    def __init__(self, choice: LayerChoice, peers: Peers, experts_per_block: int) -> None:
+        self.choice = choice
+        self.failed_peers: set[str] = set()
+        self._peers, self._experts_per_block = peers, experts_per_block
+        self._left_out: set[str] = set()
+        self._given_up: set[tuple[str, int]] = set()
+
+    def plan(self, flat: torch.Tensor, without: str = "") -> tuple[list[Part], torch.Tensor]:
+        """Parts for the pairs at `flat`, none of them at peer `without`; and the pairs that no replica is left for."""
+        by_block = pairs_by_block(self.choice.expert_ids_TK, flat, self._experts_per_block)
+        planned: Counter[str] = Counter()
+        chosen = {}
+        for block, pairs in by_block.items():
+            replicas = self._candidates(block, without)
+            if replicas:
+                chosen[block] = self._peers.choose(replicas, planned)
+                planned[chosen[block].peer_id] += len(pairs)
+        choice = self.choice
+        return split_by_peer(choice.expert_ids_TK, choice.weights_TK, flat, chosen, self._experts_per_block)
+
+    def has_others(self, part: Part) -> bool:
+        """Whether every block of a part has a replica at another peer."""
+        return all(self._candidates(block, part.replica.peer_id) for block in part.blocks)
+
+    def failed(self, part: Part, error: KilohiveError) -> list[torch.Tensor]:
+        """Leave out what failed; the part's pairs in the groups in which they are to be planned again."""
+        peer_id = part.replica.peer_id
+        self._peers.failed(part.replica, [BlockId(self.choice.layer, block) for block in part.blocks], error)
+        self.failed_peers.add(peer_id)
+        if not isinstance(error, NotHostedError):
+            self._left_out.add(peer_id)
+            return [part.flat]
+        if len(part.blocks) > 1:
+            # It still holds some of them, perhaps as the only one: ask for each alone.
+            return list(pairs_by_block(self.choice.expert_ids_TK, part.flat, self._experts_per_block).values())
+        self._given_up.add((peer_id, part.blocks[0]))
+        return [part.flat]
+
+    def _candidates(self, block: int, without: str) -> list[Replica]:
+        return [
+            replica
+            for replica in self._peers.replicas(BlockId(self.choice.layer, block))
+            if replica.peer_id != without
+            and replica.peer_id not in self._left_out
+            and (replica.peer_id, block) not in self._given_up
+        ]

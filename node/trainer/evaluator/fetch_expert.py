@@ -1,0 +1,39 @@
+"""The expert that is there now, taken as a joiner takes a block: from one live replica which a second bears out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.tasks import within
+from node.averaging.joining import JoinConfig, fetch_replica
+from node.model.experts.block import new_block
+from node.model.experts.state import block_state
+from node.model.replica_state import schema
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dht.view import Replica
+    from node.averaging.joining import Downloader
+    from node.model.expert_file import Place, Weights
+    from protocol.manifest import Manifest
+
+FETCH_S = 30.0
+
+
+async def fetch_expert(
+    client: Downloader, replicas: Sequence[Replica], place: Place, manifest: Manifest
+) -> tuple[Weights, int]:
+    """Its weights, and the version of its block. Raises UnavailableError, DeadlineError."""
+    block_id = place.block(manifest.model)
+    template = await asyncio.to_thread(new_block, manifest, block_id, torch.device("cpu"))
+    config = JoinConfig(max_distance=manifest.averaging.clip_radius, timeout_s=FETCH_S / 2)
+    wanted = schema(block_state(template))
+    async with within(FETCH_S, f"the download of block {block_id}"):
+        state = await fetch_replica(client, replicas, wanted, config, random.Random())
+    row = place.row(manifest.model)
+    return {name: tensor[row].clone() for name, tensor in state.params.items()}, state.version

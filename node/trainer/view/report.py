@@ -1,0 +1,216 @@
+"""What a training run leaves behind: `summary.json`, `loss.png` and the panel at the end.
+
+The curve is read back from the event log rather than kept in memory, so that a run that was resumed shows all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from common.atomic_file import write_atomically
+from common.text import clock_text, count_text, hosts_text, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from rich.console import Console
+
+    from common.events import Event
+
+MAX_POINTS = 2000
+SMOOTHING_WINDOWS = 40
+"""The smoothed line averages over this part of the run."""
+
+SAMPLE_CHARS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One training run in numbers; the fields of `summary.json`.
+
+    `tokens` are the whole run's, of all `trainers` that took part; `steps` and `tokens_per_s` are this trainer's.
+    """
+
+    run_id: str
+    experts: int
+    hosts: int
+    trainers: int
+    steps: int
+    tokens: int
+    bits_per_byte_start: float
+    bits_per_byte_end: float
+    tokens_per_s: float
+    calls_failed: int
+    wall_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Bits per byte after `tokens` of the run."""
+
+    step: int
+    tokens: int
+    bits_per_byte: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Loss against tokens: one training point per step, one held-out point per evaluation."""
+
+    train: tuple[Point, ...]
+    held_out: tuple[Point, ...]
+
+
+def read_curve(events: Path) -> Curve:
+    """Read `events.jsonl`. Steps that were taken again after a resume count once, as taken last."""
+    train: list[Point] = []
+    held_out: list[Point] = []
+    for row in _rows(events):
+        points = {"step": train, "eval": held_out}.get(str(row.get("event")))
+        point = _point(row) if points is not None else None
+        if points is None or point is None:
+            continue
+        while points and points[-1].step >= point.step:
+            points.pop()
+        points.append(point)
+    return Curve(train=tuple(train), held_out=tuple(held_out))
+
+
+def _rows(events: Path) -> Iterator[dict[str, object]]:
+    """Every event in the file; a line that a crash cut short is skipped."""
+    with events.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def _point(row: dict[str, object]) -> Point | None:
+    step, tokens, bits = row.get("step"), row.get("run_tokens"), row.get("bits_per_byte")
+    if isinstance(step, int) and isinstance(tokens, int) and isinstance(bits, int | float):
+        return Point(step=step, tokens=tokens, bits_per_byte=float(bits))
+    return None
+
+
+def plot_loss(curve: Curve, path: Path, title: str) -> None:
+    """Draw both curves into a PNG, atomically. Raises OSError."""
+    # Matplotlib takes a third of a second to import, and `--help` reaches this module.
+    from io import BytesIO  # noqa: PLC0415
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _draw(axes, curve)
+    axes.set_title(title, loc="left", fontsize=11)
+    buffer = BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def _draw(axes: Axes, curve: Curve) -> None:
+    train = thinned(curve.train, MAX_POINTS)
+    tokens = [point.tokens for point in train]
+    bits = [point.bits_per_byte for point in train]
+    axes.plot(tokens, bits, color="#9ecae1", linewidth=0.8, label="training, each step")
+    axes.plot(
+        tokens,
+        centred_mean(bits, len(bits) // SMOOTHING_WINDOWS),
+        color="#2171b5",
+        linewidth=1.6,
+        label="training, smoothed",
+    )
+    held_out = [(point.tokens, point.bits_per_byte) for point in curve.held_out]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#d94801", marker="o", markersize=4, label="held-out")
+        axes.annotate(
+            f"{held_out[-1][1]:.3f}", held_out[-1], (0, -14), textcoords="offset points", ha="center", fontsize=9
+        )
+    axes.set_xlabel("tokens (bytes) trained on")
+    axes.set_ylabel("bits per byte")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, _position: count_text(value))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def centred_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean over `window` neighbours around each value, fewer at the ends: unlike a trailing mean it does not lag."""
+    half = window // 2
+    near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(group) / len(group) for group in near]
+
+
+def thinned(points: Sequence[Point], limit: int) -> list[Point]:
+    """At most `limit` points, each the mean of equally many neighbours (the last of them names step and tokens)."""
+    size = -(-len(points) // limit) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [
+        Point(
+            step=group[-1].step,
+            tokens=group[-1].tokens,
+            bits_per_byte=sum(point.bits_per_byte for point in group) / len(group),
+        )
+        for group in groups
+    ]
+
+
+def write_report(
+    out: Path, summary: Summary, extras: dict[str, object], *, sample: str, attribution: str
+) -> dict[str, object]:
+    """Write `summary.json` and `loss.png` into `out`, where `events.jsonl` is. Raises OSError.
+
+    Returns:
+        The fields of the `done` event, which `print_end` shows.
+    """
+    files = [out / name for name in ("summary.json", "loss.png", "events.jsonl")]
+    table = {**asdict(summary), **extras, "sample": sample, "attribution": attribution, "files": list(map(str, files))}
+    write_atomically(files[0], (json.dumps(table, indent=2) + "\n").encode())
+    title = f"{summary.run_id}: {summary.experts:,} experts on {hosts_text(summary.hosts)}"
+    plot_loss(read_curve(files[2]), files[1], title)
+    return table
+
+
+def print_end(console: Console, done: Event) -> None:
+    """The last thing that a run prints. Paths come below the panel, never folded: they are there to be copied."""
+    console.print(final_panel(done))
+    for path in done.get("files", ()):
+        console.print(Text(path), soft_wrap=True)
+
+
+def final_panel(done: Event) -> Panel:
+    """Before and after, a text sample, whose text it read."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column(overflow="fold")
+    start, end = done["bits_per_byte_start"], done["bits_per_byte_end"]
+    better = Text(f"{end:.3f} bits/byte", style="bold green" if end < start else "bold red")
+    grid.add_row("held-out", Text.assemble(f"{start:.3f} → ", better))
+    whose = f" by {done['trainers']:,} trainers" if done["trainers"] > 1 else ""
+    trained = f"{done['steps']:,} steps, {done['tokens']:,} tokens{whose} in {clock_text(done['wall_s'])}"
+    grid.add_row("trained", trained)
+    grid.add_row("speed", f"{count_text(done['tokens_per_s'])} tokens/s")
+    grid.add_row(
+        "swarm", f"{done['experts']:,} experts on {hosts_text(done['hosts'])}, {done['calls_failed']:,} calls failed"
+    )
+    grid.add_row()
+    grid.add_row("sample", Text(printable(str(done.get("sample", "")))[:SAMPLE_CHARS], style="italic"))
+    if attribution := done.get("attribution"):
+        grid.add_row()
+        grid.add_row("data", Text(attribution, style="dim"))
+    return Panel(grid, title=f"[bold]{done['run_id']}[/]", title_align="left", border_style="green", expand=False)

@@ -1,0 +1,247 @@
+"""The supervisor of a local swarm, over a fake program: it starts, watches and ends its children, and leaves none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from common.errors import ConfigError, UnavailableError
+from coordinator.children import exit_words
+from coordinator.config import LocalConfig, manifest_of
+from coordinator.local import EXIT_INTERRUPTED, check, run_local
+from tests.support.local_swarm import FAKE, ROOT, config_in, pids, rows, run, run_to_the_end, running, told, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def behave(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    return lambda behaviours: monkeypatch.setenv("KILOHIVE_FAKE", json.dumps(behaviours))
+
+
+@pytest.mark.parametrize("code", [0, 3])
+async def test_the_trainers_exit_code_is_the_swarms(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None], code: int
+) -> None:
+    behave({"trainer": f"begin exit {code}"})
+    swarm = asyncio.create_task(run(tmp_path))
+    await until(lambda: pids(tmp_path).keys() == {"coordinator", "host-0", "host-1", "trainer"}, "all children")
+    (tmp_path / "go").touch()
+    assert await swarm == code
+    assert not running(pids(tmp_path).values())
+
+
+async def test_each_host_is_told_its_own_blocks_and_together_they_have_all(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"trainer": "begin exit 0"})
+    swarm = asyncio.create_task(run(tmp_path))
+    await until(lambda: len(pids(tmp_path)) == 4, "all children")
+    (tmp_path / "go").touch()
+    await swarm
+    hosts = [told(tmp_path, f"host-{i}") for i in range(2)]
+    assert [flags["--blocks"] for flags in hosts] == ["0/0-1,1/0-1", "0/2-3,1/2-3"]
+    assert all("--stop-on-stdin-eof" in flags for flags in hosts)
+
+
+async def test_replicas_of_a_block_go_to_different_hosts_also_when_the_run_is_resumed(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"trainer": "begin exit 0"})
+    wanted = ["0/0-1,1/0-1", "0/2-3,1/2-3", "0/0-1,1/0-1", "0/2-3,1/2-3"]
+    assert await run_to_the_end(tmp_path, 6, hosts=4, replicas=2) == 0
+    assert [told(tmp_path, f"host-{i}")["--blocks"] for i in range(4)] == wanted
+    assert told(tmp_path, "coordinator")["--replicas"] == "2"
+    assert await run_to_the_end(tmp_path, 6, hosts=4, resume=True) == 0
+    assert [told(tmp_path, f"host-{i}")["--blocks"] for i in range(4)] == wanted
+    assert "--replicas" not in told(tmp_path, "coordinator")  # the real one would refuse it: the run has two
+
+
+async def test_stop_ends_all_within_three_seconds_even_those_that_ignore_sigterm(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"trainer": "stubborn", "host-1": "stubborn"})
+    stop = asyncio.Event()
+    swarm = asyncio.create_task(run(tmp_path, stop))
+    await until(lambda: len(pids(tmp_path)) == 6, "all children and two grandchildren")
+    started = time.monotonic()
+    stop.set()
+    assert await swarm == EXIT_INTERRUPTED
+    assert time.monotonic() - started < 3.0
+    await until(lambda: not running(pids(tmp_path).values()), "the kernel to end what was killed")
+
+
+async def test_stop_does_not_wait_once_all_have_left(tmp_path: Path, behave: Callable[[dict[str, str]], None]) -> None:
+    behave({})
+    stop = asyncio.Event()
+    swarm = asyncio.create_task(run(tmp_path, stop))
+    await until(lambda: len(pids(tmp_path)) == 4, "all children")
+    started = time.monotonic()
+    stop.set()
+    assert await swarm == EXIT_INTERRUPTED
+    assert time.monotonic() - started < 1.5
+
+
+async def test_children_leave_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    with supervisor_process(tmp_path):
+        await until(lambda: len(pids(tmp_path)) == 4, "all children")
+    children = pids(tmp_path)
+    await until(lambda: not running(children.values()), "the children to leave")
+    assert set(children) == {"coordinator", "host-0", "host-1", "trainer"}
+
+
+@contextmanager
+def supervisor_process(out: Path) -> Iterator[None]:
+    """A supervisor in a process of its own; SIGKILL ends it."""
+    code = (
+        "import asyncio, sys; from pathlib import Path; from coordinator.local import LocalSwarm;"
+        "from coordinator.config import LocalConfig;"
+        "config = LocalConfig(out=Path(sys.argv[1]), hosts=2, experts=16, experts_per_block=2);"
+        "asyncio.run(LocalSwarm(config, asyncio.Event(), tuple(sys.argv[2:])).run())"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", code, str(out), *FAKE], cwd=ROOT)
+    try:
+        yield
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+
+
+async def test_a_host_that_dies_before_training_ends_the_swarm_with_its_last_words(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"host-1": "exit 2"})
+    with pytest.raises(UnavailableError) as caught:
+        await run(tmp_path)
+    assert "host-1 ended with exit code 2 before training began" in str(caught.value)
+    assert "host-1 says something before it ends" in str(caught.value)
+    assert not running(pids(tmp_path).values())
+
+
+async def test_a_host_that_dies_during_training_is_an_event_and_training_goes_on(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"trainer": "begin exit 0"})
+    swarm = asyncio.create_task(run(tmp_path))
+    await until(lambda: (tmp_path / "events.jsonl").exists() and len(pids(tmp_path)) == 4, "training to begin")
+    os.kill(pids(tmp_path)["host-0"], signal.SIGKILL)
+    log = tmp_path / "local.jsonl"
+    await until(lambda: '"event":"ended"' in log.read_text(encoding="utf-8"), "the event")
+    assert not swarm.done()
+    (tmp_path / "go").touch()
+    assert await swarm == 0
+    assert [(row["name"], row["exit_code"]) for row in rows(tmp_path, "ended")] == [("host-0", -9)]
+
+
+async def test_when_no_host_is_left_the_swarm_ends(tmp_path: Path, behave: Callable[[dict[str, str]], None]) -> None:
+    behave({"trainer": "begin wait"})
+    swarm = asyncio.create_task(run(tmp_path))
+    await until(lambda: (tmp_path / "events.jsonl").exists() and len(pids(tmp_path)) == 4, "training to begin")
+    for name in ("host-0", "host-1"):
+        os.kill(pids(tmp_path)[name], signal.SIGKILL)
+    with pytest.raises(UnavailableError, match="was killed by SIGKILL so that no expert is left"):
+        await swarm
+
+
+async def test_a_coordinator_that_fails_ends_the_swarm_with_its_last_words(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"coordinator": "exit 1"})
+    with pytest.raises(UnavailableError, match=r"coordinator ended with exit code 1 before the run was open"):
+        await run(tmp_path)
+    assert pids(tmp_path).keys() == {"coordinator"}
+
+
+async def test_a_trainer_that_is_killed_is_named(tmp_path: Path, behave: Callable[[dict[str, str]], None]) -> None:
+    behave({"trainer": "begin wait"})
+    swarm = asyncio.create_task(run(tmp_path))
+    await until(lambda: "trainer" in pids(tmp_path), "the trainer")
+    os.kill(pids(tmp_path)["trainer"], signal.SIGKILL)
+    with pytest.raises(UnavailableError, match=r"the trainer was killed by SIGKILL; .* --resume goes on"):
+        await swarm
+
+
+async def test_a_folder_can_be_used_by_one_swarm_at_a_time(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behave({})
+    monkeypatch.setattr("coordinator.local.PROGRAM", FAKE)
+    stop = asyncio.Event()
+    first = asyncio.create_task(run_local(config_in(tmp_path), stop))
+    await until((tmp_path / "local.lock").exists, "the lock")
+    with pytest.raises(ConfigError, match="is in use by another `local`"):
+        await run_local(config_in(tmp_path), asyncio.Event())
+    stop.set()
+    assert await first == EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (LocalConfig(hosts=0), "--hosts: must be 1 or more, is 0"),
+        (LocalConfig(steps=-1), "--steps: must be 1 or more, is -1"),
+        (LocalConfig(replicas=0), "--replicas: must be 1 or more, is 0"),
+        (LocalConfig(replicas=5), "--replicas 5: there are only 4 hosts, and each holds a block once"),
+        (LocalConfig(trainers=0), "--trainers: must be 1 or more, is 0"),
+        (LocalConfig(averaging_period_s=0.0), "averaging.period_s: must be from 0.05 to 86400, is 0"),
+        (LocalConfig(micro_batches=0), "--micro-batches: must be 1 or more"),
+        (LocalConfig(eval_every=-5), "--eval-every: must be 0"),
+        (LocalConfig(hosts=33), "--hosts 33: there are only 32 blocks with --replicas 1"),
+        (LocalConfig(experts=1023), "--experts 1023: must be a multiple of --layers 2"),
+        (LocalConfig(heads=3), "model.d_model: must be a multiple of 2 \\* n_heads = 6"),
+        (LocalConfig(gate="product_key"), "product keys need a square number"),
+        (LocalConfig(name="a b"), "name: must be 1 to 48 letters"),
+        (LocalConfig(resume=True), "holds no run to go on with"),
+    ],
+)
+def test_a_mistake_is_found_before_a_process_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: LocalConfig, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        check(config)
+
+
+def existing_run(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = manifest_of(config_in(out), owner="", total_tokens=1000)
+    (out / "manifest.toml").write_text(manifest.to_toml(), encoding="utf-8")
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    existing_run(tmp_path)
+    with pytest.raises(ConfigError, match="holds a run already: add --resume to go on"):
+        check(config_in(tmp_path))
+
+
+def test_a_resumed_run_may_train_longer_but_not_change_shape(tmp_path: Path) -> None:
+    existing_run(tmp_path)
+    check(LocalConfig(out=tmp_path, hosts=2, steps=10_000, resume=True))
+    with pytest.raises(ConfigError, match=r"model\.experts_per_layer: is 16, but the run in .* has 8"):
+        check(LocalConfig(out=tmp_path, hosts=2, experts=32, resume=True))
+
+
+def test_a_resumed_run_needs_as_many_hosts_as_hold_its_state(tmp_path: Path) -> None:
+    existing_run(tmp_path)
+    for index in range(3):
+        (tmp_path / f"host-{index}").mkdir()
+    check(LocalConfig(out=tmp_path, hosts=3, resume=True))
+    with pytest.raises(ConfigError, match="has 3 hosts; go on with as many"):
+        check(LocalConfig(out=tmp_path, hosts=2, resume=True))
+
+
+def test_how_a_process_ended_is_told_in_words() -> None:
+    assert exit_words(1) == "ended with exit code 1"
+    assert exit_words(-9) == "was killed by SIGKILL"
+    assert exit_words(-250) == "was killed by signal 250"

@@ -1,0 +1,236 @@
+"""What the arms are made of: costs, gates, statistics, specialisation, plans, findings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import ConfigError
+from experiments.arms import granularity, idiots
+from experiments.arms.arm import Arm, TrainSpec, cost
+from experiments.arms.arms import ArmResults, Arms
+from experiments.arms.gates import HashGate, frozen
+from experiments.arms.labels import BYTE_CLASSES, byte_classes
+from experiments.arms.report import edge_words, tokens_to
+from experiments.arms.specialisation import excess, mutual_information_bits
+from experiments.arms.training import build_model
+from experiments.harness.catalogue import MODULES, load
+from experiments.harness.statistics import difference, estimate
+from node.model.gate import TopKGate
+from protocol.manifest import ModelConfig
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(d_model=16, experts_per_layer=64, experts_per_token=8)
+PRODUCT_KEY = Arm(label="8 of 64", hidden=4, experts=64, per_token=8, gate="product_key")
+ARMS = [
+    Arm(label="dense", hidden=24),
+    Arm(label="2 of 8", hidden=4, experts=8, per_token=2),
+    PRODUCT_KEY,
+    Arm(label="by hash", hidden=4, experts=64, per_token=8, gate="hash"),
+]
+
+
+def spec(arm: Arm, **changes: Any) -> TrainSpec:
+    values = {"seed": 0, "tokens": 100_000, "lr": 4e-3, "expert_lr": 4e-3, "d_model": 16, "heads": 2, "context": 32}
+    return TrainSpec(arm=arm, **{**values, **changes})
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.label)
+def test_the_parameters_that_are_told_are_those_that_are_built(arm: Arm) -> None:
+    model = build_model(spec(arm), CPU)
+    matrices = sum(p.numel() for p in model.trunk.parameters() if p.dim() > 1)
+    experts = sum(p.numel() for blocks in model.experts.blocks.values() for b in blocks for p in b.params.values())
+    assert cost(spec(arm)).parameters == matrices + experts
+
+
+def test_the_gate_counts_in_the_cost_of_a_token() -> None:
+    with_gate, without = cost(spec(PRODUCT_KEY)), cost(spec(ARMS[3]))
+    assert with_gate.flops_per_token - without.flops_per_token == with_gate.gate_flops_per_token > 0
+    assert without.gate_flops_per_token == 0
+
+
+def test_the_dense_arm_of_equal_flops_costs_at_least_what_any_arm_with_experts_costs() -> None:
+    def flops(arm: Arm) -> int:
+        return cost(TrainSpec(arm=arm, seed=0, tokens=1, lr=1.0, expert_lr=1.0)).flops_per_token
+
+    assert flops(granularity.DENSE_FLOPS) >= max(map(flops, granularity.EXPERTS))
+    assert {arm.active_width for arm in granularity.EXPERTS} == {256}
+
+
+def test_the_arms_of_idiots_are_of_equal_active_and_nearly_equal_total_size() -> None:
+    arms = (*idiots.SIZES, *idiots.NULLS)
+    assert {arm.active_width for arm in arms} == {128}
+    totals = [arm.hidden * arm.experts for arm in arms]
+    assert max(totals) / min(totals) < 1.05
+
+
+def test_a_seed_makes_the_same_model_and_another_seed_another() -> None:
+    states = [build_model(spec(PRODUCT_KEY, seed=seed), CPU).trunk.state_dict() for seed in (1, 1, 2)]
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    assert not states[0]["head_VD"].equal(states[2]["head_VD"])
+
+
+def test_a_hash_gate_chooses_by_the_last_two_bytes_alone_and_chooses_distinct_experts() -> None:
+    gate = HashGate(MODEL, torch.Generator().manual_seed(0))
+    watched = torch.nn.Identity()
+    gate.watch(watched)
+    watched(torch.tensor([[65, 66, 67, 66, 67]]))
+    first = gate(torch.randn(5, 16))
+    second = gate(torch.randn(5, 16))
+    ids_TK = first.expert_ids_TK
+    assert ids_TK.equal(second.expert_ids_TK), "what the tokens are like does not matter"
+    assert ids_TK[2].equal(ids_TK[4]), "B, C twice"
+    assert not ids_TK[1].equal(ids_TK[3]), "B after A and B after C"
+    assert all(len(set(row.tolist())) == 8 for row in ids_TK)
+    assert torch.allclose(first.weights_TK, torch.full((5, 8), 1 / 8))
+
+
+def test_a_frozen_gate_has_nothing_to_train_and_still_balances() -> None:
+    gate = frozen(TopKGate(MODEL, torch.Generator().manual_seed(0)))
+    assert [p for p in gate.parameters() if p.requires_grad] == []
+    load_E = torch.zeros(64, dtype=torch.int64)
+    load_E[0] = 100
+    gate.update_balance(load_E)
+    assert gate.bias_E[0] < gate.bias_E[1]
+
+
+def test_an_interval_is_students() -> None:
+    # 1, 2, 3: standard error 1/sqrt(3), t of 2 degrees of freedom 4.3027.
+    found = estimate([1.0, 2.0, 3.0], "seeds")
+    assert found.mean == pytest.approx(2.0)
+    assert found.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert estimate([1.0], "seeds").half_width == 0.0
+
+
+def test_a_difference_is_taken_pair_by_pair() -> None:
+    windows = np.random.default_rng(0).normal(size=200)
+    found = difference([list(windows - 0.1)], [list(windows)])
+    assert found.over == "windows"
+    assert found.mean == pytest.approx(-0.1)
+    assert found.half_width < 1e-6, "what windows have in common falls out"
+    over_seeds = difference([[1.0, 3.0], [2.0, 4.0]], [[0.0, 0.0], [0.0, 2.0]])
+    assert over_seeds.over == "seeds"
+    assert over_seeds.mean == pytest.approx(2.0)
+
+
+def test_what_chance_can_do_is_said() -> None:
+    assert estimate([-1.0, 1.0, 0.5], "seeds").words.endswith("worse, within what chance can do,")
+    assert estimate([-1.0, -1.01, -0.99], "seeds").words == "1.000 ± 0.025 nats per byte better"
+
+
+def test_mutual_information_of_equal_labels_is_their_entropy_and_of_independent_ones_nothing() -> None:
+    labels = np.arange(4).repeat(100)
+    assert mutual_information_bits(labels, labels) == pytest.approx(2.0)
+    assert mutual_information_bits(labels, np.tile(np.arange(4), 100)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_many_experts_seem_to_know_labels_that_mean_nothing_and_shuffling_shows_it() -> None:
+    rng = np.random.default_rng(0)
+    experts_RM, labels_R = rng.integers(500, size=(400, 4)), rng.integers(8, size=400)
+    nothing = excess(experts_RM, labels_R, rng)
+    assert nothing["bits"] > 1.0
+    assert nothing["bits"] == pytest.approx(nothing["shuffled_bits"], abs=5 * nothing["shuffled_std"])
+    known = excess(np.repeat(labels_R[:, None], 4, axis=1), labels_R, rng)
+    assert known["bits"] > known["shuffled_bits"] + 5 * known["shuffled_std"]
+
+
+def test_every_byte_has_a_class() -> None:
+    classes = byte_classes()
+    said = {char: BYTE_CLASSES[classes[ord(char)]] for char in " 7Qez,é"}
+    assert said == {
+        " ": "space", "7": "digit", "Q": "capital", "e": "vowel", "z": "consonant", ",": "punctuation",
+        "é": "beyond ASCII",
+    }  # fmt: skip
+
+
+def result(nats: float, loads: float = 0.0) -> dict[str, Any]:
+    gate = {"n_live": 8, "dead_fraction": loads, "load_cv": 0.1, "load_max_over_mean": 1.1, "load_entropy_bits": 2.9}
+    layer = {"bits": 0.5, "shuffled_bits": 0.1, "shuffled_std": 0.01}
+    return {
+        "nats_per_byte": nats, "window_nats": [nats - 0.01, nats + 0.01], "held_out": [(1, nats + 1), (2, nats)],
+        "tokens": 100, "cpu_seconds": 1.0, "gates": [gate], "specialisation": {"byte class": [layer], "topic": [layer]},
+    }  # fmt: skip
+
+
+def test_rates_are_tuned_first_and_the_best_one_is_taken() -> None:
+    arms = Arms(arms=(PRODUCT_KEY, ARMS[0]), tokens=1000, seeds=2, tuning_tokens=100)
+    tuning = arms.plan({})
+    assert [trial.name for trial in tuning[:3]] == [f"tune-8-of-64-lr{rate}" for rate in ("0.002", "0.004", "0.008")]
+    results = {trial.name: result(2.0 if "0.008" in trial.name else 3.0) for trial in tuning if "8-of" in trial.name}
+    plan = arms.plan(results)
+    assert [trial.name for trial in plan[6:]] == ["8-of-64-seed0", "8-of-64-seed1"], "the other arm is not tuned yet"
+    assert plan[6].spec["lr"] == plan[6].spec["expert_lr"] == 0.008
+    found = ArmResults(plan, {**results, "8-of-64-seed0": result(1.5)})
+    assert "perhaps not tuned: 8 of 64" in edge_words(found)
+
+
+def test_the_tokens_to_a_goal_are_read_off_the_curve() -> None:
+    curve = {"held_out": [(100, 3.0), (200, 2.0), (300, 1.0)]}
+    assert tokens_to(curve, 1.5) == pytest.approx(250)
+    assert tokens_to(curve, 0.5) is None
+
+
+def granularity_finding(nats: dict[str, float], dead: float = 0.0) -> Any:
+    trials = granularity.QUICK.plan({})
+    results = {
+        trial.name: result(nats.get(trial.spec["arm"]["label"], 2.0), dead if trial.spec["arm"]["experts"] else 0.0)
+        for trial in trials
+    }
+    return granularity.EXPERIMENT.report("quick", results)
+
+
+def test_the_finding_follows_the_results_whichever_they_are() -> None:
+    better = granularity_finding({"8 of 529 experts": 1.8, "8 of 2,025 experts": 1.7})
+    assert "8 of 2,025 experts are 0.300" in better.finding
+    assert "better than a dense model of equal FLOPs (as expected)" in better.finding
+    assert "more experts helped up to the most that were tried" in better.finding
+    worse = granularity_finding({"8 of 529 experts": 2.3, "8 of 2,025 experts": 2.4}, dead=0.4)
+    assert "worse than a dense model of equal FLOPs (less than the 0.10 that was expected)" in worse.finding
+    assert "from 64 to 529 experts the gain is under 0.01" in worse.finding
+    assert "Many are dead in: 2 of 8 experts; 8 of 64 experts" in worse.tables["Load"]
+
+
+def test_idiots_says_which_size_is_best_and_whether_the_gate_matters() -> None:
+    trials = idiots.QUICK.plan({})
+    nats = {idiots.NEURONS.label: 2.5, idiots.SMALL.label: 1.9, idiots.HASHED.label: 1.95}
+    results = {trial.name: result(nats.get(trial.spec["arm"]["label"], 2.0)) for trial in trials}
+    finding = idiots.EXPERIMENT.report("quick", results).finding
+    assert f"{idiots.NEURONS.label}: 0.500" in finding
+    assert "worse than 1 of 128 experts, H=128" in finding
+    assert f"the best size was {idiots.SMALL.label}" in finding
+    assert "a learnt gate is 0.000" in finding
+    assert "within what chance can do, than a frozen one" in finding
+    assert "0.050" in finding
+    assert "worse than a hash of two bytes" in finding
+
+
+def test_a_report_that_comes_too_early_says_what_to_run() -> None:
+    with pytest.raises(ConfigError, match=r"granularity: no result yet of dense.*--preset full makes it"):
+        granularity.EXPERIMENT.report("full", {})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_experiment_plans_what_json_can_hold_under_names_of_their_own(name: str) -> None:
+    experiment = load(name)
+    assert experiment.name == name
+    for preset in ("quick", "full"):
+        trials = experiment.plan(preset, {})
+        names = [trial.name for trial in trials]
+        assert len(set(names)) == len(names) > 0
+        assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.") for name in names)
+
+
+def test_a_spec_survives_its_trip_through_json() -> None:
+    there = spec(PRODUCT_KEY)
+    assert TrainSpec.from_json(there.to_json()) == there
+    assert asdict(there)["arm"]["gate"] == "product_key"
+
+
+def test_an_unknown_experiment_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=f"no experiment 'granulrity'; it is one of {', '.join(MODULES)}"):
+        load("granulrity")

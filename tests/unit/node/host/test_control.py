@@ -1,0 +1,159 @@
+"""`pause`, `resume`, `leave`: which process is told, and what the command says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from common.errors import ConfigError, UnavailableError
+from node.host.config import ControlConfig
+from node.host.control import read_process, run_leave, run_pause, run_resume
+from node.rpc.health import server_told
+from protocol.endpoints import Address
+from protocol.identity import peer_id_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ADDRESS = Address(peer_id_of(bytes(range(32))), "127.0.0.1:4000")
+HOST = """
+import json, signal, sys
+def tell(event, **fields):
+    with open("events.jsonl", "a") as log:
+        log.write(json.dumps({"event": event, **fields}) + "\\n")
+state = {"paused": False, "reasons": sys.argv[1:]}
+def pause(*_):
+    tell("asked", word="pause", **state)
+    state["paused"] = True
+    tell("paused")
+def resume(*_):
+    tell("asked", word="resume", **state)
+    if not state["reasons"]:
+        tell("resumed", blocks=3)
+def leave(*_):
+    tell("asked", word="leave", **state)
+    tell("leaving", blocks=2)
+    tell("handed_over", blocks=1, left=["0/1"])
+    tell("leave")
+    sys.exit(0)
+signal.signal(signal.SIGUSR1, pause)
+signal.signal(signal.SIGUSR2, resume)
+signal.signal(signal.SIGQUIT, leave)
+tell("old")
+print("up", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+class FakeHost:
+    """A process that answers signals as a host does, and its folder."""
+
+    def __init__(self, folder: Path, *reasons: str) -> None:
+        self.popen = subprocess.Popen((sys.executable, "-c", HOST, *reasons), cwd=folder, stdout=subprocess.PIPE)
+        assert self.popen.stdout
+        assert self.popen.stdout.readline() == b"up\n"
+        self.config = ControlConfig(state=folder, timeout_s=10.0)
+        told(folder, pid=self.popen.pid, started_s=psutil.Process(self.popen.pid).create_time())
+
+    def close(self) -> None:
+        self.popen.kill()
+        self.popen.wait(10)
+        assert self.popen.stdout
+        self.popen.stdout.close()
+
+
+def told(folder: Path, **process: Any) -> None:
+    (folder / "server.json").write_text(json.dumps({**ADDRESS._asdict(), **process}))
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[FakeHost]:
+    running = FakeHost(tmp_path)
+    yield running
+    running.close()
+
+
+async def test_pause_and_resume_wait_until_the_host_has_done_so(
+    host: FakeHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, words in (
+        (run_resume, "it works\n"),
+        (run_pause, f"paused, with its blocks stored in {host.config.state}\n"),
+        (run_pause, f"paused, with its blocks stored in {host.config.state}\n"),
+        (run_resume, "it works again, with 3 blocks\n"),
+    ):
+        await command(host.config, asyncio.Event())
+        assert capsys.readouterr().out == words
+
+
+async def test_resume_says_what_else_keeps_the_host_from_working(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = FakeHost(tmp_path, "it is outside its schedule")
+    try:
+        await run_resume(host.config, asyncio.Event())
+    finally:
+        host.close()
+    assert capsys.readouterr().out == "no longer paused by its owner, but it is outside its schedule\n"
+
+
+async def test_leave_shows_its_progress_until_the_process_has_ended(
+    host: FakeHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await run_leave(host.config, asyncio.Event())
+    assert capsys.readouterr().out.splitlines() == [
+        "handing 2 blocks over",
+        "others serve 1 of them; nobody has taken 0/1",
+        "withdrawing its records",
+        "left",
+    ]
+    with pytest.raises(UnavailableError, match=r"its host has ended|no host runs"):
+        await run_pause(host.config, asyncio.Event())
+
+
+async def test_a_host_that_does_not_answer_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    host = FakeHost(tmp_path)
+    host.popen.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(UnavailableError, match=r"its host did not pause in 0.1 s"):
+            await run_pause(ControlConfig(state=tmp_path, timeout_s=0.1), asyncio.Event())
+    finally:
+        host.close()
+
+
+def test_a_folder_without_a_host_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="no host runs from this folder"):
+        read_process(tmp_path)
+
+
+def test_a_number_that_another_process_has_by_now_gets_no_signal(tmp_path: Path) -> None:
+    other = psutil.Process(os.getppid())
+    told(tmp_path, pid=other.pid, started_s=other.create_time() - 3600)
+    with pytest.raises(UnavailableError, match="its host has ended, or runs in a container"):
+        read_process(tmp_path)
+
+
+@pytest.mark.parametrize("process", [{}, {"pid": "1", "started_s": 1.0}, {"pid": -1, "started_s": 1.0}, {"pid": 1}])
+def test_a_node_that_obeys_no_signals_gets_none(tmp_path: Path, process: dict[str, Any]) -> None:
+    told(tmp_path, **process)
+    with pytest.raises(ConfigError, match="is not of a host that can be told"):
+        read_process(tmp_path)
+
+
+def test_only_a_node_that_obeys_says_which_process_it_is(tmp_path: Path) -> None:
+    with server_told(tmp_path, ADDRESS):
+        assert json.loads((tmp_path / "server.json").read_text()) == ADDRESS._asdict()
+    with server_told(tmp_path, ADDRESS, obeys=True):
+        written = json.loads((tmp_path / "server.json").read_text())
+    assert written["pid"] == os.getpid()
+    assert written["started_s"] == psutil.Process().create_time()

@@ -1,0 +1,185 @@
+"""The training step with every expert in this process: it learns, repeats exactly, and resumes exactly."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from common.errors import CheckpointError, TooFewExpertsError
+from node.data import open_dataset
+from node.model.moe import LocalExperts
+from node.trainer.train_step import StepConfig, Training, build_model
+from node.trainer.trunk_state import FILE_NAME, Progress, load_trunk, load_trunk_weights, save_trunk
+from tests.support.swarm_parts import small_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from node.data import ByteDataset
+    from protocol.manifest import Manifest
+
+MANIFEST = small_manifest(optimizer={"lr": 1e-2, "expert_lr": 1e-2, "total_tokens": 20_000, "warmup_tokens": 256})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(f"Bee number {n} flies to flower {n % 7}." for n in range(600)))
+    return open_dataset(text, cache_dir=folder / "cache", seed=0)
+
+
+def give_up(error: TooFewExpertsError) -> None:
+    raise error
+
+
+class Bench:
+    """A training over local experts, closed at the end."""
+
+    def __init__(
+        self,
+        dataset: ByteDataset,
+        manifest: Manifest = MANIFEST,
+        experts: LocalExperts | None = None,
+        config: StepConfig | None = None,
+    ) -> None:
+        self.experts = experts or LocalExperts(manifest)
+        generator = torch.Generator().manual_seed(1)
+        model = build_model(manifest, self.experts, generator)
+        config = config or StepConfig(batch=8, micro_batches=1)
+        self.training = Training(manifest, model, self.experts, dataset, config, give_up)
+
+    def losses(self, n: int) -> list[float]:
+        return [self.training.step().loss for _ in range(n)]
+
+
+@pytest.fixture
+def bench(dataset: ByteDataset) -> Iterator[Bench]:
+    bench = Bench(dataset)
+    yield bench
+    bench.training.close()
+
+
+@pytest.fixture
+def other(dataset: ByteDataset) -> Iterator[Bench]:
+    bench = Bench(dataset)
+    yield bench
+    bench.training.close()
+
+
+def test_it_learns(bench: Bench) -> None:
+    before = bench.training.evaluate(2000)
+    losses = bench.losses(60)
+    assert losses[-1] < losses[0] / 2
+    assert bench.training.evaluate(2000) < before / 2
+    assert bench.training.run_tokens == 60 * 8 * 16
+
+
+def test_a_trunk_that_is_averaged_with_others_steps_further(bench: Bench) -> None:
+    bench.training.run_tokens = 1000
+    alone = bench.training.step()
+    bench.training.run_tokens, bench.training.rate_scale = 1000, 2.0
+    assert bench.training.step().lr == pytest.approx(2 * alone.lr)
+
+
+def test_the_same_seed_gives_the_same_losses(bench: Bench, other: Bench) -> None:
+    assert bench.losses(5) == other.losses(5)
+
+
+def test_micro_batches_in_flight_read_the_batches_that_one_at_a_time_would(dataset: ByteDataset) -> None:
+    still = {"expert_lr": 0.0, "lr": 0.0}
+    manifest = small_manifest(dtype="fp64", codec="fp64", optimizer=still, model={"balance_rate": 0.0})
+    experts = LocalExperts(manifest)
+    losses = []
+    for micro_batches in (1, 4):
+        generator = torch.Generator().manual_seed(1)
+        model = build_model(manifest, experts, generator)
+        config = StepConfig(batch=8, micro_batches=micro_batches)
+        training = Training(manifest, model, experts, dataset, config, give_up)
+        per_step = [training.step().loss for _ in range(4 // micro_batches)]
+        losses.append(sum(per_step) / len(per_step))
+        training.close()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_no_more_micro_batches_run_than_are_told_and_the_next_starts_when_one_has_ended(dataset: ByteDataset) -> None:
+    bench = Bench(dataset, config=StepConfig(batch=1, micro_batches=6, in_flight=2))
+    lock, running, most, both = threading.Lock(), 0, 0, threading.Barrier(2)
+
+    def micro_batch(index: int) -> tuple[float, list[None]]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        both.wait(10)
+        with lock:
+            running -= 1
+        return float(index), [None]
+
+    try:
+        assert bench.training._in_flight(micro_batch, range(6)) == [(float(index), [None]) for index in range(6)]
+        assert most == 2
+        assert bench.training.step().in_flight == 2
+    finally:
+        bench.training.close()
+
+
+def test_a_resumed_training_goes_on_exactly(dataset: ByteDataset, bench: Bench, other: Bench, tmp_path: Path) -> None:
+    wanted = bench.losses(6)
+    assert other.losses(3) == wanted[:3]
+    save_trunk(tmp_path, other.training, Progress(step=3, run_tokens=other.training.run_tokens, calls_failed=2))
+    resumed = Bench(dataset, experts=other.experts)
+    try:
+        progress = load_trunk(tmp_path, resumed.training)
+        assert progress == Progress(step=3, run_tokens=3 * 8 * 16, calls_failed=2)
+        assert resumed.losses(3) == wanted[3:]
+    finally:
+        resumed.training.close()
+
+
+def test_a_trunk_of_another_run_is_refused(dataset: ByteDataset, bench: Bench, tmp_path: Path) -> None:
+    save_trunk(tmp_path, bench.training, Progress())
+    stranger = Bench(dataset, small_manifest(seed=99))
+    try:
+        with pytest.raises(CheckpointError, match="belongs to run"):
+            load_trunk(tmp_path, stranger.training)
+    finally:
+        stranger.training.close()
+
+
+def test_a_corrupt_trunk_is_one_clear_sentence(bench: Bench, tmp_path: Path) -> None:
+    save_trunk(tmp_path, bench.training, Progress())
+    (tmp_path / FILE_NAME).write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"cannot read checkpoint .* delete it to start afresh"):
+        load_trunk(tmp_path, bench.training)
+    with pytest.raises(CheckpointError, match="no trunk checkpoint in"):
+        load_trunk_weights(tmp_path / "elsewhere", bench.training.model, MANIFEST.run_id)
+
+
+def test_a_micro_batch_is_tried_again_when_too_few_experts_answer(dataset: ByteDataset) -> None:
+    bench = Bench(dataset)
+    waited: list[str] = []
+    bench.training.close()
+    generator = torch.Generator().manual_seed(1)
+    model = build_model(MANIFEST, bench.experts, generator)
+    training = Training(
+        MANIFEST, model, bench.experts, dataset, StepConfig(batch=2), lambda error: waited.append(str(error))
+    )
+    real, failures = bench.experts.live_experts, iter([True, True, True])
+
+    def sometimes(layer: int) -> torch.Tensor:
+        if next(failures, False):
+            return torch.zeros(16, dtype=torch.bool)
+        return real(layer)
+
+    bench.experts.live_experts = sometimes  # type: ignore[method-assign]
+    try:
+        training.step()
+    finally:
+        training.close()
+    assert len(waited) == 3
+    assert all("none of its 16 experts has a live replica" in text for text in waited)

@@ -25,7 +25,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from common.command_line import HELP_LIMITS, Page, parse, print_help, print_limits, resolved_text
+from common.command_line import HELP_LIMITS, HelpPage, parse, print_help, print_limits, resolved_text
 from common.errors import ConfigError, KilohiveError
 from coordinator.config import (
     CoordinatorConfig,
@@ -57,7 +57,7 @@ SHOW_CURSOR = "\x1b[?25h"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command(Page[Any]):
+class Command(HelpPage[Any]):
     """A subcommand: its help page and, as "module:function", its role.
 
     The module is imported when the command is run: torch and hivemind take seconds, `--help` should not.

@@ -42,7 +42,7 @@ SHARED_FLAGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page(Generic[C]):
+class HelpPage(Generic[C]):
     """One subcommand as a person meets it: its name, a sentence, examples and the class of its configuration.
 
     `limits`: the base class of `config` whose flags have a page of their own, if one has; see HELP_LIMITS.
@@ -64,7 +64,7 @@ class Parsed(Generic[C]):
     given: frozenset[str]
 
 
-def parse(page: Page[C], arguments: Sequence[str], program: str) -> Parsed[C]:
+def parse(page: HelpPage[C], arguments: Sequence[str], program: str) -> Parsed[C]:
     """Read flags and the optional file. Raises ConfigError for the file, SystemExit(2) for a flag, after a sentence."""
     shared = argparse.ArgumentParser(prog=f"{program} {page.name}", add_help=False, allow_abbrev=False)
     shared.add_argument("--config", type=Path)
@@ -138,7 +138,7 @@ def _type_words(hint: Any) -> str:  # noqa: ANN401 - see _converted
     return words.get(hint, str(hint))
 
 
-def print_help(page: Page[C], console: Console, program: str) -> None:
+def print_help(page: HelpPage[C], console: Console, program: str) -> None:
     """One line per flag where it fits: flag, meaning, default. Limits are left to `print_limits`."""
     console.print(Text.assemble((f"{program} {page.name}", "bold"), f": {page.summary}"))
     for example in page.examples:
@@ -151,7 +151,7 @@ def print_help(page: Page[C], console: Console, program: str) -> None:
     _print_rows([*rows, *((flag, Text(words)) for flag, words in SHARED_FLAGS)], console)
 
 
-def print_limits(page: Page[C], console: Console, program: str) -> None:
+def print_limits(page: HelpPage[C], console: Console, program: str) -> None:
     """The flags that `print_help` leaves out; none for a page without limits."""
     console.print(Text.assemble((f"{program} {page.name}", "bold"), ": what it may take of this machine, and when."))
     console.print()
@@ -227,7 +227,7 @@ def field_docs(cls: type) -> dict[str, str]:
     }
 
 
-def resolved_text(page: Page[C], parsed: Parsed[C]) -> Text:
+def resolved_text(page: HelpPage[C], parsed: Parsed[C]) -> Text:
     """Every setting in force, in one paragraph; those that differ from the default stand out."""
     text = Text.assemble((f"{page.name} ", "bold"))
     for field in fields(parsed.config):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from common.errors import KilohiveError
 from common.tasks import Periodic
 from dht.record_store import Entry
-from dht.record_versions import PERIOD_S, TTL_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, Stamps
+from dht.record_versions import PERIOD_S, TTL_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, RecordVersions
 from protocol.announcements import encode_block, encode_peer
 from protocol.records import block_key, peers_key, sign_record
 
@@ -54,7 +54,7 @@ class Announcer:
         self._period_s = period_s
         self._ttl_s = ttl_s
         self._announced: set[str] = set()
-        self._stamps = Stamps(ttl_s)
+        self._stamps = RecordVersions(ttl_s)
         self._problem = ""
         self._one_at_a_time = asyncio.Lock()
         self._announcing = Periodic("announcer", period_s, self._announce_or_log)

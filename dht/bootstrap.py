@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from hivemind.dht.node import DHTNode
 
-    from dht.bounded_calls import Calls
+    from dht.bounded_calls import BoundedCalls
     from dht.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class InitialPeer(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Membership:
+class Bootstrap:
     """Keeps one node's routing table filled."""
 
     node: DHTNode
     transport: Transport
     initial_peers: Sequence[InitialPeer]
-    calls: Calls
+    calls: BoundedCalls
     _last_seen_s: dict[PeerID, float] = field(default_factory=dict)
 
     @property

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Calls:
+class BoundedCalls:
     """Calls of one node, those that are waited for and those that no longer are."""
 
     def __init__(self) -> None:

@@ -50,7 +50,7 @@ class Daemon:
         self.control_socket = _control_socket(folder)
 
     @classmethod
-    async def spawn(cls, identity: Identity, place: Place, timeout_s: float) -> Daemon:
+    async def spawn(cls, identity: Identity, place: DaemonAddresses, timeout_s: float) -> Daemon:
         """Start p2pd with the node's key.
 
         Raises:
@@ -133,7 +133,7 @@ def listen_address(host: str, port: int) -> str:
     return f"/ip{version}/{host}/tcp/{port}"
 
 
-class Place(NamedTuple):
+class DaemonAddresses(NamedTuple):
     """Multiaddresses at which p2pd listens, and that it tells to others; `udp` is where it takes QUIC, if it does.
 
     QUIC is for those behind NATs, who need it to find direct ways, and is told to nobody else: a peer that has died
@@ -145,15 +145,15 @@ class Place(NamedTuple):
     udp: str = ""
 
 
-def place_of(host: str, port: int, announce: str) -> Place:
+def daemon_addresses(host: str, port: int, announce: str) -> DaemonAddresses:
     """Where p2pd listens, and is dialled at the IP address `announce` if that is given. Raises as `listen_address`."""
     tcp = listen_address(host, port)
     if ipaddress.ip_address(host).is_loopback:
-        return Place((tcp,), announced_address(announce, port))
+        return DaemonAddresses((tcp,), announced_address(announce, port))
     if not port and not announce:
         tcp = listen_address(host, _free_port(host))
     announced = announced_address(announce, port) or tcp
-    return Place((tcp, udp_address(tcp)), announced, udp_address(announced))
+    return DaemonAddresses((tcp, udp_address(tcp)), announced, udp_address(announced))
 
 
 def announced_address(announce: str, port: int) -> str:
@@ -198,7 +198,7 @@ def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
             raise UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}") from None
 
 
-async def _launch(identity: Identity, place: Place, folder: Path) -> asyncio.subprocess.Process:
+async def _launch(identity: Identity, place: DaemonAddresses, folder: Path) -> asyncio.subprocess.Process:
     key_file = _key_file(folder)
     key_file.touch(mode=0o600)
     key_file.write_bytes(identity.private_key_protobuf)
@@ -215,7 +215,7 @@ async def _launch(identity: Identity, place: Place, folder: Path) -> asyncio.sub
         raise UnavailableError(f"p2pd cannot be started: {error}; reinstall hivemind, which brings it") from error
 
 
-def _arguments(place: Place, folder: Path) -> list[str]:
+def _arguments(place: DaemonAddresses, folder: Path) -> list[str]:
     program = importlib.resources.files("hivemind.hivemind_cli").joinpath("p2pd")
     return [
         str(program),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError
 from common.tasks import Periodic
-from dht.record_cache import RecordBook
+from dht.record_cache import RecordCache
 from dht.view import DirectoryView, PeerInfo, Replica
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.manifest import TRUNK, all_blocks
@@ -43,7 +43,7 @@ class Directory:
         self._dht = dht
         self._model = model
         self._keys = (peers_key(run_id), *(block_key(run_id, block) for block in (TRUNK, *all_blocks(model))))
-        self._book = RecordBook()
+        self._book = RecordCache()
         self._known = DirectoryView(replicas=MappingProxyType(dict.fromkeys(all_blocks(model), ())))
         self._avoided: Mapping[str, float] = MappingProxyType({})
         self._usable: frozenset[tuple[BlockId, str, str, str]] = frozenset()

@@ -19,9 +19,9 @@ from hivemind.utils.logging import use_hivemind_log_handler
 
 from common.errors import UnavailableError
 from dht.answers import node_id_of
-from dht.bootstrap import InitialPeer, Membership, parse_initial_peer
-from dht.bounded_calls import Calls
-from dht.daemon import Daemon, Place, place_of
+from dht.bootstrap import Bootstrap, InitialPeer, parse_initial_peer
+from dht.bounded_calls import BoundedCalls
+from dht.daemon import Daemon, DaemonAddresses, daemon_addresses
 from dht.lookup import Lookup
 from dht.packing import RecordChecker
 from dht.record_store import Entry
@@ -83,9 +83,9 @@ class _Parts:
     daemon: Daemon
     transport: Transport
     node: DHTNode
-    membership: Membership
+    membership: Bootstrap
     validator: RecordValidator
-    calls: Calls
+    calls: BoundedCalls
 
 
 class DhtNode:
@@ -111,7 +111,7 @@ class DhtNode:
             UnavailableError: the port is taken, p2pd does not start, or no initial peer answers.
         """
         initial_peers = tuple(parse_initial_peer(text) for text in config.initial_peers)
-        place = place_of(config.host, config.port, config.announce)
+        place = daemon_addresses(config.host, config.port, config.announce)
         quiet_hivemind()
         async with contextlib.AsyncExitStack() as undo:
             parts = await _build(config, initial_peers, place, undo)
@@ -236,9 +236,9 @@ def quiet_hivemind() -> None:
 
 
 async def _build(
-    config: DhtConfig, initial_peers: tuple[InitialPeer, ...], place: Place, undo: contextlib.AsyncExitStack
+    config: DhtConfig, initial_peers: tuple[InitialPeer, ...], place: DaemonAddresses, undo: contextlib.AsyncExitStack
 ) -> _Parts:
-    checker, calls = RecordChecker(config.clock, config.admission), Calls()
+    checker, calls = RecordChecker(config.clock, config.admission), BoundedCalls()
     validator = RecordValidator(checker)
     daemon = await Daemon.spawn(config.identity, place, config.start_timeout_s)
     undo.push_async_callback(calls.drain, STEP_TIMEOUT_S)
@@ -248,7 +248,7 @@ async def _build(
     node = await calls.within(STEP_TIMEOUT_S, lambda: _join_nothing(transport, validator))
     transport.attach(node.protocol.routing_table)
     validator.attach(node.protocol.storage)
-    membership = Membership(node=node, transport=transport, initial_peers=initial_peers, calls=calls)
+    membership = Bootstrap(node=node, transport=transport, initial_peers=initial_peers, calls=calls)
     return _Parts(
         daemon=daemon, transport=transport, node=node, membership=membership, validator=validator, calls=calls
     )

@@ -29,7 +29,7 @@ class _Seen(NamedTuple):
     said: BlockRecord | PeerRecord | None
 
 
-class RecordBook:
+class RecordCache:
     """Newest verified record by (key, owner)."""
 
     def __init__(self, admission: Admission = OPEN) -> None:

@@ -13,7 +13,7 @@ WITHDRAWN = b""
 _SOONER_S = 1e-3
 
 
-class Stamps:
+class RecordVersions:
     """Both must grow: peers keep the record that expires last, readers the one with the highest version."""
 
     def __init__(self, ttl_s: float = TTL_S) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from dht.packing import Record, pack, place_of_key, wrap
-from dht.record_versions import PERIOD_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, Stamps
+from dht.record_versions import PERIOD_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, RecordVersions
 from protocol.announcements import encode_peer
 from protocol.records import peers_key, sign_record
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Announcer:
+class LighthouseAnnouncer:
     """Announces one record every PERIOD_S; `clock` gives seconds since 1970."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Announcer:
         self._member, self._identity, self._clock = member, identity, clock
         self._key, self._payload = peers_key(admission.run_id), encode_peer(said)
         self._ticket = admission.ticket(identity.peer_id)
-        self._stamps = Stamps()
+        self._stamps = RecordVersions()
         self._told: Sequence[bytes] = ()
 
     async def run(self) -> None:

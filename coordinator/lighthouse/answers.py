@@ -28,7 +28,7 @@ from dht.packing import (
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from coordinator.lighthouse.store import Store
+    from coordinator.lighthouse.store import StoredRecords
 
 MAX_KEYS_PER_SEARCH = 256
 """An answer has records and neighbors for each; a lookup of Kilohive's asks for 64 at once."""
@@ -42,7 +42,7 @@ N_NEIGHBORS = 20
 class Answers:
     """Answers as the node whose peer id is `me`, from a store that it may change."""
 
-    def __init__(self, me: bytes, store: Store) -> None:
+    def __init__(self, me: bytes, store: StoredRecords) -> None:
         self._info = NodeInfo(node_id=place_of_peer(me))
         self._store = store
 

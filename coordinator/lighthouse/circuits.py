@@ -12,8 +12,8 @@ from common.errors import UnavailableError
 from dht.framing import PIECE_BYTES
 
 if TYPE_CHECKING:
-    from coordinator.lighthouse.relay_quotas import Circuit, Ledger
-    from coordinator.lighthouse.streams import Stream
+    from coordinator.lighthouse.relay_quotas import Circuit, RelayQuotas
+    from coordinator.lighthouse.streams import TrioStream
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,12 @@ ROOM_POLL_S = 0.002
 class Account(NamedTuple):
     """A circuit, and the ledger that it is in; it ends when nothing moves for `idle_s`."""
 
-    ledger: Ledger
+    ledger: RelayQuotas
     circuit: Circuit
     idle_s: float = math.inf
 
 
-async def carry(source: Stream, target: Stream, account: Account) -> bool:
+async def carry(source: TrioStream, target: TrioStream, account: Account) -> bool:
     """Until both have ended, one has failed, or a limit is reached; whether it was the first of these."""
     with trio.move_on_after(account.ledger.limits.circuit_s), trio.move_on_after(account.idle_s) as silence:
         async with trio.open_nursery() as nursery:
@@ -49,7 +49,7 @@ class _Flow(NamedTuple):
     silence: trio.CancelScope
     both: trio.CancelScope
 
-    async def pump(self, source: Stream, target: Stream) -> None:
+    async def pump(self, source: TrioStream, target: TrioStream) -> None:
         ledger, circuit, idle_s = self.account
         try:
             while data := await source.read(PIECE_BYTES):
@@ -65,7 +65,7 @@ class _Flow(NamedTuple):
             self.both.cancel()
 
 
-async def _wait_for_room(stream: Stream, n_bytes: int) -> None:
+async def _wait_for_room(stream: TrioStream, n_bytes: int) -> None:
     """py-libp2p gives a stream up when its other side makes no room for five seconds: a busy peer takes longer."""
     with trio.move_on_after(STALL_TIMEOUT_S):
         while stream.room() < n_bytes:  # noqa: ASYNC110 - libp2p tells nobody

@@ -18,7 +18,7 @@ MAX_UNREAD_BYTES = 16 << 20
 """Of one connection, over all its streams: somebody who ignores flow control is cut off."""
 
 
-class Bound:
+class ConnectionLimit:
     """At most `total` at a time, at most `each` of the same holder."""
 
     def __init__(self, total: int, each: int) -> None:

@@ -19,9 +19,9 @@ from coordinator.lighthouse.wire import framed, read_message
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from coordinator.lighthouse.relay import Relay
-    from coordinator.lighthouse.streams import Stream
-    from coordinator.lighthouse.transport import Transport
+    from coordinator.lighthouse.relay import CircuitRelay
+    from coordinator.lighthouse.streams import TrioStream
+    from coordinator.lighthouse.transport import TrioTransport
 
 PROTOCOL = "/ipfs/kad/1.0.0"
 N_CLOSER = 20
@@ -40,7 +40,7 @@ _CONNECTED = 1
 class Kademlia:
     """Serves FIND_NODE and PING, and asks others for addresses."""
 
-    def __init__(self, transport: Transport, relay: Relay) -> None:
+    def __init__(self, transport: TrioTransport, relay: CircuitRelay) -> None:
         self._transport, self._relay = transport, relay
         self.served = 0
         transport.handle(PROTOCOL, self._serve)
@@ -71,7 +71,7 @@ class Kademlia:
             pass
         return []
 
-    async def _serve(self, stream: Stream) -> None:
+    async def _serve(self, stream: TrioStream) -> None:
         while True:
             with trio.move_on_after(IDLE_TIMEOUT_S) as limit:
                 try:

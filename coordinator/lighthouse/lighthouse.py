@@ -19,18 +19,18 @@ from common.events import EventLog
 from common.metrics import serve_metrics
 from common.settings import check_minimums
 from coordinator.config import program_name
-from coordinator.lighthouse.announcer import Announcer
+from coordinator.lighthouse.announcer import LighthouseAnnouncer
 from coordinator.lighthouse.kademlia import Kademlia
 from coordinator.lighthouse.listen_addresses import announced, initial_members, listen
 from coordinator.lighthouse.member import Member
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.node_relay import NodeRelay
 from coordinator.lighthouse.observer import OBSERVE_S, Observer
-from coordinator.lighthouse.relay import Relay
-from coordinator.lighthouse.relay_quotas import Ledger, RelayLimits
-from coordinator.lighthouse.rpc import Calls
-from coordinator.lighthouse.store import Store
-from coordinator.lighthouse.transport import Transport, quiet_libp2p
+from coordinator.lighthouse.relay import CircuitRelay
+from coordinator.lighthouse.relay_quotas import CircuitLimits, RelayQuotas
+from coordinator.lighthouse.rpc import DhtCalls
+from coordinator.lighthouse.store import StoredRecords
+from coordinator.lighthouse.transport import TrioTransport, quiet_libp2p
 from dht.swarm_config import resolve
 from protocol.announcements import PeerRecord
 from protocol.identity import Identity
@@ -60,17 +60,17 @@ class Lighthouse:
 
     def __init__(self, config: LighthouseConfig, identity: Identity, address: str) -> None:
         admission, initial_peers = resolve(config)
-        self._store = Store(admission, time.time)
-        self._ledger = Ledger(_relay_limits(config), time.time)
-        self.transport = Transport(identity, [address], config.max_connections)
-        self._calls = Calls(self.transport)
-        self._relay = Relay(self.transport, self._ledger)
+        self._store = StoredRecords(admission, time.time)
+        self._ledger = RelayQuotas(_relay_limits(config), time.time)
+        self.transport = TrioTransport(identity, [address], config.max_connections)
+        self._calls = DhtCalls(self.transport)
+        self._relay = CircuitRelay(self.transport, self._ledger)
         NodeRelay(self.transport, self._ledger)
         self._kademlia = Kademlia(self.transport, self._relay)
         initial = initial_members(initial_peers)
         self._member = Member(self.transport, self._calls, self._kademlia, self._store, initial, time.time)
         said = _described(config, address)
-        self._announcer = Announcer(self._member, identity, admission, said, time.time)
+        self._announcer = LighthouseAnnouncer(self._member, identity, admission, said, time.time)
         self._observer = Observer(self._member, admission, time.time, self._serve_only)
 
     async def work(self) -> None:
@@ -156,8 +156,8 @@ def _described(config: LighthouseConfig, address: str) -> PeerRecord:
     return PeerRecord(role="lighthouse", software=SOFTWARE, started_s=time.time(), relay=relay)
 
 
-def _relay_limits(config: LighthouseConfig) -> RelayLimits:
-    return RelayLimits(
+def _relay_limits(config: LighthouseConfig) -> CircuitLimits:
+    return CircuitLimits(
         reservations=config.max_reservations,
         circuits=config.max_circuits,
         circuit_bytes=config.max_circuit_mb * MEGABYTE,

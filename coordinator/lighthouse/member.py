@@ -19,7 +19,7 @@ from coordinator.lighthouse.hivemind_pb2 import (
     StoreRequest,
     StoreResponse,
 )
-from coordinator.lighthouse.search import Search
+from coordinator.lighthouse.search import KeySearch
 from coordinator.lighthouse.table import RoutingTable
 from dht.packing import place_of_key, place_of_peer
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from coordinator.lighthouse.kademlia import Kademlia
-    from coordinator.lighthouse.rpc import Calls
-    from coordinator.lighthouse.store import Store
-    from coordinator.lighthouse.transport import Transport
+    from coordinator.lighthouse.rpc import DhtCalls
+    from coordinator.lighthouse.store import StoredRecords
+    from coordinator.lighthouse.transport import TrioTransport
     from dht.packing import Record
 
 logger = logging.getLogger(__name__)
@@ -57,10 +57,10 @@ class Member:
 
     def __init__(
         self,
-        transport: Transport,
-        calls: Calls,
+        transport: TrioTransport,
+        calls: DhtCalls,
         kademlia: Kademlia,
-        store: Store,
+        store: StoredRecords,
         initial: Mapping[bytes, Sequence[bytes]],
         clock: Callable[[], float],
     ) -> None:
@@ -88,7 +88,7 @@ class Member:
         async with trio.open_nursery() as nursery:
             for peer in (lost + quiet)[:MAX_PINGS]:
                 nursery.start_soon(self._greet, peer)
-        search = Search({place_of_peer(self._transport.me): ""}, self.table, self._transport.me)
+        search = KeySearch({place_of_peer(self._transport.me): ""}, self.table, self._transport.me)
         await self._run(search)
         new = [peer for peer in search.peers if peer not in self.table]
         async with trio.open_nursery() as nursery:
@@ -98,7 +98,7 @@ class Member:
     async def look_up(self, keys: Iterable[str], take: Callable[[str, dict[str, bytes]], None]) -> None:
         """Ask those nearest to each key; `take` gets what each of them, and this node, has: unchecked, by owner."""
         places = {place_of_key(key): key for key in keys}
-        search = Search(places, self.table, self._transport.me, take)
+        search = KeySearch(places, self.table, self._transport.me, take)
         batch = list(places)
         for start in range(0, len(batch), MAX_KEYS_PER_SEARCH):
             own = batch[start : start + MAX_KEYS_PER_SEARCH]
@@ -108,7 +108,7 @@ class Member:
     async def nearest_to(self, key: str) -> list[bytes]:
         """Members that are to keep a record under a key, but for this one."""
         place = place_of_key(key)
-        search = Search({place: key}, self.table, self._transport.me)
+        search = KeySearch({place: key}, self.table, self._transport.me)
         with trio.move_on_after(SEARCH_TIMEOUT_S):
             await self._run(search)
         return heapq.nsmallest(N_STORED_AT, search.answered_by, key=lambda peer: distance(place, place_of_peer(peer)))
@@ -136,14 +136,16 @@ class Member:
             logger.debug("a member did not take this lighthouse's record: %s", error)
             self.table.silent(peer)
 
-    async def _run(self, search: Search) -> None:
+    async def _run(self, search: KeySearch) -> None:
         limit = trio.CapacityLimiter(MAX_CALLS_AT_ONCE)
         while calls := search.next_calls():
             async with trio.open_nursery() as nursery:
                 for peer, places in calls.items():
                     nursery.start_soon(self._search_at, search, peer, places, limit)
 
-    async def _search_at(self, search: Search, peer: bytes, places: list[bytes], limit: trio.CapacityLimiter) -> None:
+    async def _search_at(
+        self, search: KeySearch, peer: bytes, places: list[bytes], limit: trio.CapacityLimiter
+    ) -> None:
         async with limit:
             try:
                 await self._connect(peer)

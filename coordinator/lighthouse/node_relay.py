@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from coordinator.lighthouse.relay_quotas import Circuit, Ledger
-    from coordinator.lighthouse.streams import Stream
-    from coordinator.lighthouse.transport import Transport
+    from coordinator.lighthouse.relay_quotas import Circuit, RelayQuotas
+    from coordinator.lighthouse.streams import TrioStream
+    from coordinator.lighthouse.transport import TrioTransport
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class _Reservation:
     """A node that is reached through its stream, and where it says that it may be dialled."""
 
-    def __init__(self, stream: Stream, told: Iterable[str]) -> None:
+    def __init__(self, stream: TrioStream, told: Iterable[str]) -> None:
         self.stream, self.told = stream, tuple(told)
         self._one_at_a_time = trio.Lock()
 
@@ -46,12 +46,12 @@ class _Reservation:
 class NodeRelay:
     """Serves RELAY_PROTOCOL within the ledger's limits."""
 
-    def __init__(self, transport: Transport, ledger: Ledger) -> None:
+    def __init__(self, transport: TrioTransport, ledger: RelayQuotas) -> None:
         self._transport, self._ledger = transport, ledger
         self._reserved: dict[str, _Reservation] = {}
         transport.handle(relaying.RELAY_PROTOCOL, self._serve)
 
-    async def _serve(self, stream: Stream) -> None:
+    async def _serve(self, stream: TrioStream) -> None:
         request = await _request(stream)
         try:
             await self._grant(stream, request)
@@ -59,7 +59,7 @@ class NodeRelay:
             logger.debug("relay: refused: %s", error)
             await _last(stream, pb.RelayResponse(problem=str(error)))
 
-    async def _grant(self, stream: Stream, request: pb.RelayRequest) -> None:
+    async def _grant(self, stream: TrioStream, request: pb.RelayRequest) -> None:
         wanted = request.WhichOneof("wanted")
         if wanted == "reserve":
             await self._reserve(stream, request.reserve)
@@ -68,7 +68,7 @@ class NodeRelay:
         else:
             raise relaying.not_what_is_wanted()
 
-    async def _reserve(self, stream: Stream, request: pb.ReserveRequest) -> None:
+    async def _reserve(self, stream: TrioStream, request: pb.ReserveRequest) -> None:
         self._ledger.keep_only(self._transport.connected)
         self._ledger.reserve(stream.peer, stream.address, "kilohive")
         reservation = _Reservation(stream, request.addresses[: relaying.MAX_ADDRESSES])
@@ -100,7 +100,7 @@ class NodeRelay:
             logger.debug("relay: a reservation has ended: %s", error)
             both.cancel()
 
-    async def _connect(self, stream: Stream, request: pb.ConnectRequest) -> None:
+    async def _connect(self, stream: TrioStream, request: pb.ConnectRequest) -> None:
         reservation = self._reserved.get(request.peer_id)
         if reservation is None:
             raise relaying.not_reached(request.peer_id)
@@ -116,18 +116,18 @@ class NodeRelay:
         finally:
             self._ledger.close(circuit)
 
-    async def _reach(self, reservation: _Reservation) -> Stream:
+    async def _reach(self, reservation: _Reservation) -> TrioStream:
         with trio.move_on_after(relaying.OPEN_TIMEOUT_S):
             return await self._transport.open_stream(reservation.stream.peer, relaying.TUNNEL_PROTOCOL)
         raise UnavailableError(f"{reservation.stream.peer_id} does not answer")
 
-    async def _introduce(self, stream: Stream, reservation: _Reservation, told: Iterable[str]) -> None:
+    async def _introduce(self, stream: TrioStream, reservation: _Reservation, told: Iterable[str]) -> None:
         """Tell each side where the other may be dialled."""
         await reservation.note(pb.RelayNote(peer_id=stream.peer_id, addresses=_places(stream, told)))
         # Last: after it come the other side's bytes, and no refusal.
         await _send(stream, pb.RelayResponse(addresses=_places(reservation.stream, reservation.told)))
 
-    async def _carry(self, source: Stream, target: Stream, circuit: Circuit) -> bool:
+    async def _carry(self, source: TrioStream, target: TrioStream, circuit: Circuit) -> bool:
         """Whether both ends have ended it."""
         whole = await carry(source, target, Account(self._ledger, circuit, relaying.IDLE_S))
         if not whole:
@@ -135,11 +135,11 @@ class NodeRelay:
         return whole
 
 
-def _places(stream: Stream, told: Iterable[str]) -> list[str]:
+def _places(stream: TrioStream, told: Iterable[str]) -> list[str]:
     return relaying.places([stream.seen_at] if stream.seen_at else [], list(told)[: relaying.MAX_ADDRESSES])
 
 
-async def _request(stream: Stream) -> pb.RelayRequest:
+async def _request(stream: TrioStream) -> pb.RelayRequest:
     """What a peer wants; raises UnavailableError when it says nothing, or nothing that makes sense."""
     with trio.move_on_after(relaying.REQUEST_TIMEOUT_S):
         try:
@@ -150,14 +150,14 @@ async def _request(stream: Stream) -> pb.RelayRequest:
     raise UnavailableError(f"relay: said nothing for {relaying.REQUEST_TIMEOUT_S:g} s")
 
 
-async def _send(stream: Stream, message: Message) -> None:
+async def _send(stream: TrioStream, message: Message) -> None:
     with trio.move_on_after(framing.SEND_TIMEOUT_S):
         await stream.write(framing.packed(message))
         return
     raise UnavailableError(f"relay: takes nothing for {framing.SEND_TIMEOUT_S:g} s")
 
 
-async def _last(stream: Stream, message: Message) -> None:
+async def _last(stream: TrioStream, message: Message) -> None:
     """Send what nothing follows; the other end closes, as p2pd drops what is sent just before a close."""
     await _send(stream, message)
     with trio.move_on_after(framing.SEND_TIMEOUT_S):

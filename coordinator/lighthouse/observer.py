@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from common.errors import ManifestError, RecordError
-from dht.record_cache import RecordBook
+from dht.record_cache import RecordCache
 from protocol.announcements import ROLES, BlockRecord, PeerRecord
 from protocol.manifest import all_blocks
 from protocol.records import block_key, decode_manifest, manifest_key, open_record, peers_key
@@ -60,7 +60,7 @@ class Observer:
         on_manifest: Callable[[Manifest], None],
     ) -> None:
         self._lookups, self._run_id, self._clock, self._on_manifest = lookups, admission.run_id, clock, on_manifest
-        self._book = RecordBook(admission)
+        self._book = RecordCache(admission)
         self._manifest: Manifest | None = None
         self.view = RunView()
 

@@ -33,9 +33,9 @@ from coordinator.lighthouse.libp2p_pb2 import (
 from coordinator.lighthouse.wire import framed, read_message
 
 if TYPE_CHECKING:
-    from coordinator.lighthouse.relay_quotas import Circuit, Ledger
-    from coordinator.lighthouse.streams import Stream
-    from coordinator.lighthouse.transport import Transport
+    from coordinator.lighthouse.relay_quotas import Circuit, RelayQuotas
+    from coordinator.lighthouse.streams import TrioStream
+    from coordinator.lighthouse.transport import TrioTransport
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ MAX_MESSAGE_BYTES = 4096
 MESSAGE_TIMEOUT_S = 10.0
 
 
-class Relay:
+class CircuitRelay:
     """Serves reservations and circuits within the ledger's limits."""
 
-    def __init__(self, transport: Transport, ledger: Ledger) -> None:
+    def __init__(self, transport: TrioTransport, ledger: RelayQuotas) -> None:
         self._transport, self._ledger = transport, ledger
         limits = ledger.limits
         self._limit = CircuitLimit(duration_s=math.ceil(limits.circuit_s), data_bytes=limits.circuit_bytes)
@@ -65,7 +65,7 @@ class Relay:
         """Drop reservations of peers without a connection."""
         self._ledger.keep_only(self._transport.connected)
 
-    async def _serve(self, stream: Stream) -> None:
+    async def _serve(self, stream: TrioStream) -> None:
         with trio.move_on_after(MESSAGE_TIMEOUT_S) as limit:
             try:
                 message = await read_message(stream.read, HopMessage, MAX_MESSAGE_BYTES)
@@ -81,7 +81,7 @@ class Relay:
         else:
             await _refuse(stream, UNEXPECTED_MESSAGE)
 
-    async def _reserve(self, stream: Stream, message: HopMessage) -> None:
+    async def _reserve(self, stream: TrioStream, message: HopMessage) -> None:
         if message.peer.id and message.peer.id != stream.peer:
             await _refuse(stream, PERMISSION_DENIED)
             return
@@ -95,7 +95,7 @@ class Relay:
         reservation = Reservation(expire_s=int(expires_s), addresses=addresses)
         await _answer(stream, HopMessage(kind=HopMessage.STATUS, status=OK, reservation=reservation, limit=self._limit))
 
-    async def _connect(self, source: Stream, target: bytes) -> None:
+    async def _connect(self, source: TrioStream, target: bytes) -> None:
         self.forget_the_gone()
         try:
             circuit = self._ledger.open(source.peer, target)
@@ -110,7 +110,7 @@ class Relay:
         finally:
             self._ledger.close(circuit)
 
-    async def _carry(self, source: Stream, circuit: Circuit) -> None:
+    async def _carry(self, source: TrioStream, circuit: Circuit) -> None:
         try:
             target = await self._reach(circuit)
         except (UnavailableError, InvalidInputError) as error:
@@ -125,7 +125,7 @@ class Relay:
             for stream in (source, target):
                 await (stream.close() if whole else stream.reset())
 
-    async def _reach(self, circuit: Circuit) -> Stream:
+    async def _reach(self, circuit: Circuit) -> TrioStream:
         """The target's end of a circuit, once it has agreed."""
         request = StopMessage(kind=StopMessage.CONNECT, peer=CircuitPeer(id=circuit.source), limit=self._limit)
         with trio.move_on_after(MESSAGE_TIMEOUT_S):
@@ -146,11 +146,11 @@ def _check_agreed(answer: StopMessage) -> None:
         raise UnavailableError(f"the target refused with status {answer.status}")
 
 
-async def _refuse(stream: Stream, status: Status) -> None:
+async def _refuse(stream: TrioStream, status: Status) -> None:
     await _answer(stream, HopMessage(kind=HopMessage.STATUS, status=status))
 
 
-async def _answer(stream: Stream, message: HopMessage) -> None:
+async def _answer(stream: TrioStream, message: HopMessage) -> None:
     with trio.move_on_after(MESSAGE_TIMEOUT_S) as limit:
         await stream.write(framed(message))
     if limit.cancelled_caught:

@@ -27,7 +27,7 @@ MAX_CIRCUITS_PER_PEER = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelayLimits:
+class CircuitLimits:
     """What a lighthouse's owner gives away. `circuit_bytes` counts both ways together."""
 
     reservations: int
@@ -56,10 +56,10 @@ class Circuit:
         return True
 
 
-class Ledger:
+class RelayQuotas:
     """Reservations and circuits of one relay; `clock` gives seconds since 1970."""
 
-    def __init__(self, limits: RelayLimits, clock: Callable[[], float]) -> None:
+    def __init__(self, limits: CircuitLimits, clock: Callable[[], float]) -> None:
         self.limits, self._clock = limits, clock
         self._reserved: dict[tuple[Way, bytes], _Reserved] = {}
         self._circuits: set[Circuit] = set()

@@ -16,8 +16,8 @@ from coordinator.lighthouse import wire
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from coordinator.lighthouse.streams import Stream
-    from coordinator.lighthouse.transport import Transport
+    from coordinator.lighthouse.streams import TrioStream
+    from coordinator.lighthouse.transport import TrioTransport
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -31,10 +31,10 @@ SERVE_TIMEOUT_S = 10.0
 PREFIX = "DHTProtocol."
 
 
-class Calls:
+class DhtCalls:
     """What is called and served, over one transport. `served` counts calls that were answered, by kind."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: TrioTransport) -> None:
         self._transport = transport
         self.served: Counter[str] = Counter()
         self.refused = 0
@@ -56,7 +56,7 @@ class Calls:
         self._transport.handle(PREFIX + kind, partial(self._serve, kind, request, answer))
 
     async def _serve(
-        self, kind: str, request: type[Q], answer: Callable[[Q, bytes], Awaitable[Message]], stream: Stream
+        self, kind: str, request: type[Q], answer: Callable[[Q, bytes], Awaitable[Message]], stream: TrioStream
     ) -> None:
         with trio.move_on_after(SERVE_TIMEOUT_S):
             try:

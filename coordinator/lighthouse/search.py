@@ -29,7 +29,7 @@ MAX_NEIGHBORS = 64
 """Peers that one answer may name for one key."""
 
 
-class Search:
+class KeySearch:
     """For `keys` (name by place), from `peers` on, without `me`; `take` gets the records by owner of each answer."""
 
     def __init__(

@@ -24,7 +24,7 @@ class Item(NamedTuple):
     expiration_s: float
 
 
-class Store:
+class StoredRecords:
     """Records by key and owner of one run; `clock` gives seconds since 1970."""
 
     def __init__(self, admission: Admission, clock: Callable[[], float], max_bytes: int = MAX_STORE_BYTES) -> None:

@@ -29,7 +29,7 @@ LIBP2P_ERRORS = (
 """What a call into libp2p raises when the other side, or the way to it, is at fault."""
 
 
-class Stream:
+class TrioStream:
     """One of libp2p's streams, with the peer at its other end. Made for streams that are open."""
 
     def __init__(self, stream: Any) -> None:  # noqa: ANN401 - libp2p is not on every machine that checks types

@@ -24,7 +24,7 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.security.noise.transport import TrioTransport as NoiseTransport
 from libp2p.security.tls.transport import PROTOCOL_ID as TLS
 from libp2p.security.tls.transport import TLSTransport
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
@@ -40,9 +40,9 @@ from coordinator.lighthouse.connection_limits import (
     MAX_STREAMS,
     MAX_STREAMS_PER_PEER,
     MAX_UNREAD_BYTES,
-    Bound,
+    ConnectionLimit,
 )
-from coordinator.lighthouse.streams import Stream, one_error
+from coordinator.lighthouse.streams import TrioStream, one_error
 from protocol.identity import KEY_BYTES
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ MAX_ADDRESSES = 8
 """Of one peer, to remember or to tell."""
 
 
-class Transport:
+class TrioTransport:
     """Connections of one identity. Made by `open_transport`, which also ends it."""
 
     def __init__(self, identity: Identity, addresses: Sequence[str], max_connections: int) -> None:
@@ -71,8 +71,8 @@ class Transport:
         self._host = _host(identity, self.addresses, max_connections)
         self._swarm = self._host.get_network()
         self._swarm.set_stream_handler(self._take_stream)
-        self._connecting = Bound(max_connections, MAX_CONNECTIONS_PER_ADDRESS)
-        self._streams = Bound(MAX_STREAMS, MAX_STREAMS_PER_PEER)
+        self._connecting = ConnectionLimit(max_connections, MAX_CONNECTIONS_PER_ADDRESS)
+        self._streams = ConnectionLimit(MAX_STREAMS, MAX_STREAMS_PER_PEER)
 
     @property
     def connected(self) -> list[bytes]:
@@ -84,11 +84,11 @@ class Transport:
         """Connections and streams over their limits, since the start."""
         return self._connecting.refused + self._streams.refused
 
-    def handle(self, protocol: str, handler: Callable[[Stream], Awaitable[None]]) -> None:
+    def handle(self, protocol: str, handler: Callable[[TrioStream], Awaitable[None]]) -> None:
         """Let peers open streams for a protocol; the stream is closed when `handler` returns, cut off if it raises."""
 
         async def wrapped(stream: Any) -> None:  # noqa: ANN401 - see streams.py
-            own = Stream(stream)
+            own = TrioStream(stream)
             try:
                 await handler(own)
             except UnavailableError as error:
@@ -107,10 +107,10 @@ class Transport:
         except LookupError:
             return []
 
-    async def open_stream(self, peer: bytes, protocol: str) -> Stream:
+    async def open_stream(self, peer: bytes, protocol: str) -> TrioStream:
         """A stream to a peer that is connected or whose address is known. The caller bounds the time."""
         with one_error(protocol):
-            return Stream(await self._host.new_stream(ID(peer), [protocol]))
+            return TrioStream(await self._host.new_stream(ID(peer), [protocol]))
 
     async def dial(self, peer: bytes, addresses: Sequence[bytes]) -> None:
         """Connect to a peer at one of its addresses; raises UnavailableError."""
@@ -128,13 +128,13 @@ class Transport:
         peer = stream.muxed_conn.peer_id.to_bytes()
         with self._streams.place(peer) as free:
             if not free:
-                await Stream(stream).reset()
+                await TrioStream(stream).reset()
                 return
             try:
                 await self._host._swarm_stream_handler(stream)  # noqa: SLF001 - what it sets as handler itself
             except Exception:  # a task's boundary: an error in one stream would end every other
                 logger.debug("a stream of %s failed", stream.muxed_conn.peer_id, exc_info=True)
-                await Stream(stream).reset()
+                await TrioStream(stream).reset()
 
     async def take_connection(self, tcp: trio.SocketStream) -> None:
         """A connection from outside, until it ends."""

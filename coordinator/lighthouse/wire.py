@@ -26,7 +26,7 @@ _MAX_LENGTH_BYTES = 4
 """Of a varint: four take 28 bits, more than a frame may have."""
 
 
-class Request(NamedTuple):
+class DhtRequest(NamedTuple):
     """A call that came in: `body` is the request message, not parsed yet."""
 
     call_id: bytes
@@ -79,14 +79,14 @@ def request_frame(call_id: bytes, peer: bytes, method: str, request: Message) ->
     return Frame(call_id=call_id, call=Call(peer=peer, method=method, request=request.SerializeToString()))
 
 
-def request_in(frame: Frame, method: str) -> Request:
+def request_in(frame: Frame, method: str) -> DhtRequest:
     """The call in a frame that came on a stream for `method`; raises InvalidInputError."""
     _check_call_id(frame)
     if frame.WhichOneof("body") != "call":
         raise InvalidInputError("frame", "holds no call")
     if frame.call.method != method:
         raise InvalidInputError("method", f"is {frame.call.method[:60]!r} on a stream for {method}")
-    return Request(frame.call_id, method, frame.call.request)
+    return DhtRequest(frame.call_id, method, frame.call.request)
 
 
 def answer_frame(call_id: bytes, response: Message) -> Frame:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course(TrainSpec):
+class BranchSchedule(TrainSpec):
     """A run with a common start and a part in which participants train apart. Tokens are whole steps."""
 
     participants: int = 8
@@ -107,7 +107,7 @@ class PartOfExperts(LocalExperts):
             super().learn(block, gradients, lr)
 
 
-def stage_model(course: Course, stage: Stage, device: torch.device) -> Model:
+def stage_model(course: BranchSchedule, stage: Stage, device: torch.device) -> Model:
     """Untrained, with what the stage does not train frozen."""
     experts = None
     if course.arm.experts:
@@ -125,7 +125,7 @@ class StageRun(TrainRun):
 
     def __init__(
         self,
-        course: Course,
+        course: BranchSchedule,
         stage: Stage,
         context: TrialContext,
         dataset: ByteDataset,
@@ -174,7 +174,7 @@ class Within:
 class Branches:
     """Trained starts and participants of one course. Folders hold what `TrainRun.save` writes; `load` reads them."""
 
-    def __init__(self, course: Course, context: TrialContext, dataset: ByteDataset) -> None:
+    def __init__(self, course: BranchSchedule, context: TrialContext, dataset: ByteDataset) -> None:
         self._course, self._context, self._dataset = course, context, dataset
         self._texts: dict[Sharding, list[ByteDataset]] = {}
         key = hashlib.sha256(json.dumps(course.to_json(), sort_keys=True).encode()).hexdigest()[:16]

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from experiments.apart.branches import Course
+    from experiments.apart.branches import BranchSchedule
     from experiments.arms.training import Model
     from node.data import ByteDataset
 
 
-def merge(course: Course, folders: Sequence[Path], into: Path) -> Path:
+def merge(course: BranchSchedule, folders: Sequence[Path], into: Path) -> Path:
     """Write one model: the mean of the trunks and of their moments, and from each its experts and their gates' rows."""
     parts = [read_checkpoint(folder / FILE_NAME) for folder in folders]
     if None in parts:
@@ -81,6 +81,6 @@ def evenly_weighted(log_p_PNT: torch.Tensor) -> torch.Tensor:
     return -(torch.logsumexp(log_p_PNT, 0) - math.log(len(log_p_PNT))).mean(1)
 
 
-def held_out(course: Course, dataset: ByteDataset) -> Iterable[torch.Tensor]:
+def held_out(course: BranchSchedule, dataset: ByteDataset) -> Iterable[torch.Tensor]:
     """The windows that every arm is measured on."""
     return dataset.held_out_batches(course.batch, course.context, course.final_eval_bytes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.atomic_file import write_atomically
-from experiments.apart.branches import Branches, Course, Stage, StageRun, Within, measured_last
+from experiments.apart.branches import Branches, BranchSchedule, Stage, StageRun, Within, measured_last
 from experiments.apart.ensemble import by_posterior, evenly_weighted, forget_gates, held_out
 from experiments.apart.report import apart_report
 from experiments.apart.shards import SHARDINGS, Sharding
@@ -37,7 +37,7 @@ RATES = (4e-3, 8e-3, 1.6e-2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ApartPlan:
     """How much is trained: steps in all, of which a quarter together at the start, half apart, a quarter at the end."""
 
     steps: int
@@ -46,9 +46,9 @@ class Plan:
     tuning_steps: int = 0
     final_eval_bytes: int = 32_768
 
-    def course(self, seed: int, rate: float, steps: int) -> Course:
+    def course(self, seed: int, rate: float, steps: int) -> BranchSchedule:
         """One model's run."""
-        return Course(
+        return BranchSchedule(
             arm=ARM,
             seed=seed,
             tokens=steps * STEP,
@@ -61,9 +61,9 @@ class Plan:
         )
 
 
-PRESETS: dict[Preset, Plan] = {
-    "quick": Plan(steps=32, seeds=1, shardings=("topic", "random"), final_eval_bytes=16_384),
-    "full": Plan(steps=512, seeds=3, tuning_steps=64),
+PRESETS: dict[Preset, ApartPlan] = {
+    "quick": ApartPlan(steps=32, seeds=1, shardings=("topic", "random"), final_eval_bytes=16_384),
+    "full": ApartPlan(steps=512, seeds=3, tuning_steps=64),
 }
 FULL = PRESETS["full"]
 TUNED = ("joint", "mixed")
@@ -102,7 +102,7 @@ texts have more time to make participants different. The published methods start
 class Bench:
     """What a trial works with."""
 
-    course: Course
+    course: BranchSchedule
     sharding: Sharding
     branches: Branches
     context: TrialContext
@@ -122,7 +122,7 @@ class Apart:
 
     def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
         """One arm, or those that share participants, from the start that lies in the shared folder."""
-        dataset, course = open_text(), Course.from_json(spec["course"])
+        dataset, course = open_text(), BranchSchedule.from_json(spec["course"])
         branches = Branches(course, context, dataset)
         bench = Bench(course=course, sharding=spec["sharding"], branches=branches, context=context, dataset=dataset)
         return KINDS[spec["kind"]](bench)
@@ -136,7 +136,7 @@ class Apart:
         return apart_report(trials, results)
 
 
-def planned(plan: Plan, results: Mapping[str, Result]) -> list[Trial]:
+def planned(plan: ApartPlan, results: Mapping[str, Result]) -> list[Trial]:
     """Trials that can be run, or have been: those whose weights they read are there."""
     courses = [plan.course(SEED, rate, plan.tuning_steps) for rate in RATES if plan.tuning_steps]
     tuning = [Trial(name=f"tune-lr{course.lr:g}", spec=_spec("tune", course, "topic")) for course in courses]
@@ -157,7 +157,7 @@ def best_rates(tuning: Sequence[Trial], results: Mapping[str, Result]) -> dict[s
     return {kind: min(found, key=lambda of: of[1][kind])[0] for kind in TUNED}
 
 
-def _of_seed(plan: Plan, seed: int, rates: Mapping[str, float]) -> list[tuple[Trial, list[str]]]:
+def _of_seed(plan: ApartPlan, seed: int, rates: Mapping[str, float]) -> list[tuple[Trial, list[str]]]:
     """Each trial of a seed, with those whose weights it reads: the first leaves the start in common."""
     together, course = (plan.course(seed, rates[kind], plan.steps) for kind in TUNED)
     first = _trial("nothing", course)
@@ -167,12 +167,12 @@ def _of_seed(plan: Plan, seed: int, rates: Mapping[str, float]) -> list[tuple[Tr
     return [(first, []), (joint, shared), *((trial, [first.name]) for trial in apart)]
 
 
-def _trial(kind: str, course: Course, sharding: Sharding | None = None) -> Trial:
+def _trial(kind: str, course: BranchSchedule, sharding: Sharding | None = None) -> Trial:
     name = f"{kind}{f'-{sharding}' if sharding else ''}-seed{course.seed}"
     return Trial(name=name, spec=_spec(kind, course, sharding or "topic"))
 
 
-def _spec(kind: str, course: Course, sharding: Sharding) -> dict[str, Any]:
+def _spec(kind: str, course: BranchSchedule, sharding: Sharding) -> dict[str, Any]:
     return {"kind": kind, "sharding": sharding, "course": course.to_json()}
 
 

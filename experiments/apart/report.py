@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.apart.branches import Course
+from experiments.apart.branches import BranchSchedule
 from experiments.arms.arm import TrainSpec, cost
 from experiments.arms.arms import ArmResults
 from experiments.arms.report import SIZE, load_table, loss_table, specialisation_table
@@ -71,7 +71,7 @@ class Row:
     """One arm's result with one seed."""
 
     label: str
-    course: Course
+    course: BranchSchedule
     result: Result
 
     @property
@@ -90,7 +90,7 @@ class Row:
 
 def rows_of(trial: Trial, result: Result) -> Iterator[Row]:
     """Arms by the trial that has their figures."""
-    course, kind, sharding = Course.from_json(trial.spec["course"]), trial.spec["kind"], trial.spec["sharding"]
+    course, kind, sharding = BranchSchedule.from_json(trial.spec["course"]), trial.spec["kind"], trial.spec["sharding"]
     if kind == "joint":
         yield Row(label=JOINT, course=course, result=result)
     elif kind == "nothing":
@@ -101,7 +101,7 @@ def rows_of(trial: Trial, result: Result) -> Iterator[Row]:
                 yield Row(label=label(sharding), course=course, result=result[name])
 
 
-class Found:
+class ApartFindings:
     """Results by arm, and by kind of trial."""
 
     def __init__(self, trials: Sequence[Trial], results: Mapping[str, Result]) -> None:
@@ -133,7 +133,7 @@ class Found:
 
 def apart_report(trials: Sequence[Trial], results: Mapping[str, Result]) -> Report:
     """Of trials that have a result."""
-    found = Found(trials, results)
+    found = ApartFindings(trials, results)
     learnt = [label for label in found.labels if found.all.results(label)[0].get("gates")]
     with_gates = [label for label in found.labels if "specialisation" in found.all.results(label)[0]]
     tables = {
@@ -148,7 +148,7 @@ def apart_report(trials: Sequence[Trial], results: Mapping[str, Result]) -> Repo
     return Report(finding=finding(found), tables=tables, figures={"difference": (caption, differences(found))})
 
 
-def gap_table(found: Found) -> str:
+def gap_table(found: ApartFindings) -> str:
     """From the merged model to joint, step by step."""
     rows = []
     for text in found.shardings:
@@ -169,14 +169,14 @@ def gap_table(found: Found) -> str:
     return f"{note}\n\n{markdown_table(header, rows)}"
 
 
-def distances(found: Found, text: Sharding) -> list[Estimate]:
+def distances(found: ApartFindings, text: Sharding) -> list[Estimate]:
     """From merged to joint; what the gate alone gains, and mixing beyond it; and from mixed to joint."""
     merged, gate, mixed = merged_label(text), gate_label(text), mixed_label(text)
     steps = [(merged, JOINT), (merged, gate), (gate, mixed), (mixed, JOINT)]
     return [found.all.difference(one, other) for one, other in steps]
 
 
-def participants_table(found: Found) -> str:
+def participants_table(found: ApartFindings) -> str:
     """Each participant as a whole model, and their ensembles."""
     rows = []
     for text in found.shardings:
@@ -203,7 +203,7 @@ def _nats(results: Iterator[Result] | Sequence[Result]) -> str:
     return str(estimate([result["nats_per_byte"] for result in results], "seeds"))
 
 
-def cost_table(found: Found) -> str:
+def cost_table(found: ApartFindings) -> str:
     """Training tokens, and what a byte costs afterwards."""
     course = found.course
     own = course.arm.experts // course.participants
@@ -230,7 +230,7 @@ def cost_table(found: Found) -> str:
     return markdown_table(header, cells)
 
 
-def load_note(course: Course) -> str:
+def load_note(course: BranchSchedule) -> str:
     """What makes dead experts of joint and of others hard to compare."""
     joint, others = course.steps - course.branch_step, course.steps - course.apart_step
     return (
@@ -239,7 +239,7 @@ def load_note(course: Course) -> str:
     )
 
 
-def differences(found: Found) -> Figure:
+def differences(found: ApartFindings) -> Figure:
     """A bar for each arm but joint and those whose gate knows nothing, which would dwarf the others."""
     hidden = {JOINT, *(forgotten_label(text) for text in TEXTS)}
     labels = [label for label in reversed(found.labels) if label not in hidden]
@@ -255,7 +255,7 @@ def differences(found: Found) -> Figure:
     return figure
 
 
-def finding(found: Found) -> str:
+def finding(found: ApartFindings) -> str:
     """Whether it holds, by the best of the texts that mean something; and what random ones do."""
     texts = [text for text in found.shardings if text != "random"] or found.shardings
     seeds = {text: len(found.all.results(mixed_label(text))) for text in texts}
@@ -294,5 +294,5 @@ def verdict(low: float, high: float) -> str:
     return "It does not hold" if high < WORTH else "It is not known"
 
 
-def _against(found: Found, label: str, other: str) -> str:
+def _against(found: ApartFindings, label: str, other: str) -> str:
     return found.all.difference(label, other).words

@@ -24,7 +24,7 @@ from node.model.devices import pick_device
 from node.model.moe import LocalExperts, MoE
 from node.model.transformer import DenseFfn
 from node.trainer.train_step import StepConfig, Training, build_trunk
-from node.trainer.trunk_state import Progress, load_trunk, save_trunk
+from node.trainer.trunk_state import TrainingProgress, load_trunk, save_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -190,7 +190,9 @@ class TrainRun:
             for block in blocks:
                 self._store.write(block.id, *self._store.copy(block))
         save_trunk(
-            self._context.folder, self.training, Progress(step=self.training.steps_done, **_counters(self.training))
+            self._context.folder,
+            self.training,
+            TrainingProgress(step=self.training.steps_done, **_counters(self.training)),
         )
         write_atomically(self._context.folder / "log.json", json.dumps(asdict(self.log)).encode())
         self._saved_at = time.monotonic()

@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page:
+class ResultPage:
     """What was written."""
 
     finding: str
     path: Path
 
 
-def publish(experiment: Experiment, preset: Preset, trials: Sequence[Trial], store: ResultStore, folder: Path) -> Page:
+def publish(
+    experiment: Experiment, preset: Preset, trials: Sequence[Trial], store: ResultStore, folder: Path
+) -> ResultPage:
     """Write NAME.md, NAME.json and a drawing for each figure into `folder`."""
     report = experiment.report(preset, store.results(trials))
     document = {
@@ -48,7 +50,7 @@ def publish(experiment: Experiment, preset: Preset, trials: Sequence[Trial], sto
     path = folder / f"{experiment.name}.md"
     done = f"{len(rows)} of {len(trials)}"
     write_atomically(path, text_of(experiment, preset, done, report).encode())
-    return Page(finding=report.finding, path=path)
+    return ResultPage(finding=report.finding, path=path)
 
 
 def json_text(document: Mapping[str, Any], trials: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError
-from experiments.harness.worker import Failure, Job, Progress, Worker
+from experiments.harness.worker import Failure, Job, TrialProgress, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,10 +109,10 @@ class Runner:
         for connection in ready:
             worker = self._workers[connection]
             try:
-                said: Progress | Result | Failure = worker.connection.recv()
+                said: TrialProgress | Result | Failure = worker.connection.recv()
             except EOFError:
                 said = Failure(worker.exit_words())
-            if isinstance(said, Progress):
+            if isinstance(said, TrialProgress):
                 self._view.progress(worker.trial, said)
             else:
                 self._end(worker, said)

@@ -57,7 +57,7 @@ class View:
         """A trial's bar."""
         self._tasks[trial.name] = self._bars.add_task(trial.name, total=PARTS, words="starting")
 
-    def progress(self, trial: Trial, said: worker.Progress) -> None:
+    def progress(self, trial: Trial, said: worker.TrialProgress) -> None:
         """How far it is."""
         self._words[trial.name] = said.words
         part = int(PARTS * said.done / max(said.total, 1))

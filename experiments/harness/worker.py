@@ -24,7 +24,7 @@ STOP_S = 2.0
 """For a worker to end once it is asked to, before it is killed."""
 
 
-class Progress(NamedTuple):
+class TrialProgress(NamedTuple):
     """How far a trial is."""
 
     done: float
@@ -51,7 +51,7 @@ class Job:
 
 
 class Worker:
-    """A running trial. Its connection yields Progress, then a Result or a Failure."""
+    """A running trial. Its connection yields TrialProgress, then a Result or a Failure."""
 
     def __init__(self, trial: Trial, job: Job) -> None:
         self.trial = trial
@@ -98,7 +98,7 @@ class Context:
         """Tell the runner; ends the process if that is gone."""
         if os.getppid() != self._parent:
             os._exit(1)
-        self._connection.send(Progress(done, total, words))
+        self._connection.send(TrialProgress(done, total, words))
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

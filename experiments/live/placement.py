@@ -35,7 +35,7 @@ MAX_WAITS = 2400
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Placement:
     """Where an arm's experts are, and what befalls them. Without `hosts` they are in the trial's own process.
 
     A step has `micro_batches`, of which `in_flight` at once; `delay_mean_s` and `fail` are of every call to a host, see
@@ -165,7 +165,7 @@ class OverHosts:
         }
 
 
-def manifest_of(spec: TrainSpec, place: Place) -> Manifest:
+def manifest_of(spec: TrainSpec, place: Placement) -> Manifest:
     """The same for all places but for the replicas."""
     manifest = spec.manifest()
     return replace(
@@ -177,7 +177,7 @@ def manifest_of(spec: TrainSpec, place: Place) -> Manifest:
 
 
 @contextmanager
-def experts_at(place: Place, manifest: Manifest, steps: int, folder: Path) -> Iterator[Where]:
+def experts_at(place: Placement, manifest: Manifest, steps: int, folder: Path) -> Iterator[Where]:
     """The experts for a training of so many steps, which are there until the context ends, and their processes.
 
     What befalls them is drawn with the run's seed.

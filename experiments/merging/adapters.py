@@ -17,10 +17,10 @@ from experiments.adapters.seed.model import load_seed
 from experiments.adapters.seed.states import Frozen, TextPlan
 from experiments.arms.arm import Cost
 from experiments.harness.experiment import Trial
-from experiments.merging.evaluator import Desk, chosen_between, unsearched, ways_apart
+from experiments.merging.evaluator import MergeEvaluator, chosen_between, unsearched, ways_apart
 from experiments.merging.experiment import MergingExperiment
 from experiments.merging.report import POSTERIOR, MergingResults, Wording
-from experiments.merging.search import POPULATION, Search
+from experiments.merging.search import POPULATION, MergeSearch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ WORDS = Wording(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class AdapterMergePlan:
     """`evaluations` of each search."""
 
     text: TextPlan
@@ -77,9 +77,9 @@ class Plan:
         return Trial(name=f"{kind}-seed{seed}", spec=spec)
 
 
-PRESETS: dict[Preset, Plan] = {
-    "quick": Plan(text=TextPlan(training=16, tuning=3, held_out=5), seeds=1, evaluations=2 * POPULATION),
-    "full": Plan(text=ADAPTERS.text, seeds=3, evaluations=16 * POPULATION),
+PRESETS: dict[Preset, AdapterMergePlan] = {
+    "quick": AdapterMergePlan(text=TextPlan(training=16, tuning=3, held_out=5), seeds=1, evaluations=2 * POPULATION),
+    "full": AdapterMergePlan(text=ADAPTERS.text, seeds=3, evaluations=16 * POPULATION),
 }
 FULL = PRESETS["full"]
 CHOSEN_ON = len(WEAK) * FULL.text.tuning * FULL.text.window_tokens
@@ -121,7 +121,7 @@ def carry_out(spec: dict[str, Any], context: TrialContext) -> Result:
     return run_trial(spec, texts, context)
 
 
-def results_of(_plan: Plan, by_kind: Mapping[str, Sequence[Result]]) -> MergingResults:
+def results_of(_plan: AdapterMergePlan, by_kind: Mapping[str, Sequence[Result]]) -> MergingResults:
     """As the page takes them."""
     apart = {kind: by_kind[kind] for kind in RATES}
     parameters = apart["further"][0]["parameters"]
@@ -164,9 +164,9 @@ def apart(run: AdapterRun, texts: Texts, evaluations: int, context: TrialContext
     participants = [products(adapters) for adapters in alone.values()]
     base = {name: torch.zeros_like(weight_DD) for name, weight_DD in participants[0].items()}
     measure = AroundSeed(texts)
-    desk = Desk(measure, evaluations, context.progress)
+    desk = MergeEvaluator(measure, evaluations, context.progress)
     ways = {SEED_ALONE: unsearched(desk.figure(base), 1)}
-    ways |= desk.merges(Search(base, participants, desk.loss), run.seed)
+    ways |= desk.merges(MergeSearch(base, participants, desk.loss), run.seed)
     for way, per_token in ((ARROW_ONE, 1), (ARROW_ALL, len(alone))):
         nats_NT = measure.nats(arrow(list(alone.values()), per_token))
         ways[way] = unsearched(float(nats_NT.mean()), 1)

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from experiments.apart.branches import Branches, Course
+from experiments.apart.branches import Branches, BranchSchedule
 from experiments.apart.shards import evenly, split
 from experiments.arms.arm import Arm, TrainSpec, cost
 from experiments.arms.labels import Topics
 from experiments.arms.training import TrainRun, log_likelihood, nats_per_window, open_text
 from experiments.harness.experiment import Trial
 from experiments.merging.choosing import PREFIX
-from experiments.merging.evaluator import Desk, chosen_between, unsearched, ways_apart
+from experiments.merging.evaluator import MergeEvaluator, chosen_between, unsearched, ways_apart
 from experiments.merging.experiment import MergingExperiment
 from experiments.merging.report import POSTERIOR, MergingResults, Wording
-from experiments.merging.search import POPULATION, SCALES, TIES_DENSITIES, TIES_SCALES, Search
+from experiments.merging.search import POPULATION, SCALES, TIES_DENSITIES, TIES_SCALES, MergeSearch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ VALIDATION_EVERY = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BranchMergePlan:
     """`tokens` of a whole course, participants together; `evaluations` of each search, on so many bytes."""
 
     tokens: int
@@ -66,10 +66,10 @@ class Plan:
     evaluations: int
     validation_bytes: int
 
-    def course(self, seed: int, quarters: int) -> Course:
+    def course(self, seed: int, quarters: int) -> BranchSchedule:
         """One model's run that is divided among participants after so many quarters."""
         branch = self.tokens // 4 * quarters
-        return Course(
+        return BranchSchedule(
             **vars(self.joint(seed)),
             participants=PARTICIPANTS,
             branch_tokens=branch,
@@ -99,9 +99,9 @@ class Plan:
         )
 
 
-PRESETS: dict[Preset, Plan] = {
-    "quick": Plan(tokens=80 * STEP, seeds=1, evaluations=2 * POPULATION, validation_bytes=8_192),
-    "full": Plan(tokens=256 * STEP, seeds=3, evaluations=8 * POPULATION, validation_bytes=16_384),
+PRESETS: dict[Preset, BranchMergePlan] = {
+    "quick": BranchMergePlan(tokens=80 * STEP, seeds=1, evaluations=2 * POPULATION, validation_bytes=8_192),
+    "full": BranchMergePlan(tokens=256 * STEP, seeds=3, evaluations=8 * POPULATION, validation_bytes=16_384),
 }
 FULL = PRESETS["full"]
 
@@ -145,7 +145,7 @@ def carry_out(spec: dict[str, Any], context: TrialContext) -> Result:
     return joint(spec, dataset, context) if spec["kind"] == "joint" else apart(spec, dataset, context)
 
 
-def results_of(plan: Plan, by_kind: Mapping[str, Sequence[Result]]) -> MergingResults:
+def results_of(plan: BranchMergePlan, by_kind: Mapping[str, Sequence[Result]]) -> MergingResults:
     """As the page takes them."""
     return MergingResults(
         words=WORDS,
@@ -166,7 +166,7 @@ EXPERIMENT = MergingExperiment(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
+class MergeTexts:
     """The held-out text in two: to choose on, and for the figures. `topic_X`: of the latter's bytes."""
 
     chosen_on: ByteDataset
@@ -178,11 +178,11 @@ class Texts:
         return replace(self.figures, held_out=self.topic_X)
 
 
-def held_out_in_two(dataset: ByteDataset) -> Texts:
+def held_out_in_two(dataset: ByteDataset) -> MergeTexts:
     """By document."""
     sizes = [len(document) for document in split(dataset.held_out)]
     is_for_choosing_X = np.repeat(np.arange(len(sizes)) % VALIDATION_EVERY == 0, sizes)
-    return Texts(
+    return MergeTexts(
         chosen_on=replace(dataset, held_out=dataset.held_out[is_for_choosing_X]),
         figures=replace(dataset, held_out=dataset.held_out[~is_for_choosing_X]),
         topic_X=Topics(dataset).held_out_X[~is_for_choosing_X],
@@ -200,15 +200,15 @@ def joint(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> 
 
 def apart(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> Result:
     """A branch and its participants; every way to make one prediction of them."""
-    course = Course.from_json(spec["train"])
+    course = BranchSchedule.from_json(spec["train"])
     branches = Branches(course, context, dataset)
     folders = [branches.branch(), *branches.participants("topic")]
     trunk = branches.load(folders[0]).trunk
     base, *participants = (dict(branches.load(folder).trunk.state_dict()) for folder in folders)
     measure = InTrunk(course, trunk, held_out_in_two(dataset), spec["validation_bytes"])
-    desk = Desk(measure, spec["evaluations"], context.progress)
+    desk = MergeEvaluator(measure, spec["evaluations"], context.progress)
     ways = {BRANCH: unsearched(desk.figure(base), 1)}
-    ways |= desk.merges(Search(base, participants, desk.loss), course.seed)
+    ways |= desk.merges(MergeSearch(base, participants, desk.loss), course.seed)
     log_p_PNT = torch.stack([desk.log_likelihood(participant) for participant in participants])
     owner_N = owners(dataset, measure.texts, course)
     return {
@@ -222,7 +222,7 @@ def apart(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> 
 class InTrunk:
     """Measures whole models in one trunk; a Measure."""
 
-    def __init__(self, course: Course, trunk: Transformer, texts: Texts, validation_bytes: int) -> None:
+    def __init__(self, course: BranchSchedule, trunk: Transformer, texts: MergeTexts, validation_bytes: int) -> None:
         self.texts, self._course, self._trunk = texts, course, trunk
         self._windows = list(texts.chosen_on.held_out_batches(course.batch, course.context, validation_bytes))
         self.n_bytes = sum(len(ids) for ids in self._windows) * course.context
@@ -240,7 +240,7 @@ class InTrunk:
         return log_likelihood(self._trunk, windows)
 
 
-def owners(dataset: ByteDataset, texts: Texts, course: Course) -> torch.Tensor:
+def owners(dataset: ByteDataset, texts: MergeTexts, course: BranchSchedule) -> torch.Tensor:
     """For each window of the figures, the participant whose shard holds the topic of its first byte: [N]."""
     shard_of_topic = evenly(np.bincount(Topics(dataset).train_X).tolist(), course.participants)
     windows = torch.cat(list(texts.topics().held_out_batches(course.batch, course.context, course.final_eval_bytes)))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from experiments.harness.experiment import Result
     from experiments.merging.merges import Weights
-    from experiments.merging.search import Found, Search
+    from experiments.merging.search import MergeSearch, SearchResult
 
 OTHERS = 40
 """About as many models are measured besides those of the two searches."""
@@ -36,7 +36,7 @@ class Measure(Protocol):
         """[N, T] float64, of the text for the figures."""
 
 
-class Desk:
+class MergeEvaluator:
     """Where models of one shape are measured, one after the other."""
 
     def __init__(self, measure: Measure, evaluations: int, progress: Callable[[float, float, str], None]) -> None:
@@ -55,10 +55,10 @@ class Desk:
         """On the text for the figures."""
         return -float(self.log_likelihood(weights).mean())
 
-    def merges(self, search: Search, seed: int) -> dict[str, Result]:
+    def merges(self, search: MergeSearch, seed: int) -> dict[str, Result]:
         """A row for each way to make one model."""
         tries = self._evaluations
-        makers: dict[str, Callable[[], Found]] = {
+        makers: dict[str, Callable[[], SearchResult]] = {
             BEST: search.best_participant,
             AVERAGE: search.plain,
             WEIGHTED: search.weighted,
@@ -69,7 +69,7 @@ class Desk:
         }
         return {name: self._way(make()) for name, make in makers.items()}
 
-    def _way(self, found: Found) -> Result:
+    def _way(self, found: SearchResult) -> Result:
         row = {"nats": self.figure(found.weights), "chosen_nats": found.nats, "evaluations": found.evaluations}
         return row | {"models": 1.0, "chosen": found.chosen, "best_so_far": found.best_so_far}
 

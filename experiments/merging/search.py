@@ -36,7 +36,7 @@ POPULATION: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """A model: its loss on the text that it was chosen on, in nats per byte, and how many were measured to choose it.
 
     `best_so_far`: the least loss after each measurement, of a search.
@@ -49,7 +49,7 @@ class Found:
     best_so_far: list[float] = field(default_factory=list)
 
 
-class Search:
+class MergeSearch:
     """Over merges of `participants`, which began from `base`; `loss` measures a model on the text to choose on."""
 
     def __init__(self, base: Weights, participants: Sequence[Weights], loss: Callable[[Weights], float]) -> None:
@@ -57,18 +57,18 @@ class Search:
         self._nats_S = [loss(participant) for participant in participants]
         self._groups = groups(base)
 
-    def best_participant(self) -> Found:
+    def best_participant(self) -> SearchResult:
         """No merge at all."""
         index = int(np.argmin(self._nats_S))
         nats, chosen = self._nats_S[index], f"participant {index}"
-        return Found(weights=self._participants[index], nats=nats, evaluations=len(self._nats_S), chosen=chosen)
+        return SearchResult(weights=self._participants[index], nats=nats, evaluations=len(self._nats_S), chosen=chosen)
 
-    def plain(self) -> Found:
+    def plain(self) -> SearchResult:
         """The average. Nothing need be measured to make it; its loss is for comparison."""
         merged = average(self._participants)
-        return Found(weights=merged, nats=self._loss(merged), evaluations=0)
+        return SearchResult(weights=merged, nats=self._loss(merged), evaluations=0)
 
-    def weighted(self) -> Found:
+    def weighted(self) -> SearchResult:
         """The average weighted by exp(-loss / temperature)."""
         merged = {}
         for temperature in TEMPERATURES:
@@ -76,13 +76,13 @@ class Search:
             merged[f"temperature {temperature:g}"] = average(self._participants, shares_S.tolist())
         return self._best(merged, also=len(self._nats_S))
 
-    def scaled(self) -> Found:
+    def scaled(self) -> SearchResult:
         """Task arithmetic."""
         return self._best(
             {f"scale {scale:g}": task_arithmetic(self._base, self._participants, scale) for scale in SCALES}
         )
 
-    def elected(self) -> Found:
+    def elected(self) -> SearchResult:
         """TIES."""
         return self._best(
             {
@@ -92,13 +92,13 @@ class Search:
             }
         )
 
-    def thrown(self, evaluations: int, rng: np.random.Generator) -> Found:
+    def thrown(self, evaluations: int, rng: np.random.Generator) -> SearchResult:
         """The best of the average and of draws around it."""
         shares_RX = self._draws(evaluations, rng)
         nats_R = [self._loss(self.merged(shares_X)) for shares_X in shares_RX]
         return self._of(shares_RX[int(np.argmin(nats_R))], nats_R)
 
-    def evolved(self, evaluations: int, rng: np.random.Generator) -> Found:
+    def evolved(self, evaluations: int, rng: np.random.Generator) -> SearchResult:
         """Differential evolution (Storn and Price, 1997), from such draws on; `evaluations` in whole populations."""
         seen: list[float] = []
 
@@ -132,10 +132,10 @@ class Search:
         shares_RX[0] = even
         return shares_RX
 
-    def _of(self, shares_X: Floats, nats_R: Sequence[float]) -> Found:
+    def _of(self, shares_X: Floats, nats_R: Sequence[float]) -> SearchResult:
         rows = shares_X.reshape(len(self._groups), len(self._participants))
         sums = zip(self._groups, rows.sum(1), strict=True)
-        return Found(
+        return SearchResult(
             weights=self.merged(shares_X),
             nats=min(nats_R),
             evaluations=len(nats_R),
@@ -143,8 +143,8 @@ class Search:
             best_so_far=np.minimum.accumulate(nats_R).tolist(),
         )
 
-    def _best(self, merged: dict[str, dict[str, Tensor]], also: int = 0) -> Found:
+    def _best(self, merged: dict[str, dict[str, Tensor]], also: int = 0) -> SearchResult:
         """Of those; `also` as many were measured before."""
         nats = {words: self._loss(weights) for words, weights in merged.items()}
         chosen = min(nats, key=lambda words: nats[words])
-        return Found(weights=merged[chosen], nats=nats[chosen], evaluations=also + len(nats), chosen=chosen)
+        return SearchResult(weights=merged[chosen], nats=nats[chosen], evaluations=also + len(nats), chosen=chosen)

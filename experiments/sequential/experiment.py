@@ -17,7 +17,7 @@ from experiments.sequential.one_expert import OneExpert, expert_loads, reached_b
 from experiments.sequential.report import sequential_report
 from experiments.sequential.updates import Update, Workshop, stops_by_peeking
 from node.model.transformer import bits_per_byte
-from node.trainer.evaluator.sequential_test import AcceptanceConfig, decide
+from node.trainer.evaluator.sequential_test import SequentialTestConfig, decide
 from node.trainer.train_step import mean_nats
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _workshops(seed: int, model: Model, dataset: ByteDataset) -> list[Workshop]:
 def _tested(update: Update, workshop: Workshop, order: np.random.Generator, n_experts: int) -> Result:
     gains, held_out = update.gains, workshop.held_out
     reached_N = np.bincount(held_out.window_P, minlength=held_out.n_windows)
-    config = AcceptanceConfig(worth=WORTH_OF_LAYER / n_experts)
+    config = SequentialTestConfig(worth=WORTH_OF_LAYER / n_experts)
     shuffled_N = order.permutation(len(gains))
     found = decide(gains[shuffled_N], len(gains), config)
     touched_N = shuffled_N[reached_N[shuffled_N] > 0]
@@ -156,15 +156,15 @@ def _tested(update: Update, workshop: Workshop, order: np.random.Generator, n_ex
         "why": found.why,
         "windows": found.n_windows,
         "tokens_reached": int(reached_N[shuffled_N[: found.n_windows]].sum()),
-        "without_worth": decide(gains[shuffled_N], len(gains), AcceptanceConfig(worth=0.0)).verdict,
+        "without_worth": decide(gains[shuffled_N], len(gains), SequentialTestConfig(worth=0.0)).verdict,
         "touched": _decided_on(gains, touched_N, config),
         "peeking": stops_by_peeking(gains[shuffled_N], config.pilot),
     }
 
 
-def _decided_on(gains: NDArray[np.float64], windows_N: NDArray[np.int64], config: AcceptanceConfig) -> Result:
+def _decided_on(gains: NDArray[np.float64], windows_N: NDArray[np.int64], config: SequentialTestConfig) -> Result:
     """The same test over a stream of those windows alone that hold a token for the expert: the others gain nothing."""
     larger = len(gains) / len(windows_N)
-    scaled = AcceptanceConfig(margin=config.margin * larger, worth=config.worth * larger)
+    scaled = SequentialTestConfig(margin=config.margin * larger, worth=config.worth * larger)
     found = decide(gains[windows_N], len(windows_N), scaled)
     return {"verdict": found.verdict, "windows": found.n_windows, "of": len(windows_N)}

@@ -9,7 +9,7 @@ from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.arms import ArmResults
 from experiments.arms.training import open_text
 from experiments.harness.experiment import Trial, no_results
-from experiments.live.placement import Place
+from experiments.live.placement import Placement
 from experiments.swarm.report import CLOSE, Roles, swarm_report
 from experiments.swarm.trial import run_trial
 
@@ -46,14 +46,14 @@ RATE = 8e-3
 """Best of three for the same model and eight times the tokens; see granularity."""
 
 
-def places(kills: int) -> dict[str, Place]:
+def places(kills: int) -> dict[str, Placement]:
     """Arms by label; what disturbs a swarm comes one by one, then all together."""
-    one = Place(hosts=HOSTS, in_flight=AT_ONCE)
+    one = Placement(hosts=HOSTS, in_flight=AT_ONCE)
     two = replace(one, replicas=2)
     delays = replace(two, delay_mean_s=DELAY_MEAN_S)
     return {
-        ONE: Place(),
-        ASYNC: Place(in_flight=AT_ONCE),
+        ONE: Placement(),
+        ASYNC: Placement(in_flight=AT_ONCE),
         IN_TURN: replace(one, in_flight=1),
         ONCE: one,
         f"{ONCE}, failing calls": replace(one, fail=FAIL),
@@ -115,7 +115,7 @@ class SwarmExperiment:
 
     def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
         """Train and measure one arm."""
-        return run_trial(TrainSpec.from_json(spec["train"]), Place(**spec["place"]), context, open_text())
+        return run_trial(TrainSpec.from_json(spec["train"]), Placement(**spec["place"]), context, open_text())
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
         """Of the trials that have a result; ConfigError where an arm has none."""
@@ -142,7 +142,7 @@ def _spec(label: str, seed: int, size: Size) -> TrainSpec:
     )
 
 
-def _trial(spec: TrainSpec, place: Place) -> Trial:
+def _trial(spec: TrainSpec, place: Placement) -> Trial:
     return Trial(
         name=f"{spec.slug}-seed{spec.seed}", spec={"train": spec.to_json(), "place": asdict(place)}, alone=True
     )

@@ -13,7 +13,7 @@ from common.tasks import within
 from node.averaging.download import Download
 from node.averaging.pairing import Pairing, Tally
 from node.averaging.service import SERVICE_NAME
-from node.limits.rate_limits import Allowance
+from node.limits.rate_limits import RateLimits
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
 from node.rpc.message_stream import Inbox, Wire
@@ -37,10 +37,10 @@ class AveragingClient:
     """Dials other nodes by address, one exchange at a time. `wire_bytes` counts messages' bytes, both ways."""
 
     def __init__(
-        self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller, allowance: Allowance | None = None
+        self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller, allowance: RateLimits | None = None
     ) -> None:
         self._replicas, self._config, self._caller = replicas, config, caller
-        self._allowance = allowance or Allowance()
+        self._allowance = allowance or RateLimits()
         self._open: set[grpc.aio.Channel] = set()
         self._dialling = False
         self.wire_bytes = 0

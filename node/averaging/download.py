@@ -11,7 +11,7 @@ from common.errors import InvalidInputError
 from node.averaging.exchange import START_BYTES, START_BYTES_PER_ROW, counters_of
 from node.averaging.gossip import checked_moments
 from node.averaging.messages import MAX_PIECE_MESSAGE_BYTES, require, unpack
-from node.averaging.pieces import PARAMS, Incoming, Store, cut, flattened, piece_message
+from node.averaging.pieces import PARAMS, Incoming, TensorBuffers, cut, flattened, piece_message
 from node.model.replica_state import ReplicaState, schema
 from protocol import averaging_pb2 as pb
 
@@ -45,7 +45,7 @@ class Download:
         tensors = _wanted(wanted, params_only=params_only)
         self._block_id, self._config = block_id, config
         self._n_rows = wanted[0].shape[0]
-        self._store = Store(tensors)
+        self._store = TensorBuffers(tensors)
         self._incoming = Incoming(cut(tensors), "fp32", config.dtype)
 
     async def receive(self, inbox: Inbox, tell: Callable[[int], None] | None) -> ReplicaState:

@@ -24,7 +24,7 @@ from common.errors import InvalidInputError, LimitExceededError
 from common.tasks import both, within
 from node.averaging.gossip import MAX_LEAD_STEPS, Move, apply_move, checked_moments, share_R
 from node.averaging.messages import MAX_PIECE_MESSAGE_BYTES, require, unpack
-from node.averaging.pieces import Incoming, Slot, Store, cut, flattened, piece_codec, sent_as
+from node.averaging.pieces import Incoming, Slot, TensorBuffers, cut, flattened, piece_codec, sent_as
 from node.model.replica_state import ReplicaState, schema
 from protocol import averaging_pb2 as pb
 from protocol.limits import MAX_RUN_TOKENS
@@ -124,7 +124,7 @@ class Side:
         self.weight_slots = tuple(slot for slot in self.slots if slot.is_weights)
         self.work_R = own.learnt_R if learnt_before_R is None else (own.learnt_R - learnt_before_R).clamp(min=0)
         self._flat = flattened(own.named())
-        self._store = Store(tensors)
+        self._store = TensorBuffers(tensors)
         self._incoming = Incoming(self.slots, config.codec, config.dtype)
 
     def start(self) -> bytes:

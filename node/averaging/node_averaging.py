@@ -15,7 +15,7 @@ from node.averaging.exchange import ExchangeConfig
 from node.averaging.gossip import GossipLimits
 from node.averaging.replica_set import ReplicaSet
 from node.averaging.service import AveragingService
-from node.limits.rate_limits import Allowance
+from node.limits.rate_limits import RateLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ class AveragingOptions:
 
     seed: int = 0
     stored: Callable[[BlockId], ReplicaState | None] | None = None
-    allowance: Allowance = field(default_factory=Allowance)
+    allowance: RateLimits = field(default_factory=RateLimits)
 
 
 class Averaging:

@@ -123,7 +123,7 @@ class Incoming:
         return slot, values_V
 
 
-class Store:
+class TensorBuffers:
     """Memory for the tensors of a schema, and for nothing else: `flat` by name, filled slot by slot."""
 
     def __init__(self, tensors: Sequence[TensorSchema]) -> None:

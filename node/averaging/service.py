@@ -13,7 +13,7 @@ from common.errors import InvalidInputError, KilohiveError, NotHostedError, Over
 from common.tasks import within
 from node.averaging.download import send_state
 from node.averaging.pairing import Pairing, Tally
-from node.limits.rate_limits import Allowance
+from node.limits.rate_limits import RateLimits
 from node.model.replica_state import ReplicaState
 from node.rpc.handlers import ServerStream, parse, streaming, timeout_s
 from node.rpc.message_stream import Wire
@@ -56,9 +56,9 @@ class AveragingService:
         on_result: Callable[[ExchangeResult], None],
         *,
         stored: Callable[[BlockId], ReplicaState | None] | None = None,
-        allowance: Allowance | None = None,
+        allowance: RateLimits | None = None,
     ) -> None:
-        self._replicas, self._config, self._allowance = replicas, config, allowance or Allowance()
+        self._replicas, self._config, self._allowance = replicas, config, allowance or RateLimits()
         self._on_result, self._stored = on_result, stored
         self._running = {"exchange": 0, "download": 0}
 

@@ -18,12 +18,12 @@ from common.tasks import until_stopped
 from node.averaging.node_averaging import Averaging
 from node.contributor.client import ContributionClient
 from node.contributor.contribution import Contribution
-from node.contributor.local_training import Pupil, Schooling
+from node.contributor.local_training import LocalExpert, LocalTraining
 from node.contributor.progress import steps_shown, words_shown
 from node.data import open_dataset
 from node.membership.swarm import Swarm
 from node.model.devices import pick_device
-from node.model.expert_file import MAX_FILE_BYTES, Place, expert_file, metadata_of, read_expert
+from node.model.expert_file import MAX_FILE_BYTES, ExpertId, expert_file, metadata_of, read_expert
 from node.trainer.evaluation import print_result
 from node.trainer.evaluator.fetch_expert import fetch_expert
 from protocol.identity import Identity
@@ -45,7 +45,7 @@ async def run_contribute(config: ContributeConfig, stop: asyncio.Event) -> int:
     """Fetch the expert into the file, train that of the file, or offer it: 1 if it is not taken in."""
     _check_config(config)
     data = await asyncio.to_thread(_read, config)
-    place, swarm = Place(config.layer, config.expert), Swarm(config, Identity.generate())
+    place, swarm = ExpertId(config.layer, config.expert), Swarm(config, Identity.generate())
     try:
         await until_stopped(swarm.join(), stop)
         _check_place(place, swarm.manifest)
@@ -76,7 +76,7 @@ async def _downloads(swarm: Swarm) -> AsyncIterator[Downloader]:
         await averaging.stop()
 
 
-async def _present(swarm: Swarm, downloads: Downloader, place: Place) -> tuple[Weights, dict[str, str]]:
+async def _present(swarm: Swarm, downloads: Downloader, place: ExpertId) -> tuple[Weights, dict[str, str]]:
     """As a joiner takes a block: its weights, and what a file says of them."""
     manifest = swarm.manifest
     replicas = swarm.directory.replicas(place.block(manifest.model))
@@ -85,7 +85,7 @@ async def _present(swarm: Swarm, downloads: Downloader, place: Place) -> tuple[W
     return weights, {name: str(value) for name, value in told.items()}
 
 
-async def _fetch(path: Path, swarm: Swarm, place: Place) -> int:
+async def _fetch(path: Path, swarm: Swarm, place: ExpertId) -> int:
     async with _downloads(swarm) as downloads:
         weights, told = await _present(swarm, downloads, place)
     await asyncio.to_thread(_write, path, expert_file(weights, told))
@@ -93,7 +93,7 @@ async def _fetch(path: Path, swarm: Swarm, place: Place) -> int:
     return EXIT_OK
 
 
-async def _train(config: ContributeConfig, swarm: Swarm, place: Place, data: bytes, stop: asyncio.Event) -> int:
+async def _train(config: ContributeConfig, swarm: Swarm, place: ExpertId, data: bytes, stop: asyncio.Event) -> int:
     """What was learnt is in the file also if `stop` or an error ends it early."""
     torch.set_num_threads(config.threads)
     opening = asyncio.to_thread(open_dataset, config.data, cache_dir=data_cache(), seed=swarm.manifest.seed)
@@ -101,7 +101,7 @@ async def _train(config: ContributeConfig, swarm: Swarm, place: Place, data: byt
     async with _downloads(swarm) as downloads:
         present, told = await until_stopped(_present(swarm, downloads, place), stop)
         start = read_expert(data, swarm.manifest) if data else present
-        schooling = Schooling(config, swarm, downloads, Pupil(place, start), dataset)
+        schooling = LocalTraining(config, swarm, downloads, LocalExpert(place, start), dataset)
         try:
             await _learn(config.file, schooling, (place, told), stop)
             if not stop.is_set():
@@ -115,7 +115,9 @@ async def _train(config: ContributeConfig, swarm: Swarm, place: Place, data: byt
     return EXIT_OK
 
 
-async def _learn(path: Path, schooling: Schooling, about: tuple[Place, dict[str, str]], stop: asyncio.Event) -> None:
+async def _learn(
+    path: Path, schooling: LocalTraining, about: tuple[ExpertId, dict[str, str]], stop: asyncio.Event
+) -> None:
     place, told = about
     try:
         with steps_shown(schooling.steps) as tell:
@@ -126,7 +128,7 @@ async def _learn(path: Path, schooling: Schooling, about: tuple[Place, dict[str,
             print_result(f"{path}: {place}, after {schooling.done:,} steps")
 
 
-async def _offer(config: ContributeConfig, swarm: Swarm, place: Place, data: bytes) -> int:
+async def _offer(config: ContributeConfig, swarm: Swarm, place: ExpertId, data: bytes) -> int:
     manifest = swarm.manifest
     offered = Offered(
         run_id=manifest.run_id, layer=place.layer, expert=place.expert, sha256=hashlib.sha256(data).digest()
@@ -165,14 +167,14 @@ def _write(path: Path, data: bytes) -> None:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _check_place(place: Place, manifest: Manifest) -> None:
+def _check_place(place: ExpertId, manifest: Manifest) -> None:
     try:
         place.check(manifest.model)
     except InvalidInputError as error:
         raise ConfigError(f"--{str(error).replace(', expert', ', --expert', 1)}") from None
 
 
-def _check_file(path: Path, data: bytes, place: Place, manifest: Manifest) -> None:
+def _check_file(path: Path, data: bytes, place: ExpertId, manifest: Manifest) -> None:
     """What an evaluator would refuse is told at once; so is a file that says it is another expert."""
     try:
         read_expert(data, manifest)

@@ -13,7 +13,7 @@ from common.tasks import within
 from common.text import short_id
 from dht.view import evaluators_named
 from node.membership.reachability import printable
-from node.model.expert_file import Place
+from node.model.expert_file import ExpertId
 from protocol import contribution_pb2 as pb
 from protocol.endpoints import Address
 from protocol.verdict import needed_verdicts
@@ -61,7 +61,7 @@ class Contribution:
     ) -> None:
         self._manifest, self._directory, self._client, self._tell = manifest, directory, client, tell
         self._offered, self._data = file
-        self._place = Place(self._offered.layer, self._offered.expert)
+        self._place = ExpertId(self._offered.layer, self._offered.expert)
         self._told: dict[str, str] = {}
 
     async def run(self, timeout_s: float) -> Outcome:

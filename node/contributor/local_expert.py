@@ -15,7 +15,7 @@ from node.model.pairs import NO_EXPERT, Combined
 from node.trainer.train_step import next_byte_loss
 
 if TYPE_CHECKING:
-    from node.model.expert_file import Place, Weights
+    from node.model.expert_file import ExpertId, Weights
     from node.model.experts.block import BlockGradients
     from node.model.moe import Experts, MoE
     from node.model.transformer import Transformer
@@ -30,10 +30,10 @@ class _Kept(NamedTuple):
     weight_P: torch.Tensor
 
 
-class HomeExperts:
+class ExpertsWithOneLocal:
     """Experts of a run, one of which is here; `experts` are asked for all others, and must not be taught."""
 
-    def __init__(self, experts: Experts, place: Place, weights: Weights, manifest: Manifest) -> None:
+    def __init__(self, experts: Experts, place: ExpertId, weights: Weights, manifest: Manifest) -> None:
         self.run_tokens = experts.run_tokens
         self._experts, self._place, self._manifest = experts, place, manifest
         self._block = _block_of_one(place, weights, manifest)
@@ -83,10 +83,10 @@ class HomeExperts:
             self._block.step(gradients, lr, self._manifest.optimizer)
 
 
-class HomeTraining:
+class LocalExpertSteps:
     """Steps of the expert in `layer` of `model`, whose trunk stays as it is, on `device`; the expert is on the CPU."""
 
-    def __init__(self, model: Transformer, layer: MoE, experts: HomeExperts, device: torch.device) -> None:
+    def __init__(self, model: Transformer, layer: MoE, experts: ExpertsWithOneLocal, device: torch.device) -> None:
         self._model, self._experts, self._device = model.eval().requires_grad_(requires_grad=False), experts, device
         # Autograd then goes from the loss down to the gate beside the expert, and no further.
         self._down_to = list(layer.gate.requires_grad_().parameters())
@@ -99,7 +99,7 @@ class HomeTraining:
         return float(loss.detach())
 
 
-def _block_of_one(place: Place, weights: Weights, manifest: Manifest) -> Block:
+def _block_of_one(place: ExpertId, weights: Weights, manifest: Manifest) -> Block:
     params = {name: tensor[None].clone() for name, tensor in weights.items()}
     return Block(
         id=place.block(manifest.model),

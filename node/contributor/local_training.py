@@ -18,11 +18,11 @@ import torch
 from common.errors import DrainingError, UnavailableError
 from common.tasks import until_stopped
 from node.averaging.joining import JoinConfig, fetch_replica
-from node.contributor.local_expert import HomeExperts, HomeTraining
+from node.contributor.local_expert import ExpertsWithOneLocal, LocalExpertSteps
 from node.model.devices import pick_device
 from node.model.learning_rate import learning_rate_factor
 from node.trainer.dispatch.dispatcher import DispatchConfig, dispatch_over
-from node.trainer.evaluator.paired_experts import Rivals, rivals_model, window_gains
+from node.trainer.evaluator.paired_experts import PairedExperts, rivals_model, window_gains
 from node.trainer.swarm_client import wait_for_blocks
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.trunk_replica import TrunkReplica
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from node.contributor.config import ContributeConfig
     from node.data import ByteDataset
     from node.membership.swarm import Swarm
-    from node.model.expert_file import Place, Weights
+    from node.model.expert_file import ExpertId, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,33 +67,33 @@ class Gain(NamedTuple):
         return f"{self.mean:.2g} ± {self.half:.2g} nats per byte over the present one {where}"
 
 
-class Pupil(NamedTuple):
+class LocalExpert(NamedTuple):
     """An expert that is to learn, and where from."""
 
-    place: Place
+    place: ExpertId
     start: Weights
 
 
-class Schooling:
+class LocalTraining:
     """Steps of one expert. Belongs to the event loop; what computes runs on threads.
 
     `weights` are those after the last whole step, of which `done` of `steps` were taken.
     """
 
     def __init__(
-        self, config: ContributeConfig, swarm: Swarm, downloads: Downloader, pupil: Pupil, dataset: ByteDataset
+        self, config: ContributeConfig, swarm: Swarm, downloads: Downloader, pupil: LocalExpert, dataset: ByteDataset
     ) -> None:
         self._config, self._swarm, self._downloads, self._place = config, swarm, downloads, pupil.place
         self.weights, self.steps, self.done = pupil.start, config.train, 0
         manifest, device = swarm.manifest, pick_device(config.device)
         self._dispatcher = dispatch_over(swarm, DispatchConfig(teach=False, seed=config.seed))
-        self._experts = HomeExperts(self._dispatcher, pupil.place, pupil.start, manifest)
+        self._experts = ExpertsWithOneLocal(self._dispatcher, pupil.place, pupil.start, manifest)
         generator = torch.Generator().manual_seed(manifest.seed)
         model = build_model(manifest, self._experts, generator).to(device)
         steps = StepConfig(batch=config.batch, micro_batches=1, in_flight=1, seed=config.seed)
         self._training = Training(manifest, model, self._experts, dataset, steps, self._wait_for_experts)
-        self._trunk = TrunkReplica(self._training)  # before HomeTraining freezes what it is made of
-        self._home = HomeTraining(model, self._training.moe_layers[pupil.place.layer], self._experts, device)
+        self._trunk = TrunkReplica(self._training)  # before LocalExpertSteps freezes what it is made of
+        self._home = LocalExpertSteps(model, self._training.moe_layers[pupil.place.layer], self._experts, device)
 
     async def run(self, stop: asyncio.Event, tell: Callable[[int, float], None]) -> None:
         """Train until the last step or until `stop` is set; `tell` hears of each step and its loss, nats per byte."""
@@ -155,7 +155,7 @@ class Schooling:
     def _gain(self, present: Weights) -> Gain:
         manifest, dataset = self._swarm.manifest, self._training.dataset
         trunk = {name: tensor.detach().clone() for name, tensor in self._training.model.state_dict().items()}
-        rivals = Rivals(self._dispatcher, self._place, present, self.weights, manifest)
+        rivals = PairedExperts(self._dispatcher, self._place, present, self.weights, manifest)
         model, context = rivals_model(manifest, trunk, rivals), manifest.model.context
         batches = dataset.held_out_batches(self._config.batch, context, GAIN_WINDOWS * context)
         gains = [gain for ids in batches for gain in window_gains(model, ids)]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from node.averaging.averager import Averager
-    from node.host.availability import Duty
-    from node.host.block_manager import BlockKeeper
+    from node.host.availability import Availability
+    from node.host.block_manager import BlockManager
     from node.host.serving.runtime import Runtime
-    from node.membership.endpoint import Whereabouts
+    from node.membership.endpoint import NodeEndpoint
     from protocol.announcements import ReplicaState
     from protocol.manifest import BlockId, Manifest
 
@@ -25,16 +25,16 @@ MAX_STORED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostRecords:
+class HostAnnouncement:
     """Made of the parts that know; `started` in seconds since 1970."""
 
     manifest: Manifest
     started: float
-    whereabouts: Whereabouts
+    whereabouts: NodeEndpoint
     runtime: Runtime
-    keeper: BlockKeeper
+    keeper: BlockManager
     averager: Averager
-    duty: Duty
+    duty: Availability
     exchanged_bytes: Callable[[], int]
 
     def describe(self) -> Announcement:

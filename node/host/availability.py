@@ -37,7 +37,7 @@ def clock_with_sleep() -> float:
     return time.time() if boottime is None else time.clock_gettime(boottime)
 
 
-class Duty:
+class Availability:
     """A host works while there is no reason against it: exactly one of the events `pausing` and `working` is set.
 
     `leave` is set when the owner asks the host to go for good.

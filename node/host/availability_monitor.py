@@ -12,19 +12,19 @@ from node.host.idle import SAMPLE_S, IdleJudge, MachineUse
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from node.host.availability import Duty
+    from node.host.availability import Availability
     from node.limits.limits import Limits
     from node.limits.process_usage import ProcessUse
 
 LOOK_S = 1.0
 
 
-class DutyWatch:
+class AvailabilityMonitor:
     """Tells `duty` of the schedule, of others who need the machine, and has it notice a sleep."""
 
     def __init__(
         self,
-        duty: Duty,
+        duty: Availability,
         limits: Limits,
         use: ProcessUse,
         local_time: Callable[[], time.struct_time] = time.localtime,

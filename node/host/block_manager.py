@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 from common.errors import DrainingError, KilohiveError, NoRoomError, UnavailableError
 from common.tasks import until_stopped
 from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_replica
-from node.host.placement import PlacementConfig, Plan, check_delay_s, joining_since, overdue, placement_view, plan
+from node.host.placement import (
+    PlacementConfig,
+    PlacementPlan,
+    check_delay_s,
+    joining_since,
+    overdue,
+    placement_view,
+    plan,
+)
 from node.host.serving.block_replica import BlockReplica
 from node.model.devices import no_room_is_an_error
 from node.model.experts.block import new_block
@@ -52,7 +60,7 @@ WITHDRAW_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeeperParts:
+class BlockManagerParts:
     """What a keeper works with; `clock` counts seconds, `pausing` is set while this host takes no blocks."""
 
     manifest: Manifest
@@ -68,7 +76,7 @@ class KeeperParts:
     max_downloads: int = MAX_DOWNLOADS
 
 
-class BlockKeeper:
+class BlockManager:
     """Takes and gives up blocks. Belongs to the event loop; `announcer` is set before the first `take`.
 
     With `fixed` blocks it holds these and no others, and tries again for those that it could not have yet.
@@ -76,7 +84,7 @@ class BlockKeeper:
 
     announcer: Announcer
 
-    def __init__(self, parts: KeeperParts, placement: PlacementConfig, fixed: Sequence[BlockId] = ()) -> None:
+    def __init__(self, parts: BlockManagerParts, placement: PlacementConfig, fixed: Sequence[BlockId] = ()) -> None:
         self._parts, self._placement, self._fixed = parts, placement, tuple(fixed)
         self._rng = random.Random(parts.peer_id)
         self._since: dict[BlockId, float] = {}
@@ -189,7 +197,7 @@ class BlockKeeper:
         hosted = self._parts.runtime.blocks
         free = max(0, self.max_blocks - len(hosted))
         missing = tuple(block_id for block_id in self._fixed if block_id not in hosted)[:free]
-        moves = Plan(take=missing) if self._fixed else self._plan()
+        moves = PlacementPlan(take=missing) if self._fixed else self._plan()
         if not (moves.take or moves.drop):
             return
         self._parts.events.emit("placement", take=list(map(str, moves.take)), drop=list(map(str, moves.drop)))
@@ -202,7 +210,7 @@ class BlockKeeper:
             self.joining -= set(moves.take)
         await self.announce()
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> PlacementPlan:
         parts = self._parts
         # Who cannot be reached may be dead long before its records expire. Counting it out only adds replicas.
         directory = parts.directory.snapshot(with_avoided=True).without(parts.averaging.averager.unreachable())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
 from node.host.serving.runtime import RuntimeConfig
-from node.limits.memory import Need, Room, fit, lowest_limit
+from node.limits.memory import Capacity, Need, fit, lowest_limit
 from node.model.experts.kinds import expert_kind
 from protocol.tensors import DTYPES
 
@@ -52,9 +52,9 @@ def block_bytes(manifest: Manifest) -> int:
     return WEIGHTS_AND_MOMENTS * per_expert * model.experts_per_block * DTYPES[manifest.dtype].itemsize
 
 
-def wanted_room(config: HostConfig, n_blocks: int) -> Room:
+def wanted_capacity(config: HostConfig, n_blocks: int) -> Capacity:
     """Without any limit."""
-    return Room(
+    return Capacity(
         max_blocks=n_blocks,
         keep_inputs_bytes=config.keep_inputs_mb << 20,
         max_batch_tokens=RuntimeConfig.max_batch_tokens,
@@ -62,9 +62,9 @@ def wanted_room(config: HostConfig, n_blocks: int) -> Room:
     )
 
 
-def room_for(
-    wanted: Room, limits: Limits, manifest: Manifest, device: torch.device, used_bytes: int, container: int | None
-) -> Room:
+def capacity_for(
+    wanted: Capacity, limits: Limits, manifest: Manifest, device: torch.device, used_bytes: int, container: int | None
+) -> Capacity:
     """`wanted`, lowered to what the limits leave; raises ConfigError naming the limit under which no block fits."""
     need = need_of(manifest)
     room = fit(wanted, lowest_limit(limits.memory_bytes, container), used_bytes, need, "--max-memory")
@@ -78,7 +78,7 @@ def events_bytes(limits: Limits) -> int | None:
     return None if limits.disk_bytes is None else int(limits.disk_bytes * EVENTS_SHARE)
 
 
-def _on_disk(room: Room, limit_bytes: int | None, manifest: Manifest) -> Room:
+def _on_disk(room: Capacity, limit_bytes: int | None, manifest: Manifest) -> Capacity:
     if limit_bytes is None:
         return room
     per_block = FILES_PER_BLOCK * block_bytes(manifest)

@@ -17,7 +17,7 @@ from common.errors import InvalidInputError, OverloadedError, UnavailableError
 from common.tasks import within
 from dht.view import evaluators_named
 from node.host.serving.hosted_blocks import not_hosted
-from node.model.expert_file import Place, read_expert
+from node.model.expert_file import ExpertId, read_expert
 from node.rpc.handlers import timeout_s
 from node.rpc.message_stream import Inbox
 from node.rpc.upload import INTAKE, UPLOAD_S, offered_in, receive_begin, receive_file, upload_handler
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from common.events import EventLog
     from dht.view import PeerInfo
     from node.host.serving.runtime import Runtime
-    from node.limits.rate_limits import Allowance
+    from node.limits.rate_limits import RateLimits
     from node.model.expert_file import Weights
     from node.rpc.handlers import ServerStream
     from protocol.manifest import Manifest
@@ -46,14 +46,14 @@ RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntakeParts:
+class ExpertUploadParts:
     """What an intake works with; `peers` are those that are live now, `since_s` when this host began, from 1970 on."""
 
     manifest: Manifest
     runtime: Runtime
     peers: Callable[[], Sequence[PeerInfo]]
     events: EventLog
-    allowance: Allowance
+    allowance: RateLimits
     since_s: float
 
 
@@ -64,12 +64,12 @@ class _Taken(NamedTuple):
     version: int
 
 
-class IntakeService:
+class ExpertUploadService:
     """TakeIn over one host's blocks."""
 
-    def __init__(self, parts: IntakeParts, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, parts: ExpertUploadParts, clock: Callable[[], float] = time.time) -> None:
         self._parts, self._manifest, self._clock = parts, parts.manifest, clock
-        self._taken: dict[Place, _Taken] = {}
+        self._taken: dict[ExpertId, _Taken] = {}
         self._uploads = 0
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -83,7 +83,7 @@ class IntakeService:
         async with within(min(timeout_s(context), UPLOAD_S), "the expert"):
             inbox = Inbox(stream, self._parts.allowance)
             begin = await receive_begin(inbox)
-            place = Place(begin.layer, begin.expert)
+            place = ExpertId(begin.layer, begin.expert)
             offered = offered_in(begin, self._manifest)
             tested = self._versions_tested(begin.verdicts, offered)
             if (before := self._taken_before(offered, tested)) is not None:
@@ -125,11 +125,11 @@ class IntakeService:
 
     def _taken_before(self, offered: Offered, tested: tuple[int, ...]) -> int | None:
         """The block's version once the same file was taken in on the same word: it may be sent twice, and acts once."""
-        taken = self._taken.get(Place(offered.layer, offered.expert))
+        taken = self._taken.get(ExpertId(offered.layer, offered.expert))
         again = taken is not None and taken.sha256 == offered.sha256 and max(tested) < taken.version
         return taken.version if taken is not None and again else None
 
-    def _check_versions(self, place: Place, tested: tuple[int, ...]) -> None:
+    def _check_versions(self, place: ExpertId, tested: tuple[int, ...]) -> None:
         """Raise InvalidInputError if the block is not what the file was held against any more. Safe in any thread."""
         block_id = place.block(self._manifest.model)
         block = self._parts.runtime.blocks.get(block_id)
@@ -146,7 +146,7 @@ class IntakeService:
 
     def _replace(self, offered: Offered, weights: Weights, tested: tuple[int, ...]) -> int:
         """On the thread that owns the weights: it may have stepped meanwhile."""
-        place = Place(offered.layer, offered.expert)
+        place = ExpertId(offered.layer, offered.expert)
         self._check_versions(place, tested)
         block = self._parts.runtime.blocks[place.block(self._manifest.model)]
         block.replace(place.row(self._manifest.model), weights, max(tested))

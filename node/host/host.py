@@ -22,16 +22,16 @@ from common.tasks import until_stopped
 from dht.announcer import Announcer
 from node.averaging import service as averaging_service
 from node.averaging.node_averaging import Averaging, AveragingOptions
-from node.host.announcement import HostRecords
-from node.host.availability import Duty
-from node.host.availability_monitor import DutyWatch
-from node.host.block_manager import MAX_DOWNLOADS, BlockKeeper, KeeperParts
+from node.host.announcement import HostAnnouncement
+from node.host.availability import Availability
+from node.host.availability_monitor import AvailabilityMonitor
+from node.host.block_manager import MAX_DOWNLOADS, BlockManager, BlockManagerParts
 from node.host.block_store import BlockStore
-from node.host.capacity import events_bytes, room_for, wanted_room
-from node.host.expert_upload_service import IntakeParts, IntakeService
+from node.host.capacity import capacity_for, events_bytes, wanted_capacity
+from node.host.expert_upload_service import ExpertUploadParts, ExpertUploadService
 from node.host.memory_watch import MemoryWatch
 from node.host.metrics import HostCollector
-from node.host.pause import Presence, PresenceParts
+from node.host.pause import Pause, PauseParts
 from node.host.placement import PlacementConfig, parse_blocks
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.host.serving.service import SERVICE_NAME, ExpertService
@@ -39,14 +39,14 @@ from node.host.signals import signals_heard
 from node.limits.limits import Limits
 from node.limits.memory import container_limit, lowest_limit
 from node.limits.process_usage import ProcessUse
-from node.limits.rate_limits import Allowance
+from node.limits.rate_limits import RateLimits
 from node.membership import reachability
-from node.membership.endpoint import Whereabouts
+from node.membership.endpoint import NodeEndpoint
 from node.membership.reachability import DialBackService
 from node.membership.swarm import Swarm
 from node.model.devices import limit_device_memory, pick_device
 from node.rpc.health import server_told
-from node.rpc.rate_limit_interceptor import Admission
+from node.rpc.rate_limit_interceptor import RateLimitInterceptor
 from node.rpc.server import NodeServer
 from node.rpc.upload import INTAKE
 from protocol import expert_pb2 as pb
@@ -56,7 +56,7 @@ from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
     from node.host.config import HostConfig
-    from node.limits.memory import Room
+    from node.limits.memory import Capacity
     from node.model.experts.block import Block
     from protocol.manifest import BlockId
 
@@ -119,9 +119,9 @@ class Host:
         self._config, self._limits, self._swarm, self._device, self._events = config, limits, swarm, device, events
         self._started = started
         self._use = ProcessUse(swarm.dht.daemon_pid)
-        self._allowance = Allowance(limits, self._use)
-        self._duty = Duty()
-        self._watch = DutyWatch(self._duty, limits, self._use)
+        self._allowance = RateLimits(limits, self._use)
+        self._duty = Availability()
+        self._watch = AvailabilityMonitor(self._duty, limits, self._use)
         self._room = self._find_room()
         manifest, peer_id = swarm.manifest, swarm.identity.peer_id
         self._saved: dict[BlockId, int] = {}
@@ -154,9 +154,11 @@ class Host:
             swarm.listen,
             config.port,
             swarm.security,
-            Admission(self._allowance, lambda: self._duty.refusal() or self._memory.refusal(), self._room.max_calls),
+            RateLimitInterceptor(
+                self._allowance, lambda: self._duty.refusal() or self._memory.refusal(), self._room.max_calls
+            ),
         )
-        self._whereabouts = Whereabouts(swarm, events, config.relay_circuits)
+        self._whereabouts = NodeEndpoint(swarm, events, config.relay_circuits)
         self._announcer = Announcer(swarm.dht, swarm.identity, swarm.admission, describe=self._records().describe)
         self.keeper.announcer = self._announcer
         self._presence = self._build_presence()
@@ -165,12 +167,12 @@ class Host:
     def _memory_limit(self) -> int | None:
         return lowest_limit(self._limits.memory_bytes, container_limit())
 
-    def _find_room(self) -> Room:
+    def _find_room(self) -> Capacity:
         """What the limits leave of what was asked for; told if that is less."""
         fixed, manifest = self._fixed_blocks(), self._swarm.manifest
-        wanted = wanted_room(self._config, len(fixed) or self._config.max_blocks)
+        wanted = wanted_capacity(self._config, len(fixed) or self._config.max_blocks)
         used_bytes = self._use.memory_bytes()
-        room = room_for(wanted, self._limits, manifest, self._device, used_bytes, container_limit())
+        room = capacity_for(wanted, self._limits, manifest, self._device, used_bytes, container_limit())
         if room.max_blocks < wanted.max_blocks:
             logger.warning(
                 "Room for %d blocks, not for %d, under this host's limits", room.max_blocks, wanted.max_blocks
@@ -182,9 +184,9 @@ class Host:
         config = self._config
         return [] if config.blocks == AUTO else parse_blocks(config.blocks, self._swarm.manifest.model)
 
-    def _build_keeper(self) -> BlockKeeper:
+    def _build_keeper(self) -> BlockManager:
         config, swarm, limits = self._config, self._swarm, self._limits
-        parts = KeeperParts(
+        parts = BlockManagerParts(
             manifest=swarm.manifest,
             peer_id=swarm.identity.peer_id,
             directory=swarm.directory,
@@ -203,10 +205,10 @@ class Host:
             target_replicas=swarm.manifest.averaging.target_replicas,
             check_s=config.recheck_s,
         )
-        return BlockKeeper(parts, placement, self._fixed_blocks())
+        return BlockManager(parts, placement, self._fixed_blocks())
 
-    def _intake(self) -> IntakeService:
-        parts = IntakeParts(
+    def _intake(self) -> ExpertUploadService:
+        parts = ExpertUploadParts(
             manifest=self._swarm.manifest,
             runtime=self.runtime,
             peers=self._swarm.directory.peers,
@@ -214,11 +216,11 @@ class Host:
             allowance=self._allowance,
             since_s=self._started,
         )
-        return IntakeService(parts)
+        return ExpertUploadService(parts)
 
-    def _build_presence(self) -> Presence:
+    def _build_presence(self) -> Pause:
         swarm = self._swarm
-        parts = PresenceParts(
+        parts = PauseParts(
             peer_id=swarm.identity.peer_id,
             duty=self._duty,
             keeper=self.keeper,
@@ -227,10 +229,10 @@ class Host:
             directory=swarm.directory,
             events=self._events,
         )
-        return Presence(parts)
+        return Pause(parts)
 
-    def _records(self) -> HostRecords:
-        return HostRecords(
+    def _records(self) -> HostAnnouncement:
+        return HostAnnouncement(
             manifest=self._swarm.manifest,
             started=self._started,
             whereabouts=self._whereabouts,

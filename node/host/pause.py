@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from common.events import EventLog
     from dht.directory import Directory
     from node.averaging.averager import Averager
-    from node.host.availability import Duty
-    from node.host.block_manager import BlockKeeper
+    from node.host.availability import Availability
+    from node.host.block_manager import BlockManager
     from node.host.serving.runtime import Runtime
     from protocol.manifest import BlockId
 
@@ -42,22 +42,22 @@ LOOK_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresenceParts:
+class PauseParts:
     """What a presence works with."""
 
     peer_id: str
-    duty: Duty
-    keeper: BlockKeeper
+    duty: Availability
+    keeper: BlockManager
     runtime: Runtime
     averager: Averager
     directory: Directory
     events: EventLog
 
 
-class Presence:
+class Pause:
     """Carries out what the duty says. Belongs to the event loop."""
 
-    def __init__(self, parts: PresenceParts) -> None:
+    def __init__(self, parts: PauseParts) -> None:
         self._parts = parts
 
     async def follow(self) -> None:

@@ -115,7 +115,7 @@ class PlacementView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PlacementPlan:
     """What to do now: blocks to take, most needed first, and blocks to give up for them."""
 
     take: tuple[BlockId, ...] = ()
@@ -164,7 +164,7 @@ def plan(
     stored: Collection[BlockId],
     config: PlacementConfig,
     rng: random.Random,
-) -> Plan:
+) -> PlacementPlan:
     """What a host does at a check.
 
     Args:
@@ -176,9 +176,9 @@ def plan(
     """
     free = config.max_blocks - len(own)
     if free > 0:
-        return Plan(take=tuple(_fill(view, own, stored, config, rng)[:free]))
+        return PlacementPlan(take=tuple(_fill(view, own, stored, config, rng)[:free]))
     swap = _Swap(view, own, config, rng)
-    return swap.for_lost(stored) or swap.for_lacking(stored) or swap.for_load() or Plan()
+    return swap.for_lost(stored) or swap.for_lacking(stored) or swap.for_load() or PlacementPlan()
 
 
 def may_drop(view: PlacementView, block: BlockId, keep: int) -> bool:
@@ -217,7 +217,7 @@ class _Swap:
         self._supply = view.supplies(own)
         self._fewest = min(self._supply.values(), default=0)
 
-    def for_lost(self, stored: Collection[BlockId]) -> Plan | None:
+    def for_lost(self, stored: Collection[BlockId]) -> PlacementPlan | None:
         if self._fewest > 0:
             return None
         lost, target = self._neediest(), self._config.target_replicas
@@ -227,7 +227,7 @@ class _Swap:
         chance = self._chance(target * len(lost), self._able(1)) / (LAST_RESORT if able else 1.0)
         return self._to_any(lost, stored, self._spare(1), chance)
 
-    def for_lacking(self, stored: Collection[BlockId]) -> Plan | None:
+    def for_lacking(self, stored: Collection[BlockId]) -> PlacementPlan | None:
         target = self._config.target_replicas
         if not 0 < self._fewest < target or not self._rested():
             return None
@@ -237,7 +237,7 @@ class _Swap:
         chance = self._chance((target - self._fewest) * len(neediest), self._able(target))
         return self._to_any(neediest, stored, spare, chance)
 
-    def for_load(self) -> Plan | None:
+    def for_load(self) -> PlacementPlan | None:
         load, config = self._view.load_tokens, self._config
         if self._fewest < config.target_replicas or not self._rested():
             return None
@@ -271,7 +271,7 @@ class _Swap:
 
     def _to_any(
         self, wanted: list[BlockId], stored: Collection[BlockId], spare: list[BlockId], chance: float
-    ) -> Plan | None:
+    ) -> PlacementPlan | None:
         """One of `spare`, the one with most replicas, for one of `wanted`; or not, if the dice say so."""
         if not wanted or not spare:
             return None
@@ -280,7 +280,7 @@ class _Swap:
         if rng.random() >= chance * (STORED_WEIGHT if take in stored else 1.0):
             return None
         drop = max(spare, key=lambda block: (len(view.serving[block]), -view.load_tokens[block], rng.random()))
-        return Plan(take=(take,), drop=(drop,))
+        return PlacementPlan(take=(take,), drop=(drop,))
 
 
 def _fill(

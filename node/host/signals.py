@@ -12,13 +12,13 @@ from node.host.availability import Reason
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from node.host.availability import Duty
+    from node.host.availability import Availability
 
 SIGNALS = {"pause": signal.SIGUSR1, "resume": signal.SIGUSR2, "leave": signal.SIGQUIT}
 
 
 @contextmanager
-def signals_heard(duty: Duty, tell: Callable[[str], None]) -> Iterator[None]:
+def signals_heard(duty: Availability, tell: Callable[[str], None]) -> Iterator[None]:
     """Obey them while the context lasts; `tell` hears each word. For the main thread's event loop."""
     loop = asyncio.get_running_loop()
 

@@ -41,7 +41,7 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class Capacity:
     """What fits, or what was asked for where that is less."""
 
     max_blocks: int
@@ -50,7 +50,7 @@ class Room:
     max_queue_tokens: int
     max_calls: int = MAX_CALLS
 
-    def with_blocks(self, max_blocks: int) -> Room:
+    def with_blocks(self, max_blocks: int) -> Capacity:
         """The same with so many blocks."""
         return replace(self, max_blocks=max_blocks)
 
@@ -74,7 +74,7 @@ def container_limit(root: Path = CGROUP, own: Path = OWN_CGROUP) -> int | None:
     return min(found, default=None)
 
 
-def fit(wanted: Room, limit_bytes: int | None, used_bytes: int, need: Need, flag: str) -> Room:
+def fit(wanted: Capacity, limit_bytes: int | None, used_bytes: int, need: Need, flag: str) -> Capacity:
     """`wanted`, lowered to what the limit leaves beside the `used_bytes`; raises ConfigError if no block fits."""
     if limit_bytes is None:
         return wanted
@@ -89,7 +89,7 @@ def fit(wanted: Room, limit_bytes: int | None, used_bytes: int, need: Need, flag
         )
     left = room - transient - n_blocks * need.block_bytes
     queue_share = 1 - KEPT_SHARE - BATCH_SHARE
-    return Room(
+    return Capacity(
         max_blocks=n_blocks,
         keep_inputs_bytes=min(wanted.keep_inputs_bytes, int(left * KEPT_SHARE)),
         max_batch_tokens=_tokens(wanted.max_batch_tokens, left * BATCH_SHARE, need.batch_token_bytes),

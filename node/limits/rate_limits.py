@@ -27,7 +27,7 @@ CALL_BYTES = 600
 """Headers of a call or of its answer: names, deadline, signature."""
 
 
-class Allowance:
+class RateLimits:
     """What a node may send, receive and compute. `use` measures the computing; without it none is counted."""
 
     def __init__(
@@ -38,9 +38,9 @@ class Allowance:
     ) -> None:
         limits = limits or Limits()
         self._use = use
-        self._up, self._down = DebtBucket(limits.up_bytes_per_s, clock), DebtBucket(limits.down_bytes_per_s, clock)
+        self._up, self._down = TokenBucket(limits.up_bytes_per_s, clock), TokenBucket(limits.down_bytes_per_s, clock)
         cores = limits.cpu_percent / 100 if limits.cpu_percent else None
-        self._cpu = DebtBucket(cores, clock)
+        self._cpu = TokenBucket(cores, clock)
         self._counting = threading.Lock()
         self._counted_cpu_s = use.cpu_s() if use else 0.0
         self._counted_io = use.child_io() if use else None
@@ -96,7 +96,7 @@ CREDIT_S = 1.0
 """So much that was not taken may be taken later: little things need not wait for each other."""
 
 
-class DebtBucket:
+class TokenBucket:
     """Of `per_s` a second, None for no limit; counts the `total` in either case. Thread-safe."""
 
     def __init__(self, per_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:

@@ -27,7 +27,7 @@ LOOK_SOON_S = 15.0
 """After a look that found nobody to ask, or nobody who could call."""
 
 
-class Whereabouts:
+class NodeEndpoint:
     """One node's place for others, from `settle` on. Belongs to the event loop.
 
     With `relay_circuits` it is a relay for others too, as long as others can dial it.

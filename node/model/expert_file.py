@@ -29,7 +29,7 @@ MAX_FILE_BYTES = MAX_MESSAGE_BYTES
 """Experts are tiny; a run of larger ones takes no offers. A trainer holds several files at once."""
 
 
-class Place(NamedTuple):
+class ExpertId(NamedTuple):
     """Expert `expert` of layer `layer`."""
 
     layer: int

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 
-class CallerCheck(grpc.aio.ServerInterceptor):
+class AuthInterceptor(grpc.aio.ServerInterceptor):
     """In front of every handler."""
 
     def __init__(self, checker: CallChecker) -> None:

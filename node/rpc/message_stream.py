@@ -1,6 +1,6 @@
 """The stream under an exchange or a download: raw messages each way, counted, bounded, with deadlines.
 
-Whatever carries the bytes is a `Stream`: gRPC from either side, or memory in tests.
+Whatever carries the bytes is a `MessageStream`: gRPC from either side, or memory in tests.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from common.errors import DeadlineError, KilohiveError, UnavailableError
-from node.limits.rate_limits import Allowance
+from node.limits.rate_limits import RateLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
@@ -40,7 +40,7 @@ class Receiver(Protocol):
         """
 
 
-class Stream(Receiver, Protocol):
+class MessageStream(Receiver, Protocol):
     """One bidirectional stream of messages."""
 
     async def send(self, raw: bytes) -> None:
@@ -53,8 +53,8 @@ class Inbox:
     After a message it rests as long as the `allowance` asks for.
     """
 
-    def __init__(self, receiver: Receiver, allowance: Allowance | None = None) -> None:
-        self._receiver, self._allowance = receiver, allowance or Allowance()
+    def __init__(self, receiver: Receiver, allowance: RateLimits | None = None) -> None:
+        self._receiver, self._allowance = receiver, allowance or RateLimits()
         self.n_bytes = 0
 
     async def receive(self) -> bytes:
@@ -84,7 +84,7 @@ class Wire(Inbox):
     partner that is frozen, its connection still open, costs no more than that.
     """
 
-    def __init__(self, stream: Stream, silence_s: float, allowance: Allowance | None = None) -> None:
+    def __init__(self, stream: MessageStream, silence_s: float, allowance: RateLimits | None = None) -> None:
         super().__init__(stream, allowance)
         self._stream, self._silence_s = stream, silence_s
         self._waiting: set[asyncio.Timeout] = set()

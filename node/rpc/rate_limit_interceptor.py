@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from common.errors import KilohiveError
-    from node.limits.rate_limits import Allowance
+    from node.limits.rate_limits import RateLimits
 
     Handler = grpc.RpcMethodHandler[Any, Any]
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -30,11 +30,11 @@ REST_SHARE = 0.5
 """Of the time that a caller still waits, at most, before its call is begun."""
 
 
-class Admission(grpc.aio.ServerInterceptor):
+class RateLimitInterceptor(grpc.aio.ServerInterceptor):
     """`refusal` says why no call is taken now, None if calls are; `max_calls` are taken at once, streams among them."""
 
     def __init__(
-        self, allowance: Allowance, refusal: Callable[[], KilohiveError | None], max_calls: int | None = None
+        self, allowance: RateLimits, refusal: Callable[[], KilohiveError | None], max_calls: int | None = None
     ) -> None:
         self._allowance, self._refusal, self.max_calls = allowance, refusal, max_calls
 

@@ -43,7 +43,7 @@ class NotConnectedError(UnavailableError):
     """No connection was made: the peer has seen nothing of the call."""
 
 
-class Tunnels(Protocol):
+class TunnelSource(Protocol):
     """Ways to nodes that this one cannot dial."""
 
     async def endpoint(self, peer_id: str, relays: tuple[str, ...]) -> str:
@@ -59,7 +59,7 @@ class Security:
 
     identity: Identity
     insecure_local: bool = False
-    tunnels: Tunnels | None = None
+    tunnels: TunnelSource | None = None
     admission: Admission = OPEN
 
     def check_listen(self, address: str) -> None:

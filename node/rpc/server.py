@@ -9,14 +9,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.errors import ConfigError
-from node.rpc.auth_interceptor import CallerCheck
+from node.rpc.auth_interceptor import AuthInterceptor
 from node.rpc.security import KEEPALIVE_MS
 from protocol.limits import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from node.rpc.rate_limit_interceptor import Admission
+    from node.rpc.rate_limit_interceptor import RateLimitInterceptor
     from node.rpc.security import Security
 
 MAX_CONCURRENT_CALLS = 64
@@ -41,12 +41,12 @@ class NodeServer:
         address: str,
         port: int,
         security: Security,
-        admission: Admission | None = None,
+        admission: RateLimitInterceptor | None = None,
     ) -> None:
         security.check_listen(address)
         checker = security.checker()
         # Whoever is not let in is not counted either.
-        in_front = (CallerCheck(checker) if checker else None, admission)
+        in_front = (AuthInterceptor(checker) if checker else None, admission)
         self._server = grpc.aio.server(
             options=OPTIONS,
             maximum_concurrent_rpcs=(admission and admission.max_calls) or MAX_CONCURRENT_CALLS,

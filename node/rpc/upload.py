@@ -9,7 +9,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from common.errors import InvalidInputError, LimitExceededError, UnknownRunError
-from node.model.expert_file import Place, check_size
+from node.model.expert_file import ExpertId, check_size
 from node.rpc.handlers import ServerStream, parse, streaming
 from protocol import contribution_pb2 as pb
 from protocol.limits import MAX_PIECE_BYTES
@@ -81,7 +81,7 @@ def offered_in(begin: pb.OfferBegin | pb.AskRequest, manifest: Manifest) -> Offe
     """What a message is about; InvalidInputError, UnknownRunError unless it is of this run and its grid."""
     if begin.run_id != manifest.run_id:
         raise UnknownRunError("run_id", f"is {begin.run_id[:100]!r}, this node serves {manifest.run_id!r}")
-    Place(begin.layer, begin.expert).check(manifest.model)
+    ExpertId(begin.layer, begin.expert).check(manifest.model)
     if isinstance(begin, pb.OfferBegin):
         check_size(begin.n_bytes, manifest)
     return Offered(run_id=begin.run_id, layer=begin.layer, expert=begin.expert, sha256=begin.sha256)

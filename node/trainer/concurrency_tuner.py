@@ -23,7 +23,7 @@ MOST_REST_ROUNDS = 16
 """Longest rest after a try that changed nothing; a rest doubles each time."""
 
 
-class Pace:
+class ConcurrencyTuner:
     """`in_flight` is at most `most`, the micro-batches of a step; with `fixed` it is that, and nothing is tried."""
 
     def __init__(self, most: int, fixed: int = 0) -> None:

@@ -22,7 +22,7 @@ from node.model.transformer import bits_per_byte
 from node.trainer.dispatch.dispatcher import DispatchConfig, dispatch_over
 from node.trainer.sampling import sample_text
 from node.trainer.train_step import build_model, mean_nats
-from node.trainer.trunk_state import Progress, load_trunk_weights
+from node.trainer.trunk_state import TrainingProgress, load_trunk_weights
 from protocol.identity import Identity
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class TrainedModel:
 
     model: Transformer
     manifest: Manifest
-    progress: Progress
+    progress: TrainingProgress
     device: torch.device
 
 

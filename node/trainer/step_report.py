@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dht.view import DirectoryView
     from node.model.gate import Gate
     from node.trainer.train_step import StepResult
-    from node.trainer.trunk_state import Progress
+    from node.trainer.trunk_state import TrainingProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class StepReport:
     """
 
     result: StepResult
-    progress: Progress
+    progress: TrainingProgress
     steps: int
     experts_total: int
     trainers: int = 1

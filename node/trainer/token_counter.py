@@ -22,7 +22,7 @@ MAX_TRAINERS = 4096
 """Trainers remembered one by one; what any more of them do is known only through the totals that others announce."""
 
 
-class RunTokens:
+class TokenCounter:
     """The run's tokens, as trainer `own_id` knows them. Never goes back.
 
     `others` are the own tokens of trainers that were seen before, `floor` the total before: a checkpoint's.

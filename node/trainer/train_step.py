@@ -21,8 +21,8 @@ from node.model.gate import build_gate
 from node.model.learning_rate import learning_rate_factor
 from node.model.moe import MoE
 from node.model.transformer import Transformer, bits_per_byte
-from node.trainer.concurrency_tuner import Pace
-from node.trainer.trunk_lock import Turns
+from node.trainer.concurrency_tuner import ConcurrencyTuner
+from node.trainer.trunk_lock import TrunkLock
 from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ class Training:
             weight_decay=adam.weight_decay,
         )
         self._pool = ThreadPoolExecutor(config.micro_batches, thread_name_prefix="kilohive-micro-batch")
-        self.turns = Turns(self._pool)
-        self.pace = Pace(config.micro_batches, config.in_flight)
+        self.turns = TrunkLock(self._pool)
+        self.pace = ConcurrencyTuner(config.micro_batches, config.in_flight)
         self.steps_done = 0
         self.version = 0
         self.run_tokens = 0
@@ -116,14 +116,14 @@ class Training:
             return self._step()
 
     def call(self, function: Callable[[], R]) -> Future[R]:
-        """Run `function`, which may change parameters in place, while no micro-batch is in flight; see `Turns.call`.
+        """Run `function`, which may change parameters in place, while no micro-batch runs; see `TrunkLock.call`.
 
         A step that waits for experts holds it up: autograd has saved the very weights that it may change.
         """
         return self.turns.call(function)
 
     def look(self, function: Callable[[], R]) -> Future[R]:
-        """Run `function`, which changes nothing, also while micro-batches are in flight; see `Turns.look`."""
+        """Run `function`, which changes nothing, also while micro-batches are in flight; see `TrunkLock.look`."""
         return self.turns.look(function)
 
     def _step(self) -> StepResult:

@@ -19,7 +19,7 @@ from common.settings import check_minimums
 from common.tasks import until_stopped
 from dht.announcer import Announcement, Announcer
 from node.data import open_dataset
-from node.membership.endpoint import Whereabouts
+from node.membership.endpoint import NodeEndpoint
 from node.membership.swarm import Swarm
 from node.model.devices import pick_device
 from node.model.experts.kinds import expert_parameters
@@ -32,10 +32,10 @@ from node.trainer.evaluator.offers import OfferQueue
 from node.trainer.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
 from node.trainer.step_report import StepReport, step_event
 from node.trainer.swarm_client import wait_for_blocks
-from node.trainer.token_counter import RunTokens
+from node.trainer.token_counter import TokenCounter
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.trunk_sharing import TrunkSharing
-from node.trainer.trunk_state import Progress, load_trunk, save_trunk
+from node.trainer.trunk_state import TrainingProgress, load_trunk, save_trunk
 from node.trainer.view.display import open_display
 from node.trainer.view.report import Summary, write_report
 from protocol.announcements import PeerRecord
@@ -112,14 +112,14 @@ class Trainer:
             ),
         )
         self._training = self._build(dataset)
-        self._whereabouts = Whereabouts(swarm, events)
+        self._whereabouts = NodeEndpoint(swarm, events)
         offers = OfferQueue(time.monotonic)
         peer_id, peers = swarm.identity.peer_id, swarm.directory.peers
         services = {EVALUATION: EvaluationService(self._manifest, peer_id, offers, peers).handler()}
         self._sharing = TrunkSharing(config, swarm, self._training, events, self._whereabouts, services)
         self._evaluator = self._build_evaluator(offers)
-        self._progress = Progress()
-        self._tokens = RunTokens(swarm.identity.peer_id)
+        self._progress = TrainingProgress()
+        self._tokens = TokenCounter(swarm.identity.peer_id)
         self._n_experts = self._manifest.model.experts_per_layer * self._manifest.model.n_layers
         self._started, self._started_at = time.monotonic(), time.time()
 
@@ -271,11 +271,11 @@ class Trainer:
         stored = load_trunk(config.out, training) if config.resume else None
         if stored is None and not config.resume and (config.out / "trunk.safetensors").exists():
             raise ConfigError(f"{config.out} holds a trained trunk: add --resume to go on, or choose another --out")
-        self._progress = progress = stored or Progress()
+        self._progress = progress = stored or TrainingProgress()
         own_id = self._swarm.identity.peer_id
-        self._tokens = RunTokens(own_id, progress.own_tokens, progress.trainers, progress.run_tokens)
+        self._tokens = TokenCounter(own_id, progress.own_tokens, progress.trainers, progress.run_tokens)
 
-    def _totals(self) -> Progress:
+    def _totals(self) -> TrainingProgress:
         """Progress with what is counted elsewhere while this process runs."""
         dispatcher, progress = self._dispatcher, self._progress
         return replace(

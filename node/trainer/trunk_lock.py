@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class Turns:
+class TrunkLock:
     """One at a time: a turn (a step, an evaluation), or a function given to `call`. Safe in any thread.
 
     Neither starves. Whoever ends a turn, or is about to change what it computed with, runs the functions that came

@@ -37,7 +37,7 @@ TRY_AGAIN_S = 1.0
 DRAIN_GRACE_S = 0.2
 
 
-class Place(Protocol):
+class TrainerEndpoint(Protocol):
     """Where others call this trainer."""
 
     @property
@@ -60,7 +60,7 @@ class TrunkSharing:
         swarm: Swarm,
         training: Training,
         events: EventLog,
-        whereabouts: Place,
+        whereabouts: TrainerEndpoint,
         services: Mapping[str, grpc.GenericRpcHandler] = MappingProxyType({}),
     ) -> None:
         """`services` by name: what else this trainer's server answers."""

@@ -21,7 +21,7 @@ FILE_NAME = "trunk.safetensors"
 
 
 @dataclass(kw_only=True)
-class Progress:
+class TrainingProgress:
     """What a resumed run goes on counting. `run_tokens` are the whole run's; `trainers` the other trainers' own tokens.
 
     `step` counts this trainer's steps, `version` the trunk's, which averaging with further ones moves ahead.
@@ -40,7 +40,7 @@ class Progress:
     wall_s: float = 0.0
 
 
-def save_trunk(folder: Path, training: Training, progress: Progress) -> None:
+def save_trunk(folder: Path, training: Training, progress: TrainingProgress) -> None:
     """Write weights, moments and `progress`; raises CheckpointError."""
     tensors = {f"model.{name}": t for name, t in training.model.state_dict().items()}
     names = [name for name, p in training.model.named_parameters() if p.requires_grad]
@@ -51,7 +51,7 @@ def save_trunk(folder: Path, training: Training, progress: Progress) -> None:
     write_checkpoint(folder / FILE_NAME, tensors, metadata)
 
 
-def load_trunk(folder: Path, training: Training) -> Progress | None:
+def load_trunk(folder: Path, training: Training) -> TrainingProgress | None:
     """Restore what `save_trunk` wrote; None if there is none. CheckpointError for another run's or a damaged one."""
     stored = read_checkpoint(folder / FILE_NAME)
     if stored is None:
@@ -74,7 +74,7 @@ def load_trunk(folder: Path, training: Training) -> Progress | None:
     return progress
 
 
-def load_trunk_weights(folder: Path, model: Transformer, run_id: str) -> Progress:
+def load_trunk_weights(folder: Path, model: Transformer, run_id: str) -> TrainingProgress:
     """Weights only, for evaluation and sampling; raises CheckpointError if there is no checkpoint."""
     stored = read_checkpoint(folder / FILE_NAME)
     if stored is None:
@@ -84,7 +84,7 @@ def load_trunk_weights(folder: Path, model: Transformer, run_id: str) -> Progres
 
 def _restore_model(
     folder: Path, model: Transformer, run_id: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
-) -> Progress:
+) -> TrainingProgress:
     where = folder / FILE_NAME
     if metadata.get("run_id") != run_id:
         raise CheckpointError(
@@ -93,6 +93,6 @@ def _restore_model(
     weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     try:
         model.load_state_dict(weights)
-        return Progress(**json.loads(metadata["progress"]))
+        return TrainingProgress(**json.loads(metadata["progress"]))
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where} does not fit this run: {str(error)[:300]}") from None

@@ -12,9 +12,9 @@ from grpc_health.v1 import health_pb2
 
 from common.errors import DrainingError, KilohiveError
 from node.limits.limits import Limits
-from node.limits.rate_limits import CALL_BYTES, OVERHEAD, Allowance
+from node.limits.rate_limits import CALL_BYTES, OVERHEAD, RateLimits
 from node.rpc.handlers import CallCounts, unary
-from node.rpc.rate_limit_interceptor import Admission
+from node.rpc.rate_limit_interceptor import RateLimitInterceptor
 from node.rpc.server import NodeServer
 from protocol import expert_pb2 as pb
 from tests.support.swarm_parts import PLAIN
@@ -30,7 +30,7 @@ TEXT = "x" * 100_000
 class Echo:
     """A server behind an admission, and a client's side of it."""
 
-    def __init__(self, allowance: Allowance, channel: grpc.aio.Channel) -> None:
+    def __init__(self, allowance: RateLimits, channel: grpc.aio.Channel) -> None:
         self.allowance, self.channel = allowance, channel
         self.refusal: KilohiveError | None = None
 
@@ -45,12 +45,12 @@ async def echo(limits: Limits, max_calls: int | None = None) -> AsyncIterator[Ec
     async def answer(request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeRequest:
         return request
 
-    allowance = Allowance(limits)
+    allowance = RateLimits(limits)
     methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Echo": grpc.unary_unary_rpc_method_handler(unary(pb.DescribeRequest, answer, CallCounts()))
     }
     handler = grpc.method_handlers_generic_handler(NAME, methods)
-    admission = Admission(allowance, lambda: host.refusal, max_calls)
+    admission = RateLimitInterceptor(allowance, lambda: host.refusal, max_calls)
     server = NodeServer([handler], [NAME], "127.0.0.1", 0, PLAIN, admission)
     await server.start()
     options = [("grpc.use_local_subchannel_pool", 1)]

@@ -20,7 +20,7 @@ from node.averaging import pieces
 from node.averaging.pieces import cut, piece_message
 from node.averaging.service import SERVICE_NAME
 from node.limits.limits import Limits
-from node.limits.rate_limits import Allowance
+from node.limits.rate_limits import RateLimits
 from node.model.replica_state import schema, schema_hash
 from protocol import averaging_pb2 as pb
 from protocol.call_signature import CallSigner
@@ -173,7 +173,7 @@ async def test_two_exchanges_at_once_are_one_too_many() -> None:
 
 async def test_a_node_in_debt_to_its_owner_averages_only_once_it_is_paid() -> None:
     a, b = two_replicas()
-    allowance = Allowance(Limits(up_bytes_per_s=500_000, down_bytes_per_s=500_000))
+    allowance = RateLimits(Limits(up_bytes_per_s=500_000, down_bytes_per_s=500_000))
     async with averaging_node("peer-a", a) as node_a, averaging_node("peer-b", b, allowance=allowance) as node_b:
         allowance.sent(2_000_000)
         with pytest.raises(OverloadedError, match="owner limits it: no exchange for now") as caught:

@@ -12,8 +12,8 @@ import torch
 from common.errors import DataError, UnavailableError
 from node.contributor.command import run_contribute
 from node.contributor.config import ContributeConfig
-from node.contributor.local_training import Schooling
-from node.model.expert_file import Place, expert_file, metadata_of, read_expert
+from node.contributor.local_training import LocalTraining
+from node.model.expert_file import ExpertId, expert_file, metadata_of, read_expert
 from protocol.manifest import AveragingConfig
 from tests.support.contributing import RunInLoop, run_in_loop
 from tests.support.swarm_parts import small_manifest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from node.model.expert_file import Weights
 
-PLACE = Place(1, 2)
+PLACE = ExpertId(1, 2)
 # The run itself learns nothing: whatever is gained is the contributor's.
 MANIFEST = small_manifest(
     model={"experts_per_layer": 4, "experts_per_block": 4},
@@ -104,37 +104,37 @@ async def test_training_at_home_goes_on_from_its_file_without_trainers_too_and_k
         assert await contribute(run, file.path, fetch=True) == 0
         fetched = file.weights(run)
         file.write({name: 2 * w for name, w in fetched.items()})
-        step, download = Schooling._step, Schooling._download_trunk
+        step, download = LocalTraining._step, LocalTraining._download_trunk
 
-        def stopping(schooling: Schooling, number: int, lr: float) -> float:
+        def stopping(schooling: LocalTraining, number: int, lr: float) -> float:
             loss = step(schooling, number, lr)
             if number == 2:
                 run_loop.call_soon_threadsafe(stop.set)
             return loss
 
-        async def nobody(_: Schooling) -> None:
+        async def nobody(_: LocalTraining) -> None:
             raise UnavailableError("no trainer is up")
 
-        def then_nobody(schooling: Schooling, number: int, lr: float) -> float:
-            monkeypatch.setattr(Schooling, "_download_trunk", nobody)
+        def then_nobody(schooling: LocalTraining, number: int, lr: float) -> float:
+            monkeypatch.setattr(LocalTraining, "_download_trunk", nobody)
             return stopping(schooling, number, lr)
 
         run_loop = asyncio.get_running_loop()
         monkeypatch.setattr("node.contributor.local_training.TRUNK_EVERY_S", 0.0)
-        monkeypatch.setattr(Schooling, "_step", then_nobody)
+        monkeypatch.setattr(LocalTraining, "_step", then_nobody)
         assert await contribute(run, file.path, train=1_000_000, stop=stop) == 0
         learnt = file.weights(run)
         for name, w in fetched.items():
             assert not torch.equal(learnt[name], 2 * w)
             assert (learnt[name] - 2 * w).abs().max() < 0.1
 
-        def failing(schooling: Schooling, number: int, lr: float) -> float:
+        def failing(schooling: LocalTraining, number: int, lr: float) -> float:
             if number == 2:
                 raise DataError("the disk is gone")
             return step(schooling, number, lr)
 
-        monkeypatch.setattr(Schooling, "_step", failing)
-        monkeypatch.setattr(Schooling, "_download_trunk", download)
+        monkeypatch.setattr(LocalTraining, "_step", failing)
+        monkeypatch.setattr(LocalTraining, "_download_trunk", download)
         with pytest.raises(DataError):
             await contribute(run, file.path, train=1_000_000)
         assert not torch.equal(file.weights(run)["w_in"], learnt["w_in"])

@@ -32,7 +32,7 @@ from tests.support.trials import Context, bee_dataset
 
 if TYPE_CHECKING:
     from experiments.harness.experiment import Trial
-    from experiments.harness.worker import Progress
+    from experiments.harness.worker import TrialProgress
     from node.data import ByteDataset
 
 CONFIG = RunnerConfig(module=small_experiment.__name__, preset="quick", jobs=2, threads=1, device="cpu", only="")
@@ -62,7 +62,7 @@ class Seen(View):
         self.running.remove(trial.name)
         super().ended(trial, has_result=has_result)
 
-    def progress(self, trial: Trial, said: Progress) -> None:
+    def progress(self, trial: Trial, said: TrialProgress) -> None:
         super().progress(trial, said)
         if self.stop_at and said.words == self.stop_at:
             self.stop.set()

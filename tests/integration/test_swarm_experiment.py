@@ -9,8 +9,8 @@ import pytest
 
 from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.training import nats_per_window
-from experiments.harness.worker import Failure, Job, Progress, Worker
-from experiments.live.placement import Place, experts_at, manifest_of
+from experiments.harness.worker import Failure, Job, TrialProgress, Worker
+from experiments.live.placement import Placement, experts_at, manifest_of
 from experiments.live.processes import wait_until
 from experiments.swarm import experiment as swarm
 from experiments.swarm.trial import SwarmTrial
@@ -25,8 +25,8 @@ SPEC = TrainSpec(
     arm=Arm(label="2 of 8 experts", hidden=8, experts=8, per_token=2), seed=3, tokens=40 * 256, lr=1e-2,
     expert_lr=1e-2, d_model=16, layers=2, heads=2, context=16, batch=16, final_eval_bytes=1024,
 )  # fmt: skip
-HERE = Place(experts_per_block=4)
-DISTURBED = Place(hosts=2, replicas=2, experts_per_block=4, in_flight=4, delay_mean_s=0.01, fail=0.1, kills=1)
+HERE = Placement(experts_per_block=4)
+DISTURBED = Placement(hosts=2, replicas=2, experts_per_block=4, in_flight=4, delay_mean_s=0.01, fail=0.1, kills=1)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
     return bee_dataset(tmp_path_factory.mktemp("data"))
 
 
-def trained(place: Place, dataset: ByteDataset, folder: Path) -> tuple[dict[str, Any], float]:
+def trained(place: Placement, dataset: ByteDataset, folder: Path) -> tuple[dict[str, Any], float]:
     """What training told, and the held-out loss once nothing is disturbed any more."""
     folder.mkdir()
     context = Context(folder)
@@ -78,7 +78,7 @@ def test_a_trial_that_is_cut_leaves_no_process_behind(tmp_path: Path) -> None:
     try:
         assert worker.connection.poll(90), "it trains"
         said = worker.connection.recv()
-        assert isinstance(said, Progress), said.words if isinstance(said, Failure) else said
+        assert isinstance(said, TrialProgress), said.words if isinstance(said, Failure) else said
         below = psutil.Process(worker.pid).children(recursive=True)
     finally:
         worker.stop()

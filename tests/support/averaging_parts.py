@@ -33,7 +33,7 @@ from tests.support.swarm_parts import PLAIN
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from node.limits.rate_limits import Allowance
+    from node.limits.rate_limits import RateLimits
 
 R = TypeVar("R")
 
@@ -298,7 +298,7 @@ async def averaging_node(
     peer_id: str,
     *replicas: MemoryReplica,
     stored: Callable[[BlockId], ReplicaState | None] | None = None,
-    allowance: Allowance | None = None,
+    allowance: RateLimits | None = None,
     **changes: Any,
 ) -> AsyncIterator[AveragingNode]:
     """A node on a free port of this machine."""

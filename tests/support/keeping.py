@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from common.events import EventLog
 from dht.view import DirectoryView
 from node.averaging.replica_set import ReplicaSet
-from node.host.block_manager import BlockKeeper, KeeperParts
+from node.host.block_manager import BlockManager, BlockManagerParts
 from node.host.block_store import BlockStore
 from node.host.placement import PlacementConfig
 from node.host.serving.runtime import Runtime, RuntimeConfig
@@ -34,7 +34,7 @@ TIMEOUT_S = 10.0
 class Keeping:
     """The keeper, what it works with, and what it said."""
 
-    keeper: BlockKeeper
+    keeper: BlockManager
     runtime: Runtime
     store: BlockStore
     replicas: ReplicaSet
@@ -54,7 +54,7 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
     events, heard, announced = EventLog(), list[Any](), list[dict[Any, str]]()
     events.subscribe(heard.append)
     averager = SimpleNamespace(unreachable=frozenset)
-    parts = KeeperParts(
+    parts = BlockManagerParts(
         manifest=MANIFEST,
         peer_id="own",
         directory=cast("Any", SimpleNamespace(snapshot=lambda **_: view)),
@@ -66,7 +66,7 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
         clock=time.monotonic,
         pausing=asyncio.Event(),
     )
-    keeper = BlockKeeper(parts, PlacementConfig(max_blocks=max_blocks, target_replicas=1), fixed)
+    keeper = BlockManager(parts, PlacementConfig(max_blocks=max_blocks, target_replicas=1), fixed)
 
     async def announce_now() -> bool:
         said = {**dict.fromkeys(keeper.given_up, "stored"), **dict.fromkeys(keeper.serving, "serving")}

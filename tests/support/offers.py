@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from node.data import ByteDataset
-    from node.model.expert_file import Place
+    from node.model.expert_file import ExpertId
     from node.model.moe import LocalExperts
     from node.model.transformer import Transformer
     from protocol.announcements import Role
@@ -27,26 +27,26 @@ def weights(seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
     return {**normal, **changes}
 
 
-def present(experts: LocalExperts, place: Place) -> dict[str, torch.Tensor]:
+def present(experts: LocalExperts, place: ExpertId) -> dict[str, torch.Tensor]:
     """The weights of the expert that is there."""
     block, row = _where(experts, place)
     return {name: tensor[row].clone() for name, tensor in block.params.items()}
 
 
-def put(experts: LocalExperts, place: Place, given: dict[str, torch.Tensor]) -> None:
+def put(experts: LocalExperts, place: ExpertId, given: dict[str, torch.Tensor]) -> None:
     """The offered expert in the place of the present one, as a host would."""
     block, row = _where(experts, place)
     for name, tensor in given.items():
         block.params[name][row] = tensor
 
 
-def _where(experts: LocalExperts, place: Place) -> Any:
+def _where(experts: LocalExperts, place: ExpertId) -> Any:
     model = experts.manifest.model
     return experts.blocks[place.layer][place.block(model).block], place.row(model)
 
 
 def train_one(
-    experts: LocalExperts, model: Transformer, dataset: ByteDataset, place: Place, steps: int
+    experts: LocalExperts, model: Transformer, dataset: ByteDataset, place: ExpertId, steps: int
 ) -> dict[str, torch.Tensor]:
     """The expert of a place after so many steps of its own, everything else as it was; `experts` has it then."""
     block, row = _where(experts, place)

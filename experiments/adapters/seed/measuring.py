@@ -25,7 +25,7 @@ from experiments.adapters.seed.apart import arrow, merged
 from experiments.adapters.seed.volunteer import volunteer
 from experiments.arms.counted import CountedExperts
 from experiments.arms.specialisation import excess
-from experiments.live.placement import Place, experts_at
+from experiments.live.placement import Placement, experts_at
 from protocol.manifest import AveragingConfig
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def measure(trial: AdapterTrial, texts: Texts, context: TrialContext) -> Result:
         for way in trial.ways:
             _measure_apart(measuring, way, alone)
         return result
-    together, place = list(training.values()), Place(hosts=trial.hosts)
+    together, place = list(training.values()), Placement(hosts=trial.hosts)
     manifest = manifest_for(trial.run, texts.upper, together)
     manifest = replace(manifest, averaging=AveragingConfig(target_replicas=place.replicas))
     steps = sum(map(len, together)) // STEP_WINDOWS

@@ -33,7 +33,7 @@ class CheckedInputs(Inputs):
     blocks: frozenset[BlockId]
 
 
-class KeptInputs:
+class ActivationCache:
     """Oldest out first, when `max_bytes` are kept or `max_age_s` have passed."""
 
     def __init__(self, max_bytes: int, max_age_s: float, clock: Callable[[], float]) -> None:

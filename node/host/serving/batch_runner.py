@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from common.errors import DeadlineError, KilohiveError, NoRoomError, UnknownRequestError
-from node.host.serving.activation_cache import KeptInputs, SteppedIds
+from node.host.serving.activation_cache import ActivationCache, SteppedIds
 from node.host.serving.hosted_blocks import HostedBlocks
 from node.host.serving.jobs import BackwardJob, BackwardResult, ForwardJob, ForwardResult, Job, merged_inputs
 from node.model.devices import is_out_of_memory
@@ -61,11 +61,11 @@ class _Ready(NamedTuple):
     staleness: int
 
 
-class BlockWorker:
+class BatchRunner:
     """Forward and backward over `blocks`; remembers inputs for backward and which requests have stepped."""
 
     def __init__(
-        self, blocks: Sequence[Block], manifest: Manifest, kept: KeptInputs, clock: Callable[[], float]
+        self, blocks: Sequence[Block], manifest: Manifest, kept: ActivationCache, clock: Callable[[], float]
     ) -> None:
         self.blocks = HostedBlocks(blocks)
         self.rate, self.staleness = Rate(clock), RecentMean()

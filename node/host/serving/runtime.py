@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from common.errors import DrainingError, OverloadedError
 from common.tasks import settle
-from node.host.serving.activation_cache import KeptInputs
-from node.host.serving.batch_runner import BlockWorker
+from node.host.serving.activation_cache import ActivationCache
+from node.host.serving.batch_runner import BatchRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -56,8 +56,8 @@ class Runtime:
         rest_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._config, self._rest_s = config, rest_s
-        self._kept = KeptInputs(config.keep_inputs_bytes, config.keep_inputs_s, clock)
-        self._worker = BlockWorker(blocks, manifest, self._kept, clock)
+        self._kept = ActivationCache(config.keep_inputs_bytes, config.keep_inputs_s, clock)
+        self._worker = BatchRunner(blocks, manifest, self._kept, clock)
         self._jobs: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()

@@ -26,7 +26,7 @@ from node.trainer.dispatch.loop_bridge import LOOP_GRACE_S, LOOP_STOPPED
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from node.trainer.dispatch.loop_bridge import LoopCalls
+    from node.trainer.dispatch.loop_bridge import LoopBridge
     from node.trainer.dispatch.peers import Peers
     from node.trainer.dispatch.plan import Part, Planner
 
@@ -34,7 +34,7 @@ MIN_CALL_S = 0.05
 """With less than this left before the deadline no call is started."""
 
 
-class Request(Protocol):
+class DispatchRequest(Protocol):
     """What one peer is asked."""
 
     @property
@@ -42,7 +42,7 @@ class Request(Protocol):
         """The pairs it is asked for."""
 
 
-Q = TypeVar("Q", bound=Request)
+Q = TypeVar("Q", bound=DispatchRequest)
 M = TypeVar("M")
 A = TypeVar("A")
 A_co = TypeVar("A_co", covariant=True)
@@ -90,7 +90,7 @@ class Delivery(Generic[Q, M, A]):
     """One pass through one layer. Use once, from one thread."""
 
     def __init__(
-        self, planner: Planner, work: Work[Q, M, A], peers: Peers, calls: LoopCalls, limits: DeliveryLimits
+        self, planner: Planner, work: Work[Q, M, A], peers: Peers, calls: LoopBridge, limits: DeliveryLimits
     ) -> None:
         self._planner, self._work, self._peers, self._calls, self._limits = planner, work, peers, calls, limits
         self._pending: dict[concurrent.futures.Future[tuple[M, float]], _Call[Q, M, A]] = {}

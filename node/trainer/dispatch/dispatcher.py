@@ -25,7 +25,7 @@ from node.trainer.dispatch.backward import BackwardBatch, BackwardWork
 from node.trainer.dispatch.client import ExpertClient
 from node.trainer.dispatch.delivery import Delivery, DeliveryLimits
 from node.trainer.dispatch.forward import ForwardBatch, ForwardWork, SentPart
-from node.trainer.dispatch.loop_bridge import LoopCalls
+from node.trainer.dispatch.loop_bridge import LoopBridge
 from node.trainer.dispatch.peers import Peers
 from node.trainer.dispatch.plan import LayerChoice, Planner
 from protocol.manifest import BlockId
@@ -95,7 +95,7 @@ class Dispatcher:
         self.manifest, self.run_tokens = manifest, 0
         self._directory, self.client, self._config = directory, client, config
         self._peers = Peers(directory, config.avoid_failed_s, random.Random(config.seed))
-        self._calls = LoopCalls(loop)
+        self._calls = LoopBridge(loop)
         self._live: dict[int, tuple[int, torch.Tensor]] = {}
         self._lock = threading.Lock()
         self._pairs_by_peer: Counter[str] = Counter()

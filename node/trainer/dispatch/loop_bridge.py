@@ -20,7 +20,7 @@ LOOP_GRACE_S = 20.0
 LOOP_STOPPED = "the event loop did not answer: is it still running?"
 
 
-class LoopCalls:
+class LoopBridge:
     """Starts coroutines on `loop` from any other thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

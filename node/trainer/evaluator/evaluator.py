@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from common.atomic_file import write_atomically
 from common.errors import CheckpointError, DrainingError, KilohiveError
 from common.tasks import until_stopped
-from node.model.expert_file import Place
+from node.model.expert_file import ExpertId
 from node.rpc.handlers import failure_of
 from node.trainer.evaluator.fetch_expert import fetch_expert
-from node.trainer.evaluator.held_out_trial import Trial, config_of, refusal
-from node.trainer.evaluator.paired_experts import Rivals, rivals_model
+from node.trainer.evaluator.held_out_trial import HeldOutTrial, config_of, refusal
+from node.trainer.evaluator.paired_experts import PairedExperts, rivals_model
 from protocol import contribution_pb2 as pb
 from protocol.verdict import Verdict, sign_verdict, steps_between
 
@@ -95,7 +95,7 @@ class Evaluator:
         self._tell(offer, took_s)
 
     async def _evaluate(self, offer: Offer, stop: asyncio.Event) -> None:
-        parts, place = self._parts, Place(offer.offered.layer, offer.offered.expert)
+        parts, place = self._parts, ExpertId(offer.offered.layer, offer.offered.expert)
         offer.state, until_s = pb.EVALUATING, self._clock() + MAX_EVALUATION_S
         replicas = parts.replicas(place.block(self._manifest.model))
         fetching = fetch_expert(parts.client, replicas, place, self._manifest)
@@ -113,13 +113,13 @@ class Evaluator:
         return {name: t.detach().clone() for name, t in self._parts.training.model.state_dict().items()}
 
     def _trial(
-        self, place: Place, rivals: tuple[Weights, Weights], trunk: dict[str, torch.Tensor], number: int
-    ) -> Trial:
+        self, place: ExpertId, rivals: tuple[Weights, Weights], trunk: dict[str, torch.Tensor], number: int
+    ) -> HeldOutTrial:
         training, manifest = self._parts.training, self._manifest
-        model = rivals_model(manifest, trunk, Rivals(self._parts.experts, place, *rivals, manifest))
-        return Trial(model, training.dataset, config_of(manifest.model, number), training.config.batch)
+        model = rivals_model(manifest, trunk, PairedExperts(self._parts.experts, place, *rivals, manifest))
+        return HeldOutTrial(model, training.dataset, config_of(manifest.model, number), training.config.batch)
 
-    def _settle(self, offer: Offer, place: Place, version: int) -> None:
+    def _settle(self, offer: Offer, place: ExpertId, version: int) -> None:
         decision = offer.decision
         if self._queue.is_left(offer):
             offer.settle(pb.NOT_TESTED, "its peer has not asked for it any more")
@@ -140,7 +140,7 @@ class Evaluator:
             )
             offer.settle(pb.GAINED, decision.why, sign_verdict(self._parts.identity, verdict))
 
-    def _staleness(self, place: Place, version: int) -> str:
+    def _staleness(self, place: ExpertId, version: int) -> str:
         """Why hosts would not take it in any more; empty if they would."""
         block_id = place.block(self._manifest.model)
         newest = max((replica.version for replica in self._parts.replicas(block_id)), default=version)

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from dht.view import Replica
     from node.averaging.joining import Downloader
-    from node.model.expert_file import Place, Weights
+    from node.model.expert_file import ExpertId, Weights
     from protocol.manifest import Manifest
 
 FETCH_S = 30.0
 
 
 async def fetch_expert(
-    client: Downloader, replicas: Sequence[Replica], place: Place, manifest: Manifest
+    client: Downloader, replicas: Sequence[Replica], place: ExpertId, manifest: Manifest
 ) -> tuple[Weights, int]:
     """Its weights, and the version of its block. Raises UnavailableError, DeadlineError."""
     block_id = place.block(manifest.model)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from node.trainer.evaluator.paired_experts import window_gains
-from node.trainer.evaluator.sequential_test import AcceptanceConfig, AcceptanceTest
+from node.trainer.evaluator.sequential_test import SequentialTest, SequentialTestConfig
 
 if TYPE_CHECKING:
     from node.data import ByteDataset
@@ -26,20 +26,20 @@ ALPHA = 0.05
 """Probability that any of all the offers that an evaluator ever tries is accepted, of those that gain nothing."""
 
 
-def config_of(model: ModelConfig, number: int) -> AcceptanceConfig:
+def config_of(model: ModelConfig, number: int) -> SequentialTestConfig:
     """For the `number`-th offer, from 1. The shares of ALPHA add up to it, however many there will be."""
     share = 6.0 / (np.pi * number) ** 2
-    return AcceptanceConfig(alpha=ALPHA * share, worth=WORTH_OF_LAYER / model.experts_per_layer)
+    return SequentialTestConfig(alpha=ALPHA * share, worth=WORTH_OF_LAYER / model.experts_per_layer)
 
 
-class Trial:
+class HeldOutTrial:
     """Runs `model` (of `rivals_model`) over a held-out text, `batch` windows at once, each with both experts."""
 
-    def __init__(self, model: Transformer, dataset: ByteDataset, config: AcceptanceConfig, batch: int) -> None:
+    def __init__(self, model: Transformer, dataset: ByteDataset, config: SequentialTestConfig, batch: int) -> None:
         """Raises InvalidInputError if the text has no more windows than the test's pilot."""
         self._model, self._dataset, self._batch = model, dataset, batch
         n_windows = dataset.n_held_out(model.context)
-        self._test = AcceptanceTest(config, n_windows)
+        self._test = SequentialTest(config, n_windows)
         order = np.random.default_rng(secrets.randbits(128))
         self._left_N = order.permutation(n_windows)[:MAX_WINDOWS]
         self.of_windows = len(self._left_N)

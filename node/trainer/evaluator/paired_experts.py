@@ -22,19 +22,21 @@ from node.trainer.train_step import build_model
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from node.model.expert_file import Place, Weights
+    from node.model.expert_file import ExpertId, Weights
     from node.model.moe import Experts
     from node.model.transformer import Transformer
     from protocol.manifest import Manifest
 
 
-class Rivals:
+class PairedExperts:
     """Experts of a run for batches whose second half repeats the first, which two experts of one place share.
 
     `present` answers in the first half, `offered` in the second; all others are `experts`' own in both.
     """
 
-    def __init__(self, experts: Experts, place: Place, present: Weights, offered: Weights, manifest: Manifest) -> None:
+    def __init__(
+        self, experts: Experts, place: ExpertId, present: Weights, offered: Weights, manifest: Manifest
+    ) -> None:
         self.run_tokens = experts.run_tokens
         self._experts, self._place = experts, place
         self._kind = expert_kind(manifest.model.expert_kind)
@@ -72,7 +74,7 @@ class Rivals:
         return self._kind.apply({name: w.to(x_PD.device) for name, w in self._weights_2.items()}, x_PD, groups)
 
 
-def rivals_model(manifest: Manifest, trunk: Mapping[str, torch.Tensor], rivals: Rivals) -> Transformer:
+def rivals_model(manifest: Manifest, trunk: Mapping[str, torch.Tensor], rivals: PairedExperts) -> Transformer:
     """A trunk of its own whose state is `trunk`, for `window_gains`: training goes on meanwhile."""
     generator = torch.Generator().manual_seed(0)
     model = build_model(manifest, rivals, generator)

@@ -43,7 +43,7 @@ HALVINGS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class AcceptanceConfig:
+class SequentialTestConfig:
     """Gains in nats per byte, of the mean over the whole text.
 
     An update that gains `margin` or less is accepted with a probability of at most `alpha`; one that gains `worth` or
@@ -80,10 +80,10 @@ class Decision:
     n_windows: int
 
 
-class AcceptanceTest:
+class SequentialTest:
     """One update's test over `n_total` windows, the whole held-out text, of which any number may be met."""
 
-    def __init__(self, config: AcceptanceConfig, n_total: int) -> None:
+    def __init__(self, config: SequentialTestConfig, n_total: int) -> None:
         if n_total <= config.pilot:
             raise InvalidInputError("n_total", f"is {n_total}; the test needs more windows than its {config.pilot}")
         self.config, self.n_total, self.n_windows = config, n_total, 0
@@ -210,9 +210,9 @@ class _Capital:
         self.best = max(self.best, mixed)
 
 
-def decide(differences: Iterable[float], n_total: int, config: AcceptanceConfig) -> Decision:
+def decide(differences: Iterable[float], n_total: int, config: SequentialTestConfig) -> Decision:
     """Take windows until the test knows, or there are no more."""
-    test = AcceptanceTest(config, n_total)
+    test = SequentialTest(config, n_total)
     for difference in differences:
         test.add(difference)
         if test.is_decided:

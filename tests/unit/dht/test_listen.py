@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import ConfigError, UnavailableError
 from dht import daemon
-from dht.daemon import Place, listen_address, place_of
+from dht.daemon import DaemonAddresses, daemon_addresses, listen_address
 
 
 def test_an_address_becomes_a_multiaddress() -> None:
@@ -36,23 +36,23 @@ def test_a_taken_port_is_one_sentence() -> None:
 
 
 def test_on_loopback_nobody_needs_quic() -> None:
-    assert place_of("127.0.0.1", 0, "") == Place(("/ip4/127.0.0.1/tcp/0",))
+    assert daemon_addresses("127.0.0.1", 0, "") == DaemonAddresses(("/ip4/127.0.0.1/tcp/0",))
 
 
 def test_elsewhere_quic_is_taken_and_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "_check_free", lambda *_: None)
     tcp, udp = "/ip4/192.0.2.7/tcp/4001", "/ip4/192.0.2.7/udp/4001/quic-v1"
-    assert place_of("192.0.2.7", 4001, "") == Place((tcp, udp), tcp, udp)
+    assert daemon_addresses("192.0.2.7", 4001, "") == DaemonAddresses((tcp, udp), tcp, udp)
     outside = "/ip4/198.51.100.1"
-    announced = Place((tcp, udp), f"{outside}/tcp/4001", f"{outside}/udp/4001/quic-v1")
-    assert place_of("192.0.2.7", 4001, "198.51.100.1") == announced
+    announced = DaemonAddresses((tcp, udp), f"{outside}/tcp/4001", f"{outside}/udp/4001/quic-v1")
+    assert daemon_addresses("192.0.2.7", 4001, "198.51.100.1") == announced
 
 
 def test_a_port_that_is_told_to_others_is_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "_check_free", lambda *_: None)
     monkeypatch.setattr(daemon, "_free_port", lambda _: 4567)
-    assert place_of("192.0.2.7", 0, "").announced == "/ip4/192.0.2.7/tcp/4567"
+    assert daemon_addresses("192.0.2.7", 0, "").announced == "/ip4/192.0.2.7/tcp/4567"
     with pytest.raises(ConfigError, match="--announce: needs a --dht-port too"):
-        place_of("192.0.2.7", 0, "198.51.100.1")
+        daemon_addresses("192.0.2.7", 0, "198.51.100.1")
     with pytest.raises(ConfigError, match="--announce: must be an IP address"):
-        place_of("192.0.2.7", 4001, "example.org")
+        daemon_addresses("192.0.2.7", 4001, "example.org")

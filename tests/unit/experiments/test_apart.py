@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from experiments.apart.branches import Branches, Course, Stage, StageRun
+from experiments.apart.branches import Branches, BranchSchedule, Stage, StageRun
 from experiments.apart.ensemble import by_posterior, evenly_weighted, forget_gates
 from experiments.apart.experiment import EXPERIMENT, KINDS, PRESETS, Bench, planned
 from experiments.apart.report import apart_report
@@ -23,7 +23,7 @@ from tests.support.trials import Context, topical_dataset
 if TYPE_CHECKING:
     from experiments.harness.experiment import Result, Trial
 
-COURSE = Course(
+COURSE = BranchSchedule(
     arm=Arm(label="2 of 8 experts", hidden=16, experts=8, per_token=2), seed=0, tokens=2_560, lr=5e-3, expert_lr=5e-3,
     d_model=16, layers=2, heads=2, context=16, batch=4, participants=2, branch_tokens=1_280, apart_tokens=640,
     evaluations=1, eval_bytes=256, final_eval_bytes=256,

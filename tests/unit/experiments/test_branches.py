@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.errors import ConfigError
-from experiments.apart.branches import Branches, Course
+from experiments.apart.branches import Branches, BranchSchedule
 from experiments.apart.shards import clusters, evenly, shards_of, split, texts_of, tf_idf
 from experiments.arms.arm import Arm
 from experiments.arms.training import nats_per_window
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from node.data import ByteDataset
 
 ARM = Arm(label="2 of 8 experts", hidden=16, experts=8, per_token=2)
-COURSE = Course(
+COURSE = BranchSchedule(
     arm=ARM, seed=0, tokens=4_480, lr=5e-3, expert_lr=5e-3, d_model=16, layers=2, heads=2, context=16, batch=4,
     participants=4, branch_tokens=2_560, apart_tokens=1_280, evaluations=1, eval_bytes=256, final_eval_bytes=512,
 )  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_participant_moves_its_own_experts_and_no_others(dataset: ByteDataset,
 
 @pytest.mark.parametrize("course", [COURSE, DENSE], ids=["experts", "dense"])
 def test_participants_learn_apart_from_one_start_and_are_not_trained_twice(
-    course: Course, dataset: ByteDataset, context: Context
+    course: BranchSchedule, dataset: ByteDataset, context: Context
 ) -> None:
     branches = Branches(course, context, dataset)
     folders = branches.participants("random")

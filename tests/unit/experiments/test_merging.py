@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from experiments.apart.branches import Branches, Course
+from experiments.apart.branches import Branches, BranchSchedule
 from experiments.apart.ensemble import by_posterior
 from experiments.apart.shards import split
 from experiments.arms.arm import Arm, cost
@@ -30,14 +30,22 @@ from experiments.merging.branches import (
 )
 from experiments.merging.choosing import by_prefix, by_topic, in_hindsight, models_by_prefix
 from experiments.merging.report import MERGES, MergingResults, merging_report
-from experiments.merging.search import POPULATION, SCALES, TEMPERATURES, TIES_DENSITIES, TIES_SCALES, Found, Search
+from experiments.merging.search import (
+    POPULATION,
+    SCALES,
+    TEMPERATURES,
+    TIES_DENSITIES,
+    TIES_SCALES,
+    MergeSearch,
+    SearchResult,
+)
 from tests.support.trials import Context, topical_dataset
 
 if TYPE_CHECKING:
     from experiments.merging.merges import Weights
     from node.data import ByteDataset
 
-COURSE = Course(
+COURSE = BranchSchedule(
     arm=Arm(label="dense", hidden=16), seed=0, tokens=2_560, lr=5e-3, expert_lr=5e-3, d_model=16, layers=2, heads=2,
     context=16, batch=4, participants=4, branch_tokens=1_280, apart_tokens=1_280, evaluations=1, eval_bytes=256,
     final_eval_bytes=1_024,
@@ -81,9 +89,9 @@ def corners() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
     return base, [{name: torch.eye(2)[index] for name in base} for index in range(2)]
 
 
-def bowl_search(embedding: tuple[float, float], head: tuple[float, float]) -> tuple[Search, Bowl]:
+def bowl_search(embedding: tuple[float, float], head: tuple[float, float]) -> tuple[MergeSearch, Bowl]:
     bowl = Bowl({"embedding": torch.tensor(embedding), "head": torch.tensor(head)})
-    search = Search(*corners(), bowl)
+    search = MergeSearch(*corners(), bowl)
     bowl.asked = 0
     return search, bowl
 
@@ -122,7 +130,7 @@ def test_the_average_needs_no_measuring() -> None:
 @pytest.mark.parametrize("way", ["evolved", "thrown"])
 def test_a_search_by_layer_measures_as_often_as_it_is_told_and_is_never_worse_than_the_average(way: str) -> None:
     search, bowl = bowl_search((0.5, 0.5), (0.5, 0.5))
-    found: Found = getattr(search, way)(6 * POPULATION, np.random.default_rng(0))
+    found: SearchResult = getattr(search, way)(6 * POPULATION, np.random.default_rng(0))
     assert bowl.asked == found.evaluations == len(found.best_so_far) == 6 * POPULATION
     assert found.nats == pytest.approx(1.0), "the average, with which it begins, is the best there is"
     assert bowl(found.weights) == pytest.approx(found.nats)
@@ -305,4 +313,4 @@ def test_a_plan_is_the_same_after_its_trip_through_json() -> None:
         spec = json.loads(json.dumps(trial.spec))
         assert spec == trial.spec
         if spec["kind"] != "joint":
-            assert asdict(Course.from_json(spec["train"])) == spec["train"]
+            assert asdict(BranchSchedule.from_json(spec["train"])) == spec["train"]

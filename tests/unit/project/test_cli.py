@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 import run_node
-from common.command_line import Page, field_docs, help_rows, parse, print_help, read_config_file, resolved_text
+from common.command_line import HelpPage, field_docs, help_rows, parse, print_help, read_config_file, resolved_text
 from common.errors import ConfigError, DataError, UnavailableError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Config(Base):
     """Without colours."""
 
 
-PAGE = Page(name="demo", summary="a demonstration.", config=Config, examples=("demo --steps 4",))
+PAGE = HelpPage(name="demo", summary="a demonstration.", config=Config, examples=("demo --steps 4",))
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from tests.support.docs import Fence
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-SOURCES = ("protocol", "dht", "node", "coordinator", "experiments", "tests", "docs")
+SOURCES = ("common", "protocol", "dht", "node", "coordinator", "experiments", "tests", "docs")
 every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 

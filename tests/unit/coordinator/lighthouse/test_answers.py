@@ -12,7 +12,7 @@ from hivemind.utils import MSGPackSerializer
 from common.errors import InvalidInputError, LimitExceededError
 from coordinator.lighthouse import hivemind_pb2 as ours
 from coordinator.lighthouse.answers import N_NEIGHBORS, Answers
-from coordinator.lighthouse.store import Store
+from coordinator.lighthouse.store import StoredRecords
 from dht.packing import DICTIONARY_TAG, pack, pack_dictionary, place_of_key, place_of_peer, wrap
 from protocol.admission import Admission
 from protocol.identity import Identity
@@ -22,7 +22,7 @@ PLACE = place_of_key(KEY)
 
 
 def answers() -> Answers:
-    return Answers(b"me", Store(Admission(RUN), time.time))
+    return Answers(b"me", StoredRecords(Admission(RUN), time.time))
 
 
 def store_request(owner: Identity) -> ours.StoreRequest:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from coordinator.lighthouse.relay_quotas import Ledger, RelayLimits
+from coordinator.lighthouse.relay_quotas import CircuitLimits, RelayQuotas
 from dht.relay.relaying import IDLE_S
 
 trio = pytest.importorskip("trio", reason="trio is not installed: make setup-lighthouse says why")
@@ -16,9 +16,9 @@ trio_testing = pytest.importorskip("trio.testing")
 from coordinator.lighthouse.circuits import Account, carry  # noqa: E402 - it imports trio
 
 if TYPE_CHECKING:
-    from coordinator.lighthouse.streams import Stream
+    from coordinator.lighthouse.streams import TrioStream
 
-LIMITS = RelayLimits(reservations=1, circuits=1, circuit_bytes=100, circuit_s=3600.0)
+LIMITS = CircuitLimits(reservations=1, circuits=1, circuit_bytes=100, circuit_s=3600.0)
 
 
 class Side:
@@ -46,12 +46,12 @@ class Side:
 
 def carried(one: Side, other: Side, idle_s: float) -> tuple[bool, float]:
     """Whether both sides have ended, and after how long it was over."""
-    ledger = Ledger(LIMITS, lambda: 0.0)
+    ledger = RelayQuotas(LIMITS, lambda: 0.0)
     ledger.reserve(b"target", "127.0.0.1")
     account = Account(ledger, ledger.open(b"source", b"target"), idle_s)
 
     async def run() -> tuple[bool, float]:
-        return await carry(cast("Stream", one), cast("Stream", other), account), trio.current_time()
+        return await carry(cast("TrioStream", one), cast("TrioStream", other), account), trio.current_time()
 
     outcome: tuple[bool, float] = trio.run(run, clock=trio_testing.MockClock(autojump_threshold=0))
     return outcome

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from common.errors import OverloadedError, UnavailableError
-from coordinator.lighthouse.connection_limits import Bound
+from coordinator.lighthouse.connection_limits import ConnectionLimit
 from coordinator.lighthouse.hivemind_pb2 import FOUND_DICTIONARY, FindResponse, FindResult
 from coordinator.lighthouse.relay_quotas import (
     MAX_CIRCUITS_PER_PEER,
     MAX_RESERVATIONS_PER_ADDRESS,
     RESERVATION_S,
-    Ledger,
-    RelayLimits,
+    CircuitLimits,
+    RelayQuotas,
 )
-from coordinator.lighthouse.search import MAX_CALLS, N_NEAREST, Search
+from coordinator.lighthouse.search import MAX_CALLS, N_NEAREST, KeySearch
 from coordinator.lighthouse.table import BUCKET_SIZE, RoutingTable
 from dht.packing import pack_dictionary, place_of_key, place_of_peer, wrap
 
@@ -75,7 +75,7 @@ def answer_naming(*peers: bytes) -> FindResponse:
 def test_a_search_finds_the_nearest_of_all_by_asking_each_peer_what_it_knows() -> None:
     """Each peer knows the four that are nearest to the key among those farther from it, and two nearer ones."""
     by_distance = sorted(PEERS, key=lambda peer: distance_to(KEY, peer))
-    search = Search({KEY: "key"}, [by_distance[-1]], ME)
+    search = KeySearch({KEY: "key"}, [by_distance[-1]], ME)
     while calls := search.next_calls():
         for peer, places in calls.items():
             rank = by_distance.index(peer)
@@ -88,7 +88,7 @@ def test_a_search_finds_the_nearest_of_all_by_asking_each_peer_what_it_knows() -
 
 def test_who_does_not_answer_is_not_asked_again_and_another_is_asked_instead() -> None:
     by_distance = sorted(PEERS[:20], key=lambda peer: distance_to(KEY, peer))
-    search = Search({KEY: "key"}, by_distance, ME)
+    search = KeySearch({KEY: "key"}, by_distance, ME)
     first = search.next_calls()
     assert list(first) == by_distance[:N_NEAREST]
     for peer in first:
@@ -98,7 +98,7 @@ def test_who_does_not_answer_is_not_asked_again_and_another_is_asked_instead() -
 
 def test_a_peer_is_asked_for_all_its_keys_at_once_and_a_search_ends() -> None:
     keys = {place_of_key(str(number)): str(number) for number in range(100)}
-    search = Search(keys, [PEERS[0]], ME)
+    search = KeySearch(keys, [PEERS[0]], ME)
     (places,) = search.next_calls().values()
     assert len(places) == 64
     n_calls, endless = 1, iter(range(10_000))
@@ -112,19 +112,19 @@ def test_a_peer_is_asked_for_all_its_keys_at_once_and_a_search_ends() -> None:
 
 def test_records_go_to_the_reader_by_key_and_owner() -> None:
     taken: list[tuple[str, dict[str, bytes]]] = []
-    search = Search({KEY: "key"}, [PEERS[0]], ME, lambda name, found: taken.append((name, found)))
+    search = KeySearch({KEY: "key"}, [PEERS[0]], ME, lambda name, found: taken.append((name, found)))
     packed = pack_dictionary([("owner", wrap(b"raw"), 9.0), ("other", b"no bytes of msgpack's", 9.0)])
     (places,) = search.next_calls().values()
     search.answered(PEERS[0], places, FindResponse(results=[FindResult(type=FOUND_DICTIONARY, value=packed)]))
     assert taken == [("key", {"owner": b"raw"})]
 
 
-LIMITS = RelayLimits(reservations=2, circuits=2, circuit_bytes=100, circuit_s=60.0)
+LIMITS = CircuitLimits(reservations=2, circuits=2, circuit_bytes=100, circuit_s=60.0)
 
 
 def test_a_reservation_is_for_an_hour_and_is_renewed_though_all_are_taken() -> None:
     clock = Clock()
-    ledger = Ledger(LIMITS, clock)
+    ledger = RelayQuotas(LIMITS, clock)
     assert ledger.reserve(PEERS[0], "127.0.0.1") == 1000.0 + RESERVATION_S
     ledger.reserve(PEERS[1], "127.0.0.1")
     with pytest.raises(OverloadedError, match="this relay has 2 reservations, the most it takes"):
@@ -140,7 +140,7 @@ def test_a_reservation_is_for_an_hour_and_is_renewed_though_all_are_taken() -> N
 
 @pytest.mark.parametrize(("address", "all_in"), [("8.8.8.8", False), ("192.168.1.2", True), ("", True)])
 def test_one_public_address_does_not_get_all_reservations(address: str, *, all_in: bool) -> None:
-    ledger = Ledger(RelayLimits(reservations=100, circuits=1, circuit_bytes=1, circuit_s=1.0), Clock())
+    ledger = RelayQuotas(CircuitLimits(reservations=100, circuits=1, circuit_bytes=1, circuit_s=1.0), Clock())
     for peer in PEERS[:MAX_RESERVATIONS_PER_ADDRESS]:
         ledger.reserve(peer, address)
     if all_in:
@@ -152,7 +152,7 @@ def test_one_public_address_does_not_get_all_reservations(address: str, *, all_i
 
 
 def test_circuits_lead_to_who_has_reserved_and_are_bounded() -> None:
-    ledger = Ledger(LIMITS, Clock())
+    ledger = RelayQuotas(LIMITS, Clock())
     with pytest.raises(UnavailableError, match="no reservation"):
         ledger.open(PEERS[0], PEERS[1])
     ledger.reserve(PEERS[1], "127.0.0.1")
@@ -165,7 +165,7 @@ def test_circuits_lead_to_who_has_reserved_and_are_bounded() -> None:
 
 
 def test_one_peer_does_not_get_all_circuits() -> None:
-    ledger = Ledger(RelayLimits(reservations=9, circuits=99, circuit_bytes=1, circuit_s=1.0), Clock())
+    ledger = RelayQuotas(CircuitLimits(reservations=9, circuits=99, circuit_bytes=1, circuit_s=1.0), Clock())
     for peer in PEERS[:3]:
         ledger.reserve(peer, "127.0.0.1")
     for number in range(MAX_CIRCUITS_PER_PEER):
@@ -179,7 +179,7 @@ def test_one_peer_does_not_get_all_circuits() -> None:
 
 
 def test_nodes_and_peers_of_libp2p_share_the_limits_and_are_reached_each_their_way() -> None:
-    ledger = Ledger(LIMITS, Clock())
+    ledger = RelayQuotas(LIMITS, Clock())
     ledger.reserve(PEERS[1], "127.0.0.1")
     ledger.reserve(PEERS[2], "127.0.0.1", "kilohive")
     with pytest.raises(OverloadedError, match="the most it takes"):
@@ -197,7 +197,7 @@ def test_nodes_and_peers_of_libp2p_share_the_limits_and_are_reached_each_their_w
 
 
 def test_a_circuit_carries_its_bytes_and_not_one_more() -> None:
-    ledger = Ledger(LIMITS, Clock())
+    ledger = RelayQuotas(LIMITS, Clock())
     ledger.reserve(PEERS[1], "127.0.0.1")
     circuit = ledger.open(PEERS[0], PEERS[1])
     assert [ledger.pass_bytes(circuit, n) for n in (60, 41, 40, 1)] == [True, False, True, False]
@@ -205,7 +205,7 @@ def test_a_circuit_carries_its_bytes_and_not_one_more() -> None:
 
 
 def test_places_are_bounded_in_all_and_for_each_and_come_back() -> None:
-    bound = Bound(3, 2)
+    bound = ConnectionLimit(3, 2)
     with bound.place("a") as one, bound.place("a") as two, bound.place("a") as three:
         assert (one, two, three, bound.n_held) == (True, True, False, 2)
         with bound.place("b") as other, bound.place("c") as too_many:

@@ -12,8 +12,8 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.utils import MSGPackSerializer
 
 from common.errors import RecordError
-from coordinator.lighthouse.announcer import Announcer
-from coordinator.lighthouse.store import Store
+from coordinator.lighthouse.announcer import LighthouseAnnouncer
+from coordinator.lighthouse.store import StoredRecords
 from dht.packing import Record, pack, pack_dictionary, place_of_key, place_of_peer, unpack_dictionary, wrap
 from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord, encode_block
@@ -57,7 +57,7 @@ def test_places_and_dictionaries_are_hiveminds() -> None:
 
 def test_a_good_record_is_kept_until_it_expires() -> None:
     clock, entry = Clock(), entry_by(Identity.generate())
-    store = Store(Admission(RUN), clock)
+    store = StoredRecords(Admission(RUN), clock)
     assert store.put(carried(entry))
     assert store.get(PLACE)[entry.subkey].value == wrap(entry.value)
     assert (store.n_records, store.n_bytes) == (1, len(wrap(entry.value)))
@@ -68,7 +68,7 @@ def test_a_good_record_is_kept_until_it_expires() -> None:
 
 
 def test_a_record_that_expires_no_later_changes_nothing() -> None:
-    store, owner = Store(Admission(RUN), Clock()), Identity.generate()
+    store, owner = StoredRecords(Admission(RUN), Clock()), Identity.generate()
     newer, older = entry_by(owner, version=2, ttl_s=60.0), entry_by(owner, ttl_s=30.0)
     assert store.put(carried(newer))
     assert not store.put(carried(older))
@@ -76,7 +76,7 @@ def test_a_record_that_expires_no_later_changes_nothing() -> None:
 
 
 def test_a_renewed_record_takes_the_place_of_the_old_one() -> None:
-    store, owner = Store(Admission(RUN), Clock()), Identity.generate()
+    store, owner = StoredRecords(Admission(RUN), Clock()), Identity.generate()
     renewed = entry_by(owner, version=2, ttl_s=60.0)
     assert store.put(carried(entry_by(owner)))
     assert store.put(carried(renewed))
@@ -84,7 +84,7 @@ def test_a_renewed_record_takes_the_place_of_the_old_one() -> None:
 
 
 def test_a_forged_record_is_refused() -> None:
-    store, record = Store(Admission(RUN), Clock()), carried(entry_by(Identity.generate()))
+    store, record = StoredRecords(Admission(RUN), Clock()), carried(entry_by(Identity.generate()))
     flipped = bytes([record.value[-1] ^ 1])
     with pytest.raises(RecordError):
         store.put(record._replace(value=record.value[:-1] + flipped))
@@ -97,8 +97,8 @@ def test_a_forged_record_is_refused() -> None:
 
 def test_records_of_another_run_and_of_blocks_that_are_not_there_are_refused() -> None:
     with pytest.raises(RecordError, match="key: this node serves run another only"):
-        Store(Admission("another"), Clock()).put(carried(entry_by(Identity.generate())))
-    store = Store(Admission(RUN), Clock())
+        StoredRecords(Admission("another"), Clock()).put(carried(entry_by(Identity.generate())))
+    store = StoredRecords(Admission(RUN), Clock())
     store.serve_only(MODEL)
     assert store.put(replica_of(BlockId(0, 1)))
     with pytest.raises(RecordError, match="key: the run has no block 0/2"):
@@ -107,7 +107,7 @@ def test_records_of_another_run_and_of_blocks_that_are_not_there_are_refused() -
 
 def test_a_closed_run_stores_only_what_its_peers_say() -> None:
     admission, owner = Admission(RUN, bytes(range(32))), Identity.generate()
-    store = Store(admission, Clock())
+    store = StoredRecords(admission, Clock())
     with pytest.raises(RecordError, match="ticket: this run admits only those with its invite"):
         store.put(carried(entry_by(owner)))
     assert store.put(carried(entry_by(owner, ticket=admission.ticket(owner.peer_id))))
@@ -126,9 +126,9 @@ class Kept:
 def test_a_lighthouse_shows_its_ticket_so_that_a_closed_run_stores_what_it_says() -> None:
     admission, member = Admission(RUN, bytes(range(32))), Kept()
     said = PeerRecord(role="lighthouse")
-    announcer = Announcer(member, Identity.generate(), admission, said, Clock())  # type: ignore[arg-type]
+    announcer = LighthouseAnnouncer(member, Identity.generate(), admission, said, Clock())  # type: ignore[arg-type]
     trio.run(announcer.withdraw)
-    assert Store(admission, Clock()).put(member.records[0])
+    assert StoredRecords(admission, Clock()).put(member.records[0])
 
 
 def replica_of(block: BlockId) -> Record:
@@ -140,7 +140,7 @@ def replica_of(block: BlockId) -> Record:
 
 def test_a_full_store_refuses_newcomers_and_renews_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coordinator.lighthouse.store.MAX_SUBKEYS", 1)
-    store, owner = Store(Admission(RUN), Clock()), Identity.generate()
+    store, owner = StoredRecords(Admission(RUN), Clock()), Identity.generate()
     assert store.put(carried(entry_by(owner)))
     with pytest.raises(RecordError, match=r"store: full \(1 owners under one key\)"):
         store.put(carried(entry_by(Identity.generate())))
@@ -149,7 +149,7 @@ def test_a_full_store_refuses_newcomers_and_renews_those_it_has(monkeypatch: pyt
 
 def test_a_store_has_a_limit_of_bytes() -> None:
     first = carried(entry_by(Identity.generate()))
-    store = Store(Admission(RUN), Clock(), max_bytes=len(first.value) + 10)
+    store = StoredRecords(Admission(RUN), Clock(), max_bytes=len(first.value) + 10)
     assert store.put(first)
     with pytest.raises(RecordError, match=r"store: full \(\d+ bytes\)"):
         store.put(carried(entry_by(Identity.generate())))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.errors import InvalidInputError, LimitExceededError
 from node.averaging import pieces
-from node.averaging.pieces import Incoming, Store, cut, piece_codec, piece_message, values_of
+from node.averaging.pieces import Incoming, TensorBuffers, cut, piece_codec, piece_message, values_of
 from node.model.replica_state import TensorSchema
 from protocol.limits import MAX_PIECE_BYTES
 from protocol.tensors import encode
@@ -78,7 +78,7 @@ def test_int8_keeps_one_scale_for_each_row() -> None:
 @pytest.mark.usefixtures("small_pieces")
 def test_a_tensor_comes_back_from_its_pieces(codec: Codec, error: float) -> None:
     x = values(W_IN.shape)
-    store, incoming = Store([W_IN]), Incoming(cut([W_IN]), codec, "fp32")  # type: ignore[arg-type]
+    store, incoming = TensorBuffers([W_IN]), Incoming(cut([W_IN]), codec, "fp32")  # type: ignore[arg-type]
     assert len(incoming.slots) == 2
     for slot in cut([W_IN]):
         place, values_V = incoming.take(piece_message(slot, slot.of({"params.w_in": x.view(-1)}), codec).piece)
@@ -102,7 +102,7 @@ def test_moments_never_go_in_int8(codec: AveragingCodec, moments: Codec) -> None
 
 
 def test_a_store_holds_what_the_schema_says_by_group() -> None:
-    store = Store([W_IN, TensorSchema("first.w_in", (4, 2), torch.float64)])
+    store = TensorBuffers([W_IN, TensorSchema("first.w_in", (4, 2), torch.float64)])
     assert store.group("params")["w_in"].shape == (4, 16, 8)
     assert store.group("first")["w_in"].dtype == torch.float64
     assert store.group("second") == {}

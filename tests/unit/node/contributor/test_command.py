@@ -12,7 +12,7 @@ from common.errors import ConfigError
 from node.contributor import command
 from node.contributor.command import run_contribute
 from node.contributor.config import ContributeConfig
-from node.model.expert_file import Place, expert_file
+from node.model.expert_file import ExpertId, expert_file
 from tests.support.offers import weights
 from tests.support.swarm_parts import small_manifest
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MANIFEST = small_manifest(dtype="fp64", codec="fp64")
-PLACE = Place(1, 7)
+PLACE = ExpertId(1, 7)
 
 
 async def test_a_file_that_is_not_there_or_too_long_is_told_before_the_swarm_is_looked_for(
@@ -62,4 +62,4 @@ def test_what_every_evaluator_would_refuse_is_not_sent(tmp_path: Path, data: byt
 
 def test_a_place_that_the_run_does_not_have_is_told_by_its_flags() -> None:
     with pytest.raises(ConfigError, match="--layer, --expert: are 2, 0; the run has 2 layers of 16 experts"):
-        command._check_place(Place(2, 0), MANIFEST)
+        command._check_place(ExpertId(2, 0), MANIFEST)

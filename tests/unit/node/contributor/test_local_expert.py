@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from node.contributor.local_expert import HomeExperts, HomeTraining
-from node.model.expert_file import Place
+from node.contributor.local_expert import ExpertsWithOneLocal, LocalExpertSteps
+from node.model.expert_file import ExpertId
 from node.model.learning_rate import learning_rate_factor
 from node.model.moe import LocalExperts, MoE
 from node.trainer.train_step import build_model, next_byte_loss
@@ -47,14 +47,14 @@ def windows(seed: int) -> torch.Tensor:
     return torch.randint(256, (8, MANIFEST.model.context + 1), generator=generator)
 
 
-@pytest.mark.parametrize("place", [Place(0, 5), Place(1, 5)], ids=["below others", "in the last layer"])
-def test_a_first_step_is_that_of_a_host(place: Place) -> None:
+@pytest.mark.parametrize("place", [ExpertId(0, 5), ExpertId(1, 5)], ids=["below others", "in the last layer"])
+def test_a_first_step_is_that_of_a_host(place: ExpertId) -> None:
     hosted = LocalExperts(MANIFEST)
     next_byte_loss(model_of(hosted), windows(0), CPU).backward()
-    home = HomeExperts(NotTaught(MANIFEST), place, present(LocalExperts(MANIFEST), place), MANIFEST)
+    home = ExpertsWithOneLocal(NotTaught(MANIFEST), place, present(LocalExperts(MANIFEST), place), MANIFEST)
     model = model_of(home)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    HomeTraining(model, layer_of(model, place.layer), home, CPU).step(windows(0), RATE)
+    LocalExpertSteps(model, layer_of(model, place.layer), home, CPU).step(windows(0), RATE)
     for name, tensor in home.weights.items():
         assert not torch.equal(tensor, present(LocalExperts(MANIFEST), place)[name])
         torch.testing.assert_close(tensor, present(hosted, place)[name], rtol=0, atol=1e-12)
@@ -62,17 +62,17 @@ def test_a_first_step_is_that_of_a_host(place: Place) -> None:
 
 
 def test_many_steps_lower_the_loss_of_the_text() -> None:
-    place = Place(0, 5)
-    home = HomeExperts(NotTaught(MANIFEST), place, present(LocalExperts(MANIFEST), place), MANIFEST)
+    place = ExpertId(0, 5)
+    home = ExpertsWithOneLocal(NotTaught(MANIFEST), place, present(LocalExperts(MANIFEST), place), MANIFEST)
     model = model_of(home)
-    training = HomeTraining(model, layer_of(model, 0), home, CPU)
+    training = LocalExpertSteps(model, layer_of(model, 0), home, CPU)
     losses = [training.step(windows(0), 1e-2) for _ in range(20)]
     assert losses[-1] < losses[0]
 
 
 def test_an_expert_that_no_token_chose_stays_as_it_is() -> None:
-    place, start = Place(0, 5), present(LocalExperts(MANIFEST), Place(0, 5))
-    home = HomeExperts(NotTaught(MANIFEST), place, start, MANIFEST)
+    place, start = ExpertId(0, 5), present(LocalExperts(MANIFEST), ExpertId(0, 5))
+    home = ExpertsWithOneLocal(NotTaught(MANIFEST), place, start, MANIFEST)
     x_TD = torch.ones(3, MANIFEST.model.d_model, dtype=torch.float64)
     ids_TK = torch.tensor([[0, 1], [1, 2], [3, 0]])
     combined = home.forward(0, x_TD, ids_TK, torch.full((3, 2), 0.5, dtype=torch.float64), keep=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from node.host.announcement import HostRecords
-from node.host.availability import Duty, Reason
+from node.host.announcement import HostAnnouncement
+from node.host.availability import Availability, Reason
 from protocol.manifest import all_blocks
 from tests.support.keeping import MANIFEST, keeping
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 A, B, C = all_blocks(MANIFEST.model)[:3]
 
 
-def records(host: Keeping, duty: Duty) -> HostRecords:
-    return HostRecords(
+def records(host: Keeping, duty: Availability) -> HostAnnouncement:
+    return HostAnnouncement(
         manifest=MANIFEST,
         started=1.0,
         whereabouts=cast("Any", SimpleNamespace(endpoint="127.0.0.1:4000", state="reached", relay_offer="")),
@@ -36,14 +36,14 @@ async def test_blocks_are_said_to_be_served_on_their_way_or_stored(tmp_path: Pat
         await host.keeper.take_first()
         await host.keeper.give_up([B], grace_s=0)
         host.keeper.joining.add(C)
-        said = records(host, Duty()).describe()
+        said = records(host, Availability()).describe()
         assert {record.block: record.state for record in said.blocks} == {A: "serving", B: "stored", C: "joining"}
         assert (said.peer.n_blocks, said.peer.paused, said.peer.exchanged_bytes) == (1, False, 7)
 
 
 async def test_a_host_that_pauses_says_so_at_once(tmp_path: Path) -> None:
     with keeping(tmp_path, (A,)) as host:
-        duty = Duty()
+        duty = Availability()
         duty.tell(Reason.OWNER, holds=True)
         assert records(host, duty).describe().peer.paused
 
@@ -52,7 +52,7 @@ async def test_what_was_held_before_a_sleep_is_not_said_to_be_served(tmp_path: P
     now_s = [0.0]
     with keeping(tmp_path, (A,)) as host:
         await host.keeper.take_first()
-        said = records(host, Duty(lambda: now_s[-1]))
+        said = records(host, Availability(lambda: now_s[-1]))
         assert [record.state for record in said.describe().blocks] == ["serving"]
         now_s.append(3600.0)
         assert not said.describe().blocks

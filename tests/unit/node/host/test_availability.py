@@ -12,8 +12,8 @@ import pytest
 
 from common.errors import ConfigError, DrainingError
 from dht.record_versions import TTL_S
-from node.host.availability import Duty, Reason, clock_with_sleep
-from node.host.availability_monitor import DutyWatch
+from node.host.availability import Availability, Reason, clock_with_sleep
+from node.host.availability_monitor import AvailabilityMonitor
 from node.host.idle import BUSY_SAMPLES, IDLE_FOR_S, INPUT_S, IdleJudge, MachineUse, Sample
 from node.host.signals import SIGNALS, signals_heard
 from node.limits.limits import Limits
@@ -63,7 +63,7 @@ def test_a_schedule_that_is_none_names_the_flag(text: str) -> None:
 
 
 def test_a_host_works_only_while_no_reason_is_against_it() -> None:
-    duty = Duty()
+    duty = Availability()
     assert (duty.working.is_set(), duty.pausing.is_set(), duty.reasons) == (True, False, ())
     duty.tell(Reason.OWNER, holds=True)
     duty.tell(Reason.SCHEDULE, holds=True)
@@ -75,7 +75,7 @@ def test_a_host_works_only_while_no_reason_is_against_it() -> None:
 
 
 def test_calls_are_refused_once_the_blocks_are_given_up_and_not_before() -> None:
-    duty = Duty()
+    duty = Availability()
     duty.tell(Reason.OWNER, holds=True)
     assert duty.refusal() is None
     duty.away = True
@@ -84,7 +84,7 @@ def test_calls_are_refused_once_the_blocks_are_given_up_and_not_before() -> None
 
 def test_after_a_sleep_nothing_is_answered_before_the_blocks_are_new() -> None:
     clock = FakeClock()
-    duty = Duty(clock)
+    duty = Availability(clock)
     clock.now_s += TTL_S - 1
     assert duty.refusal() is None
     clock.now_s += TTL_S + 1
@@ -95,7 +95,7 @@ def test_after_a_sleep_nothing_is_answered_before_the_blocks_are_new() -> None:
 
 def test_a_host_that_holds_nothing_has_nothing_old_after_a_sleep() -> None:
     clock = FakeClock()
-    duty = Duty(clock)
+    duty = Availability(clock)
     duty.holding = False
     clock.now_s += 10 * TTL_S
     duty.look()
@@ -146,8 +146,8 @@ def test_what_this_process_takes_is_not_others_use() -> None:
 
 def test_hours_and_an_idle_machine_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
     hour, clock = [12], FakeClock()
-    duty, limits = Duty(), Limits(schedule=Schedule.parse("22:00-07:00"), only_when_idle=True)
-    watch = DutyWatch(duty, limits, ProcessUse(), lambda: at(hour[0]), clock)
+    duty, limits = Availability(), Limits(schedule=Schedule.parse("22:00-07:00"), only_when_idle=True)
+    watch = AvailabilityMonitor(duty, limits, ProcessUse(), lambda: at(hour[0]), clock)
     monkeypatch.setattr(watch._machine, "sample", lambda: QUIET)
     assert set(duty.reasons) == {"it is outside its schedule", "somebody else needs the machine"}
     hour[0] = 23
@@ -160,13 +160,13 @@ def test_hours_and_an_idle_machine_are_looked_at_together(monkeypatch: pytest.Mo
 
 
 def test_without_conditions_only_a_sleep_is_looked_for() -> None:
-    duty = Duty()
-    DutyWatch(duty, Limits(), ProcessUse()).look()
+    duty = Availability()
+    AvailabilityMonitor(duty, Limits(), ProcessUse()).look()
     assert duty.working.is_set()
 
 
 async def test_signals_pause_resume_and_leave() -> None:
-    duty, told, steps = Duty(), list[str](), list[tuple[str, ...]]()
+    duty, told, steps = Availability(), list[str](), list[tuple[str, ...]]()
     with signals_heard(duty, told.append):
         for word in ("pause", "resume", "leave"):
             os.kill(os.getpid(), SIGNALS[word])

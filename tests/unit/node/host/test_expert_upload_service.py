@@ -12,10 +12,10 @@ import torch
 
 from common.errors import InvalidInputError, KilohiveError, NotHostedError, UnavailableError, UnknownRunError
 from common.events import EventLog
-from node.host.expert_upload_service import IntakeParts, IntakeService
+from node.host.expert_upload_service import ExpertUploadParts, ExpertUploadService
 from node.host.serving.runtime import Runtime, RuntimeConfig
-from node.limits.rate_limits import Allowance
-from node.model.expert_file import Place, expert_file
+from node.limits.rate_limits import RateLimits
+from node.model.expert_file import ExpertId, expert_file
 from node.model.experts.block import new_block
 from node.rpc.upload import begin_of, file_messages
 from protocol import contribution_pb2 as pb
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 NOW_S, BEGAN_S = 1_800_000_000.0, 1_799_999_000.0
 OWNER, EVALUATOR, OTHER = (Identity.generate() for _ in range(3))
 MANIFEST = small_manifest(dtype="fp64", codec="fp64", owner=OWNER.peer_id, averaging=AveragingConfig(max_staleness=10))
-PLACE, BLOCK = Place(1, 6), BlockId(1, 1)
+PLACE, BLOCK = ExpertId(1, 6), BlockId(1, 1)
 DATA = expert_file(weights(7), {})
 VERSION = 40
 
@@ -51,21 +51,21 @@ class Host:
     def __post_init__(self) -> None:
         log = EventLog()
         log.subscribe(self.events.append)
-        parts = IntakeParts(
+        parts = ExpertUploadParts(
             manifest=MANIFEST,
             runtime=self.runtime,
             peers=lambda: (peer(OWNER.peer_id, "coordinator", evaluators=self.evaluators),),
             events=log,
-            allowance=Allowance(),
+            allowance=RateLimits(),
             since_s=BEGAN_S,
         )
-        self.service = IntakeService(parts, clock=lambda: self.now_s)
+        self.service = ExpertUploadService(parts, clock=lambda: self.now_s)
 
     @property
     def block(self) -> Block:
         return self.runtime.blocks[BLOCK]
 
-    def expert(self, place: Place = PLACE) -> dict[str, torch.Tensor]:
+    def expert(self, place: ExpertId = PLACE) -> dict[str, torch.Tensor]:
         return {name: p[place.row(MANIFEST.model)].clone() for name, p in self.block.params.items()}
 
     async def take_in(
@@ -97,7 +97,7 @@ def hosting() -> Iterator[Host]:
         runtime.stop(5)
 
 
-def offered_as(data: bytes = DATA, place: Place = PLACE) -> Offered:
+def offered_as(data: bytes = DATA, place: ExpertId = PLACE) -> Offered:
     sha256 = hashlib.sha256(data).digest()
     return Offered(run_id=MANIFEST.run_id, layer=place.layer, expert=place.expert, sha256=sha256)
 
@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a word that lapsed": ({"verdicts": (verdict(issued_s=NOW_S - VERDICT_TTL_S - 1),)}, r"verdict\.issued_s"),
     "a word of tomorrow": ({"verdicts": (verdict(issued_s=NOW_S + 86_400),)}, r"verdict\.issued_s"),
     "another file's word": ({"verdicts": (verdict(data=expert_file(weights(8), {})),)}, "another file, place or run"),
-    "another place's word": ({"verdicts": (verdict(offered=offered_as(place=Place(1, 5))),)}, "another file, place"),
+    "another place's word": ({"verdicts": (verdict(offered=offered_as(place=ExpertId(1, 5))),)}, "another file, place"),
     "another run's word": ({"verdicts": (verdict(offered=replace(offered_as(), run_id="x")),)}, "another file, place"),
     "a stale word": ({"verdicts": (verdict(version=VERSION - 13),)}, "is 27, 1/1 is at 40: stale, at most 12 steps"),
     "a word from ahead": ({"verdicts": (verdict(version=VERSION + 13),)}, "is 53, 1/1 is at 40: stale"),
@@ -163,7 +163,7 @@ async def test_another_run_or_a_block_that_is_elsewhere_is_refused() -> None:
     with hosting() as host:
         with pytest.raises(UnknownRunError):
             await host.take_in(verdict(), run_id="other")
-        elsewhere = offered_as(place=Place(0, 6))
+        elsewhere = offered_as(place=ExpertId(0, 6))
         with pytest.raises(NotHostedError, match="0/1 is not hosted here"):
             await host.take_in(verdict(offered=elsewhere), offered=elsewhere)
 

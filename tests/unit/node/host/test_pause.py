@@ -10,8 +10,8 @@ import pytest
 
 from dht.view import PeerInfo
 from node.host import pause as presence_module
-from node.host.availability import Duty, Reason
-from node.host.pause import Presence, PresenceParts
+from node.host.availability import Availability, Reason
+from node.host.pause import Pause, PauseParts
 from protocol.manifest import all_blocks
 from tests.support.keeping import MANIFEST, keeping
 from tests.support.swarm_parts import make_replica
@@ -58,10 +58,10 @@ def peer(peer_id: str) -> PeerInfo:
 
 
 class Scene:
-    def __init__(self, host: Keeping, swarm: Swarm, duty: Duty) -> None:
+    def __init__(self, host: Keeping, swarm: Swarm, duty: Availability) -> None:
         self.host, self.swarm, self.duty = host, swarm, duty
-        self.presence = Presence(
-            PresenceParts(
+        self.presence = Pause(
+            PauseParts(
                 peer_id="own",
                 duty=duty,
                 keeper=host.keeper,
@@ -89,7 +89,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def scene(folder: Path, *blocks: BlockId) -> AsyncIterator[Scene]:
     with keeping(folder, blocks) as host:
-        duty = Duty()
+        duty = Availability()
         host.keeper._parts.pausing.clear()
         there = Scene(host, Swarm(), duty)
         await host.keeper.take_first()

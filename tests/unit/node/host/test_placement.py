@@ -14,8 +14,8 @@ from dht.view import DirectoryView, PeerInfo
 from node.host.placement import (
     Joiner,
     PlacementConfig,
+    PlacementPlan,
     PlacementView,
-    Plan,
     joining_since,
     may_drop,
     overdue,
@@ -121,7 +121,7 @@ class TestFreeRoom:
         assert len(planned.take) == 2
         assert A not in planned.take
         assert not planned.drop
-        assert plan(view, dict.fromkeys((A, B, C, D), 0.0), (), config(9), random.Random(0)) == Plan()
+        assert plan(view, dict.fromkeys((A, B, C, D), 0.0), (), config(9), random.Random(0)) == PlacementPlan()
 
     def test_a_checkpoint_of_ones_own_wins_ties_and_nothing_else(self) -> None:
         view = placement_view(directory({A: [], B: [], C: ["p"], D: ["p"]}), ME)
@@ -188,7 +188,7 @@ class TestHerds:
         for seed in range(40):
             rng = random.Random(seed)
             plans = [plan(placement_view(view, host), {A: LONG_S}, (), config(), rng) for host in holders]
-            movers.append(plans.count(Plan(take=(B,), drop=(A,))))
+            movers.append(plans.count(PlacementPlan(take=(B,), drop=(A,))))
         assert 5 < sum(movers) / len(movers) < 7
         assert max(movers) <= 14
 
@@ -207,7 +207,7 @@ class TestFullHost:
     def test_it_gives_a_spare_replica_for_a_block_that_lacks_one(self) -> None:
         me, others = spare_holders(A, 3)
         view = placement_view(directory({A: [*others, me], B: ["p"], C: ["p", "q"]}), me)
-        assert plan(view, {A: LONG_S}, (), config(), random.Random(0)) == Plan(take=(B,), drop=(A,))
+        assert plan(view, {A: LONG_S}, (), config(), random.Random(0)) == PlacementPlan(take=(B,), drop=(A,))
 
     def test_one_at_a_time(self) -> None:
         holders = some(9)
@@ -219,34 +219,34 @@ class TestFullHost:
     def test_it_stays_until_all_its_blocks_have_stayed_for_a_while(self) -> None:
         me, others = spare_holders(A, 3)
         view = placement_view(directory({A: [*others, me], B: ["p"], C: [me]}), me)
-        assert plan(view, {A: LONG_S, C: 299.0}, (), config(2), random.Random(0)) == Plan()
+        assert plan(view, {A: LONG_S, C: 299.0}, (), config(2), random.Random(0)) == PlacementPlan()
         assert plan(view, {A: LONG_S, C: 300.0}, (), config(2), random.Random(0)).take == (B,)
 
     def test_a_lost_block_does_not_wait(self) -> None:
         me, others = spare_holders(A, 3)
         view = placement_view(directory({A: [*others, me], B: []}), me)
-        assert plan(view, {A: 0.0}, (), config(), random.Random(0)) == Plan(take=(B,), drop=(A,))
+        assert plan(view, {A: 0.0}, (), config(), random.Random(0)) == PlacementPlan(take=(B,), drop=(A,))
 
     def test_nobody_lacks_anything_then_nothing_moves(self) -> None:
         me, others = spare_holders(A, 12)
         view = placement_view(directory({A: [*others, me], B: ["p", "q"]}), me)
-        assert {plan(view, {A: LONG_S}, (), config(), random.Random(seed)) for seed in range(50)} == {Plan()}
+        assert {plan(view, {A: LONG_S}, (), config(), random.Random(seed)) for seed in range(50)} == {PlacementPlan()}
 
     def test_a_block_at_its_target_stays_where_another_merely_lacks_one(self) -> None:
         holders = some(TARGET)
         for me in holders:
             view = placement_view(directory({A: holders, B: ["p"]}), me)
-            assert plan(view, {A: LONG_S}, (), config(), random.Random(0)) == Plan()
+            assert plan(view, {A: LONG_S}, (), config(), random.Random(0)) == PlacementPlan()
 
     def test_for_a_lost_block_one_of_two_holders_moves_if_nobody_has_any_to_spare(self) -> None:
         holders = some(TARGET)
         view = directory({A: holders, B: []})
         plans = [plan(placement_view(view, me), {A: 0.0}, (), config(), random.Random(0)) for me in holders]
-        assert sorted(plans, key=lambda planned: planned.take) == [Plan(), Plan(take=(B,), drop=(A,))]
+        assert sorted(plans, key=lambda planned: planned.take) == [PlacementPlan(), PlacementPlan(take=(B,), drop=(A,))]
 
     def test_the_last_replica_is_never_given_up_not_even_for_a_lost_block(self) -> None:
         view = placement_view(directory({A: [ME], B: []}, joining=[(A, "p"), (A, "q")]), ME)
-        assert {plan(view, {A: LONG_S}, (), config(), random.Random(seed)) for seed in range(50)} == {Plan()}
+        assert {plan(view, {A: LONG_S}, (), config(), random.Random(seed)) for seed in range(50)} == {PlacementPlan()}
 
     def test_the_block_with_most_replicas_goes(self) -> None:
         few, many = some(3), some(9)
@@ -266,7 +266,7 @@ class TestLoad:
 
     def moved(self, view: PlacementView, **changes: Any) -> int:
         own = {A: LONG_S}
-        return sum(plan(view, own, (), config(**changes), random.Random(s)) != Plan() for s in range(20))
+        return sum(plan(view, own, (), config(**changes), random.Random(s)) != PlacementPlan() for s in range(20))
 
     def test_a_full_host_moves_only_to_where_far_more_waits(self) -> None:
         assert self.moved(self.loaded(7900)) == 0

@@ -15,13 +15,13 @@ import torch
 from common.errors import ConfigError
 from common.sizes import parse_rate, parse_size
 from node.host.block_store import BlockStore, block_path, folder_bytes
-from node.host.capacity import block_bytes, need_of, room_for, wanted_room
+from node.host.capacity import block_bytes, capacity_for, need_of, wanted_capacity
 from node.host.config import HostConfig
 from node.limits.config import LimitsConfig
 from node.limits.limits import Limits
-from node.limits.memory import Need, Room, container_limit, fit, lowest_limit
+from node.limits.memory import Capacity, Need, container_limit, fit, lowest_limit
 from node.limits.process_usage import ProcessUse
-from node.limits.rate_limits import CALL_BYTES, CREDIT_S, OVERHEAD, Allowance, DebtBucket
+from node.limits.rate_limits import CALL_BYTES, CREDIT_S, OVERHEAD, RateLimits, TokenBucket
 from node.model.experts.block import new_block
 from protocol.manifest import BlockId, all_blocks
 from tests.support.swarm_parts import CPU, small_manifest
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MANIFEST = small_manifest()
 NEED = Need(block_bytes=10_000_000, batch_token_bytes=10_000, queue_token_bytes=1000)
-WANTED = Room(max_blocks=8, keep_inputs_bytes=256 << 20, max_batch_tokens=16_384, max_queue_tokens=65_536)
+WANTED = Capacity(max_blocks=8, keep_inputs_bytes=256 << 20, max_batch_tokens=16_384, max_queue_tokens=65_536)
 
 
 BUSY_CHILD = """
@@ -102,7 +102,7 @@ def test_without_flags_there_is_no_limit() -> None:
 
 def test_a_debt_is_slept_off_after_it_was_made() -> None:
     clock = FakeClock()
-    bucket = DebtBucket(100.0, clock)
+    bucket = TokenBucket(100.0, clock)
     assert bucket.take(50) == 0.5
     assert bucket.take(50) == 1.0
     clock.now_s += 0.25
@@ -111,7 +111,7 @@ def test_a_debt_is_slept_off_after_it_was_made() -> None:
 
 def test_an_idle_bucket_saves_no_more_than_its_credit() -> None:
     clock = FakeClock()
-    bucket = DebtBucket(100.0, clock)
+    bucket = TokenBucket(100.0, clock)
     clock.now_s += 3600
     assert bucket.take(100 * CREDIT_S) == 0.0
     assert bucket.take(100) == 1.0
@@ -119,7 +119,7 @@ def test_an_idle_bucket_saves_no_more_than_its_credit() -> None:
 
 def test_whoever_rests_after_each_piece_keeps_the_rate() -> None:
     clock = FakeClock()
-    bucket = DebtBucket(1000.0, clock)
+    bucket = TokenBucket(1000.0, clock)
     began_s, n_bytes = clock.now_s, 0
     while clock.now_s - began_s < 60:
         n_bytes += 700
@@ -128,7 +128,7 @@ def test_whoever_rests_after_each_piece_keeps_the_rate() -> None:
 
 
 def test_without_a_limit_bytes_are_counted_and_nobody_waits() -> None:
-    allowance = Allowance()
+    allowance = RateLimits()
     assert allowance.sent(10**9) == 0.0
     assert allowance.received(CALL_BYTES) == 0.0
     assert allowance.sent_bytes == round(10**9 * OVERHEAD)
@@ -137,7 +137,7 @@ def test_without_a_limit_bytes_are_counted_and_nobody_waits() -> None:
 
 def test_processor_time_of_any_part_of_the_node_makes_all_of_it_rest() -> None:
     clock, use = FakeClock(), FakeUse()
-    allowance = Allowance(Limits(cpu_percent=20.0), use, clock)
+    allowance = RateLimits(Limits(cpu_percent=20.0), use, clock)
     assert allowance.rest_s() == 0.0
     use.used_s += 0.5
     assert allowance.rest_s() == pytest.approx(2.5)
@@ -173,7 +173,7 @@ def test_a_child_counts_too_and_its_end_is_no_error() -> None:
 
 def test_what_fits_is_lowered_until_it_does() -> None:
     room = fit(WANTED, 600_000_000, 300_000_000, NEED, "--max-memory")
-    assert room == Room(
+    assert room == Capacity(
         max_blocks=8, keep_inputs_bytes=32_500_000, max_batch_tokens=5200, max_queue_tokens=45_500, max_calls=11
     )
     total = 8 * NEED.block_bytes + room.keep_inputs_bytes + room.max_batch_tokens * NEED.batch_token_bytes
@@ -216,18 +216,18 @@ def test_a_blocks_bytes_are_those_of_its_tensors() -> None:
 
 
 def test_a_small_disk_means_few_blocks() -> None:
-    wanted = wanted_room(HostConfig(), 8)
+    wanted = wanted_capacity(HostConfig(), 8)
     limits = Limits(disk_bytes=7 * block_bytes(MANIFEST))
-    assert room_for(wanted, limits, MANIFEST, CPU, 0, None) == wanted.with_blocks(2)
+    assert capacity_for(wanted, limits, MANIFEST, CPU, 0, None) == wanted.with_blocks(2)
     with pytest.raises(ConfigError, match=r"--max-disk: is too little for one block"):
-        room_for(wanted, replace(limits, disk_bytes=block_bytes(MANIFEST)), MANIFEST, CPU, 0, None)
+        capacity_for(wanted, replace(limits, disk_bytes=block_bytes(MANIFEST)), MANIFEST, CPU, 0, None)
 
 
 def test_a_gpus_limit_counts_only_on_a_gpu() -> None:
-    wanted, limits = wanted_room(HostConfig(), 8), Limits(gpu_memory_bytes=1)
-    assert room_for(wanted, limits, MANIFEST, CPU, 0, None) == wanted
+    wanted, limits = wanted_capacity(HostConfig(), 8), Limits(gpu_memory_bytes=1)
+    assert capacity_for(wanted, limits, MANIFEST, CPU, 0, None) == wanted
     with pytest.raises(ConfigError, match=r"--max-gpu-memory"):
-        room_for(wanted, limits, MANIFEST, torch.device("cuda"), 0, None)
+        capacity_for(wanted, limits, MANIFEST, torch.device("cuda"), 0, None)
 
 
 def test_checkpoints_written_longest_ago_make_room_and_hosted_ones_stay(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_checkpoints_written_longest_ago_make_room_and_hosted_ones_stay(tmp_path
 
 def test_nothing_that_can_wait_is_begun_before_every_debt_is_paid() -> None:
     clock, use = FakeClock(), FakeUse()
-    allowance = Allowance(Limits(cpu_percent=50.0, up_bytes_per_s=1_000_000), use, clock)
+    allowance = RateLimits(Limits(cpu_percent=50.0, up_bytes_per_s=1_000_000), use, clock)
     assert allowance.debt_s() == 0.0
     allowance.sent(2_000_000)
     assert allowance.debt_s() == pytest.approx(2 * OVERHEAD)

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from common.errors import InvalidInputError, KilohiveError, LimitExceededError
 from node.model import expert_file as files
-from node.model.expert_file import MAX_HEADER_BYTES, Place, max_file_bytes, metadata_of, read_expert
+from node.model.expert_file import MAX_HEADER_BYTES, ExpertId, max_file_bytes, metadata_of, read_expert
 from protocol.manifest import BlockId
 from tests.support.offers import SHAPES, weights
 from tests.support.swarm_parts import small_manifest
@@ -56,11 +56,11 @@ def test_an_expert_without_one_of_its_tensors_is_refused() -> None:
 @pytest.mark.parametrize(("layer", "expert"), [(-1, 0), (2, 0), (0, -1), (0, 16)])
 def test_a_place_outside_of_the_grid_is_refused(layer: int, expert: int) -> None:
     with pytest.raises(InvalidInputError, match="2 layers of 16 experts"):
-        Place(layer, expert).check(MANIFEST.model)
+        ExpertId(layer, expert).check(MANIFEST.model)
 
 
 def test_a_place_is_a_row_of_a_block() -> None:
-    place = Place(1, 14)
+    place = ExpertId(1, 14)
     place.check(MANIFEST.model)
     assert (place.block(MANIFEST.model), place.row(MANIFEST.model)) == (BlockId(1, 3), 2)
 

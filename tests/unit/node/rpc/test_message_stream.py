@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import DeadlineError, UnavailableError
 from node.limits.limits import Limits
-from node.limits.rate_limits import Allowance
+from node.limits.rate_limits import RateLimits
 from node.rpc.message_stream import ALIVE, ALIVE_PER_SILENCE, Wire
 from protocol.manifest import TRUNK
 from tests.support.averaging_faults import kind, pair
@@ -154,7 +154,7 @@ async def test_an_error_of_the_work_itself_is_raised() -> None:
         await Wire(CableEnd(Cable(), "dialler", "answerer"), SILENCE_S).while_alive(fail())
 
 
-class Resting(Allowance):
+class Resting(RateLimits):
     """Asks for rests longer than a partner's patience, after each message that is sent."""
 
     def sent(self, n_bytes: int) -> float:
@@ -181,7 +181,7 @@ async def test_what_has_come_is_read_on_before_its_sender_despairs() -> None:
     cable = Cable(capacity=3)
     for raw in (b"one", b"two"):
         await cable.put("answerer", raw)
-    limited = Allowance(Limits(down_bytes_per_s=500_000))
+    limited = RateLimits(Limits(down_bytes_per_s=500_000))
     limited.received(1 << 40)
     near = Wire(CableEnd(cable, "dialler", "answerer"), SLOW_SILENCE_S, limited)
     async with asyncio.timeout(WAIT_S):

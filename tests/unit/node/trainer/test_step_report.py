@@ -10,7 +10,7 @@ from dht.view import DirectoryView, PeerInfo, Replica
 from node.model.gate import build_gate
 from node.trainer.step_report import StepReport, step_event
 from node.trainer.train_step import StepResult
-from node.trainer.trunk_state import Progress
+from node.trainer.trunk_state import TrainingProgress
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import make_replica, small_manifest
 
@@ -55,7 +55,7 @@ def event(directory: FakeDirectory, pairs: Counter[str]) -> dict[str, object]:
     result = StepResult(loss=1.0, grad_norm=0.5, lr=1e-3, n_tokens=100, overflow=3, seconds=0.5)
     report = StepReport(
         result=result,
-        progress=Progress(
+        progress=TrainingProgress(
             step=10, run_tokens=3000, own_tokens=1000, train_seconds=5.0, calls_ok=40, calls_failed=2, wire_bytes=12345
         ),
         steps=30,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.view import PeerInfo
-from node.trainer.token_counter import MAX_TRAINERS, RunTokens
+from node.trainer.token_counter import MAX_TRAINERS, TokenCounter
 from protocol.limits import MAX_RUN_TOKENS
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ def said(peer_id: str, own_tokens: int, run_tokens: int = 0, role: Role = "train
 
 
 def test_own_tokens_count_exactly() -> None:
-    tokens = RunTokens("me")
+    tokens = TokenCounter("me")
     tokens.add(100)
     tokens.add(28)
     assert (tokens.total, tokens.own, tokens.n_trainers) == (128, 128, 1)
 
 
 def test_others_tokens_are_added_and_stay_when_they_leave() -> None:
-    tokens = RunTokens("me")
+    tokens = TokenCounter("me")
     tokens.add(100)
     tokens.observe([said("b", 40), said("c", 2)])
     tokens.observe([said("c", 3)])
@@ -51,20 +51,20 @@ def test_others_tokens_are_added_and_stay_when_they_leave() -> None:
 
 
 def test_a_trainer_that_lost_its_count_takes_nothing_back() -> None:
-    tokens = RunTokens("me")
+    tokens = TokenCounter("me")
     tokens.observe([said("b", 40)])
     tokens.observe([said("b", 5)])
     assert tokens.total == 40
 
 
 def test_only_other_trainers_count() -> None:
-    tokens = RunTokens("me", own=10)
+    tokens = TokenCounter("me", own=10)
     tokens.observe([said("me", 99, 99), said("h", 50, 50, "host"), said("c", 60, 60, "coordinator")])
     assert tokens.total == 10
 
 
 def test_a_newcomer_starts_at_the_runs_total_and_both_rates_count_from_there() -> None:
-    tokens = RunTokens("me")
+    tokens = TokenCounter("me")
     tokens.observe([said("b", 40, 1000)])  # of which 960 by trainers that are gone
     assert tokens.total == 1000
     tokens.add(7)
@@ -77,7 +77,7 @@ def test_a_newcomer_starts_at_the_runs_total_and_both_rates_count_from_there() -
 
 
 def test_what_the_floor_already_holds_of_a_third_trainer_is_not_counted_twice() -> None:
-    tokens = RunTokens("me")
+    tokens = TokenCounter("me")
     tokens.observe([said("b", 40, 1000), said("c", 5, 900)])  # b knew more of c than c's old record says
     tokens.observe([said("b", 40, 1000), said("c", 30, 990)])
     assert tokens.total == 1000
@@ -86,14 +86,14 @@ def test_what_the_floor_already_holds_of_a_third_trainer_is_not_counted_twice() 
 
 
 def test_a_resumed_trainer_goes_on_from_its_checkpoint() -> None:
-    tokens = RunTokens("me", own=60, others={"b": 40}, floor=1000)
+    tokens = TokenCounter("me", own=60, others={"b": 40}, floor=1000)
     assert (tokens.total, tokens.own, tokens.n_trainers) == (1000, 60, 2)
     tokens.add(10)
     assert tokens.total == 1010
 
 
 def test_no_number_of_trainers_fills_the_memory() -> None:
-    tokens = RunTokens("me")
+    tokens = TokenCounter("me")
     tokens.observe([said(f"t{n}", 1) for n in range(2 * MAX_TRAINERS)])
     assert len(tokens.others) == MAX_TRAINERS - 1
     tokens.observe([said(f"t{2 * MAX_TRAINERS}", 1, 10**6)])
@@ -101,7 +101,7 @@ def test_no_number_of_trainers_fills_the_memory() -> None:
 
 
 def test_a_liar_pushes_the_total_no_further_than_peers_accept() -> None:
-    tokens = RunTokens("me")
+    tokens = TokenCounter("me")
     tokens.observe([said("liar", MAX_RUN_TOKENS, MAX_RUN_TOKENS), said("other", MAX_RUN_TOKENS)])
     tokens.add(100)
     assert tokens.total == MAX_RUN_TOKENS
@@ -112,11 +112,11 @@ class World:
     """Trainers that train, announce, look, join and leave in any order."""
 
     truth: int = 0
-    live: dict[str, RunTokens] = field(default_factory=dict)
+    live: dict[str, TokenCounter] = field(default_factory=dict)
     records: dict[str, PeerInfo] = field(default_factory=dict)
 
     def join(self, name: str) -> None:
-        self.live[name] = RunTokens(name)
+        self.live[name] = TokenCounter(name)
         self.look(name)
         self.announce(name)
 

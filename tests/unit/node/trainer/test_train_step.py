@@ -12,7 +12,7 @@ from common.errors import CheckpointError, TooFewExpertsError
 from node.data import open_dataset
 from node.model.moe import LocalExperts
 from node.trainer.train_step import StepConfig, Training, build_model
-from node.trainer.trunk_state import FILE_NAME, Progress, load_trunk, load_trunk_weights, save_trunk
+from node.trainer.trunk_state import FILE_NAME, TrainingProgress, load_trunk, load_trunk_weights, save_trunk
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
@@ -131,18 +131,18 @@ def test_no_more_micro_batches_run_than_are_told_and_the_next_starts_when_one_ha
 def test_a_resumed_training_goes_on_exactly(dataset: ByteDataset, bench: Bench, other: Bench, tmp_path: Path) -> None:
     wanted = bench.losses(6)
     assert other.losses(3) == wanted[:3]
-    save_trunk(tmp_path, other.training, Progress(step=3, run_tokens=other.training.run_tokens, calls_failed=2))
+    save_trunk(tmp_path, other.training, TrainingProgress(step=3, run_tokens=other.training.run_tokens, calls_failed=2))
     resumed = Bench(dataset, experts=other.experts)
     try:
         progress = load_trunk(tmp_path, resumed.training)
-        assert progress == Progress(step=3, run_tokens=3 * 8 * 16, calls_failed=2)
+        assert progress == TrainingProgress(step=3, run_tokens=3 * 8 * 16, calls_failed=2)
         assert resumed.losses(3) == wanted[3:]
     finally:
         resumed.training.close()
 
 
 def test_a_trunk_of_another_run_is_refused(dataset: ByteDataset, bench: Bench, tmp_path: Path) -> None:
-    save_trunk(tmp_path, bench.training, Progress())
+    save_trunk(tmp_path, bench.training, TrainingProgress())
     stranger = Bench(dataset, small_manifest(seed=99))
     try:
         with pytest.raises(CheckpointError, match="belongs to run"):
@@ -152,7 +152,7 @@ def test_a_trunk_of_another_run_is_refused(dataset: ByteDataset, bench: Bench, t
 
 
 def test_a_corrupt_trunk_is_one_clear_sentence(bench: Bench, tmp_path: Path) -> None:
-    save_trunk(tmp_path, bench.training, Progress())
+    save_trunk(tmp_path, bench.training, TrainingProgress())
     (tmp_path / FILE_NAME).write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match=r"cannot read checkpoint .* delete it to start afresh"):
         load_trunk(tmp_path, bench.training)

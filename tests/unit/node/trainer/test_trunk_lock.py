@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from common.errors import DrainingError
-from node.trainer.trunk_lock import Turns
+from node.trainer.trunk_lock import TrunkLock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,17 +27,17 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def turns(pool: ThreadPoolExecutor) -> Iterator[Turns]:
-    turns = Turns(pool)
+def turns(pool: ThreadPoolExecutor) -> Iterator[TrunkLock]:
+    turns = TrunkLock(pool)
     yield turns
     turns.close()
 
 
-def test_a_call_runs_at_once_when_no_turn_is_taken_and_never_in_the_callers_thread(turns: Turns) -> None:
+def test_a_call_runs_at_once_when_no_turn_is_taken_and_never_in_the_callers_thread(turns: TrunkLock) -> None:
     assert turns.call(threading.current_thread).result(HANG_S) is not threading.current_thread()
 
 
-def test_a_call_during_a_turn_runs_at_its_end_before_the_next_turn(turns: Turns) -> None:
+def test_a_call_during_a_turn_runs_at_its_end_before_the_next_turn(turns: TrunkLock) -> None:
     order: list[str] = []
     with turns.turn():
         futures = [turns.call(lambda: order.append("call")) for _ in range(3)]
@@ -48,7 +48,7 @@ def test_a_call_during_a_turn_runs_at_its_end_before_the_next_turn(turns: Turns)
     assert all(future.done() for future in futures)
 
 
-def test_a_turn_that_fails_still_runs_the_calls_that_waited(turns: Turns) -> None:
+def test_a_turn_that_fails_still_runs_the_calls_that_waited(turns: TrunkLock) -> None:
     waiting: list[Future[str]] = []
 
     def fail() -> None:
@@ -61,7 +61,7 @@ def test_a_turn_that_fails_still_runs_the_calls_that_waited(turns: Turns) -> Non
     assert waiting[0].result(HANG_S) == "ran"
 
 
-def test_a_calls_error_belongs_to_its_caller(turns: Turns) -> None:
+def test_a_calls_error_belongs_to_its_caller(turns: TrunkLock) -> None:
     with turns.turn():
         failing, fine = turns.call(lambda: 1 // 0), turns.call(lambda: 2)
     with pytest.raises(ZeroDivisionError):
@@ -69,7 +69,7 @@ def test_a_calls_error_belongs_to_its_caller(turns: Turns) -> None:
     assert fine.result(HANG_S) == 2
 
 
-def test_a_cancelled_call_does_not_run(turns: Turns) -> None:
+def test_a_cancelled_call_does_not_run(turns: TrunkLock) -> None:
     ran: list[int] = []
     with turns.turn():
         future = turns.call(lambda: ran.append(1))
@@ -77,7 +77,7 @@ def test_a_cancelled_call_does_not_run(turns: Turns) -> None:
     assert turns.call(lambda: ran).result(HANG_S) == []
 
 
-def test_turns_and_calls_of_many_threads_never_overlap_and_all_end(turns: Turns) -> None:
+def test_turns_and_calls_of_many_threads_never_overlap_and_all_end(turns: TrunkLock) -> None:
     inside = 0
     most = 0
     n_turns, n_calls = 400, 100
@@ -105,7 +105,7 @@ def test_turns_and_calls_of_many_threads_never_overlap_and_all_end(turns: Turns)
     assert most == 1
 
 
-def test_a_training_that_never_pauses_does_not_starve_calls(turns: Turns) -> None:
+def test_a_training_that_never_pauses_does_not_starve_calls(turns: TrunkLock) -> None:
     stop = threading.Event()
 
     def train() -> None:
@@ -122,7 +122,7 @@ def test_a_training_that_never_pauses_does_not_starve_calls(turns: Turns) -> Non
         thread.join()
 
 
-def test_calls_that_never_pause_do_not_hold_a_turn_up(turns: Turns) -> None:
+def test_calls_that_never_pause_do_not_hold_a_turn_up(turns: TrunkLock) -> None:
     stop, begun = threading.Event(), threading.Event()
 
     def again() -> None:
@@ -140,7 +140,7 @@ def test_calls_that_never_pause_do_not_hold_a_turn_up(turns: Turns) -> None:
 
 def test_after_the_end_waiting_calls_fail_and_new_ones_are_refused() -> None:
     pool = ThreadPoolExecutor(1)
-    turns = Turns(pool)
+    turns = TrunkLock(pool)
     pool.shutdown()
     waiting = turns.call(lambda: None)
     turns.close()
@@ -152,12 +152,12 @@ def test_after_the_end_waiting_calls_fail_and_new_ones_are_refused() -> None:
         turns.look(lambda: None)
 
 
-def test_a_look_does_not_wait_for_the_end_of_a_turn(turns: Turns) -> None:
+def test_a_look_does_not_wait_for_the_end_of_a_turn(turns: TrunkLock) -> None:
     with turns.turn():
         assert turns.look(lambda: "seen").result(HANG_S) == "seen"
 
 
-def test_a_look_waits_for_what_a_turn_changes(turns: Turns) -> None:
+def test_a_look_waits_for_what_a_turn_changes(turns: TrunkLock) -> None:
     parts: list[str] = []
     with turns.turn(), turns.changing():
         parts.append("half")
@@ -168,7 +168,7 @@ def test_a_look_waits_for_what_a_turn_changes(turns: Turns) -> None:
     assert look.result(HANG_S) == ["half", "whole"]
 
 
-def test_a_look_waits_for_what_a_call_changes(turns: Turns) -> None:
+def test_a_look_waits_for_what_a_call_changes(turns: TrunkLock) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def change() -> str:
@@ -184,7 +184,7 @@ def test_a_look_waits_for_what_a_call_changes(turns: Turns) -> None:
     assert look.result(HANG_S) is True
 
 
-def test_calls_that_wait_run_before_a_turn_changes_anything(turns: Turns) -> None:
+def test_calls_that_wait_run_before_a_turn_changes_anything(turns: TrunkLock) -> None:
     order: list[str] = []
     with turns.turn():
         turns.call(lambda: order.append("call"))
@@ -194,7 +194,7 @@ def test_calls_that_wait_run_before_a_turn_changes_anything(turns: Turns) -> Non
     assert order == ["computed", "call", "changed"]
 
 
-def test_looks_that_were_asked_for_are_answered_before_the_end(turns: Turns) -> None:
+def test_looks_that_were_asked_for_are_answered_before_the_end(turns: TrunkLock) -> None:
     looks = [turns.look(partial(int, n)) for n in range(20)]
     turns.close()
     assert [look.result(0) for look in looks] == list(range(20))

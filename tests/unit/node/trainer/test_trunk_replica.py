@@ -13,7 +13,7 @@ from node.model.moe import LocalExperts
 from node.model.replica_state import ReplicaState, schema
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.trunk_replica import TrunkReplica
-from node.trainer.trunk_state import Progress, load_trunk, save_trunk
+from node.trainer.trunk_state import TrainingProgress, load_trunk, save_trunk
 from protocol.manifest import TRUNK
 from tests.support.swarm_parts import small_manifest
 
@@ -220,7 +220,9 @@ def test_version_and_moments_survive_a_checkpoint(new_training: Callable[..., Tr
 
     replica.call(leap).result(HANG_S)
     wanted = copy_of(replica)
-    progress = Progress(step=1, version=100, run_tokens=500, own_tokens=first.own_tokens, trainers={"other": 372})
+    progress = TrainingProgress(
+        step=1, version=100, run_tokens=500, own_tokens=first.own_tokens, trainers={"other": 372}
+    )
     save_trunk(tmp_path, first, progress)
     assert load_trunk(tmp_path, second) == progress
     restored = copy_of(TrunkReplica(second))

@@ -18,7 +18,7 @@ from common.errors import (
     UnknownRequestError,
 )
 from node.host.serving import batch_runner as worker_module
-from node.host.serving.activation_cache import KeptInputs, SteppedIds
+from node.host.serving.activation_cache import ActivationCache, SteppedIds
 from node.host.serving.jobs import BackwardJob
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.model.experts.block import new_block
@@ -273,7 +273,7 @@ def test_merged_requests_do_not_leave_each_others_tokens_behind_in_the_count(run
 
 def test_kept_inputs_stay_within_their_bytes_oldest_out_first() -> None:
     one = inputs(1)
-    kept = KeptInputs(max_bytes=2 * one.n_bytes, max_age_s=100, clock=lambda: 0.0)
+    kept = ActivationCache(max_bytes=2 * one.n_bytes, max_age_s=100, clock=lambda: 0.0)
     for n in range(3):
         kept.put(key(n), inputs(n))
     assert kept.get(key(0)) is None
@@ -286,7 +286,7 @@ def test_kept_inputs_stay_within_their_bytes_oldest_out_first() -> None:
 
 def test_kept_inputs_expire_by_age() -> None:
     now = 0.0
-    kept = KeptInputs(max_bytes=1 << 20, max_age_s=10, clock=lambda: now)
+    kept = ActivationCache(max_bytes=1 << 20, max_age_s=10, clock=lambda: now)
     kept.put(key(1), inputs(1))
     now = 11.0
     assert kept.get(key(1)) is None

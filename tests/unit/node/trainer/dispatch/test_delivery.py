@@ -18,7 +18,7 @@ from node.model.pairs import flat_pairs
 from node.rpc.security import NotConnectedError
 from node.trainer.dispatch import delivery
 from node.trainer.dispatch.delivery import Delivery, DeliveryLimits
-from node.trainer.dispatch.loop_bridge import LoopCalls
+from node.trainer.dispatch.loop_bridge import LoopBridge
 from node.trainer.dispatch.peers import Peers
 from node.trainer.dispatch.plan import LayerChoice, Part, Planner, split_by_peer
 from protocol.manifest import BlockId
@@ -96,7 +96,7 @@ class Swarm:
         self.peers = Peers(self.directory, 5.0, random.Random(0))
         choice = LayerChoice(0, IDS_TK, torch.ones(IDS_TK.shape))
         self.planner = Planner(choice, self.peers, EXPERTS_PER_BLOCK)
-        self.calls = LoopCalls(loop.loop)
+        self.calls = LoopBridge(loop.loop)
 
     def gate(self, peer_id: str) -> Future[None]:
         return self.work.gates.setdefault(peer_id, Future())

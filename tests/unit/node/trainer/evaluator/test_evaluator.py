@@ -13,12 +13,12 @@ import torch
 from common.errors import CheckpointError, DrainingError, TooFewExpertsError, UnavailableError
 from common.events import EventLog
 from node.data import open_dataset
-from node.model.expert_file import Place
+from node.model.expert_file import ExpertId
 from node.model.experts.state import block_state
 from node.model.moe import LocalExperts
 from node.trainer.evaluator import evaluator as evaluator_module
 from node.trainer.evaluator.evaluator import Evaluator, EvaluatorParts
-from node.trainer.evaluator.held_out_trial import ALPHA, Trial, config_of, refusal
+from node.trainer.evaluator.held_out_trial import ALPHA, HeldOutTrial, config_of, refusal
 from node.trainer.evaluator.offers import FORGET_S, Offer, OfferQueue
 from node.trainer.evaluator.sequential_test import Decision
 from node.trainer.train_step import StepConfig, Training, build_model
@@ -45,7 +45,7 @@ MANIFEST = small_manifest(
     optimizer={"expert_lr": 1e-2},
     averaging=AveragingConfig(max_staleness=10),
 )
-PLACE = Place(1, 2)
+PLACE = ExpertId(1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -237,13 +237,13 @@ async def test_a_long_evaluation_is_ended_and_the_offer_refused(
     trainer: Trainer, better: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluator_module, "MAX_EVALUATION_S", 2.5)  # the download takes 2 of them
-    real = Trial.go_on
+    real = HeldOutTrial.go_on
 
     def go_on(self: Any) -> Any:
         trainer.now_s += 1.0
         return real(self)
 
-    monkeypatch.setattr(Trial, "go_on", go_on)
+    monkeypatch.setattr(HeldOutTrial, "go_on", go_on)
     offer = await trainer.tried(better)
     assert offer.state == pb.REFUSED
     assert offer.why == "no gain was found in 8 held-out windows"

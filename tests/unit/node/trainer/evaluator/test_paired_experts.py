@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from common.errors import InvalidInputError
-from node.model.expert_file import Place
+from node.model.expert_file import ExpertId
 from node.model.moe import LocalExperts
-from node.trainer.evaluator.paired_experts import Rivals, rivals_model, window_gains
-from node.trainer.evaluator.sequential_test import AcceptanceConfig, decide
+from node.trainer.evaluator.paired_experts import PairedExperts, rivals_model, window_gains
+from node.trainer.evaluator.sequential_test import SequentialTestConfig, decide
 from node.trainer.train_step import build_model, next_byte_loss
 from tests.support.offers import present, put, weights
 from tests.support.swarm_parts import small_manifest
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from node.model.transformer import Transformer
 
 MANIFEST = small_manifest(dtype="fp64", codec="fp64")
-PLACE = Place(0, 5)
+PLACE = ExpertId(0, 5)
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def losses(model: Transformer, ids: torch.Tensor) -> list[float]:
         return [float(next_byte_loss(model, window[None], torch.device("cpu"))) for window in ids]
 
 
-def tried(model: Transformer, experts: LocalExperts, offered: dict[str, torch.Tensor], place: Place) -> Transformer:
-    rivals = Rivals(experts, place, present(experts, place), offered, MANIFEST)
+def tried(model: Transformer, experts: LocalExperts, offered: dict[str, torch.Tensor], place: ExpertId) -> Transformer:
+    rivals = PairedExperts(experts, place, present(experts, place), offered, MANIFEST)
     return rivals_model(MANIFEST, model.state_dict(), rivals)
 
 
-@pytest.mark.parametrize("place", [Place(0, 5), Place(1, 5)], ids=["first layer", "last layer"])
+@pytest.mark.parametrize("place", [ExpertId(0, 5), ExpertId(1, 5)], ids=["first layer", "last layer"])
 def test_gains_are_those_of_the_whole_model_once_it_has_taken_the_expert_in(
-    model: Transformer, experts: LocalExperts, place: Place
+    model: Transformer, experts: LocalExperts, place: ExpertId
 ) -> None:
     ids = windows(6)
     gains = window_gains(tried(model, experts, weights(), place), ids)
@@ -66,7 +66,7 @@ def test_the_expert_that_is_there_already_gains_nothing_and_is_not_accepted(
 ) -> None:
     gains = window_gains(tried(model, experts, present(experts, PLACE), PLACE), windows(40))
     assert max(abs(gain) for gain in gains) < 1e-12
-    assert decide(gains, len(gains), AcceptanceConfig(pilot=8)).verdict == "reject"
+    assert decide(gains, len(gains), SequentialTestConfig(pilot=8)).verdict == "reject"
 
 
 def test_trying_an_offer_changes_neither_the_trunk_nor_the_experts(model: Transformer, experts: LocalExperts) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConfigError, InvalidInputError
-from node.trainer.evaluator.sequential_test import AcceptanceConfig, AcceptanceTest, decide, undetected_share
+from node.trainer.evaluator.sequential_test import SequentialTest, SequentialTestConfig, decide, undetected_share
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 N_WINDOWS = 400
 SPREAD = 1e-3  # nats per byte, the standard deviation of a window's gain
 SHAPES = ("normal", "heavy tails", "heavy lower tail", "documents alike")
-HARDEST = AcceptanceConfig(pilot=32, worth=0.0)  # no early way out for updates that gain nothing
+HARDEST = SequentialTestConfig(pilot=32, worth=0.0)  # no early way out for updates that gain nothing
 
 
 def text(shape: str, mean: float, generator: np.random.Generator) -> NDArray[np.float64]:
@@ -40,7 +40,7 @@ def text(shape: str, mean: float, generator: np.random.Generator) -> NDArray[np.
     return mean + SPREAD * standard
 
 
-def verdicts(shape: str, mean: float, n: int, config: AcceptanceConfig) -> list[str]:
+def verdicts(shape: str, mean: float, n: int, config: SequentialTestConfig) -> list[str]:
     generator = np.random.default_rng(SHAPES.index(shape))
     texts = (generator.permutation(text(shape, mean, generator)) for _ in range(n))
     return [decide(gains, N_WINDOWS, config).verdict for gains in texts]
@@ -71,7 +71,7 @@ def test_the_same_updates_would_often_be_accepted_by_looking_at_a_t_statistic_af
 def test_updates_worth_having_are_accepted_after_a_part_of_the_text(shape: str) -> None:
     generator = np.random.default_rng(SHAPES.index(shape))
     texts = [generator.permutation(text(shape, SPREAD / 2, generator)) for _ in range(40)]
-    found = [decide(gains, N_WINDOWS, AcceptanceConfig(pilot=32)) for gains in texts]
+    found = [decide(gains, N_WINDOWS, SequentialTestConfig(pilot=32)) for gains in texts]
     assert [d.verdict for d in found].count("accept") >= 35
     assert np.median([d.n_windows for d in found]) < N_WINDOWS / 2
 
@@ -79,7 +79,7 @@ def test_updates_worth_having_are_accepted_after_a_part_of_the_text(shape: str) 
 def test_updates_that_harm_are_rejected_after_a_part_of_the_text() -> None:
     generator = np.random.default_rng(0)
     texts = [generator.permutation(text("normal", -SPREAD / 2, generator)) for _ in range(40)]
-    found = [decide(gains, N_WINDOWS, AcceptanceConfig(pilot=32)) for gains in texts]
+    found = [decide(gains, N_WINDOWS, SequentialTestConfig(pilot=32)) for gains in texts]
     assert {d.verdict for d in found} == {"reject"}
     assert np.median([d.n_windows for d in found]) < N_WINDOWS / 3
 
@@ -88,7 +88,7 @@ def test_the_interval_holds_the_mean_whenever_it_is_looked_at() -> None:
     generator, misses = np.random.default_rng(0), 0
     for _ in range(60):
         gains = generator.permutation(text("heavy tails", 2e-4, generator))
-        test = AcceptanceTest(AcceptanceConfig(pilot=32), N_WINDOWS)
+        test = SequentialTest(SequentialTestConfig(pilot=32), N_WINDOWS)
         missed = False
         for place, gain in enumerate(gains):
             test.add(gain)
@@ -104,15 +104,15 @@ def test_the_interval_holds_the_mean_whenever_it_is_looked_at() -> None:
 def test_the_unit_of_the_loss_changes_nothing(seed: int, unit: float) -> None:
     generator = np.random.default_rng(seed)
     gains = generator.permutation(text("normal", 3e-4, generator))
-    found = decide(gains, N_WINDOWS, AcceptanceConfig(pilot=32, margin=1e-4, worth=2e-4))
-    other = decide(gains * unit, N_WINDOWS, AcceptanceConfig(pilot=32, margin=1e-4 * unit, worth=2e-4 * unit))
+    found = decide(gains, N_WINDOWS, SequentialTestConfig(pilot=32, margin=1e-4, worth=2e-4))
+    other = decide(gains * unit, N_WINDOWS, SequentialTestConfig(pilot=32, margin=1e-4 * unit, worth=2e-4 * unit))
     assert (found.verdict, found.n_windows) == (other.verdict, other.n_windows)
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_no_loss_whatever_is_accepted_without_finite_numbers(gains: list[float]) -> None:
-    decision = decide(gains, 1000, AcceptanceConfig(pilot=4))
+    decision = decide(gains, 1000, SequentialTestConfig(pilot=4))
     assert decision.verdict != "accept" or all(math.isfinite(g) for g in gains[: decision.n_windows])
     assert not math.isnan(decision.low)
     assert not math.isnan(decision.high)
@@ -120,26 +120,26 @@ def test_no_loss_whatever_is_accepted_without_finite_numbers(gains: list[float])
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, 1e300])
 def test_a_loss_that_is_not_finite_rejects_at_once(broken: float) -> None:
-    decision = decide([0.1, broken, 0.1], 1000, AcceptanceConfig(pilot=64))
+    decision = decide([0.1, broken, 0.1], 1000, SequentialTestConfig(pilot=64))
     assert (decision.verdict, decision.n_windows) == ("reject", 2)
     assert "finite" in decision.why
 
 
 def test_one_window_far_worse_than_all_before_rejects_an_update_that_gained() -> None:
     gains = [1e-4, 2e-4] * 8
-    decision = decide([*gains, -1.0, *gains], 10_000, AcceptanceConfig(pilot=8))
+    decision = decide([*gains, -1.0, *gains], 10_000, SequentialTestConfig(pilot=8))
     assert (decision.verdict, decision.n_windows) == ("reject", 17)
     assert "a window became worse by 1 nats per byte" in decision.why
 
 
 def test_one_window_far_better_than_all_before_does_not_make_up_for_the_others() -> None:
     harms = [-1e-4, -2e-4] * 60
-    decision = decide([*harms[:20], 100.0, *harms], 10_000, AcceptanceConfig(pilot=8))
+    decision = decide([*harms[:20], 100.0, *harms], 10_000, SequentialTestConfig(pilot=8))
     assert decision.verdict == "reject"
 
 
 def test_nothing_is_decided_before_the_pilot_has_ended() -> None:
-    test = AcceptanceTest(AcceptanceConfig(pilot=16), 1000)
+    test = SequentialTest(SequentialTestConfig(pilot=16), 1000)
     for _ in range(16):
         test.add(1.0)
         assert test.decision().verdict == "undecided"
@@ -147,33 +147,33 @@ def test_nothing_is_decided_before_the_pilot_has_ended() -> None:
 
 @pytest.mark.parametrize("worth", [0.0, 2e-5])
 def test_an_expert_that_is_as_it_was_is_never_accepted(worth: float) -> None:
-    assert decide([0.0] * 200, 200, AcceptanceConfig(worth=worth)).verdict == "reject"
-    assert decide([0.0] * 100, 200, AcceptanceConfig(worth=worth)).verdict == "undecided"
+    assert decide([0.0] * 200, 200, SequentialTestConfig(worth=worth)).verdict == "reject"
+    assert decide([0.0] * 100, 200, SequentialTestConfig(worth=worth)).verdict == "undecided"
 
 
 def test_windows_that_an_expert_seldom_meets_do_not_make_the_first_change_look_too_large() -> None:
     generator = np.random.default_rng(0)
     gains = np.zeros(4000)
     gains[::10] = text("normal", SPREAD / 2, generator)
-    found = decide(generator.permutation(gains), 4000, AcceptanceConfig(pilot=32))
+    found = decide(generator.permutation(gains), 4000, SequentialTestConfig(pilot=32))
     assert found.verdict == "accept"
     assert found.n_windows < 2000
 
 
 def test_a_stream_that_ends_early_leaves_it_undecided() -> None:
     generator = np.random.default_rng(0)
-    decision = decide(generator.normal(size=20) * SPREAD, N_WINDOWS, AcceptanceConfig(pilot=16))
+    decision = decide(generator.normal(size=20) * SPREAD, N_WINDOWS, SequentialTestConfig(pilot=16))
     assert (decision.verdict, decision.n_windows) == ("undecided", 20)
 
 
 def test_no_more_windows_are_taken_than_there_are() -> None:
-    test = AcceptanceTest(AcceptanceConfig(pilot=1), 2)
+    test = SequentialTest(SequentialTestConfig(pilot=1), 2)
     test.add(0.1)
     test.add(0.1)
     with pytest.raises(InvalidInputError, match="2 windows"):
         test.add(0.1)
     with pytest.raises(InvalidInputError, match="n_total"):
-        AcceptanceTest(AcceptanceConfig(pilot=64), 64)
+        SequentialTest(SequentialTestConfig(pilot=64), 64)
 
 
 def test_windows_that_are_never_met_are_few() -> None:
@@ -196,13 +196,13 @@ def test_windows_that_are_never_met_are_few() -> None:
 )
 def test_a_setting_that_makes_no_test_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        AcceptanceConfig(**wrong)
+        SequentialTestConfig(**wrong)
 
 
 def test_the_interval_and_the_verdict_say_the_same() -> None:
     generator = np.random.default_rng(0)
     for mean in (-3e-4, 0.0, 3e-4):
-        config = AcceptanceConfig(pilot=32, margin=0.0, worth=1e-4)
+        config = SequentialTestConfig(pilot=32, margin=0.0, worth=1e-4)
         decision = decide(generator.permutation(text("normal", mean, generator)), N_WINDOWS, config)
         if decision.n_windows < N_WINDOWS:
             assert (decision.low >= config.margin) == (decision.verdict == "accept")

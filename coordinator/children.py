@@ -83,7 +83,7 @@ class Child:
             with contextlib.suppress(psutil.NoSuchProcess):
                 descendant.kill()
 
-    def bury(self) -> int:
+    def reap(self) -> int:
         """Kill what is left of its process group, reap it; returns its exit code, negative for a signal."""
         if self._popen.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
@@ -127,7 +127,7 @@ async def end_all(
                 child.kill_tree()
                 killed.append(child.name)
         for child in children:
-            child.bury()
+            child.reap()
     return killed
 
 

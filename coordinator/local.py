@@ -199,7 +199,7 @@ class LocalSwarm:
 
     async def _after_first(self, first: Child, others: list[Child]) -> int:
         """Its exit code; where it reached the run's end, the other trainers get time to do so too."""
-        code = first.bury()
+        code = first.reap()
         if code < 0:
             raise UnavailableError(f"the trainer {exit_words(code)}; the same command with --resume goes on")
         deadline = time.monotonic() + (TRAINERS_PATIENCE_S if code == 0 else 0.0)
@@ -217,7 +217,7 @@ class LocalSwarm:
             # What ends another trainer so early ends the first as well, in better words; or concerns it alone.
             if not _is_trainer(child) and not self._training_began():
                 raise self._death(child.name, child, "before training began")
-            self._dead[child.name] = child.bury()
+            self._dead[child.name] = child.reap()
             self._events.emit("ended", name=child.name, exit_code=self._dead[child.name])
 
     def _training_began(self) -> bool:
@@ -230,7 +230,7 @@ class LocalSwarm:
 
     @staticmethod
     def _death(who: str, child: Child, when: str) -> UnavailableError:
-        how = exit_words(child.bury())
+        how = exit_words(child.reap())
         return UnavailableError(f"{who} {how} {when}; the end of its log, {child.spec.log}:\n{child.log_tail()}")
 
     def _tell_end(self, code: int) -> None:
@@ -305,7 +305,7 @@ def _is_trainer(child: Child) -> bool:
 
 def _reached_the_end(child: Child) -> bool:
     """Of a child that has ended: a trainer whose work was done, if perhaps before the first trainer's was."""
-    return _is_trainer(child) and child.bury() == 0
+    return _is_trainer(child) and child.reap() == 0
 
 
 def _flags(values: dict[str, object]) -> list[str]:

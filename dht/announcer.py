@@ -54,7 +54,7 @@ class Announcer:
         self._period_s = period_s
         self._ttl_s = ttl_s
         self._announced: set[str] = set()
-        self._stamps = RecordVersions(ttl_s)
+        self._record_versions = RecordVersions(ttl_s)
         self._problem = ""
         self._one_at_a_time = asyncio.Lock()
         self._announcing = Periodic("announcer", period_s, self._announce_or_log)
@@ -100,13 +100,13 @@ class Announcer:
         return payloads
 
     async def _store(self, payloads: Mapping[str, bytes]) -> bool:
-        self._stamps.advance(self._dht.now_s())
-        owner, until_s = self._identity.peer_id, self._stamps.expiration_s
+        self._record_versions.advance(self._dht.now_s())
+        owner, until_s = self._identity.peer_id, self._record_versions.expiration_s
         entries = [Entry(key, owner, self._sign(key, payload), until_s) for key, payload in payloads.items()]
         return all(await self._dht.store_many(entries))
 
     def _sign(self, key: str, payload: bytes) -> bytes:
-        version, until_s = self._stamps.version, self._stamps.expiration_s
+        version, until_s = self._record_versions.version, self._record_versions.expiration_s
         return sign_record(
             self._identity, key=key, version=version, expiration_s=until_s, payload=payload, ticket=self._ticket
         )

@@ -43,7 +43,7 @@ class Directory:
         self._dht = dht
         self._model = model
         self._keys = (peers_key(run_id), *(block_key(run_id, block) for block in (TRUNK, *all_blocks(model))))
-        self._book = RecordCache()
+        self._record_cache = RecordCache()
         self._known = DirectoryView(replicas=MappingProxyType(dict.fromkeys(all_blocks(model), ())))
         self._avoided: Mapping[str, float] = MappingProxyType({})
         self._usable: frozenset[tuple[BlockId, str, str, str]] = frozenset()
@@ -69,9 +69,9 @@ class Directory:
         """Look all keys up and swap the new view in. Raises UnavailableError: what was known stays until it expires."""
         self._loop = asyncio.get_running_loop()
         try:
-            self._book.take(await self._dht.get_many(self._keys), self._dht.now_s())
+            self._record_cache.take(await self._dht.get_many(self._keys), self._dht.now_s())
         finally:
-            self._swap_in(self._view_of_book())
+            self._swap_in(self._view_of_record_cache())
 
     @property
     def generation(self) -> int:
@@ -96,7 +96,9 @@ class Directory:
     @property
     def asks_for_tickets(self) -> bool:
         """Every peer of the run that is known shows one, so the run is closed. Read it in the event loop."""
-        tickets = [record.ticket for record, said in self._book.live(self._dht.now_s()) if isinstance(said, PeerRecord)]
+        tickets = [
+            record.ticket for record, said in self._record_cache.live(self._dht.now_s()) if isinstance(said, PeerRecord)
+        ]
         return bool(tickets) and all(tickets)
 
     def snapshot(self, *, with_avoided: bool = False) -> DirectoryView:
@@ -142,13 +144,13 @@ class Directory:
         else:
             self._failing = False
 
-    def _view_of_book(self) -> DirectoryView:
+    def _view_of_record_cache(self) -> DirectoryView:
         now_s = self._dht.now_s()
         replicas: dict[BlockId, list[Replica]] = {block: [] for block in self._known.replicas}
         others: list[Replica] = []
         trunk: list[Replica] = []
         peers: list[PeerInfo] = []
-        for record, said in sorted(self._book.live(now_s), key=lambda item: item[0].owner):
+        for record, said in sorted(self._record_cache.live(now_s), key=lambda item: item[0].owner):
             if isinstance(said, PeerRecord):
                 peers.append(_peer(record, said))
             elif said.block == TRUNK:

@@ -43,7 +43,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         try:
             signed = self._checker.check(record)
             self._check_belongs(signed)
-            self._check_room(record, signed)
+            self._check_capacity(record, signed)
         except RecordError as error:
             logger.debug("refused a record: %s", error)
             return False
@@ -53,7 +53,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if self._manifest is not None:
             check_in_run(signed, self._manifest.run_id, self._manifest.model)
 
-    def _check_room(self, record: DHTRecord, signed: SignedRecord) -> None:
+    def _check_capacity(self, record: DHTRecord, signed: SignedRecord) -> None:
         """Full means that newcomers are refused; who is in already can go on renewing."""
         if self._storage is None:
             return

@@ -32,7 +32,7 @@ class LighthouseAnnouncer:
         self._member, self._identity, self._clock = member, identity, clock
         self._key, self._payload = peers_key(admission.run_id), encode_peer(said)
         self._ticket = admission.ticket(identity.peer_id)
-        self._stamps = RecordVersions()
+        self._record_versions = RecordVersions()
         self._told: Sequence[bytes] = ()
 
     async def run(self) -> None:
@@ -50,15 +50,17 @@ class LighthouseAnnouncer:
             logger.warning("this lighthouse's record could not be withdrawn everywhere and expires soon")
 
     async def _say(self, payload: bytes) -> None:
-        stamps = self._stamps
-        stamps.advance(self._clock())
+        record_versions = self._record_versions
+        record_versions.advance(self._clock())
         raw = sign_record(
             self._identity,
             key=self._key,
-            version=stamps.version,
-            expiration_s=stamps.expiration_s,
+            version=record_versions.version,
+            expiration_s=record_versions.expiration_s,
             payload=payload,
             ticket=self._ticket,
         )
         owner = pack(self._identity.peer_id)
-        await self._member.store(Record(place_of_key(self._key), owner, wrap(raw), stamps.expiration_s), self._told)
+        await self._member.store(
+            Record(place_of_key(self._key), owner, wrap(raw), record_versions.expiration_s), self._told
+        )

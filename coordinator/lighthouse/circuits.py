@@ -26,14 +26,14 @@ ROOM_POLL_S = 0.002
 class Account(NamedTuple):
     """A circuit, and the ledger that it is in; it ends when nothing moves for `idle_s`."""
 
-    ledger: RelayQuotas
+    quotas: RelayQuotas
     circuit: Circuit
     idle_s: float = math.inf
 
 
 async def carry(source: TrioStream, target: TrioStream, account: Account) -> bool:
     """Until both have ended, one has failed, or a limit is reached; whether it was the first of these."""
-    with trio.move_on_after(account.ledger.limits.circuit_s), trio.move_on_after(account.idle_s) as silence:
+    with trio.move_on_after(account.quotas.limits.circuit_s), trio.move_on_after(account.idle_s) as silence:
         async with trio.open_nursery() as nursery:
             flow = _Flow(account, silence, nursery.cancel_scope)
             for one, other in ((source, target), (target, source)):
@@ -50,14 +50,14 @@ class _Flow(NamedTuple):
     both: trio.CancelScope
 
     async def pump(self, source: TrioStream, target: TrioStream) -> None:
-        ledger, circuit, idle_s = self.account
+        quotas, circuit, idle_s = self.account
         try:
             while data := await source.read(PIECE_BYTES):
-                if not ledger.pass_bytes(circuit, len(data)):
+                if not quotas.pass_bytes(circuit, len(data)):
                     self.both.cancel()
                     return
                 self.silence.deadline = trio.current_time() + idle_s
-                await _wait_for_room(target, len(data))
+                await _wait_for_capacity(target, len(data))
                 await target.write(data)
             await target.end()
         except UnavailableError as error:
@@ -65,10 +65,10 @@ class _Flow(NamedTuple):
             self.both.cancel()
 
 
-async def _wait_for_room(stream: TrioStream, n_bytes: int) -> None:
+async def _wait_for_capacity(stream: TrioStream, n_bytes: int) -> None:
     """py-libp2p gives a stream up when its other side makes no room for five seconds: a busy peer takes longer."""
     with trio.move_on_after(STALL_TIMEOUT_S):
-        while stream.room() < n_bytes:  # noqa: ASYNC110 - libp2p tells nobody
+        while stream.capacity() < n_bytes:  # noqa: ASYNC110 - libp2p tells nobody
             await trio.sleep(ROOM_POLL_S)
         return
     raise UnavailableError(f"made no room for {STALL_TIMEOUT_S:g} s")

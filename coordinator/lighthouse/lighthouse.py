@@ -61,11 +61,11 @@ class Lighthouse:
     def __init__(self, config: LighthouseConfig, identity: Identity, address: str) -> None:
         admission, initial_peers = resolve(config)
         self._store = StoredRecords(admission, time.time)
-        self._ledger = RelayQuotas(_relay_limits(config), time.time)
+        self._quotas = RelayQuotas(_relay_limits(config), time.time)
         self.transport = TrioTransport(identity, [address], config.max_connections)
         self._calls = DhtCalls(self.transport)
-        self._relay = CircuitRelay(self.transport, self._ledger)
-        NodeRelay(self.transport, self._ledger)
+        self._relay = CircuitRelay(self.transport, self._quotas)
+        NodeRelay(self.transport, self._quotas)
         self._kademlia = Kademlia(self.transport, self._relay)
         initial = initial_members(initial_peers)
         self._member = Member(self.transport, self._calls, self._kademlia, self._store, initial, time.time)
@@ -93,10 +93,10 @@ class Lighthouse:
             connections=len(self.transport.connected),
             members=len(self._member.table),
             records=self._store.n_records,
-            reservations=self._ledger.n_reservations,
-            circuits=self._ledger.n_circuits,
-            relayed_bytes=self._ledger.relayed_bytes,
-            refused=self._calls.refused + self._ledger.refused + self.transport.refused,
+            reservations=self._quotas.n_reservations,
+            circuits=self._quotas.n_circuits,
+            relayed_bytes=self._quotas.relayed_bytes,
+            refused=self._calls.refused + self._quotas.refused + self.transport.refused,
         )
 
     def _serve_only(self, manifest: Manifest) -> None:

@@ -46,8 +46,8 @@ class _Reservation:
 class NodeRelay:
     """Serves RELAY_PROTOCOL within the ledger's limits."""
 
-    def __init__(self, transport: TrioTransport, ledger: RelayQuotas) -> None:
-        self._transport, self._ledger = transport, ledger
+    def __init__(self, transport: TrioTransport, quotas: RelayQuotas) -> None:
+        self._transport, self._quotas = transport, quotas
         self._reserved: dict[str, _Reservation] = {}
         transport.handle(relaying.RELAY_PROTOCOL, self._serve)
 
@@ -69,8 +69,8 @@ class NodeRelay:
             raise relaying.not_what_is_wanted()
 
     async def _reserve(self, stream: TrioStream, request: pb.ReserveRequest) -> None:
-        self._ledger.keep_only(self._transport.connected)
-        self._ledger.reserve(stream.peer, stream.address, "kilohive")
+        self._quotas.keep_only(self._transport.connected)
+        self._quotas.reserve(stream.peer, stream.address, "kilohive")
         reservation = _Reservation(stream, request.addresses[: relaying.MAX_ADDRESSES])
         self._reserved[stream.peer_id] = reservation
         try:
@@ -79,7 +79,7 @@ class NodeRelay:
         finally:
             if self._reserved.get(stream.peer_id) is reservation:  # it has not reserved again
                 del self._reserved[stream.peer_id]
-                self._ledger.release(stream.peer, "kilohive")
+                self._quotas.release(stream.peer, "kilohive")
 
     async def _until_it_leaves(self, reservation: _Reservation) -> None:
         """A holder says nothing more: anything to be read, the end too, ends the reservation."""
@@ -95,7 +95,7 @@ class NodeRelay:
             while True:
                 await reservation.note(pb.RelayNote())
                 await trio.sleep(relaying.NOTE_EVERY_S)
-                self._ledger.reserve(stream.peer, stream.address, "kilohive")
+                self._quotas.reserve(stream.peer, stream.address, "kilohive")
         except KilohiveError as error:
             logger.debug("relay: a reservation has ended: %s", error)
             both.cancel()
@@ -104,7 +104,7 @@ class NodeRelay:
         reservation = self._reserved.get(request.peer_id)
         if reservation is None:
             raise relaying.not_reached(request.peer_id)
-        circuit = self._ledger.open(stream.peer, reservation.stream.peer, "kilohive")
+        circuit = self._quotas.open(stream.peer, reservation.stream.peer, "kilohive")
         try:
             target = await self._reach(reservation)
             whole = False
@@ -114,7 +114,7 @@ class NodeRelay:
             finally:
                 await (target.close() if whole else target.reset())
         finally:
-            self._ledger.close(circuit)
+            self._quotas.close(circuit)
 
     async def _reach(self, reservation: _Reservation) -> TrioStream:
         with trio.move_on_after(relaying.OPEN_TIMEOUT_S):
@@ -129,7 +129,7 @@ class NodeRelay:
 
     async def _carry(self, source: TrioStream, target: TrioStream, circuit: Circuit) -> bool:
         """Whether both ends have ended it."""
-        whole = await carry(source, target, Account(self._ledger, circuit, relaying.IDLE_S))
+        whole = await carry(source, target, Account(self._quotas, circuit, relaying.IDLE_S))
         if not whole:
             await source.reset()
         return whole

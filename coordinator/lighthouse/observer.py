@@ -60,7 +60,7 @@ class Observer:
         on_manifest: Callable[[Manifest], None],
     ) -> None:
         self._lookups, self._run_id, self._clock, self._on_manifest = lookups, admission.run_id, clock, on_manifest
-        self._book = RecordCache(admission)
+        self._record_cache = RecordCache(admission)
         self._manifest: Manifest | None = None
         self.view = RunView()
 
@@ -71,10 +71,10 @@ class Observer:
         blocks = all_blocks(self._manifest.model) if self._manifest else ()
         keys = [peers_key(self._run_id), *(block_key(self._run_id, block) for block in blocks)]
         await self._lookups.look_up(keys, self._take)
-        self.view = run_view(self._book.live(self._clock()), self._manifest)
+        self.view = run_view(self._record_cache.live(self._clock()), self._manifest)
 
     def _take(self, key: str, found: dict[str, bytes]) -> None:
-        self._book.take({key: found}, self._clock())
+        self._record_cache.take({key: found}, self._clock())
 
     def _take_manifest(self, key: str, found: dict[str, bytes]) -> None:
         for raw in found.values():

@@ -49,21 +49,21 @@ MESSAGE_TIMEOUT_S = 10.0
 class CircuitRelay:
     """Serves reservations and circuits within the ledger's limits."""
 
-    def __init__(self, transport: TrioTransport, ledger: RelayQuotas) -> None:
-        self._transport, self._ledger = transport, ledger
-        limits = ledger.limits
+    def __init__(self, transport: TrioTransport, quotas: RelayQuotas) -> None:
+        self._transport, self._quotas = transport, quotas
+        limits = quotas.limits
         self._limit = CircuitLimit(duration_s=math.ceil(limits.circuit_s), data_bytes=limits.circuit_bytes)
         transport.handle(HOP, self._serve)
 
     def addresses_of(self, peer: bytes) -> list[bytes]:
         """Where a peer with a reservation is reached through this relay."""
-        if not self._ledger.has_reserved(peer):
+        if not self._quotas.has_reserved(peer):
             return []
         return [address.encapsulate("/p2p-circuit").to_bytes() for address in self._transport.addresses]
 
     def forget_the_gone(self) -> None:
         """Drop reservations of peers without a connection."""
-        self._ledger.keep_only(self._transport.connected)
+        self._quotas.keep_only(self._transport.connected)
 
     async def _serve(self, stream: TrioStream) -> None:
         with trio.move_on_after(MESSAGE_TIMEOUT_S) as limit:
@@ -87,7 +87,7 @@ class CircuitRelay:
             return
         self.forget_the_gone()
         try:
-            expires_s = self._ledger.reserve(stream.peer, stream.address)
+            expires_s = self._quotas.reserve(stream.peer, stream.address)
         except OverloadedError:
             await _refuse(stream, RESERVATION_REFUSED)
             return
@@ -98,7 +98,7 @@ class CircuitRelay:
     async def _connect(self, source: TrioStream, target: bytes) -> None:
         self.forget_the_gone()
         try:
-            circuit = self._ledger.open(source.peer, target)
+            circuit = self._quotas.open(source.peer, target)
         except UnavailableError:
             await _refuse(source, NO_RESERVATION)
             return
@@ -108,7 +108,7 @@ class CircuitRelay:
         try:
             await self._carry(source, circuit)
         finally:
-            self._ledger.close(circuit)
+            self._quotas.close(circuit)
 
     async def _carry(self, source: TrioStream, circuit: Circuit) -> None:
         try:
@@ -120,7 +120,7 @@ class CircuitRelay:
         whole = False
         try:
             await _answer(source, HopMessage(kind=HopMessage.STATUS, status=OK, limit=self._limit))
-            whole = await carry(source, target, Account(self._ledger, circuit))
+            whole = await carry(source, target, Account(self._quotas, circuit))
         finally:
             for stream in (source, target):
                 await (stream.close() if whole else stream.reset())

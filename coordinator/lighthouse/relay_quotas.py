@@ -81,7 +81,7 @@ class RelayQuotas:
         """Reserve for a peer that is connected from `address`, or renew; until when. Raises OverloadedError."""
         self._expire()
         if (way, peer) not in self._reserved:
-            self._check_room(address)
+            self._check_capacity(address)
         expires_s = self._clock() + RESERVATION_S
         self._reserved[way, peer] = _Reserved(expires_s, address)
         return expires_s
@@ -131,7 +131,7 @@ class RelayQuotas:
         into = Counter(circuit.target for circuit in self._circuits)
         return out_of[source], into[target]
 
-    def _check_room(self, address: str) -> None:
+    def _check_capacity(self, address: str) -> None:
         if len(self._reserved) >= self.limits.reservations:
             self._refuse(no_reservation_left(self.limits.reservations))
         from_there = sum(reserved.address == address for reserved in self._reserved.values())

@@ -55,7 +55,7 @@ class StoredRecords:
         if known is not None and known.expiration_s >= record.expiration_time:
             return False
         added = len(record.value) - (len(known.value) if known else 0)
-        self._check_room(record.key, added, is_new=known is None)
+        self._check_capacity(record.key, added, is_new=known is None)
         self._keys.setdefault(record.key, {})[signed.owner] = Item(record.value, record.expiration_time)
         self.n_bytes += added
         return True
@@ -70,7 +70,7 @@ class StoredRecords:
         self._keys = {key: live for key in self._keys if (live := self.get(key))}
         self.n_bytes = sum(len(item.value) for owners in self._keys.values() for item in owners.values())
 
-    def _check_room(self, key: bytes, added: int, *, is_new: bool) -> None:
+    def _check_capacity(self, key: bytes, added: int, *, is_new: bool) -> None:
         """Full means that newcomers are refused; who is in already can go on renewing."""
         if self.n_bytes + added > self._max_bytes:
             raise RecordError(f"store: full ({self._max_bytes} bytes)")

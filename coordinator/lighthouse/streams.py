@@ -72,7 +72,7 @@ class TrioStream:
         with one_error("write"):
             await self._stream.write(data)
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Bytes that the other side has room for now; raises UnavailableError when it takes no more."""
         muxed = self._stream.muxed_stream
         if muxed.closed or muxed.send_closed:

@@ -92,14 +92,14 @@ class Node:
         """SIGKILL the process alone, as a power cut would, then reap what it left."""
         os.kill(self.child.pid, signal.SIGKILL)
         wait_until(self.child.ended, f"{self.folder.name} is dead", STOP_TIMEOUT_S)
-        self.child.bury()
+        self.child.reap()
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """SIGTERM, wait, reap; returns the exit code."""
         if not self.child.ended():
             self.child.ask_to_stop()
             wait_until(self.child.ended, f"{self.folder.name} has left", timeout_s)
-        return self.child.bury()
+        return self.child.reap()
 
 
 def cpu_seconds_of(process: psutil.Process) -> float:
@@ -121,7 +121,7 @@ def end_nodes(nodes: Sequence[Node]) -> None:
     for node in reversed(nodes):
         if not node.child.ended():
             node.child.kill_tree()
-        node.child.bury()
+        node.child.reap()
 
 
 class ProcessSwarm:

@@ -164,13 +164,13 @@ def apart(run: AdapterRun, texts: Texts, evaluations: int, context: TrialContext
     participants = [products(adapters) for adapters in alone.values()]
     base = {name: torch.zeros_like(weight_DD) for name, weight_DD in participants[0].items()}
     measure = AroundSeed(texts)
-    desk = MergeEvaluator(measure, evaluations, context.progress)
-    ways = {SEED_ALONE: unsearched(desk.figure(base), 1)}
-    ways |= desk.merges(MergeSearch(base, participants, desk.loss), run.seed)
+    merge_evaluator = MergeEvaluator(measure, evaluations, context.progress)
+    ways = {SEED_ALONE: unsearched(merge_evaluator.figure(base), 1)}
+    ways |= merge_evaluator.merges(MergeSearch(base, participants, merge_evaluator.loss), run.seed)
     for way, per_token in ((ARROW_ONE, 1), (ARROW_ALL, len(alone))):
         nats_NT = measure.nats(arrow(list(alone.values()), per_token))
         ways[way] = unsearched(float(nats_NT.mean()), 1)
-    log_p_PNT = torch.stack([desk.log_likelihood(participant) for participant in participants])
+    log_p_PNT = torch.stack([merge_evaluator.log_likelihood(participant) for participant in participants])
     _, length, cosine = ways_apart(base, participants)
     return {
         "ways": ways | chosen_between(log_p_PNT, measure.owner_N, "token", "domain"),

@@ -206,10 +206,10 @@ def apart(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> 
     trunk = branches.load(folders[0]).trunk
     base, *participants = (dict(branches.load(folder).trunk.state_dict()) for folder in folders)
     measure = InTrunk(course, trunk, held_out_in_two(dataset), spec["validation_bytes"])
-    desk = MergeEvaluator(measure, spec["evaluations"], context.progress)
-    ways = {BRANCH: unsearched(desk.figure(base), 1)}
-    ways |= desk.merges(MergeSearch(base, participants, desk.loss), course.seed)
-    log_p_PNT = torch.stack([desk.log_likelihood(participant) for participant in participants])
+    merge_evaluator = MergeEvaluator(measure, spec["evaluations"], context.progress)
+    ways = {BRANCH: unsearched(merge_evaluator.figure(base), 1)}
+    ways |= merge_evaluator.merges(MergeSearch(base, participants, merge_evaluator.loss), course.seed)
+    log_p_PNT = torch.stack([merge_evaluator.log_likelihood(participant) for participant in participants])
     owner_N = owners(dataset, measure.texts, course)
     return {
         "ways": ways | chosen_between(log_p_PNT, owner_N, "byte", "topic"),

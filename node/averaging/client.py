@@ -37,10 +37,10 @@ class AveragingClient:
     """Dials other nodes by address, one exchange at a time. `wire_bytes` counts messages' bytes, both ways."""
 
     def __init__(
-        self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller, allowance: RateLimits | None = None
+        self, replicas: ReplicaSet, config: ExchangeConfig, caller: Caller, rate_limits: RateLimits | None = None
     ) -> None:
         self._replicas, self._config, self._caller = replicas, config, caller
-        self._allowance = allowance or RateLimits()
+        self._rate_limits = rate_limits or RateLimits()
         self._open: set[grpc.aio.Channel] = set()
         self._dialling = False
         self.wire_bytes = 0
@@ -59,7 +59,7 @@ class AveragingClient:
         self._dialling = True
         try:
             # What was taken before is paid for first: calls are not to wait for averaging.
-            await asyncio.sleep(min(self._allowance.debt_s(), timeout_s))
+            await asyncio.sleep(min(self._rate_limits.owed_s(), timeout_s))
             return await self._exchange(partner, block_ids, timeout_s)
         finally:
             self._dialling = False
@@ -103,7 +103,7 @@ class AveragingClient:
             path = f"/{SERVICE_NAME}/Exchange"
             method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
             call = method(timeout=timeout_s, metadata=self._caller.metadata(partner, path))
-            wire = Wire(_ClientStream(call), self._config.silence_s, self._allowance)
+            wire = Wire(_ClientStream(call), self._config.silence_s, self._rate_limits)
             try:
                 async with within(timeout_s, "the exchange"):
                     await Pairing(wire, self._replicas, self._config, tally).dial(block_ids)
@@ -129,7 +129,7 @@ class AveragingClient:
             path = f"/{SERVICE_NAME}/Download"
             method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
             call = method(request.SerializeToString(), metadata=self._caller.metadata(source, path))
-            inbox = Inbox(_ClientReceiver(call), self._allowance)
+            inbox = Inbox(_ClientReceiver(call), self._rate_limits)
             try:
                 return await download.receive(inbox, tell)
             finally:

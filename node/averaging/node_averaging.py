@@ -33,7 +33,7 @@ class AveragingOptions:
 
     seed: int = 0
     stored: Callable[[BlockId], ReplicaState | None] | None = None
-    allowance: RateLimits = field(default_factory=RateLimits)
+    rate_limits: RateLimits = field(default_factory=RateLimits)
 
 
 class Averaging:
@@ -56,7 +56,7 @@ class Averaging:
             dtype=manifest.dtype,
             limits=partial(GossipLimits.from_manifest, manifest),
         )
-        self.client = AveragingClient(self.replicas, config, security.caller(), options.allowance)
+        self.client = AveragingClient(self.replicas, config, security.caller(), options.rate_limits)
         self.averager = Averager(
             self.replicas,
             self.client,
@@ -69,7 +69,7 @@ class Averaging:
             config,
             self.averager.on_result,
             stored=options.stored,
-            allowance=options.allowance,
+            rate_limits=options.rate_limits,
         )
 
     def start(self) -> None:

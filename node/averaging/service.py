@@ -56,9 +56,9 @@ class AveragingService:
         on_result: Callable[[ExchangeResult], None],
         *,
         stored: Callable[[BlockId], ReplicaState | None] | None = None,
-        allowance: RateLimits | None = None,
+        rate_limits: RateLimits | None = None,
     ) -> None:
-        self._replicas, self._config, self._allowance = replicas, config, allowance or RateLimits()
+        self._replicas, self._config, self._rate_limits = replicas, config, rate_limits or RateLimits()
         self._on_result, self._stored = on_result, stored
         self._running = {"exchange": 0, "download": 0}
 
@@ -72,7 +72,7 @@ class AveragingService:
 
     async def _exchange(self, _: object, context: Context) -> None:
         tally = Tally(partner="", dialled=False)
-        wire = Wire(ServerStream(context), self._config.silence_s, self._allowance)
+        wire = Wire(ServerStream(context), self._config.silence_s, self._rate_limits)
         caller = caller_of(context.invocation_metadata() or ())
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -97,7 +97,7 @@ class AveragingService:
             async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
                 state = await self._copy_of(block_id)
             async with within(self._config.transfer_timeout_s(state), f"the download of block {block_id}"):
-                wire = Wire(ServerStream(context), self._config.silence_s, self._allowance)
+                wire = Wire(ServerStream(context), self._config.silence_s, self._rate_limits)
                 await send_state(wire, block_id, state, self._config, params_only=request.params_only)
 
     async def _copy_of(self, block_id: BlockId) -> ReplicaState:
@@ -119,8 +119,8 @@ class AveragingService:
 
     @contextmanager
     def _slot(self, what: str, most: int) -> Iterator[None]:
-        if (debt_s := self._allowance.debt_s()) > MAX_DEBT_S:
-            raise OverloadedError(f"this node's owner limits it: no {what} for now", debt_s)
+        if (owed_s := self._rate_limits.owed_s()) > MAX_DEBT_S:
+            raise OverloadedError(f"this node's owner limits it: no {what} for now", owed_s)
         if self._running[what] >= most:
             raise OverloadedError(f"this node already has {most} {what}(s) to answer", RETRY_AFTER_S)
         self._running[what] += 1

@@ -101,31 +101,31 @@ async def _train(config: ContributeConfig, swarm: Swarm, place: ExpertId, data: 
     async with _downloads(swarm) as downloads:
         present, told = await until_stopped(_present(swarm, downloads, place), stop)
         start = read_expert(data, swarm.manifest) if data else present
-        schooling = LocalTraining(config, swarm, downloads, LocalExpert(place, start), dataset)
+        local_training = LocalTraining(config, swarm, downloads, LocalExpert(place, start), dataset)
         try:
-            await _learn(config.file, schooling, (place, told), stop)
+            await _learn(config.file, local_training, (place, told), stop)
             if not stop.is_set():
                 # The run has trained on meanwhile: what an evaluator would compare with is another one.
                 present, _ = await until_stopped(_present(swarm, downloads, place), stop)
-                gain = await until_stopped(schooling.gain(present), stop)
+                gain = await until_stopped(local_training.gain(present), stop)
                 advice = "offer it without --train" if gain.is_sure else "no gain is sure: train on"
                 print_result(f"it gains {gain}; {advice}")
         finally:
-            schooling.close()
+            local_training.close()
     return EXIT_OK
 
 
 async def _learn(
-    path: Path, schooling: LocalTraining, about: tuple[ExpertId, dict[str, str]], stop: asyncio.Event
+    path: Path, local_training: LocalTraining, about: tuple[ExpertId, dict[str, str]], stop: asyncio.Event
 ) -> None:
     place, told = about
     try:
-        with steps_shown(schooling.steps) as tell:
-            await schooling.run(stop, tell)
+        with steps_shown(local_training.steps) as tell:
+            await local_training.run(stop, tell)
     finally:
-        if schooling.done:
-            await asyncio.to_thread(_write, path, expert_file(schooling.weights, told))
-            print_result(f"{path}: {place}, after {schooling.done:,} steps")
+        if local_training.done:
+            await asyncio.to_thread(_write, path, expert_file(local_training.weights, told))
+            print_result(f"{path}: {place}, after {local_training.done:,} steps")
 
 
 async def _offer(config: ContributeConfig, swarm: Swarm, place: ExpertId, data: bytes) -> int:

@@ -22,7 +22,7 @@ from node.contributor.local_expert import ExpertsWithOneLocal, LocalExpertSteps
 from node.model.devices import pick_device
 from node.model.learning_rate import learning_rate_factor
 from node.trainer.dispatch.dispatcher import DispatchConfig, dispatch_over
-from node.trainer.evaluator.paired_experts import PairedExperts, rivals_model, window_gains
+from node.trainer.evaluator.paired_experts import PairedExperts, paired_experts_model, window_gains
 from node.trainer.swarm_client import wait_for_blocks
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.trunk_replica import TrunkReplica
@@ -81,19 +81,24 @@ class LocalTraining:
     """
 
     def __init__(
-        self, config: ContributeConfig, swarm: Swarm, downloads: Downloader, pupil: LocalExpert, dataset: ByteDataset
+        self,
+        config: ContributeConfig,
+        swarm: Swarm,
+        downloads: Downloader,
+        local_expert: LocalExpert,
+        dataset: ByteDataset,
     ) -> None:
-        self._config, self._swarm, self._downloads, self._place = config, swarm, downloads, pupil.place
-        self.weights, self.steps, self.done = pupil.start, config.train, 0
+        self._config, self._swarm, self._downloads, self._place = config, swarm, downloads, local_expert.place
+        self.weights, self.steps, self.done = local_expert.start, config.train, 0
         manifest, device = swarm.manifest, pick_device(config.device)
         self._dispatcher = dispatch_over(swarm, DispatchConfig(teach=False, seed=config.seed))
-        self._experts = ExpertsWithOneLocal(self._dispatcher, pupil.place, pupil.start, manifest)
+        self._experts = ExpertsWithOneLocal(self._dispatcher, local_expert.place, local_expert.start, manifest)
         generator = torch.Generator().manual_seed(manifest.seed)
         model = build_model(manifest, self._experts, generator).to(device)
         steps = StepConfig(batch=config.batch, micro_batches=1, in_flight=1, seed=config.seed)
         self._training = Training(manifest, model, self._experts, dataset, steps, self._wait_for_experts)
         self._trunk = TrunkReplica(self._training)  # before LocalExpertSteps freezes what it is made of
-        self._home = LocalExpertSteps(model, self._training.moe_layers[pupil.place.layer], self._experts, device)
+        self._home = LocalExpertSteps(model, self._training.moe_layers[local_expert.place.layer], self._experts, device)
 
     async def run(self, stop: asyncio.Event, tell: Callable[[int, float], None]) -> None:
         """Train until the last step or until `stop` is set; `tell` hears of each step and its loss, nats per byte."""
@@ -155,8 +160,8 @@ class LocalTraining:
     def _gain(self, present: Weights) -> Gain:
         manifest, dataset = self._swarm.manifest, self._training.dataset
         trunk = {name: tensor.detach().clone() for name, tensor in self._training.model.state_dict().items()}
-        rivals = PairedExperts(self._dispatcher, self._place, present, self.weights, manifest)
-        model, context = rivals_model(manifest, trunk, rivals), manifest.model.context
+        paired_experts = PairedExperts(self._dispatcher, self._place, present, self.weights, manifest)
+        model, context = paired_experts_model(manifest, trunk, paired_experts), manifest.model.context
         batches = dataset.held_out_batches(self._config.batch, context, GAIN_WINDOWS * context)
         gains = [gain for ids in batches for gain in window_gains(model, ids)]
         spread = np.std(gains, ddof=1) if len(gains) > 1 else np.inf

@@ -79,7 +79,7 @@ def _folder_name(corpus: Corpus, split: SplitConfig) -> str:
 
 
 def _fingerprint(corpus: Corpus, split: SplitConfig) -> str:
-    return _sha256([FORMAT, asdict(split), corpus.stamps])
+    return _sha256([FORMAT, asdict(split), corpus.file_stamps])
 
 
 def _sha256(value: object) -> str:

@@ -57,7 +57,7 @@ class Corpus:
     title: str
     root: Path
     files: tuple[Path, ...]
-    stamps: tuple[tuple[str, int, int], ...]
+    file_stamps: tuple[tuple[str, int, int], ...]
     in_folder: bool = False
     skipped_files: int = 0
     attribution: str | None = None
@@ -92,8 +92,8 @@ def read_documents(corpus: Corpus) -> Iterator[bytes]:
 def _corpus(title: str, root: Path, files: tuple[Path, ...], *, attribution: str | None = None) -> Corpus:
     with _named_errors(root):
         stats = [(file.relative_to(root).as_posix(), file.stat()) for file in files]
-    stamps = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return Corpus(title=title, root=root, files=files, stamps=stamps, attribution=attribution)
+    file_stamps = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return Corpus(title=title, root=root, files=files, file_stamps=file_stamps, attribution=attribution)
 
 
 def _wikipedia_file() -> Path:

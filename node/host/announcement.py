@@ -30,20 +30,20 @@ class HostAnnouncement:
 
     manifest: Manifest
     started: float
-    whereabouts: NodeEndpoint
+    node_endpoint: NodeEndpoint
     runtime: Runtime
-    keeper: BlockManager
+    block_manager: BlockManager
     averager: Averager
-    duty: Availability
+    availability: Availability
     exchanged_bytes: Callable[[], int]
 
     def describe(self) -> Announcement:
         """As it is now. What was held before a sleep is not said to be served."""
-        self.duty.look()
+        self.availability.look()
         runtime, serving = self.runtime, self._serving()
         peer = PeerRecord(
             role="host",
-            endpoint=self.whereabouts.endpoint,
+            endpoint=self.node_endpoint.endpoint,
             software=SOFTWARE,
             started_s=self.started,
             n_blocks=len(serving),
@@ -51,22 +51,26 @@ class HostAnnouncement:
             tokens_per_s=runtime.tokens_per_s,
             staleness=min(runtime.staleness, MAX_STALENESS),
             exchanged_bytes=self.exchanged_bytes(),
-            reachability=self.whereabouts.state,
-            relay=self.whereabouts.relay_offer,
-            paused=self.duty.pausing.is_set(),
+            reachability=self.node_endpoint.state,
+            relay=self.node_endpoint.relay_offer,
+            paused=self.availability.pausing.is_set(),
         )
         return Announcement(peer=peer, blocks=tuple(self._records(serving)))
 
     def _serving(self) -> dict[BlockId, int]:
-        if self.duty.has_slept:
+        if self.availability.has_slept:
             return {}
-        return {block_id: block.version for block_id, block in self.keeper.serving.items()}
+        return {block_id: block.version for block_id, block in self.block_manager.serving.items()}
 
     def _records(self, serving: dict[BlockId, int]) -> Iterator[BlockRecord]:
-        keeper = self.keeper
+        block_manager = self.block_manager
         yield from (self._record(block_id, version, "serving") for block_id, version in serving.items())
-        yield from (self._record(block_id, 0, "joining") for block_id in keeper.joining - serving.keys())
-        left = [item for item in keeper.given_up.items() if item[0] not in serving and item[0] not in keeper.joining]
+        yield from (self._record(block_id, 0, "joining") for block_id in block_manager.joining - serving.keys())
+        left = [
+            item
+            for item in block_manager.given_up.items()
+            if item[0] not in serving and item[0] not in block_manager.joining
+        ]
         newest = sorted(left, key=lambda item: -item[1])[:MAX_STORED]
         yield from (self._record(block_id, version, "stored") for block_id, version in newest)
 
@@ -75,7 +79,7 @@ class HostAnnouncement:
         return BlockRecord(
             block=block_id,
             version=version,
-            endpoint=self.whereabouts.endpoint,
+            endpoint=self.node_endpoint.endpoint,
             queue_tokens=runtime.queue_tokens,
             tokens_per_s=runtime.tokens_per_s,
             tokens_total=runtime.tokens_total,

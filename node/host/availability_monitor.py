@@ -24,13 +24,18 @@ class AvailabilityMonitor:
 
     def __init__(
         self,
-        duty: Availability,
+        availability: Availability,
         limits: Limits,
         use: ProcessUse,
         local_time: Callable[[], time.struct_time] = time.localtime,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._duty, self._schedule, self._local_time, self._clock = duty, limits.schedule, local_time, clock
+        self._availability, self._schedule, self._local_time, self._clock = (
+            availability,
+            limits.schedule,
+            local_time,
+            clock,
+        )
         self._idle = IdleJudge(clock()) if limits.only_when_idle else None
         self._machine = MachineUse(use)
         self._sampled_s = clock()
@@ -44,11 +49,11 @@ class AvailabilityMonitor:
 
     def look(self) -> None:
         """Once."""
-        self._duty.look()
+        self._availability.look()
         if self._schedule is not None:
-            self._duty.tell(Reason.SCHEDULE, holds=not self._schedule.allows(self._local_time()))
+            self._availability.tell(Reason.SCHEDULE, holds=not self._schedule.allows(self._local_time()))
         if self._idle is not None:
-            self._duty.tell(Reason.IN_USE, holds=self._in_use(self._idle))
+            self._availability.tell(Reason.IN_USE, holds=self._in_use(self._idle))
 
     def _in_use(self, idle: IdleJudge) -> bool:
         now_s = self._clock()

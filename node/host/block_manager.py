@@ -26,7 +26,7 @@ from node.host.placement import (
     plan,
 )
 from node.host.serving.block_replica import BlockReplica
-from node.model.devices import no_room_is_an_error
+from node.model.devices import no_capacity_is_an_error
 from node.model.experts.block import new_block
 from node.model.experts.state import block_from_state, block_state
 from node.model.replica_state import schema
@@ -239,7 +239,7 @@ class BlockManager:
         here = [item for item in sources if item[1].origin in {Origin.SEED, Origin.OWN_CHECKPOINT}]
         return here, [item for item in sources if item not in here]
 
-    @no_room_is_an_error()
+    @no_capacity_is_an_error()
     def _load(self, block_id: BlockId, source: Source) -> Block:
         parts = self._parts
         if source.origin is Origin.OWN_CHECKPOINT:
@@ -297,11 +297,11 @@ class BlockManager:
         )
         return block_id
 
-    @no_room_is_an_error()
+    @no_capacity_is_an_error()
     def _new(self, block_id: BlockId) -> Block:
         return new_block(self._parts.manifest, block_id, self._parts.device)
 
-    @no_room_is_an_error()
+    @no_capacity_is_an_error()
     def _from_state(self, block_id: BlockId, state: ReplicaState) -> Block:
         return block_from_state(self._parts.manifest, block_id, state, self._parts.device)
 

@@ -67,10 +67,10 @@ def capacity_for(
 ) -> Capacity:
     """`wanted`, lowered to what the limits leave; raises ConfigError naming the limit under which no block fits."""
     need = need_of(manifest)
-    room = fit(wanted, lowest_limit(limits.memory_bytes, container), used_bytes, need, "--max-memory")
+    capacity = fit(wanted, lowest_limit(limits.memory_bytes, container), used_bytes, need, "--max-memory")
     if device.type != "cpu":
-        room = fit(room, limits.gpu_memory_bytes, 0, need, "--max-gpu-memory")
-    return _on_disk(room, limits.disk_bytes, manifest)
+        capacity = fit(capacity, limits.gpu_memory_bytes, 0, need, "--max-gpu-memory")
+    return _on_disk(capacity, limits.disk_bytes, manifest)
 
 
 def events_bytes(limits: Limits) -> int | None:
@@ -78,11 +78,11 @@ def events_bytes(limits: Limits) -> int | None:
     return None if limits.disk_bytes is None else int(limits.disk_bytes * EVENTS_SHARE)
 
 
-def _on_disk(room: Capacity, limit_bytes: int | None, manifest: Manifest) -> Capacity:
+def _on_disk(capacity: Capacity, limit_bytes: int | None, manifest: Manifest) -> Capacity:
     if limit_bytes is None:
-        return room
+        return capacity
     per_block = FILES_PER_BLOCK * block_bytes(manifest)
     n_blocks = int(limit_bytes * (1 - 2 * EVENTS_SHARE) // per_block)
     if n_blocks < 1:
         raise ConfigError(f"--max-disk: is too little for one block, whose checkpoints take {per_block:,} bytes")
-    return room.with_blocks(min(room.max_blocks, n_blocks))
+    return capacity.with_blocks(min(capacity.max_blocks, n_blocks))

@@ -53,7 +53,7 @@ class ExpertUploadParts:
     runtime: Runtime
     peers: Callable[[], Sequence[PeerInfo]]
     events: EventLog
-    allowance: RateLimits
+    rate_limits: RateLimits
     since_s: float
 
 
@@ -81,7 +81,7 @@ class ExpertUploadService:
 
     async def _take_in(self, stream: ServerStream, context: Context) -> pb.TakeInResponse:
         async with within(min(timeout_s(context), UPLOAD_S), "the expert"):
-            inbox = Inbox(stream, self._parts.allowance)
+            inbox = Inbox(stream, self._parts.rate_limits)
             begin = await receive_begin(inbox)
             place = ExpertId(begin.layer, begin.expert)
             offered = offered_in(begin, self._manifest)

@@ -119,10 +119,10 @@ class Host:
         self._config, self._limits, self._swarm, self._device, self._events = config, limits, swarm, device, events
         self._started = started
         self._use = ProcessUse(swarm.dht.daemon_pid)
-        self._allowance = RateLimits(limits, self._use)
-        self._duty = Availability()
-        self._watch = AvailabilityMonitor(self._duty, limits, self._use)
-        self._room = self._find_room()
+        self._rate_limits = RateLimits(limits, self._use)
+        self._availability = Availability()
+        self._watch = AvailabilityMonitor(self._availability, limits, self._use)
+        self._capacity = self._find_capacity()
         manifest, peer_id = swarm.manifest, swarm.identity.peer_id
         self._saved: dict[BlockId, int] = {}
         self._store = BlockStore(config.state, manifest, device)
@@ -130,17 +130,17 @@ class Host:
             (),
             manifest,
             RuntimeConfig(
-                max_queue_tokens=self._room.max_queue_tokens,
-                max_batch_tokens=self._room.max_batch_tokens,
-                keep_inputs_bytes=self._room.keep_inputs_bytes,
+                max_queue_tokens=self._capacity.max_queue_tokens,
+                max_batch_tokens=self._capacity.max_batch_tokens,
+                keep_inputs_bytes=self._capacity.keep_inputs_bytes,
                 keep_inputs_s=config.keep_inputs_s,
             ),
-            rest_s=self._allowance.rest_s,
+            rest_s=self._rate_limits.rest_s,
         )
-        options = AveragingOptions(stored=self._store.state, allowance=self._allowance)
+        options = AveragingOptions(stored=self._store.state, rate_limits=self._rate_limits)
         self.averaging = Averaging(manifest, swarm.security, swarm.directory, events, options)
-        self.keeper = self._build_keeper()
-        self._memory = MemoryWatch(self._memory_limit, self._use, self.keeper.give_up_one)
+        self.block_manager = self._build_block_manager()
+        self._memory = MemoryWatch(self._memory_limit, self._use, self.block_manager.give_up_one)
         about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id, software=SOFTWARE)
         self._service = ExpertService(manifest, self.runtime, device, about)
         self._server = NodeServer(
@@ -155,36 +155,38 @@ class Host:
             config.port,
             swarm.security,
             RateLimitInterceptor(
-                self._allowance, lambda: self._duty.refusal() or self._memory.refusal(), self._room.max_calls
+                self._rate_limits,
+                lambda: self._availability.refusal() or self._memory.refusal(),
+                self._capacity.max_calls,
             ),
         )
-        self._whereabouts = NodeEndpoint(swarm, events, config.relay_circuits)
+        self._node_endpoint = NodeEndpoint(swarm, events, config.relay_circuits)
         self._announcer = Announcer(swarm.dht, swarm.identity, swarm.admission, describe=self._records().describe)
-        self.keeper.announcer = self._announcer
-        self._presence = self._build_presence()
+        self.block_manager.announcer = self._announcer
+        self._pause = self._build_pause()
 
     @property
     def _memory_limit(self) -> int | None:
         return lowest_limit(self._limits.memory_bytes, container_limit())
 
-    def _find_room(self) -> Capacity:
+    def _find_capacity(self) -> Capacity:
         """What the limits leave of what was asked for; told if that is less."""
         fixed, manifest = self._fixed_blocks(), self._swarm.manifest
         wanted = wanted_capacity(self._config, len(fixed) or self._config.max_blocks)
         used_bytes = self._use.memory_bytes()
-        room = capacity_for(wanted, self._limits, manifest, self._device, used_bytes, container_limit())
-        if room.max_blocks < wanted.max_blocks:
+        capacity = capacity_for(wanted, self._limits, manifest, self._device, used_bytes, container_limit())
+        if capacity.max_blocks < wanted.max_blocks:
             logger.warning(
-                "Room for %d blocks, not for %d, under this host's limits", room.max_blocks, wanted.max_blocks
+                "Room for %d blocks, not for %d, under this host's limits", capacity.max_blocks, wanted.max_blocks
             )
-        self._events.emit("limits", limits=self._limits.told(), room=asdict(room), memory_bytes=used_bytes)
-        return room
+        self._events.emit("limits", limits=self._limits.told(), room=asdict(capacity), memory_bytes=used_bytes)
+        return capacity
 
     def _fixed_blocks(self) -> list[BlockId]:
         config = self._config
         return [] if config.blocks == AUTO else parse_blocks(config.blocks, self._swarm.manifest.model)
 
-    def _build_keeper(self) -> BlockManager:
+    def _build_block_manager(self) -> BlockManager:
         config, swarm, limits = self._config, self._swarm, self._limits
         parts = BlockManagerParts(
             manifest=swarm.manifest,
@@ -196,12 +198,12 @@ class Host:
             events=self._events,
             device=self._device,
             clock=time.monotonic,
-            pausing=self._duty.pausing,
+            pausing=self._availability.pausing,
             # Two at once would wait for each other's rests until their senders give up.
             max_downloads=1 if limits.down_bytes_per_s or limits.cpu_percent else MAX_DOWNLOADS,
         )
         placement = PlacementConfig(
-            max_blocks=self._room.max_blocks,
+            max_blocks=self._capacity.max_blocks,
             target_replicas=swarm.manifest.averaging.target_replicas,
             check_s=config.recheck_s,
         )
@@ -213,17 +215,17 @@ class Host:
             runtime=self.runtime,
             peers=self._swarm.directory.peers,
             events=self._events,
-            allowance=self._allowance,
+            rate_limits=self._rate_limits,
             since_s=self._started,
         )
         return ExpertUploadService(parts)
 
-    def _build_presence(self) -> Pause:
+    def _build_pause(self) -> Pause:
         swarm = self._swarm
         parts = PauseParts(
             peer_id=swarm.identity.peer_id,
-            duty=self._duty,
-            keeper=self.keeper,
+            availability=self._availability,
+            block_manager=self.block_manager,
             runtime=self.runtime,
             averager=self.averaging.averager,
             directory=swarm.directory,
@@ -235,11 +237,11 @@ class Host:
         return HostAnnouncement(
             manifest=self._swarm.manifest,
             started=self._started,
-            whereabouts=self._whereabouts,
+            node_endpoint=self._node_endpoint,
             runtime=self.runtime,
-            keeper=self.keeper,
+            block_manager=self.block_manager,
             averager=self.averaging.averager,
-            duty=self._duty,
+            availability=self._availability,
             exchanged_bytes=self._exchanged_bytes,
         )
 
@@ -247,14 +249,14 @@ class Host:
         """Start, take blocks, announce them, wait for `stop`, leave."""
         self.runtime.start()
         # To the end: a signal that nobody hears would kill the node before it has saved.
-        with signals_heard(self._duty, self._tell_asked):
+        with signals_heard(self._availability, self._tell_asked):
             try:
                 await self._server.start()
                 await self._work(stop)
                 await self._leave()
             finally:
                 await asyncio.gather(
-                    self._announcer.stop(), self.averaging.stop(), self._whereabouts.close(), self._server.drain(0)
+                    self._announcer.stop(), self.averaging.stop(), self._node_endpoint.close(), self._server.drain(0)
                 )
                 await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
 
@@ -269,22 +271,22 @@ class Host:
             server_told(config.state, address, obeys=True, admission=self._swarm.admission),
             contextlib.suppress(DrainingError),
         ):
-            await until_stopped(self._whereabouts.settle(self._server.endpoint), stop)
+            await until_stopped(self._node_endpoint.settle(self._server.endpoint), stop)
             await until_stopped(self._first_blocks(), stop)
             self.averaging.start()
             self._tell_announced()
             await self._until(stop)
             if not stop.is_set():
-                await until_stopped(self._presence.hand_over(), stop)
+                await until_stopped(self._pause.hand_over(), stop)
 
     async def _first_blocks(self) -> None:
-        self.keeper.stored = await asyncio.to_thread(self._store.versions)
+        self.block_manager.stored = await asyncio.to_thread(self._store.versions)
         await self._announcer.start()
         # Others that start now are seen by their first word, and what they join by their second.
         with contextlib.suppress(UnavailableError):
             await self._swarm.directory.refresh_now()
         with contextlib.suppress(DrainingError):
-            await until_stopped(self.keeper.take_first(), self._duty.pausing)
+            await until_stopped(self.block_manager.take_first(), self._availability.pausing)
         self._saved = dict.fromkeys(self.runtime.blocks, -1)
         try:
             await self._announcer.announce_now()
@@ -294,7 +296,7 @@ class Host:
     def _tell_announced(self) -> None:
         blocks = self.runtime.blocks
         seconds = round(time.time() - self._started, 2)
-        endpoint = self._whereabouts.endpoint
+        endpoint = self._node_endpoint.endpoint
         self._events.emit(
             "announced",
             run_id=self._swarm.manifest.run_id,
@@ -311,18 +313,18 @@ class Host:
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, where, self._device, seconds)
 
     def _tell_asked(self, word: str) -> None:
-        self._events.emit("asked", word=word, paused=self._duty.away, reasons=list(self._duty.reasons))
+        self._events.emit("asked", word=word, paused=self._availability.away, reasons=list(self._availability.reasons))
 
     async def _until(self, stop: asyncio.Event) -> None:
         """What goes on until `stop` is set or the owner asks this host to leave."""
         work = [self._checkpoints(), self._load_events(), self._memory.watch(), self._watch_device()]
-        work += [self._whereabouts.watch(self._announcer), self._watch.watch(), self._presence.follow()]
+        work += [self._node_endpoint.watch(self._announcer), self._watch.watch(), self._pause.follow()]
         if self._config.recheck_s:
-            work.append(self.keeper.recheck_forever())
+            work.append(self.block_manager.recheck_forever())
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in work]
             with contextlib.suppress(DrainingError):
-                await until_stopped(self._duty.leave.wait(), stop)
+                await until_stopped(self._availability.leave.wait(), stop)
             for task in tasks:
                 task.cancel()
 
@@ -360,7 +362,7 @@ class Host:
             return
         gone = await asyncio.to_thread(self._store.trim, limit, frozenset(self.runtime.blocks))
         for block_id in gone:
-            self.keeper.stored.pop(block_id, None)
+            self.block_manager.stored.pop(block_id, None)
 
     async def _watch_device(self) -> None:
         """A device without memory for a batch holds too many blocks."""
@@ -369,7 +371,7 @@ class Host:
             await asyncio.sleep(LOAD_EVENT_PERIOD_S)
             if self.runtime.out_of_memory > seen:
                 seen = self.runtime.out_of_memory
-                await self.keeper.give_up_one("the device had no memory for a batch")
+                await self.block_manager.give_up_one("the device had no memory for a batch")
 
     async def _save_block(self, block: Block) -> int:
         copy = self.runtime.call(lambda: self._store.copy(block))
@@ -380,8 +382,8 @@ class Host:
     async def _load_events(self) -> None:
         while True:
             await asyncio.sleep(LOAD_EVENT_PERIOD_S)
-            runtime, allowance = self.runtime, self._allowance
-            allowance.count_child()
+            runtime, rate_limits = self.runtime, self._rate_limits
+            rate_limits.count_child()
             self._events.emit(
                 "load",
                 tokens_per_s=round(runtime.tokens_per_s, 1),
@@ -392,11 +394,11 @@ class Host:
                 staleness=round(runtime.staleness, 3),
                 steps_refused=runtime.steps_refused,
                 exchanged_bytes=self._exchanged_bytes(),
-                sent_bytes=allowance.sent_bytes,
-                received_bytes=allowance.received_bytes,
-                cpu_s=round(allowance.cpu_s, 2),
+                sent_bytes=rate_limits.sent_bytes,
+                received_bytes=rate_limits.received_bytes,
+                cpu_s=round(rate_limits.cpu_s, 2),
                 memory_bytes=self._memory.used_bytes,
             )
 
     def _exchanged_bytes(self) -> int:
-        return self.averaging.averager.exchanged_bytes + self.keeper.downloaded_bytes
+        return self.averaging.averager.exchanged_bytes + self.block_manager.downloaded_bytes

@@ -46,8 +46,8 @@ class PauseParts:
     """What a presence works with."""
 
     peer_id: str
-    duty: Availability
-    keeper: BlockManager
+    availability: Availability
+    block_manager: BlockManager
     runtime: Runtime
     averager: Averager
     directory: Directory
@@ -62,64 +62,64 @@ class Pause:
 
     async def follow(self) -> None:
         """Pause and come back, until cancelled."""
-        duty = self._parts.duty
+        availability = self._parts.availability
         while True:
-            await duty.pausing.wait()
+            await availability.pausing.wait()
             await self._pause()
-            await duty.working.wait()
+            await availability.working.wait()
             await self._come_back()
 
     async def hand_over(self) -> None:
         """Before leaving for good: others get what was learnt here, and the blocks that only this host serves."""
         parts = self._parts
         until_s = asyncio.get_running_loop().time() + HAND_OVER_S
-        blocks = sorted(parts.keeper.serving)
+        blocks = sorted(parts.block_manager.serving)
         parts.events.emit("leaving", blocks=len(blocks))
         logger.info("Leaving: handing %d blocks over", len(blocks))
         await parts.averager.stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXCHANGE_S):
-                await parts.keeper.catch_up(blocks)
-        await parts.keeper.give_up(blocks, PAUSE_GRACE_S)
+                await parts.block_manager.catch_up(blocks)
+        await parts.block_manager.give_up(blocks, PAUSE_GRACE_S)
         left = await self._until_served_elsewhere(blocks, until_s)
         parts.events.emit("handed_over", blocks=len(blocks) - len(left), left=[str(block_id) for block_id in left])
         if left:
             logger.warning("Nobody has taken %s: they come back with this host's folder", ", ".join(map(str, left)))
 
     async def _pause(self) -> None:
-        parts, duty = self._parts, self._parts.duty
-        reasons = duty.reasons
+        parts, availability = self._parts, self._parts.availability
+        reasons = availability.reasons
         logger.info("Pausing: %s", ", ".join(reasons))
         await parts.averager.stop()
         # After a sleep nobody knows of this host any more.
-        await parts.keeper.give_up(tuple(parts.runtime.blocks), 0.0 if duty.has_slept else PAUSE_GRACE_S)
-        duty.away, duty.holding = True, False
+        await parts.block_manager.give_up(tuple(parts.runtime.blocks), 0.0 if availability.has_slept else PAUSE_GRACE_S)
+        availability.away, availability.holding = True, False
         await asyncio.wrap_future(parts.runtime.forget_inputs())
         await asyncio.to_thread(give_back_memory)
-        parts.events.emit("paused", reasons=list(reasons), stored=len(parts.keeper.stored))
-        await parts.keeper.announce()
-        duty.tell(Reason.SLEPT, holds=False)
+        parts.events.emit("paused", reasons=list(reasons), stored=len(parts.block_manager.stored))
+        await parts.block_manager.announce()
+        availability.tell(Reason.SLEPT, holds=False)
 
     async def _come_back(self) -> None:
-        parts, duty = self._parts, self._parts.duty
-        duty.holding = True
+        parts, availability = self._parts, self._parts.availability
+        availability.holding = True
         try:
-            await until_stopped(self._take(), duty.pausing)
+            await until_stopped(self._take(), availability.pausing)
         except DrainingError:
             return
         except KilohiveError as error:
             logger.warning("This host has no blocks for now: %s", error)
-        duty.away = False
+        availability.away = False
         parts.averager.start()
-        await parts.keeper.announce()
-        parts.events.emit("resumed", blocks=len(parts.keeper.serving))
-        logger.info("Working again, with %d blocks", len(parts.keeper.serving))
+        await parts.block_manager.announce()
+        parts.events.emit("resumed", blocks=len(parts.block_manager.serving))
+        logger.info("Working again, with %d blocks", len(parts.block_manager.serving))
 
     async def _take(self) -> None:
         # What the directory shows may be as old as the pause.
         with contextlib.suppress(UnavailableError):
             await self._parts.directory.refresh_now()
-        await self._parts.keeper.take_first()
+        await self._parts.block_manager.take_first()
 
     async def _until_served_elsewhere(self, blocks: Sequence[BlockId], until_s: float) -> list[BlockId]:
         """Those that nobody else serves in the end. Without other hosts there is nobody to wait for."""

@@ -109,7 +109,7 @@ class PlacementView:
         peer_id = self.own_peer_id
         return {block: len(peers) - (peer_id in peers) for block, peers in self.holders.items() if block not in own}
 
-    def rivals(self) -> int:
+    def paired_experts(self) -> int:
         """Other hosts that are about to choose their first blocks."""
         return len(self.idle_hosts) - (self.own_peer_id in self.idle_hosts)
 
@@ -267,7 +267,7 @@ class _Swap:
         return len(able)
 
     def _chance(self, lacking: int, able: int) -> float:
-        return _chance(lacking, able + self._view.rivals(), self._config)
+        return _chance(lacking, able + self._view.paired_experts(), self._config)
 
     def _to_any(
         self, wanted: list[BlockId], stored: Collection[BlockId], spare: list[BlockId], chance: float
@@ -296,7 +296,7 @@ def _fill(
     for block, n in supply.items():
         if n >= config.target_replicas:
             enough.append(block)
-        elif block in stored or rng.random() < _chance(config.target_replicas - n, view.rivals() + 1, config):
+        elif block in stored or rng.random() < _chance(config.target_replicas - n, view.paired_experts() + 1, config):
             claimed.append(block)
         else:
             left.append(block)
@@ -312,9 +312,9 @@ def _fill(
     return [*sorted(claimed, key=need), *sorted(enough, key=busy), *sorted(left, key=need)]
 
 
-def _chance(lacking: int, rivals: int, config: PlacementConfig) -> float:
+def _chance(lacking: int, paired_experts: int, config: PlacementConfig) -> float:
     """Of acting, such that of `rivals` hosts that throw these dice about `surge` act for each replica that lacks."""
-    return max(MIN_CHANCE, min(1.0, config.surge * lacking / max(rivals, 1)))
+    return max(MIN_CHANCE, min(1.0, config.surge * lacking / max(paired_experts, 1)))
 
 
 def _joiners(view: DirectoryView) -> Iterator[Joiner]:

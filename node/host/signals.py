@@ -18,15 +18,15 @@ SIGNALS = {"pause": signal.SIGUSR1, "resume": signal.SIGUSR2, "leave": signal.SI
 
 
 @contextmanager
-def signals_heard(duty: Availability, tell: Callable[[str], None]) -> Iterator[None]:
+def signals_heard(availability: Availability, tell: Callable[[str], None]) -> Iterator[None]:
     """Obey them while the context lasts; `tell` hears each word. For the main thread's event loop."""
     loop = asyncio.get_running_loop()
 
     def obey(word: str) -> None:
         if word == "leave":
-            duty.leave.set()
+            availability.leave.set()
         else:
-            duty.tell(Reason.OWNER, holds=word == "pause")
+            availability.tell(Reason.OWNER, holds=word == "pause")
         tell(word)
 
     for word, number in SIGNALS.items():

@@ -78,16 +78,16 @@ def fit(wanted: Capacity, limit_bytes: int | None, used_bytes: int, need: Need, 
     """`wanted`, lowered to what the limit leaves beside the `used_bytes`; raises ConfigError if no block fits."""
     if limit_bytes is None:
         return wanted
-    room = limit_bytes - used_bytes - SPARE_BYTES
+    capacity = limit_bytes - used_bytes - SPARE_BYTES
     transient = COPIES_OF_A_BLOCK * need.block_bytes
-    n_blocks = min(wanted.max_blocks, int((room * BLOCKS_SHARE - transient) // need.block_bytes))
+    n_blocks = min(wanted.max_blocks, int((capacity * BLOCKS_SHARE - transient) // need.block_bytes))
     if n_blocks < 1:
         least = used_bytes + SPARE_BYTES + (transient + need.block_bytes) / BLOCKS_SHARE
         raise ConfigError(
             f"{flag}: {size_text(limit_bytes)}, of the flag or of the container, are too little: this node takes "
             f"{size_text(used_bytes)} before its first block, and with one block it needs {size_text(least)}"
         )
-    left = room - transient - n_blocks * need.block_bytes
+    left = capacity - transient - n_blocks * need.block_bytes
     queue_share = 1 - KEPT_SHARE - BATCH_SHARE
     return Capacity(
         max_blocks=n_blocks,

@@ -68,7 +68,7 @@ class RateLimits:
         """Count a message; seconds to rest."""
         return max(self._down.take(n_bytes * OVERHEAD), self.rest_s())
 
-    def debt_s(self) -> float:
+    def owed_s(self) -> float:
         """Seconds until all that was taken so far is paid for: nothing that can wait is begun before."""
         return max(self._up.wait_s(), self._down.wait_s(), self.rest_s())
 

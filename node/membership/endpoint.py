@@ -75,7 +75,7 @@ class NodeEndpoint:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._look_forever(), name="reachability")
             group.create_task(self._reservations.keep(), name="relays")
-            group.create_task(self._announce_changes(announcer), name="whereabouts")
+            group.create_task(self._announce_changes(announcer), name="endpoint")
 
     async def close(self) -> None:
         """Leave the relays; safe to call twice."""

@@ -62,7 +62,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def no_room_is_an_error() -> Iterator[None]:
+def no_capacity_is_an_error() -> Iterator[None]:
     """NoRoomError, in one sentence, where torch finds no memory; also a decorator."""
     try:
         yield

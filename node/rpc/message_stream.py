@@ -50,11 +50,11 @@ class MessageStream(Receiver, Protocol):
 class Inbox:
     """Messages that come; `n_bytes` counts them. Empty ones only say that the partner is alive, and are passed over.
 
-    After a message it rests as long as the `allowance` asks for.
+    After a message it rests as long as `rate_limits` ask for.
     """
 
-    def __init__(self, receiver: Receiver, allowance: RateLimits | None = None) -> None:
-        self._receiver, self._allowance = receiver, allowance or RateLimits()
+    def __init__(self, receiver: Receiver, rate_limits: RateLimits | None = None) -> None:
+        self._receiver, self._rate_limits = receiver, rate_limits or RateLimits()
         self.n_bytes = 0
 
     async def receive(self) -> bytes:
@@ -70,7 +70,7 @@ class Inbox:
             pass
         if raw:
             self.n_bytes += len(raw)
-            await asyncio.sleep(min(self._allowance.received(len(raw)), MAX_REST_S))
+            await asyncio.sleep(min(self._rate_limits.received(len(raw)), MAX_REST_S))
         return raw
 
     async def _next(self) -> bytes | None:
@@ -84,8 +84,8 @@ class Wire(Inbox):
     partner that is frozen, its connection still open, costs no more than that.
     """
 
-    def __init__(self, stream: MessageStream, silence_s: float, allowance: RateLimits | None = None) -> None:
-        super().__init__(stream, allowance)
+    def __init__(self, stream: MessageStream, silence_s: float, rate_limits: RateLimits | None = None) -> None:
+        super().__init__(stream, rate_limits)
         self._stream, self._silence_s = stream, silence_s
         self._waiting: set[asyncio.Timeout] = set()
 
@@ -94,7 +94,7 @@ class Wire(Inbox):
         self.n_bytes += len(raw)
         async with self._not_silent():
             await self._stream.send(raw)
-        rest_s = self._allowance.sent(len(raw)) if raw else 0.0
+        rest_s = self._rate_limits.sent(len(raw)) if raw else 0.0
         if rest_s:
             await self.while_alive(asyncio.sleep(rest_s))
 

@@ -34,9 +34,9 @@ class RateLimitInterceptor(grpc.aio.ServerInterceptor):
     """`refusal` says why no call is taken now, None if calls are; `max_calls` are taken at once, streams among them."""
 
     def __init__(
-        self, allowance: RateLimits, refusal: Callable[[], KilohiveError | None], max_calls: int | None = None
+        self, rate_limits: RateLimits, refusal: Callable[[], KilohiveError | None], max_calls: int | None = None
     ) -> None:
-        self._allowance, self._refusal, self.max_calls = allowance, refusal, max_calls
+        self._rate_limits, self._refusal, self.max_calls = rate_limits, refusal, max_calls
 
     async def intercept_service(
         self,
@@ -51,7 +51,7 @@ class RateLimitInterceptor(grpc.aio.ServerInterceptor):
 
     def _paced(self, call: Unary) -> Unary:
         async def handle(raw: bytes, context: Context) -> bytes:
-            rest_s = self._allowance.received(len(raw) + CALL_BYTES)
+            rest_s = self._rate_limits.received(len(raw) + CALL_BYTES)
             left_s = _time_left(context)
             failure = self._refusal()
             if failure is None and rest_s > left_s * REST_SHARE:
@@ -60,7 +60,7 @@ class RateLimitInterceptor(grpc.aio.ServerInterceptor):
                 await abort_with(failure, context)
             await asyncio.sleep(rest_s)
             answer = await call(raw, context)
-            await asyncio.sleep(min(self._allowance.sent(len(answer) + CALL_BYTES), _time_left(context) * REST_SHARE))
+            await asyncio.sleep(min(self._rate_limits.sent(len(answer) + CALL_BYTES), _time_left(context) * REST_SHARE))
             return answer
 
         return handle

@@ -97,8 +97,8 @@ class Training:
             weight_decay=adam.weight_decay,
         )
         self._pool = ThreadPoolExecutor(config.micro_batches, thread_name_prefix="kilohive-micro-batch")
-        self.turns = TrunkLock(self._pool)
-        self.pace = ConcurrencyTuner(config.micro_batches, config.in_flight)
+        self.trunk_lock = TrunkLock(self._pool)
+        self.concurrency_tuner = ConcurrencyTuner(config.micro_batches, config.in_flight)
         self.steps_done = 0
         self.version = 0
         self.run_tokens = 0
@@ -112,7 +112,7 @@ class Training:
 
     def step(self) -> StepResult:
         """Train on the next micro-batches."""
-        with self.turns.turn():
+        with self.trunk_lock.turn():
             return self._step()
 
     def call(self, function: Callable[[], R]) -> Future[R]:
@@ -120,11 +120,11 @@ class Training:
 
         A step that waits for experts holds it up: autograd has saved the very weights that it may change.
         """
-        return self.turns.call(function)
+        return self.trunk_lock.call(function)
 
     def look(self, function: Callable[[], R]) -> Future[R]:
         """Run `function`, which changes nothing, also while micro-batches are in flight; see `TrunkLock.look`."""
-        return self.turns.look(function)
+        return self.trunk_lock.look(function)
 
     def _step(self) -> StepResult:
         started = time.perf_counter()
@@ -132,14 +132,14 @@ class Training:
         self._experts.run_tokens = self.run_tokens
         first = self.steps_done * self.config.micro_batches
         results = self._in_flight(self._micro_batch, range(first, first + self.config.micro_batches))
-        with self.turns.changing():
+        with self.trunk_lock.changing():
             grad_norm, lr = self._apply([gradients for _, gradients in results])
             overflow = self._balance()
             self.steps_done += 1
             self.run_tokens += self.tokens_per_step
             self.own_tokens += self.tokens_per_step
-        seconds, in_flight = time.perf_counter() - started, self.pace.in_flight
-        self.pace.learn(self.tokens_per_step / seconds)
+        seconds, in_flight = time.perf_counter() - started, self.concurrency_tuner.in_flight
+        self.concurrency_tuner.learn(self.tokens_per_step / seconds)
         return StepResult(
             loss=sum(loss for loss, _ in results) / len(results),
             grad_norm=grad_norm,
@@ -154,7 +154,7 @@ class Training:
         """Held-out bits per byte over the first `max_bytes` of the held-out text."""
         context = self.manifest.model.context
         batches = self.dataset.held_out_batches(self.config.batch, context, max_bytes)
-        with self.turns.turn():
+        with self.trunk_lock.turn():
             self.model.eval()
             results = self._in_flight(self._held_out, batches)
         n_bytes = sum(n for _, n in results)
@@ -163,7 +163,7 @@ class Training:
     def close(self) -> None:
         """End the threads; a micro-batch that still waits must have been released by `on_too_few` or its calls."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self.turns.close()
+        self.trunk_lock.close()
 
     def _in_flight(self, function: Callable[[A], R], items: Iterable[A]) -> list[R]:
         """Results in the order of `items`, as many of them running as the pace allows."""
@@ -171,7 +171,7 @@ class Training:
         running: set[Future[R]] = set()
         try:
             for item in items:
-                while len(running) >= self.pace.in_flight:
+                while len(running) >= self.concurrency_tuner.in_flight:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     _raise_first(done)
                 futures.append(self._pool.submit(self.until_enough, function, item))

@@ -112,11 +112,11 @@ class Trainer:
             ),
         )
         self._training = self._build(dataset)
-        self._whereabouts = NodeEndpoint(swarm, events)
+        self._node_endpoint = NodeEndpoint(swarm, events)
         offers = OfferQueue(time.monotonic)
         peer_id, peers = swarm.identity.peer_id, swarm.directory.peers
         services = {EVALUATION: EvaluationService(self._manifest, peer_id, offers, peers).handler()}
-        self._sharing = TrunkSharing(config, swarm, self._training, events, self._whereabouts, services)
+        self._sharing = TrunkSharing(config, swarm, self._training, events, self._node_endpoint, services)
         self._evaluator = self._build_evaluator(offers)
         self._progress = TrainingProgress()
         self._tokens = TokenCounter(swarm.identity.peer_id)
@@ -134,7 +134,7 @@ class Trainer:
             with server_told(self._config.out, address, admission=self._swarm.admission):
                 await announcer.start()
                 work = asyncio.create_task(self._work(stop), name="training")
-                watching = asyncio.create_task(self._whereabouts.watch(announcer), name="whereabouts")
+                watching = asyncio.create_task(self._node_endpoint.watch(announcer), name="endpoint")
                 try:
                     await self._until_done_or(stop, work)
                 finally:
@@ -292,7 +292,7 @@ class Trainer:
     def _save(self) -> None:
         """A full disk is reported and does not stop the training."""
         try:
-            with self._training.turns.turn():
+            with self._training.trunk_lock.turn():
                 save_trunk(self._config.out, self._training, self._totals())
         except CheckpointError as error:
             logger.error("%s", error)  # noqa: TRY400 - the sentence says all, a stack trace would hide it
@@ -300,7 +300,7 @@ class Trainer:
 
     def _sample(self) -> str:
         model, seed = self._training.model, self._config.seed
-        with self._training.turns.turn():
+        with self._training.trunk_lock.turn():
             model.eval()
             return self._training.until_enough(
                 lambda prompt: sample_text(model, prompt, SAMPLE_BYTES, 0.8, seed), SAMPLE_PROMPT
@@ -379,13 +379,13 @@ class Trainer:
         seconds, tokens = self._progress.train_seconds, self._tokens.own
         peer = PeerRecord(
             role="trainer",
-            endpoint=self._whereabouts.endpoint,
+            endpoint=self._node_endpoint.endpoint,
             software=SOFTWARE,
             started_s=self._started_at,
             tokens_per_s=tokens / seconds if seconds else 0.0,
             run_tokens=self._tokens.total,
             own_tokens=tokens,
             exchanged_bytes=self._sharing.averaging.averager.exchanged_bytes,
-            reachability=self._whereabouts.state,
+            reachability=self._node_endpoint.state,
         )
         return Announcement(peer=peer, blocks=(self._sharing.record(),))

@@ -33,18 +33,18 @@ class TrunkLock:
         self._changing = threading.Lock()
         self._state = threading.Lock()
         self._queue: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._turns_wanted = 0
+        self._trunk_lock_wanted = 0
         self._closed = False
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Nothing else runs inside the `with` block. A turn inside a turn would wait for itself."""
         with self._state:
-            self._turns_wanted += 1
+            self._trunk_lock_wanted += 1
         try:
             with self._running:
                 with self._state:
-                    self._turns_wanted -= 1
+                    self._trunk_lock_wanted -= 1
                 try:
                     yield
                 finally:
@@ -104,7 +104,7 @@ class TrunkLock:
                 return
 
     def _run_if_free(self) -> None:
-        while self._queue and not self._turns_wanted and self._running.acquire(blocking=False):
+        while self._queue and not self._trunk_lock_wanted and self._running.acquire(blocking=False):
             try:
                 self._run_one()
             finally:

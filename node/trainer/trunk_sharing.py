@@ -60,7 +60,7 @@ class TrunkSharing:
         swarm: Swarm,
         training: Training,
         events: EventLog,
-        whereabouts: TrainerEndpoint,
+        node_endpoint: TrainerEndpoint,
         services: Mapping[str, grpc.GenericRpcHandler] = MappingProxyType({}),
     ) -> None:
         """`services` by name: what else this trainer's server answers."""
@@ -81,7 +81,7 @@ class TrunkSharing:
             config.port,
             swarm.security,
         )
-        self._whereabouts = whereabouts
+        self._node_endpoint = node_endpoint
 
     @property
     def server_endpoint(self) -> str:
@@ -96,7 +96,7 @@ class TrunkSharing:
         await self._fetch_trunk()
         self.averaging.replicas.add(self.replica)
         await self._server.start()
-        await self._whereabouts.settle(self._server.endpoint)
+        await self._node_endpoint.settle(self._server.endpoint)
 
     async def catch_up(self) -> None:
         """One exchange at once, when this trunk is announced: what others learnt during the download. Then gossip."""
@@ -106,7 +106,7 @@ class TrunkSharing:
     async def stop(self) -> None:
         """End exchanges and the server; safe before `join` and twice."""
         await self.averaging.stop()
-        await self._whereabouts.close()
+        await self._node_endpoint.close()
         await self._server.drain(DRAIN_GRACE_S)
 
     def rate_scale(self) -> float:
@@ -119,7 +119,7 @@ class TrunkSharing:
         return BlockRecord(
             block=TRUNK,
             version=self.replica.version,
-            endpoint=self._whereabouts.endpoint,
+            endpoint=self._node_endpoint.endpoint,
             tokens_total=self._training.own_tokens,
             divergence=min(self.averaging.averager.divergence(TRUNK), MAX_DIVERGENCE),
         )

@@ -127,7 +127,7 @@ class PeerProcess:
             if self._popen.stdin is not None:
                 self._popen.stdin.close()
 
-    def bury(self) -> None:
+    def reap(self) -> None:
         """Kill what is left of it, reap it."""
         self.signal_tree(signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -225,7 +225,7 @@ class Fleet:
         with contextlib.ExitStack() as stack:
             stack.callback(self._selector.close)
             for peer in self._peers:
-                stack.callback(peer.bury)
+                stack.callback(peer.reap)
             while not all(peer.ended() for peer in self._peers) and time.monotonic() < deadline:
                 self._hear(WATCH_S)
 

@@ -71,8 +71,8 @@ def main(config: JoiningBenchmark) -> None:
 def host_flags(swarm: ProcessSwarm, name: str) -> tuple[str, ...]:
     """With nothing but the invite, and room for every block."""
     invite = (swarm.folder / "invite.txt").read_text().strip()
-    room = str(len(all_blocks(MANIFEST.model)))
-    return ("--join", invite, "--state", str(swarm.folder / name), "--max-blocks", room)
+    capacity = str(len(all_blocks(MANIFEST.model)))
+    return ("--join", invite, "--state", str(swarm.folder / name), "--max-blocks", capacity)
 
 
 def train(client: SwarmClient) -> None:

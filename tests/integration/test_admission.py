@@ -30,8 +30,8 @@ TEXT = "x" * 100_000
 class Echo:
     """A server behind an admission, and a client's side of it."""
 
-    def __init__(self, allowance: RateLimits, channel: grpc.aio.Channel) -> None:
-        self.allowance, self.channel = allowance, channel
+    def __init__(self, rate_limits: RateLimits, channel: grpc.aio.Channel) -> None:
+        self.rate_limits, self.channel = rate_limits, channel
         self.refusal: KilohiveError | None = None
 
     async def call(self, timeout_s: float = TIMEOUT_S) -> None:
@@ -45,18 +45,18 @@ async def echo(limits: Limits, max_calls: int | None = None) -> AsyncIterator[Ec
     async def answer(request: pb.DescribeRequest, timeout_s: float) -> pb.DescribeRequest:
         return request
 
-    allowance = RateLimits(limits)
+    rate_limits = RateLimits(limits)
     methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Echo": grpc.unary_unary_rpc_method_handler(unary(pb.DescribeRequest, answer, CallCounts()))
     }
     handler = grpc.method_handlers_generic_handler(NAME, methods)
-    admission = RateLimitInterceptor(allowance, lambda: host.refusal, max_calls)
+    admission = RateLimitInterceptor(rate_limits, lambda: host.refusal, max_calls)
     server = NodeServer([handler], [NAME], "127.0.0.1", 0, PLAIN, admission)
     await server.start()
     options = [("grpc.use_local_subchannel_pool", 1)]
     try:
         async with grpc.aio.insecure_channel(server.endpoint, options=options) as channel:
-            host = Echo(allowance, channel)
+            host = Echo(rate_limits, channel)
             yield host
     finally:
         await server.drain(0)
@@ -65,20 +65,20 @@ async def echo(limits: Limits, max_calls: int | None = None) -> AsyncIterator[Ec
 async def test_both_ways_are_counted_with_their_headers() -> None:
     async with echo(Limits()) as host:
         await host.call()
-        assert host.allowance.received_bytes == host.allowance.sent_bytes
-        assert len(TEXT) < host.allowance.received_bytes < (len(TEXT) + CALL_BYTES + 10) * OVERHEAD
+        assert host.rate_limits.received_bytes == host.rate_limits.sent_bytes
+        assert len(TEXT) < host.rate_limits.received_bytes < (len(TEXT) + CALL_BYTES + 10) * OVERHEAD
 
 
 async def test_callers_that_come_faster_than_the_limit_wait() -> None:
     async with echo(Limits(down_bytes_per_s=500_000)) as host:
         await asyncio.gather(*(host.call() for _ in range(8)))
         # Of 0.83 MB the first half is on credit; the last of the calls has waited for the rest.
-        assert host.allowance.received(0) == pytest.approx(0.0, abs=0.05)
+        assert host.rate_limits.received(0) == pytest.approx(0.0, abs=0.05)
 
 
 async def test_a_caller_that_cannot_wait_so_long_is_told_when_to_come_again() -> None:
     async with echo(Limits(down_bytes_per_s=500_000)) as host:
-        host.allowance.received(2_000_000)
+        host.rate_limits.received(2_000_000)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await host.call(timeout_s=4.0)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -99,7 +99,7 @@ async def test_a_refusal_ends_calls_but_not_the_health_check() -> None:
 
 async def test_a_host_with_little_memory_takes_fewer_calls_at_once() -> None:
     async with echo(Limits(down_bytes_per_s=500_000), max_calls=2) as host:
-        host.allowance.received(1_500_000)  # so that each waits for two seconds and more
+        host.rate_limits.received(1_500_000)  # so that each waits for two seconds and more
         calls = await asyncio.gather(*(host.call() for _ in range(6)), return_exceptions=True)
         refused = [call for call in calls if isinstance(call, grpc.aio.AioRpcError)]
         assert [call.code() for call in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4

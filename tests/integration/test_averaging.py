@@ -173,16 +173,16 @@ async def test_two_exchanges_at_once_are_one_too_many() -> None:
 
 async def test_a_node_in_debt_to_its_owner_averages_only_once_it_is_paid() -> None:
     a, b = two_replicas()
-    allowance = RateLimits(Limits(up_bytes_per_s=500_000, down_bytes_per_s=500_000))
-    async with averaging_node("peer-a", a) as node_a, averaging_node("peer-b", b, allowance=allowance) as node_b:
-        allowance.sent(2_000_000)
+    rate_limits = RateLimits(Limits(up_bytes_per_s=500_000, down_bytes_per_s=500_000))
+    async with averaging_node("peer-a", a) as node_a, averaging_node("peer-b", b, rate_limits=rate_limits) as node_b:
+        rate_limits.sent(2_000_000)
         with pytest.raises(OverloadedError, match="owner limits it: no exchange for now") as caught:
             await node_a.exchange_with(node_b)
         assert 2.0 < caught.value.retry_after_s < 5.0
         result = await node_b.exchange_with(node_a)  # it waits, and then begins one itself
         assert [m.block for m in result.blocks] == [BLOCK]
-        assert allowance.debt_s() < 2.0
-        assert allowance.sent_bytes > 2_000_000
+        assert rate_limits.owed_s() < 2.0
+        assert rate_limits.sent_bytes > 2_000_000
 
 
 async def test_a_node_that_leaves_says_so() -> None:

@@ -106,8 +106,8 @@ async def test_training_at_home_goes_on_from_its_file_without_trainers_too_and_k
         file.write({name: 2 * w for name, w in fetched.items()})
         step, download = LocalTraining._step, LocalTraining._download_trunk
 
-        def stopping(schooling: LocalTraining, number: int, lr: float) -> float:
-            loss = step(schooling, number, lr)
+        def stopping(local_training: LocalTraining, number: int, lr: float) -> float:
+            loss = step(local_training, number, lr)
             if number == 2:
                 run_loop.call_soon_threadsafe(stop.set)
             return loss
@@ -115,9 +115,9 @@ async def test_training_at_home_goes_on_from_its_file_without_trainers_too_and_k
         async def nobody(_: LocalTraining) -> None:
             raise UnavailableError("no trainer is up")
 
-        def then_nobody(schooling: LocalTraining, number: int, lr: float) -> float:
+        def then_nobody(local_training: LocalTraining, number: int, lr: float) -> float:
             monkeypatch.setattr(LocalTraining, "_download_trunk", nobody)
-            return stopping(schooling, number, lr)
+            return stopping(local_training, number, lr)
 
         run_loop = asyncio.get_running_loop()
         monkeypatch.setattr("node.contributor.local_training.TRUNK_EVERY_S", 0.0)
@@ -128,10 +128,10 @@ async def test_training_at_home_goes_on_from_its_file_without_trainers_too_and_k
             assert not torch.equal(learnt[name], 2 * w)
             assert (learnt[name] - 2 * w).abs().max() < 0.1
 
-        def failing(schooling: LocalTraining, number: int, lr: float) -> float:
+        def failing(local_training: LocalTraining, number: int, lr: float) -> float:
             if number == 2:
                 raise DataError("the disk is gone")
-            return step(schooling, number, lr)
+            return step(local_training, number, lr)
 
         monkeypatch.setattr(LocalTraining, "_step", failing)
         monkeypatch.setattr(LocalTraining, "_download_trunk", download)

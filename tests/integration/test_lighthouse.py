@@ -177,7 +177,7 @@ def test_ctrl_c_ends_it_in_three_seconds_with_exit_code_0(light: Light) -> None:
         os.kill(lighthouse.child.pid, signal.SIGINT)
         wait_until(lighthouse.child.ended, "the lighthouse has left", 3.0)
         assert time.monotonic() - began < 3.0
-    assert lighthouse.child.bury() == 0
+    assert lighthouse.child.reap() == 0
     assert [event["event"] for event in lighthouse.events()] == ["start", "leave"]
 
 

@@ -146,11 +146,11 @@ async def test_a_lighthouse_grants_no_more_than_its_flags_say(light: Light, star
         assert (first, second) == ("", "this relay carries 1 circuits, 1 of yours")
     await kept.close()
 
-    async def has_room() -> bool:
+    async def has_capacity() -> bool:
         async with asked(caller, lighthouse, RESERVE) as problem:
             return problem == ""
 
-    await eventually(has_room)
+    await eventually(has_capacity)
 
 
 async def test_a_circuit_is_cut_at_its_bytes_and_its_time(light: Light, start: Start) -> None:

@@ -238,10 +238,10 @@ async def test_reservations_over_the_limit_are_refused_until_somebody_leaves(lig
             assert (await asked(first, lighthouse, RESERVE)).status == OK, "it renews"
             assert (await asked(other, lighthouse, RESERVE)).status == RESERVATION_REFUSED
 
-        async def has_room() -> bool:
+        async def has_capacity() -> bool:
             return (await asked(other, lighthouse, RESERVE)).status == OK
 
-        await eventually(has_room)
+        await eventually(has_capacity)
 
 
 async def test_nobody_reserves_in_anothers_name_or_reaches_who_has_not_reserved(light: Light) -> None:

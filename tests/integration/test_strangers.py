@@ -94,9 +94,9 @@ def test_an_answer_that_is_not_finite_is_a_failed_call() -> None:
 
 
 def test_a_stranger_can_push_out_kept_inputs_which_costs_bytes_and_no_step() -> None:
-    room_for_one = RuntimeConfig(keep_inputs_bytes=4096)
+    capacity_for_one = RuntimeConfig(keep_inputs_bytes=4096)
     with running_swarm(MANIFEST, n_hosts=0) as swarm:
-        host = swarm.add_host("honest", BLOCKS, room_for_one)
+        host = swarm.add_host("honest", BLOCKS, capacity_for_one)
         y_TD = RemoteMoE(swarm.dispatcher, 0, gate_seed())(torch.randn(20, 16, requires_grad=True))
         kept = host.runtime.kept_bytes
         for number in range(20):

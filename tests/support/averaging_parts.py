@@ -298,14 +298,14 @@ async def averaging_node(
     peer_id: str,
     *replicas: MemoryReplica,
     stored: Callable[[BlockId], ReplicaState | None] | None = None,
-    allowance: RateLimits | None = None,
+    rate_limits: RateLimits | None = None,
     **changes: Any,
 ) -> AsyncIterator[AveragingNode]:
     """A node on a free port of this machine."""
     held, config = replica_set(*replicas), exchange_config(peer_id, **changes)
     results: asyncio.Queue[ExchangeResult] = asyncio.Queue()
-    service = AveragingService(held, config, results.put_nowait, stored=stored, allowance=allowance)
-    client = AveragingClient(held, config, PLAIN.caller(), allowance)
+    service = AveragingService(held, config, results.put_nowait, stored=stored, rate_limits=rate_limits)
+    client = AveragingClient(held, config, PLAIN.caller(), rate_limits)
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((service.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")

@@ -34,7 +34,7 @@ TIMEOUT_S = 10.0
 class Keeping:
     """The keeper, what it works with, and what it said."""
 
-    keeper: BlockManager
+    block_manager: BlockManager
     runtime: Runtime
     store: BlockStore
     replicas: ReplicaSet
@@ -66,16 +66,16 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
         clock=time.monotonic,
         pausing=asyncio.Event(),
     )
-    keeper = BlockManager(parts, PlacementConfig(max_blocks=max_blocks, target_replicas=1), fixed)
+    block_manager = BlockManager(parts, PlacementConfig(max_blocks=max_blocks, target_replicas=1), fixed)
 
     async def announce_now() -> bool:
-        said = {**dict.fromkeys(keeper.given_up, "stored"), **dict.fromkeys(keeper.serving, "serving")}
+        said = {**dict.fromkeys(block_manager.given_up, "stored"), **dict.fromkeys(block_manager.serving, "serving")}
         announced.append(said)
         return True
 
-    keeper.announcer = cast("Any", SimpleNamespace(announce_now=announce_now))
+    block_manager.announcer = cast("Any", SimpleNamespace(announce_now=announce_now))
     runtime.start()
     try:
-        yield Keeping(keeper, runtime, store, replicas, heard, announced)
+        yield Keeping(block_manager, runtime, store, replicas, heard, announced)
     finally:
         runtime.stop(TIMEOUT_S)

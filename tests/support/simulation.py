@@ -57,7 +57,7 @@ class SimulationConfig:
     seed: int = 0
     n_peers: int = 64
     n_blocks: int = 60
-    room: tuple[int, int] = (1, 4)
+    capacity: tuple[int, int] = (1, 4)
     target_replicas: int = 2
     churn_s: float = 60.0
     wipe_s: float = 400.0
@@ -135,7 +135,7 @@ class Simulation:
         self.exchanges = 0
         self.weather: Counter[str] = Counter()
         # Twice the room of all: whoever comes back early overlaps with nobody who has not gone.
-        self.weights = SimulatedWeights(2 * config.n_peers * config.room[1], self.blocks, config.seed)
+        self.weights = SimulatedWeights(2 * config.n_peers * config.capacity[1], self.blocks, config.seed)
         self._rng = random.Random(config.seed)
         self._views: dict[float, PlacementView] = {}
         self._limits = GossipLimits(clip_radius=0.5, max_second=1.0, first_bound=10.0)
@@ -160,13 +160,15 @@ class Simulation:
             self.directory.commit(self.now_s)
 
     def join(
-        self, stored: dict[BlockId, ReplicaState] | None = None, peer_id: str = "", room: int = 0
+        self, stored: dict[BlockId, ReplicaState] | None = None, peer_id: str = "", capacity: int = 0
     ) -> SimulatedPeer:
         """A host starts: it announces itself, reads the directory, then checks."""
         config, rng = self.config, self._rng
         peer = SimulatedPeer(
             peer_id or f"peer-{next(self._names)}",
-            PlacementConfig(max_blocks=room or rng.randint(*config.room), target_replicas=config.target_replicas),
+            PlacementConfig(
+                max_blocks=capacity or rng.randint(*config.capacity), target_replicas=config.target_replicas
+            ),
             random.Random(rng.random()),
             random.Random(rng.random()),
             phase_s=rng.uniform(0, REFRESH_S),

@@ -68,7 +68,7 @@ class EvaluationService:
             raise UnavailableError("this trainer evaluates no offers: the run's owner does not name it now")
         if (known := self._queue.known(caller, offered)) is not None:
             return self._queue.status(known)
-        self._queue.check_room(caller)
+        self._queue.check_capacity(caller)
         data = await receive_file(inbox, begin)
         weights = await asyncio.to_thread(read_expert, data, self._manifest)
         return self._queue.status(self._queue.add(caller, offered, weights))

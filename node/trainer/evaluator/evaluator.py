@@ -20,7 +20,7 @@ from node.model.expert_file import ExpertId
 from node.rpc.handlers import failure_of
 from node.trainer.evaluator.fetch_expert import fetch_expert
 from node.trainer.evaluator.held_out_trial import HeldOutTrial, config_of, refusal
-from node.trainer.evaluator.paired_experts import PairedExperts, rivals_model
+from node.trainer.evaluator.paired_experts import PairedExperts, paired_experts_model
 from protocol import contribution_pb2 as pb
 from protocol.verdict import Verdict, sign_verdict, steps_between
 
@@ -113,10 +113,12 @@ class Evaluator:
         return {name: t.detach().clone() for name, t in self._parts.training.model.state_dict().items()}
 
     def _trial(
-        self, place: ExpertId, rivals: tuple[Weights, Weights], trunk: dict[str, torch.Tensor], number: int
+        self, place: ExpertId, paired_experts: tuple[Weights, Weights], trunk: dict[str, torch.Tensor], number: int
     ) -> HeldOutTrial:
         training, manifest = self._parts.training, self._manifest
-        model = rivals_model(manifest, trunk, PairedExperts(self._parts.experts, place, *rivals, manifest))
+        model = paired_experts_model(
+            manifest, trunk, PairedExperts(self._parts.experts, place, *paired_experts, manifest)
+        )
         return HeldOutTrial(model, training.dataset, config_of(manifest.model, number), training.config.batch)
 
     def _settle(self, offer: Offer, place: ExpertId, version: int) -> None:

@@ -68,7 +68,7 @@ class OfferQueue:
         offer.asked_s = self._clock()
         return offer
 
-    def check_room(self, caller: str) -> None:
+    def check_capacity(self, caller: str) -> None:
         """Raise OverloadedError unless one more of this peer may wait."""
         self._forget()
         waiting = [offer for offer in self._known.values() if offer.is_open]
@@ -79,7 +79,7 @@ class OfferQueue:
 
     def add(self, caller: str, offered: Offered, weights: Weights) -> Offer:
         """Have it wait; raises OverloadedError like `check_room`."""
-        self.check_room(caller)
+        self.check_capacity(caller)
         offer = Offer(caller=caller, offered=offered, weights=weights, asked_s=self._clock())
         self._known.pop((caller, offered), None)
         self._known[caller, offered] = offer

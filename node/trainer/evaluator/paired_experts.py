@@ -74,10 +74,12 @@ class PairedExperts:
         return self._kind.apply({name: w.to(x_PD.device) for name, w in self._weights_2.items()}, x_PD, groups)
 
 
-def rivals_model(manifest: Manifest, trunk: Mapping[str, torch.Tensor], rivals: PairedExperts) -> Transformer:
+def paired_experts_model(
+    manifest: Manifest, trunk: Mapping[str, torch.Tensor], paired_experts: PairedExperts
+) -> Transformer:
     """A trunk of its own whose state is `trunk`, for `window_gains`: training goes on meanwhile."""
     generator = torch.Generator().manual_seed(0)
-    model = build_model(manifest, rivals, generator)
+    model = build_model(manifest, paired_experts, generator)
     model.load_state_dict(dict(trunk))
     return model.to(next(iter(trunk.values())).device).eval()
 

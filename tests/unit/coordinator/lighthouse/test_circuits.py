@@ -40,15 +40,15 @@ class Side:
     async def end(self) -> None:
         self.heard += b"."
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         return 100
 
 
 def carried(one: Side, other: Side, idle_s: float) -> tuple[bool, float]:
     """Whether both sides have ended, and after how long it was over."""
-    ledger = RelayQuotas(LIMITS, lambda: 0.0)
-    ledger.reserve(b"target", "127.0.0.1")
-    account = Account(ledger, ledger.open(b"source", b"target"), idle_s)
+    quotas = RelayQuotas(LIMITS, lambda: 0.0)
+    quotas.reserve(b"target", "127.0.0.1")
+    account = Account(quotas, quotas.open(b"source", b"target"), idle_s)
 
     async def run() -> tuple[bool, float]:
         return await carry(cast("TrioStream", one), cast("TrioStream", other), account), trio.current_time()

@@ -124,84 +124,84 @@ LIMITS = CircuitLimits(reservations=2, circuits=2, circuit_bytes=100, circuit_s=
 
 def test_a_reservation_is_for_an_hour_and_is_renewed_though_all_are_taken() -> None:
     clock = Clock()
-    ledger = RelayQuotas(LIMITS, clock)
-    assert ledger.reserve(PEERS[0], "127.0.0.1") == 1000.0 + RESERVATION_S
-    ledger.reserve(PEERS[1], "127.0.0.1")
+    quotas = RelayQuotas(LIMITS, clock)
+    assert quotas.reserve(PEERS[0], "127.0.0.1") == 1000.0 + RESERVATION_S
+    quotas.reserve(PEERS[1], "127.0.0.1")
     with pytest.raises(OverloadedError, match="this relay has 2 reservations, the most it takes"):
-        ledger.reserve(PEERS[2], "127.0.0.1")
+        quotas.reserve(PEERS[2], "127.0.0.1")
     clock.now_s += 10.0
-    ledger.reserve(PEERS[0], "127.0.0.1")
+    quotas.reserve(PEERS[0], "127.0.0.1")
     clock.now_s += RESERVATION_S - 5.0
-    assert (ledger.has_reserved(PEERS[0]), ledger.has_reserved(PEERS[1])) == (True, False)
-    ledger.reserve(PEERS[2], "127.0.0.1")
-    ledger.keep_only([PEERS[2]])
-    assert (ledger.n_reservations, ledger.refused) == (1, 1)
+    assert (quotas.has_reserved(PEERS[0]), quotas.has_reserved(PEERS[1])) == (True, False)
+    quotas.reserve(PEERS[2], "127.0.0.1")
+    quotas.keep_only([PEERS[2]])
+    assert (quotas.n_reservations, quotas.refused) == (1, 1)
 
 
 @pytest.mark.parametrize(("address", "all_in"), [("8.8.8.8", False), ("192.168.1.2", True), ("", True)])
 def test_one_public_address_does_not_get_all_reservations(address: str, *, all_in: bool) -> None:
-    ledger = RelayQuotas(CircuitLimits(reservations=100, circuits=1, circuit_bytes=1, circuit_s=1.0), Clock())
+    quotas = RelayQuotas(CircuitLimits(reservations=100, circuits=1, circuit_bytes=1, circuit_s=1.0), Clock())
     for peer in PEERS[:MAX_RESERVATIONS_PER_ADDRESS]:
-        ledger.reserve(peer, address)
+        quotas.reserve(peer, address)
     if all_in:
-        ledger.reserve(PEERS[-1], address)
+        quotas.reserve(PEERS[-1], address)
     else:
         with pytest.raises(OverloadedError, match="from one address"):
-            ledger.reserve(PEERS[-1], address)
-        ledger.reserve(PEERS[-1], "1.1.1.1")
+            quotas.reserve(PEERS[-1], address)
+        quotas.reserve(PEERS[-1], "1.1.1.1")
 
 
 def test_circuits_lead_to_who_has_reserved_and_are_bounded() -> None:
-    ledger = RelayQuotas(LIMITS, Clock())
+    quotas = RelayQuotas(LIMITS, Clock())
     with pytest.raises(UnavailableError, match="no reservation"):
-        ledger.open(PEERS[0], PEERS[1])
-    ledger.reserve(PEERS[1], "127.0.0.1")
-    first, _ = ledger.open(PEERS[0], PEERS[1]), ledger.open(PEERS[0], PEERS[1])
+        quotas.open(PEERS[0], PEERS[1])
+    quotas.reserve(PEERS[1], "127.0.0.1")
+    first, _ = quotas.open(PEERS[0], PEERS[1]), quotas.open(PEERS[0], PEERS[1])
     with pytest.raises(OverloadedError, match="this relay carries 2 circuits, 2 of yours"):
-        ledger.open(PEERS[0], PEERS[1])
-    ledger.close(first)
-    ledger.close(first)
-    assert ledger.n_circuits == 1
+        quotas.open(PEERS[0], PEERS[1])
+    quotas.close(first)
+    quotas.close(first)
+    assert quotas.n_circuits == 1
 
 
 def test_one_peer_does_not_get_all_circuits() -> None:
-    ledger = RelayQuotas(CircuitLimits(reservations=9, circuits=99, circuit_bytes=1, circuit_s=1.0), Clock())
+    quotas = RelayQuotas(CircuitLimits(reservations=9, circuits=99, circuit_bytes=1, circuit_s=1.0), Clock())
     for peer in PEERS[:3]:
-        ledger.reserve(peer, "127.0.0.1")
+        quotas.reserve(peer, "127.0.0.1")
     for number in range(MAX_CIRCUITS_PER_PEER):
-        ledger.open(PEERS[9], PEERS[number % 2])
+        quotas.open(PEERS[9], PEERS[number % 2])
     with pytest.raises(OverloadedError, match=f"{MAX_CIRCUITS_PER_PEER} of yours"):
-        ledger.open(PEERS[9], PEERS[2])
+        quotas.open(PEERS[9], PEERS[2])
     for number in range(MAX_CIRCUITS_PER_PEER):
-        ledger.open(PEERS[10 + number], PEERS[2])
+        quotas.open(PEERS[10 + number], PEERS[2])
     with pytest.raises(OverloadedError, match="circuits to that peer"):
-        ledger.open(PEERS[8], PEERS[2])
+        quotas.open(PEERS[8], PEERS[2])
 
 
 def test_nodes_and_peers_of_libp2p_share_the_limits_and_are_reached_each_their_way() -> None:
-    ledger = RelayQuotas(LIMITS, Clock())
-    ledger.reserve(PEERS[1], "127.0.0.1")
-    ledger.reserve(PEERS[2], "127.0.0.1", "kilohive")
+    quotas = RelayQuotas(LIMITS, Clock())
+    quotas.reserve(PEERS[1], "127.0.0.1")
+    quotas.reserve(PEERS[2], "127.0.0.1", "kilohive")
     with pytest.raises(OverloadedError, match="the most it takes"):
-        ledger.reserve(PEERS[3], "127.0.0.1", "kilohive")
+        quotas.reserve(PEERS[3], "127.0.0.1", "kilohive")
     with pytest.raises(UnavailableError, match="no reservation"):
-        ledger.open(PEERS[0], PEERS[2])
-    ledger.open(PEERS[0], PEERS[1])
-    ledger.open(PEERS[0], PEERS[2], "kilohive")
+        quotas.open(PEERS[0], PEERS[2])
+    quotas.open(PEERS[0], PEERS[1])
+    quotas.open(PEERS[0], PEERS[2], "kilohive")
     with pytest.raises(OverloadedError, match="2 circuits"):
-        ledger.open(PEERS[4], PEERS[2], "kilohive")
-    ledger.release(PEERS[1], "kilohive")
-    assert ledger.has_reserved(PEERS[1])
-    ledger.release(PEERS[2], "kilohive")
-    ledger.reserve(PEERS[3], "127.0.0.1", "kilohive")
+        quotas.open(PEERS[4], PEERS[2], "kilohive")
+    quotas.release(PEERS[1], "kilohive")
+    assert quotas.has_reserved(PEERS[1])
+    quotas.release(PEERS[2], "kilohive")
+    quotas.reserve(PEERS[3], "127.0.0.1", "kilohive")
 
 
 def test_a_circuit_carries_its_bytes_and_not_one_more() -> None:
-    ledger = RelayQuotas(LIMITS, Clock())
-    ledger.reserve(PEERS[1], "127.0.0.1")
-    circuit = ledger.open(PEERS[0], PEERS[1])
-    assert [ledger.pass_bytes(circuit, n) for n in (60, 41, 40, 1)] == [True, False, True, False]
-    assert ledger.relayed_bytes == 100
+    quotas = RelayQuotas(LIMITS, Clock())
+    quotas.reserve(PEERS[1], "127.0.0.1")
+    circuit = quotas.open(PEERS[0], PEERS[1])
+    assert [quotas.pass_bytes(circuit, n) for n in (60, 41, 40, 1)] == [True, False, True, False]
+    assert quotas.relayed_bytes == 100
 
 
 def test_places_are_bounded_in_all_and_for_each_and_come_back() -> None:

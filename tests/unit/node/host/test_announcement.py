@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 A, B, C = all_blocks(MANIFEST.model)[:3]
 
 
-def records(host: Keeping, duty: Availability) -> HostAnnouncement:
+def records(host: Keeping, availability: Availability) -> HostAnnouncement:
     return HostAnnouncement(
         manifest=MANIFEST,
         started=1.0,
-        whereabouts=cast("Any", SimpleNamespace(endpoint="127.0.0.1:4000", state="reached", relay_offer="")),
+        node_endpoint=cast("Any", SimpleNamespace(endpoint="127.0.0.1:4000", state="reached", relay_offer="")),
         runtime=host.runtime,
-        keeper=host.keeper,
+        block_manager=host.block_manager,
         averager=cast("Any", SimpleNamespace(divergence=lambda _: 0.5)),
-        duty=duty,
+        availability=availability,
         exchanged_bytes=lambda: 7,
     )
 
 
 async def test_blocks_are_said_to_be_served_on_their_way_or_stored(tmp_path: Path) -> None:
     with keeping(tmp_path, (A, B)) as host:
-        await host.keeper.take_first()
-        await host.keeper.give_up([B], grace_s=0)
-        host.keeper.joining.add(C)
+        await host.block_manager.take_first()
+        await host.block_manager.give_up([B], grace_s=0)
+        host.block_manager.joining.add(C)
         said = records(host, Availability()).describe()
         assert {record.block: record.state for record in said.blocks} == {A: "serving", B: "stored", C: "joining"}
         assert (said.peer.n_blocks, said.peer.paused, said.peer.exchanged_bytes) == (1, False, 7)
@@ -43,15 +43,15 @@ async def test_blocks_are_said_to_be_served_on_their_way_or_stored(tmp_path: Pat
 
 async def test_a_host_that_pauses_says_so_at_once(tmp_path: Path) -> None:
     with keeping(tmp_path, (A,)) as host:
-        duty = Availability()
-        duty.tell(Reason.OWNER, holds=True)
-        assert records(host, duty).describe().peer.paused
+        availability = Availability()
+        availability.tell(Reason.OWNER, holds=True)
+        assert records(host, availability).describe().peer.paused
 
 
 async def test_what_was_held_before_a_sleep_is_not_said_to_be_served(tmp_path: Path) -> None:
     now_s = [0.0]
     with keeping(tmp_path, (A,)) as host:
-        await host.keeper.take_first()
+        await host.block_manager.take_first()
         said = records(host, Availability(lambda: now_s[-1]))
         assert [record.state for record in said.describe().blocks] == ["serving"]
         now_s.append(3600.0)

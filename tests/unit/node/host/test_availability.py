@@ -63,43 +63,43 @@ def test_a_schedule_that_is_none_names_the_flag(text: str) -> None:
 
 
 def test_a_host_works_only_while_no_reason_is_against_it() -> None:
-    duty = Availability()
-    assert (duty.working.is_set(), duty.pausing.is_set(), duty.reasons) == (True, False, ())
-    duty.tell(Reason.OWNER, holds=True)
-    duty.tell(Reason.SCHEDULE, holds=True)
-    duty.tell(Reason.OWNER, holds=False)
-    assert (duty.working.is_set(), duty.pausing.is_set()) == (False, True)
-    assert duty.reasons == ("it is outside its schedule",)
-    duty.tell(Reason.SCHEDULE, holds=False)
-    assert (duty.working.is_set(), duty.pausing.is_set()) == (True, False)
+    availability = Availability()
+    assert (availability.working.is_set(), availability.pausing.is_set(), availability.reasons) == (True, False, ())
+    availability.tell(Reason.OWNER, holds=True)
+    availability.tell(Reason.SCHEDULE, holds=True)
+    availability.tell(Reason.OWNER, holds=False)
+    assert (availability.working.is_set(), availability.pausing.is_set()) == (False, True)
+    assert availability.reasons == ("it is outside its schedule",)
+    availability.tell(Reason.SCHEDULE, holds=False)
+    assert (availability.working.is_set(), availability.pausing.is_set()) == (True, False)
 
 
 def test_calls_are_refused_once_the_blocks_are_given_up_and_not_before() -> None:
-    duty = Availability()
-    duty.tell(Reason.OWNER, holds=True)
-    assert duty.refusal() is None
-    duty.away = True
-    assert isinstance(duty.refusal(), DrainingError)
+    availability = Availability()
+    availability.tell(Reason.OWNER, holds=True)
+    assert availability.refusal() is None
+    availability.away = True
+    assert isinstance(availability.refusal(), DrainingError)
 
 
 def test_after_a_sleep_nothing_is_answered_before_the_blocks_are_new() -> None:
     clock = FakeClock()
-    duty = Availability(clock)
+    availability = Availability(clock)
     clock.now_s += TTL_S - 1
-    assert duty.refusal() is None
+    assert availability.refusal() is None
     clock.now_s += TTL_S + 1
-    assert isinstance(duty.refusal(), DrainingError)
-    assert duty.reasons == ("the machine slept",)
-    assert duty.refusal() is not None, "also at the second look"
+    assert isinstance(availability.refusal(), DrainingError)
+    assert availability.reasons == ("the machine slept",)
+    assert availability.refusal() is not None, "also at the second look"
 
 
 def test_a_host_that_holds_nothing_has_nothing_old_after_a_sleep() -> None:
     clock = FakeClock()
-    duty = Availability(clock)
-    duty.holding = False
+    availability = Availability(clock)
+    availability.holding = False
     clock.now_s += 10 * TTL_S
-    duty.look()
-    assert not duty.has_slept
+    availability.look()
+    assert not availability.has_slept
 
 
 def test_the_clock_that_sees_a_sleep_goes_on() -> None:
@@ -146,34 +146,34 @@ def test_what_this_process_takes_is_not_others_use() -> None:
 
 def test_hours_and_an_idle_machine_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
     hour, clock = [12], FakeClock()
-    duty, limits = Availability(), Limits(schedule=Schedule.parse("22:00-07:00"), only_when_idle=True)
-    watch = AvailabilityMonitor(duty, limits, ProcessUse(), lambda: at(hour[0]), clock)
+    availability, limits = Availability(), Limits(schedule=Schedule.parse("22:00-07:00"), only_when_idle=True)
+    watch = AvailabilityMonitor(availability, limits, ProcessUse(), lambda: at(hour[0]), clock)
     monkeypatch.setattr(watch._machine, "sample", lambda: QUIET)
-    assert set(duty.reasons) == {"it is outside its schedule", "somebody else needs the machine"}
+    assert set(availability.reasons) == {"it is outside its schedule", "somebody else needs the machine"}
     hour[0] = 23
     clock.now_s += IDLE_FOR_S - 1
     watch.look()
-    assert duty.reasons == ("somebody else needs the machine",)
+    assert availability.reasons == ("somebody else needs the machine",)
     clock.now_s += IDLE_FOR_S
     watch.look()
-    assert duty.working.is_set()
+    assert availability.working.is_set()
 
 
 def test_without_conditions_only_a_sleep_is_looked_for() -> None:
-    duty = Availability()
-    AvailabilityMonitor(duty, Limits(), ProcessUse()).look()
-    assert duty.working.is_set()
+    availability = Availability()
+    AvailabilityMonitor(availability, Limits(), ProcessUse()).look()
+    assert availability.working.is_set()
 
 
 async def test_signals_pause_resume_and_leave() -> None:
-    duty, told, steps = Availability(), list[str](), list[tuple[str, ...]]()
-    with signals_heard(duty, told.append):
+    availability, told, steps = Availability(), list[str](), list[tuple[str, ...]]()
+    with signals_heard(availability, told.append):
         for word in ("pause", "resume", "leave"):
             os.kill(os.getpid(), SIGNALS[word])
             await until(lambda word=word: word in told)  # type: ignore[misc]
-            steps.append(duty.reasons)
+            steps.append(availability.reasons)
     assert steps == [("its owner paused it",), (), ()]
-    assert duty.leave.is_set()
+    assert availability.leave.is_set()
     assert all(signal.getsignal(number) == signal.SIG_DFL for number in SIGNALS.values())
 
 

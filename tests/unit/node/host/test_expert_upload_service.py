@@ -56,7 +56,7 @@ class Host:
             runtime=self.runtime,
             peers=lambda: (peer(OWNER.peer_id, "coordinator", evaluators=self.evaluators),),
             events=log,
-            allowance=RateLimits(),
+            rate_limits=RateLimits(),
             since_s=BEGAN_S,
         )
         self.service = ExpertUploadService(parts, clock=lambda: self.now_s)

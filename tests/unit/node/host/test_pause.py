@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from dht.view import PeerInfo
-from node.host import pause as presence_module
+from node.host import pause as pause_module
 from node.host.availability import Availability, Reason
 from node.host.pause import Pause, PauseParts
 from protocol.manifest import all_blocks
@@ -58,17 +58,17 @@ def peer(peer_id: str) -> PeerInfo:
 
 
 class Scene:
-    def __init__(self, host: Keeping, swarm: Swarm, duty: Availability) -> None:
-        self.host, self.swarm, self.duty = host, swarm, duty
-        self.presence = Pause(
+    def __init__(self, host: Keeping, swarm: Swarm, availability: Availability) -> None:
+        self.host, self.swarm, self.availability = host, swarm, availability
+        self.pause = Pause(
             PauseParts(
                 peer_id="own",
-                duty=duty,
-                keeper=host.keeper,
+                availability=availability,
+                block_manager=host.block_manager,
                 runtime=host.runtime,
                 averager=cast("Any", swarm),
                 directory=cast("Any", swarm),
-                events=host.keeper._parts.events,
+                events=host.block_manager._parts.events,
             )
         )
 
@@ -82,18 +82,18 @@ class Scene:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PAUSE_GRACE_S", "LOOK_S"):
-        monkeypatch.setattr(presence_module, name, 0.001)
-    monkeypatch.setattr(presence_module, "HAND_OVER_S", 0.2)
+        monkeypatch.setattr(pause_module, name, 0.001)
+    monkeypatch.setattr(pause_module, "HAND_OVER_S", 0.2)
 
 
 @asynccontextmanager
 async def scene(folder: Path, *blocks: BlockId) -> AsyncIterator[Scene]:
     with keeping(folder, blocks) as host:
-        duty = Availability()
-        host.keeper._parts.pausing.clear()
-        there = Scene(host, Swarm(), duty)
-        await host.keeper.take_first()
-        following = asyncio.create_task(there.presence.follow())
+        availability = Availability()
+        host.block_manager._parts.pausing.clear()
+        there = Scene(host, Swarm(), availability)
+        await host.block_manager.take_first()
+        following = asyncio.create_task(there.pause.follow())
         try:
             yield there
         finally:
@@ -103,7 +103,7 @@ async def scene(folder: Path, *blocks: BlockId) -> AsyncIterator[Scene]:
 
 async def test_a_paused_host_has_its_blocks_on_disk_only_and_answers_nobody(tmp_path: Path) -> None:
     async with scene(tmp_path, A, B) as there:
-        there.duty.tell(Reason.OWNER, holds=True)
+        there.availability.tell(Reason.OWNER, holds=True)
         told = await there.heard("paused")
         assert told["reasons"] == ["its owner paused it"]
         assert told["stored"] == 2
@@ -111,38 +111,38 @@ async def test_a_paused_host_has_its_blocks_on_disk_only_and_answers_nobody(tmp_
         assert set(there.host.store.versions()) == {A, B}
         assert there.host.announced[-1] == {A: "stored", B: "stored"}
         assert there.swarm.averaging == 0
-        assert there.duty.refusal() is not None
+        assert there.availability.refusal() is not None
 
 
 async def test_a_host_that_comes_back_serves_and_averages_again(tmp_path: Path) -> None:
     async with scene(tmp_path, A, B) as there:
         there.host.runtime.blocks[A].version = 7
-        there.duty.tell(Reason.SCHEDULE, holds=True)
+        there.availability.tell(Reason.SCHEDULE, holds=True)
         await there.heard("paused")
-        there.duty.tell(Reason.SCHEDULE, holds=False)
+        there.availability.tell(Reason.SCHEDULE, holds=False)
         assert (await there.heard("resumed"))["blocks"] == 2
         assert there.host.runtime.blocks[A].version == 7
         assert there.host.announced[-1] == {A: "serving", B: "serving"}
         assert there.swarm.averaging == 1
-        assert there.duty.refusal() is None
+        assert there.availability.refusal() is None
 
 
 async def test_a_second_reason_keeps_a_host_paused_when_the_first_one_ends(tmp_path: Path) -> None:
     async with scene(tmp_path, A) as there:
-        there.duty.tell(Reason.OWNER, holds=True)
+        there.availability.tell(Reason.OWNER, holds=True)
         await there.heard("paused")
-        there.duty.tell(Reason.IN_USE, holds=True)
-        there.duty.tell(Reason.OWNER, holds=False)
+        there.availability.tell(Reason.IN_USE, holds=True)
+        there.availability.tell(Reason.OWNER, holds=False)
         for _ in range(20):
             await asyncio.sleep(0)
         assert not there.host.told("resumed")
-        there.duty.tell(Reason.IN_USE, holds=False)
+        there.availability.tell(Reason.IN_USE, holds=False)
         await there.heard("resumed")
 
 
 async def test_a_pause_while_blocks_are_fetched_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with scene(tmp_path, A) as there:
-        there.duty.tell(Reason.OWNER, holds=True)
+        there.availability.tell(Reason.OWNER, holds=True)
         await there.heard("paused")
         fetching = asyncio.Event()
 
@@ -150,11 +150,11 @@ async def test_a_pause_while_blocks_are_fetched_is_heard(tmp_path: Path, monkeyp
             fetching.set()
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(there.host.keeper, "take_first", for_ever)
-        there.duty.tell(Reason.OWNER, holds=False)
+        monkeypatch.setattr(there.host.block_manager, "take_first", for_ever)
+        there.availability.tell(Reason.OWNER, holds=False)
         async with asyncio.timeout(10):
             await fetching.wait()
-        there.duty.tell(Reason.OWNER, holds=True)
+        there.availability.tell(Reason.OWNER, holds=True)
         await there.heard("paused", count=2)
         assert not there.host.told("resumed")
 
@@ -162,21 +162,21 @@ async def test_a_pause_while_blocks_are_fetched_is_heard(tmp_path: Path, monkeyp
 async def test_a_machine_that_wakes_fetches_its_blocks_anew_by_itself(tmp_path: Path) -> None:
     async with scene(tmp_path, A) as there:
         before = there.host.runtime.blocks[A]
-        there.duty.tell(Reason.SLEPT, holds=True)
+        there.availability.tell(Reason.SLEPT, holds=True)
         assert (await there.heard("paused"))["reasons"] == ["the machine slept"]
         await there.heard("resumed")
         assert there.host.runtime.blocks[A] is not before
-        assert there.duty.working.is_set()
+        assert there.availability.working.is_set()
 
 
 async def test_whoever_leaves_goes_as_soon_as_others_serve_its_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presence_module, "HAND_OVER_S", 60.0)
+    monkeypatch.setattr(pause_module, "HAND_OVER_S", 60.0)
     async with scene(tmp_path, A, B) as there:
         there.swarm.hosts, there.swarm.serving = ["other"], {A: ["other", "own"], B: ["own"]}
-        monkeypatch.setattr(there.host.keeper, "catch_up", nothing)
-        leaving = asyncio.create_task(there.presence.hand_over())
+        monkeypatch.setattr(there.host.block_manager, "catch_up", nothing)
+        leaving = asyncio.create_task(there.pause.hand_over())
         async with asyncio.timeout(10):
             while there.swarm.looked < 3:  # noqa: ASYNC110 - it looks again and again, and B is still missing
                 await asyncio.sleep(0.001)
@@ -189,19 +189,19 @@ async def test_whoever_leaves_goes_as_soon_as_others_serve_its_blocks(
 async def test_what_nobody_takes_is_named_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with scene(tmp_path, A, B) as there:
         there.swarm.hosts, there.swarm.serving = ["other"], {A: ["other"]}
-        monkeypatch.setattr(there.host.keeper, "catch_up", nothing)
-        await there.presence.hand_over()
+        monkeypatch.setattr(there.host.block_manager, "catch_up", nothing)
+        await there.pause.hand_over()
         told = there.host.told("handed_over")[-1]
         assert (told["blocks"], told["left"]) == (1, [str(B)])
         assert set(there.host.store.versions()) == {A, B}
 
 
 async def test_alone_nobody_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence_module, "HAND_OVER_S", 1000.0)
+    monkeypatch.setattr(pause_module, "HAND_OVER_S", 1000.0)
     async with scene(tmp_path, A) as there:
-        monkeypatch.setattr(there.host.keeper, "catch_up", nothing)
+        monkeypatch.setattr(there.host.block_manager, "catch_up", nothing)
         async with asyncio.timeout(10):
-            await there.presence.hand_over()
+            await there.pause.hand_over()
         assert there.host.told("handed_over")[-1]["left"] == [str(A)]
 
 

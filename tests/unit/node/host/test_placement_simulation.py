@@ -104,7 +104,7 @@ def test_of_30_hosts_that_join_at_the_same_instant_few_take_the_one_lost_block(s
     lost = simulation.blocks[seed]
     for peer in simulation.holders(lost):
         simulation.go(peer, crash=False)
-    newcomers = [simulation.join(room=1) for _ in range(30)]
+    newcomers = [simulation.join(capacity=1) for _ in range(30)]
     simulation.run(STARTED_S)
     assert all(len(peer.slots) == 1 for peer in newcomers)
     assert sum(lost in peer.slots for peer in newcomers) <= 14

@@ -128,22 +128,22 @@ def test_whoever_rests_after_each_piece_keeps_the_rate() -> None:
 
 
 def test_without_a_limit_bytes_are_counted_and_nobody_waits() -> None:
-    allowance = RateLimits()
-    assert allowance.sent(10**9) == 0.0
-    assert allowance.received(CALL_BYTES) == 0.0
-    assert allowance.sent_bytes == round(10**9 * OVERHEAD)
-    assert allowance.received_bytes == round(CALL_BYTES * OVERHEAD)
+    rate_limits = RateLimits()
+    assert rate_limits.sent(10**9) == 0.0
+    assert rate_limits.received(CALL_BYTES) == 0.0
+    assert rate_limits.sent_bytes == round(10**9 * OVERHEAD)
+    assert rate_limits.received_bytes == round(CALL_BYTES * OVERHEAD)
 
 
 def test_processor_time_of_any_part_of_the_node_makes_all_of_it_rest() -> None:
     clock, use = FakeClock(), FakeUse()
-    allowance = RateLimits(Limits(cpu_percent=20.0), use, clock)
-    assert allowance.rest_s() == 0.0
+    rate_limits = RateLimits(Limits(cpu_percent=20.0), use, clock)
+    assert rate_limits.rest_s() == 0.0
     use.used_s += 0.5
-    assert allowance.rest_s() == pytest.approx(2.5)
-    assert allowance.sent(100) == pytest.approx(2.5)
+    assert rate_limits.rest_s() == pytest.approx(2.5)
+    assert rate_limits.sent(100) == pytest.approx(2.5)
     clock.now_s += 2.5
-    assert allowance.rest_s() == pytest.approx(0.0)
+    assert rate_limits.rest_s() == pytest.approx(0.0)
 
 
 def test_a_process_knows_its_own_time_and_memory() -> None:
@@ -172,12 +172,12 @@ def test_a_child_counts_too_and_its_end_is_no_error() -> None:
 
 
 def test_what_fits_is_lowered_until_it_does() -> None:
-    room = fit(WANTED, 600_000_000, 300_000_000, NEED, "--max-memory")
-    assert room == Capacity(
+    capacity = fit(WANTED, 600_000_000, 300_000_000, NEED, "--max-memory")
+    assert capacity == Capacity(
         max_blocks=8, keep_inputs_bytes=32_500_000, max_batch_tokens=5200, max_queue_tokens=45_500, max_calls=11
     )
-    total = 8 * NEED.block_bytes + room.keep_inputs_bytes + room.max_batch_tokens * NEED.batch_token_bytes
-    assert 300_000_000 + total + room.max_queue_tokens * NEED.queue_token_bytes < 600_000_000
+    total = 8 * NEED.block_bytes + capacity.keep_inputs_bytes + capacity.max_batch_tokens * NEED.batch_token_bytes
+    assert 300_000_000 + total + capacity.max_queue_tokens * NEED.queue_token_bytes < 600_000_000
 
 
 def test_where_memory_is_short_there_are_fewer_blocks() -> None:
@@ -245,9 +245,9 @@ def test_checkpoints_written_longest_ago_make_room_and_hosted_ones_stay(tmp_path
 
 def test_nothing_that_can_wait_is_begun_before_every_debt_is_paid() -> None:
     clock, use = FakeClock(), FakeUse()
-    allowance = RateLimits(Limits(cpu_percent=50.0, up_bytes_per_s=1_000_000), use, clock)
-    assert allowance.debt_s() == 0.0
-    allowance.sent(2_000_000)
-    assert allowance.debt_s() == pytest.approx(2 * OVERHEAD)
+    rate_limits = RateLimits(Limits(cpu_percent=50.0, up_bytes_per_s=1_000_000), use, clock)
+    assert rate_limits.owed_s() == 0.0
+    rate_limits.sent(2_000_000)
+    assert rate_limits.owed_s() == pytest.approx(2 * OVERHEAD)
     use.used_s += 5.0
-    assert allowance.debt_s() == pytest.approx(10.0)
+    assert rate_limits.owed_s() == pytest.approx(10.0)

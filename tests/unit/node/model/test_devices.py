@@ -7,7 +7,7 @@ import torch
 
 from common.errors import ConfigError, NoRoomError
 from node.model import devices
-from node.model.devices import is_out_of_memory, limit_device_memory, no_room_is_an_error, pick_device
+from node.model.devices import is_out_of_memory, limit_device_memory, no_capacity_is_an_error, pick_device
 
 CUDA, MPS, CPU = torch.device("cuda"), torch.device("mps"), torch.device("cpu")
 
@@ -67,12 +67,12 @@ def test_every_back_ends_way_to_say_that_memory_is_full_is_known(error: Exceptio
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
-    with pytest.raises(RuntimeError, match="sizes differ"), no_room_is_an_error():
+    with pytest.raises(RuntimeError, match="sizes differ"), no_capacity_is_an_error():
         raise RuntimeError("sizes differ")
-    with pytest.raises(NoRoomError, match="no memory left"), no_room_is_an_error():
+    with pytest.raises(NoRoomError, match="no memory left"), no_capacity_is_an_error():
         raise MemoryError
 
 
 def test_what_torch_really_says_when_the_machine_is_full_is_known() -> None:
-    with pytest.raises(NoRoomError), devices.no_room_is_an_error():
+    with pytest.raises(NoRoomError), devices.no_capacity_is_an_error():
         torch.empty(1 << 60, dtype=torch.uint8)

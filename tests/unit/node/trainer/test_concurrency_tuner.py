@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def steps(pace: ConcurrencyTuner, speed: Callable[[int], float], rounds: int) -> list[int]:
+def steps(concurrency_tuner: ConcurrencyTuner, speed: Callable[[int], float], rounds: int) -> list[int]:
     """The number in flight of each round."""
     numbers = []
     for _ in range(rounds):
-        numbers.append(pace.in_flight)
+        numbers.append(concurrency_tuner.in_flight)
         for _ in range(ROUND_STEPS):
-            pace.learn(speed(pace.in_flight))
+            concurrency_tuner.learn(speed(concurrency_tuner.in_flight))
     return numbers
 
 
@@ -43,10 +43,10 @@ def test_the_fewest_that_are_as_fast_as_more_are_kept(enough: int) -> None:
 
 
 def test_a_network_that_becomes_slow_is_noticed_within_the_longest_rest() -> None:
-    pace = ConcurrencyTuner(32)
-    steps(pace, lambda _: 100.0, 100)
-    assert FEWEST in steps(pace, lambda _: 100.0, MOST_REST_ROUNDS)
-    numbers = steps(pace, lambda n: 10.0 * n, 3 * MOST_REST_ROUNDS)
+    concurrency_tuner = ConcurrencyTuner(32)
+    steps(concurrency_tuner, lambda _: 100.0, 100)
+    assert FEWEST in steps(concurrency_tuner, lambda _: 100.0, MOST_REST_ROUNDS)
+    numbers = steps(concurrency_tuner, lambda n: 10.0 * n, 3 * MOST_REST_ROUNDS)
     assert numbers[-1] >= 16
     assert 32 in numbers
 

@@ -27,33 +27,33 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def turns(pool: ThreadPoolExecutor) -> Iterator[TrunkLock]:
-    turns = TrunkLock(pool)
-    yield turns
-    turns.close()
+def trunk_lock(pool: ThreadPoolExecutor) -> Iterator[TrunkLock]:
+    trunk_lock = TrunkLock(pool)
+    yield trunk_lock
+    trunk_lock.close()
 
 
-def test_a_call_runs_at_once_when_no_turn_is_taken_and_never_in_the_callers_thread(turns: TrunkLock) -> None:
-    assert turns.call(threading.current_thread).result(HANG_S) is not threading.current_thread()
+def test_a_call_runs_at_once_when_no_turn_is_taken_and_never_in_the_callers_thread(trunk_lock: TrunkLock) -> None:
+    assert trunk_lock.call(threading.current_thread).result(HANG_S) is not threading.current_thread()
 
 
-def test_a_call_during_a_turn_runs_at_its_end_before_the_next_turn(turns: TrunkLock) -> None:
+def test_a_call_during_a_turn_runs_at_its_end_before_the_next_turn(trunk_lock: TrunkLock) -> None:
     order: list[str] = []
-    with turns.turn():
-        futures = [turns.call(lambda: order.append("call")) for _ in range(3)]
+    with trunk_lock.turn():
+        futures = [trunk_lock.call(lambda: order.append("call")) for _ in range(3)]
         order.append("first turn")
-    with turns.turn():
+    with trunk_lock.turn():
         order.append("second turn")
     assert order == ["first turn", "call", "call", "call", "second turn"]
     assert all(future.done() for future in futures)
 
 
-def test_a_turn_that_fails_still_runs_the_calls_that_waited(turns: TrunkLock) -> None:
+def test_a_turn_that_fails_still_runs_the_calls_that_waited(trunk_lock: TrunkLock) -> None:
     waiting: list[Future[str]] = []
 
     def fail() -> None:
-        with turns.turn():
-            waiting.append(turns.call(lambda: "ran"))
+        with trunk_lock.turn():
+            waiting.append(trunk_lock.call(lambda: "ran"))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -61,26 +61,26 @@ def test_a_turn_that_fails_still_runs_the_calls_that_waited(turns: TrunkLock) ->
     assert waiting[0].result(HANG_S) == "ran"
 
 
-def test_a_calls_error_belongs_to_its_caller(turns: TrunkLock) -> None:
-    with turns.turn():
-        failing, fine = turns.call(lambda: 1 // 0), turns.call(lambda: 2)
+def test_a_calls_error_belongs_to_its_caller(trunk_lock: TrunkLock) -> None:
+    with trunk_lock.turn():
+        failing, fine = trunk_lock.call(lambda: 1 // 0), trunk_lock.call(lambda: 2)
     with pytest.raises(ZeroDivisionError):
         failing.result(HANG_S)
     assert fine.result(HANG_S) == 2
 
 
-def test_a_cancelled_call_does_not_run(turns: TrunkLock) -> None:
+def test_a_cancelled_call_does_not_run(trunk_lock: TrunkLock) -> None:
     ran: list[int] = []
-    with turns.turn():
-        future = turns.call(lambda: ran.append(1))
+    with trunk_lock.turn():
+        future = trunk_lock.call(lambda: ran.append(1))
         assert future.cancel()
-    assert turns.call(lambda: ran).result(HANG_S) == []
+    assert trunk_lock.call(lambda: ran).result(HANG_S) == []
 
 
-def test_turns_and_calls_of_many_threads_never_overlap_and_all_end(turns: TrunkLock) -> None:
+def test_turns_and_calls_of_many_threads_never_overlap_and_all_end(trunk_lock: TrunkLock) -> None:
     inside = 0
     most = 0
-    n_turns, n_calls = 400, 100
+    n_trunk_lock, n_calls = 400, 100
 
     def work() -> None:
         nonlocal inside, most
@@ -90,12 +90,12 @@ def test_turns_and_calls_of_many_threads_never_overlap_and_all_end(turns: TrunkL
         inside -= 1
 
     def train() -> None:
-        for _ in range(n_turns):
-            with turns.turn():
+        for _ in range(n_trunk_lock):
+            with trunk_lock.turn():
                 work()
 
     def average() -> int:
-        return len([turns.call(work).result(HANG_S) for _ in range(n_calls)])
+        return len([trunk_lock.call(work).result(HANG_S) for _ in range(n_calls)])
 
     with ThreadPoolExecutor(4) as threads:
         training = [threads.submit(train) for _ in range(2)]
@@ -105,70 +105,70 @@ def test_turns_and_calls_of_many_threads_never_overlap_and_all_end(turns: TrunkL
     assert most == 1
 
 
-def test_a_training_that_never_pauses_does_not_starve_calls(turns: TrunkLock) -> None:
+def test_a_training_that_never_pauses_does_not_starve_calls(trunk_lock: TrunkLock) -> None:
     stop = threading.Event()
 
     def train() -> None:
         while not stop.is_set():
-            with turns.turn():
+            with trunk_lock.turn():
                 pass
 
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        assert [turns.call(partial(int, n)).result(HANG_S) for n in range(50)] == list(range(50))
+        assert [trunk_lock.call(partial(int, n)).result(HANG_S) for n in range(50)] == list(range(50))
     finally:
         stop.set()
         thread.join()
 
 
-def test_calls_that_never_pause_do_not_hold_a_turn_up(turns: TrunkLock) -> None:
+def test_calls_that_never_pause_do_not_hold_a_turn_up(trunk_lock: TrunkLock) -> None:
     stop, begun = threading.Event(), threading.Event()
 
     def again() -> None:
         begun.set()
         if not stop.is_set():
-            turns.call(again)
+            trunk_lock.call(again)
 
-    turns.call(again)
+    trunk_lock.call(again)
     assert begun.wait(HANG_S)
     for _ in range(50):
-        with turns.turn():
+        with trunk_lock.turn():
             assert not stop.is_set()
     stop.set()
 
 
 def test_after_the_end_waiting_calls_fail_and_new_ones_are_refused() -> None:
     pool = ThreadPoolExecutor(1)
-    turns = TrunkLock(pool)
+    trunk_lock = TrunkLock(pool)
     pool.shutdown()
-    waiting = turns.call(lambda: None)
-    turns.close()
+    waiting = trunk_lock.call(lambda: None)
+    trunk_lock.close()
     with pytest.raises(DrainingError, match="leaving"):
         waiting.result(HANG_S)
     with pytest.raises(DrainingError, match="leaving"):
-        turns.call(lambda: None)
+        trunk_lock.call(lambda: None)
     with pytest.raises(DrainingError, match="leaving"):
-        turns.look(lambda: None)
+        trunk_lock.look(lambda: None)
 
 
-def test_a_look_does_not_wait_for_the_end_of_a_turn(turns: TrunkLock) -> None:
-    with turns.turn():
-        assert turns.look(lambda: "seen").result(HANG_S) == "seen"
+def test_a_look_does_not_wait_for_the_end_of_a_turn(trunk_lock: TrunkLock) -> None:
+    with trunk_lock.turn():
+        assert trunk_lock.look(lambda: "seen").result(HANG_S) == "seen"
 
 
-def test_a_look_waits_for_what_a_turn_changes(turns: TrunkLock) -> None:
+def test_a_look_waits_for_what_a_turn_changes(trunk_lock: TrunkLock) -> None:
     parts: list[str] = []
-    with turns.turn(), turns.changing():
+    with trunk_lock.turn(), trunk_lock.changing():
         parts.append("half")
-        look = turns.look(lambda: list(parts))
+        look = trunk_lock.look(lambda: list(parts))
         with pytest.raises(TimeoutError):
             look.result(0.05)
         parts.append("whole")
     assert look.result(HANG_S) == ["half", "whole"]
 
 
-def test_a_look_waits_for_what_a_call_changes(turns: TrunkLock) -> None:
+def test_a_look_waits_for_what_a_call_changes(trunk_lock: TrunkLock) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def change() -> str:
@@ -176,25 +176,25 @@ def test_a_look_waits_for_what_a_call_changes(turns: TrunkLock) -> None:
         assert go_on.wait(HANG_S)
         return "changed"
 
-    call = turns.call(change)
+    call = trunk_lock.call(change)
     assert begun.wait(HANG_S)
-    look = turns.look(call.done)
+    look = trunk_lock.look(call.done)
     assert not look.done()
     go_on.set()
     assert look.result(HANG_S) is True
 
 
-def test_calls_that_wait_run_before_a_turn_changes_anything(turns: TrunkLock) -> None:
+def test_calls_that_wait_run_before_a_turn_changes_anything(trunk_lock: TrunkLock) -> None:
     order: list[str] = []
-    with turns.turn():
-        turns.call(lambda: order.append("call"))
+    with trunk_lock.turn():
+        trunk_lock.call(lambda: order.append("call"))
         order.append("computed")
-        with turns.changing():
+        with trunk_lock.changing():
             order.append("changed")
     assert order == ["computed", "call", "changed"]
 
 
-def test_looks_that_were_asked_for_are_answered_before_the_end(turns: TrunkLock) -> None:
-    looks = [turns.look(partial(int, n)) for n in range(20)]
-    turns.close()
+def test_looks_that_were_asked_for_are_answered_before_the_end(trunk_lock: TrunkLock) -> None:
+    looks = [trunk_lock.look(partial(int, n)) for n in range(20)]
+    trunk_lock.close()
     assert [look.result(0) for look in looks] == list(range(20))

@@ -67,7 +67,7 @@ def test_who_does_not_ask_for_a_minute_has_left_and_makes_room(line: Line) -> No
     line.now_s += FORGET_S / 2
     line.queue.ask("peer-3", offered())
     line.now_s += FORGET_S / 2 + 1
-    line.queue.check_room("late")
+    line.queue.check_capacity("late")
     assert line.queue.next() is gone[3]
     with pytest.raises(UnknownRequestError, match="offer it again"):
         line.queue.ask("peer-0", offered())

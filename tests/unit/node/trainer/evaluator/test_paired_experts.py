@@ -10,7 +10,7 @@ import torch
 from common.errors import InvalidInputError
 from node.model.expert_file import ExpertId
 from node.model.moe import LocalExperts
-from node.trainer.evaluator.paired_experts import PairedExperts, rivals_model, window_gains
+from node.trainer.evaluator.paired_experts import PairedExperts, paired_experts_model, window_gains
 from node.trainer.evaluator.sequential_test import SequentialTestConfig, decide
 from node.trainer.train_step import build_model, next_byte_loss
 from tests.support.offers import present, put, weights
@@ -44,8 +44,8 @@ def losses(model: Transformer, ids: torch.Tensor) -> list[float]:
 
 
 def tried(model: Transformer, experts: LocalExperts, offered: dict[str, torch.Tensor], place: ExpertId) -> Transformer:
-    rivals = PairedExperts(experts, place, present(experts, place), offered, MANIFEST)
-    return rivals_model(MANIFEST, model.state_dict(), rivals)
+    paired_experts = PairedExperts(experts, place, present(experts, place), offered, MANIFEST)
+    return paired_experts_model(MANIFEST, model.state_dict(), paired_experts)
 
 
 @pytest.mark.parametrize("place", [ExpertId(0, 5), ExpertId(1, 5)], ids=["first layer", "last layer"])
@@ -78,15 +78,15 @@ def test_trying_an_offer_changes_neither_the_trunk_nor_the_experts(model: Transf
 def test_neither_of_the_two_is_asked_of_a_host(
     model: Transformer, experts: LocalExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rivals = tried(model, experts, weights(), PLACE)
-    gains = window_gains(rivals, windows(4))
+    paired_experts = tried(model, experts, weights(), PLACE)
+    gains = window_gains(paired_experts, windows(4))
     # Were it asked, it could answer badly: what it holds now changes nothing.
     put(experts, PLACE, {name: torch.zeros_like(tensor) for name, tensor in weights().items()})
-    assert window_gains(rivals, windows(4)) == gains
+    assert window_gains(paired_experts, windows(4)) == gains
     without = torch.ones(16, dtype=torch.bool)
     without[PLACE.expert] = False
     monkeypatch.setattr(experts, "live_experts", lambda layer: without if layer == 0 else torch.ones(16) > 0)
-    assert window_gains(rivals, windows(4)) == gains
+    assert window_gains(paired_experts, windows(4)) == gains
 
 
 def test_up_to_its_layer_every_other_expert_is_asked_once_for_both(

@@ -22,11 +22,12 @@ test: setup-dev ## run the tests but the slow ones (flags: PYTEST_FLAGS)
 	@$(call tests,-m "not slow")
 test-all: setup-dev ## run every test
 	@$(call tests,)
-lint: setup-dev ## check style, types, layering and generated code
+lint: setup-dev ## check style, types, layering, rooms and generated code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.support.structure --check
 	$(BIN)/python -m tests.support.generated --check
 format: setup-dev ## format the code and mend what ruff can
 	@$(BIN)/ruff check --fix

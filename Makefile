@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-lighthouse setup-bench setup-seed swarm test test-all lint format proto bench compose-test \
+.PHONY: help setup setup-dev setup-lighthouse setup-bench setup-seed swarm test test-all lint rooms format proto bench compose-test \
 	nat-test lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
@@ -29,6 +29,8 @@ lint: setup-dev ## check style, types, layering, rooms and generated code
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.support.structure --check
 	$(BIN)/python -m tests.support.generated --check
+rooms: setup-dev ## print the rooms of the code, and the arrows between them
+	@$(BIN)/python -m tests.support.structure
 format: setup-dev ## format the code and mend what ruff can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format

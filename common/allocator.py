@@ -13,9 +13,9 @@ import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's <malloc.h>
 KEPT_BYTES = 64 << 20
-"""So much free memory at the heap's end stays."""
+"""How much free memory stays at the heap's end."""
 MAPPED_BYTES = 32 << 20
-"""From this size on a piece is mapped for itself; glibc allows no more."""
+"""The size from which a piece is mapped on its own; glibc allows no larger one."""
 
 
 FEW_ARENAS = 2
@@ -23,7 +23,7 @@ FEW_ARENAS = 2
 
 
 def keep_freed_memory() -> bool:
-    """For this process, from now on; whether it could be set."""
+    """Have this process keep what it frees from now on; returns whether that could be set."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
 
 
 def keep_little_memory() -> bool:
-    """For this process, from now on, instead of `keep_freed_memory`: under an owner's limit free memory counts too."""
+    """Have this process return freed memory early from now on: free memory counts against an owner's limit too."""
     return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, FEW_ARENAS))
 
 

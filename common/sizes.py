@@ -27,7 +27,7 @@ def parse_rate(flag: str, text: str) -> int | None:
 
 
 def size_text(n_bytes: float) -> str:
-    """In whole megabytes, as `parse_size` reads it."""
+    """Format a size in whole megabytes, which `parse_size` can read."""
     return f"{n_bytes / 1e6:,.0f} MB"
 
 

@@ -13,7 +13,7 @@ BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def sparkline(points: Sequence[float], width: int) -> str:
-    """At most `width` block characters, each the mean of its share of `points`, scaled from lowest to highest."""
+    """Draw `points` as at most `width` block characters: means of their shares, scaled from lowest to highest."""
     n = min(width, len(points))
     cells = [_mean(points[i * len(points) // n : (i + 1) * len(points) // n]) for i in range(n)]
     if not cells:

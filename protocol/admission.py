@@ -53,7 +53,7 @@ class Admission:
 
 
 OPEN = Admission("")
-"""For who asks for no tickets and has none."""
+"""The admission of an open run: it asks for no tickets and gives none."""
 
 
 def checked_token(token: bytes) -> bytes:

@@ -28,11 +28,11 @@ Role = Literal["host", "trainer", "coordinator", "lighthouse"]
 ROLES: Final = get_args(Role)
 ReplicaState = Literal["serving", "joining", "stored"]
 REPLICA_STATES: Final = get_args(ReplicaState)
-"""In the order of the numbers that the proto gives them."""
+"""The order is that of the numbers in the .proto file."""
 
 Reachability = Literal["unknown", "reached", "not reached", "relayed"]
 REACHABILITIES: Final = get_args(Reachability)
-"""In the order of the numbers that the proto gives them."""
+"""The order is that of the numbers in the .proto file."""
 
 MAX_EVALUATORS = 4
 MAX_DIVERGENCE = 1e9

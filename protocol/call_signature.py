@@ -43,7 +43,7 @@ class CallSigner:
         self._shown = ((TICKET_KEY, ticket),) if ticket else ()
 
     def metadata(self, server_id: str, method: str) -> tuple[tuple[str, bytes], ...]:
-        """For one call of `method`, such as /package.Service/Method."""
+        """Return the signed metadata of one call of `method`, such as /package.Service/Method."""
         time_ms, nonce = int(self._clock() * 1000), os.urandom(NONCE_BYTES)
         signature = self._identity.sign(_DOMAIN, _signed(server_id, method, time_ms, nonce))
         raw = _LAYOUT.pack(PROTOCOL_VERSION, self._identity.public_key, time_ms, nonce, signature)
@@ -116,7 +116,7 @@ def caller_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
 
 
 def _value(metadata: Iterable[tuple[str, str | bytes]], name: str) -> bytes:
-    """Of the first entry of that name; empty if there is none, or a text."""
+    """Return the first entry of that name; empty if there is none, or if it is text."""
     value = next((value for key, value in metadata if key == name), b"")
     return value if isinstance(value, bytes) else b""
 

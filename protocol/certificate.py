@@ -41,7 +41,7 @@ _LENGTH = _SIGNATURE_AT + 64
 
 @dataclass(frozen=True)
 class Certificate:
-    """In PEM, with its private key, which `repr` does not show."""
+    """A certificate in PEM with its private key, which `repr` does not show."""
 
     chain: bytes
     key: bytes
@@ -104,7 +104,7 @@ def proven_peer_id(der: bytes, now_s: float) -> str:
 
 
 def pem_of(der: bytes) -> bytes:
-    """The same certificate in PEM; `der` was read by `proven_peer_id` before."""
+    """Convert a certificate that `proven_peer_id` has read from DER to PEM."""
     return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
 
 

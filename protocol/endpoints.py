@@ -35,7 +35,7 @@ _UDP_ADDRESS = re.compile(r"/ip(?:4/[0-9.]{7,15}|6/[0-9A-Fa-f:.]{2,45})/udp/([1-
 
 
 def relayed_endpoint(relays: tuple[str, ...]) -> str:
-    """Of a node that is reached through these peers, the best one first."""
+    """Return the endpoint of a node that is reached through these peers, the best one first."""
     return RELAY + ",".join(relays)
 
 
@@ -72,7 +72,7 @@ def relays_of(endpoint: str) -> tuple[str, ...]:
 
 
 def endpoint_text(endpoint: str) -> str:
-    """As a person reads it: host:port, or the ends of its relays' peer ids."""
+    """Format an endpoint for a person: host:port, or the ends of its relays' peer ids."""
     if not is_relayed(endpoint):
         return endpoint
     names = " and ".join(f"…{relay[-SHOWN_CHARS:]}" for relay in relays_of(endpoint))

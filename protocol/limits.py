@@ -29,9 +29,9 @@ MAX_DEADLINE_S = 300.0
 """A caller that asks for more gets this."""
 
 MAX_PIECE_BYTES = 1 << 20
-"""Of a tensor's values in its own type: averaging and downloads cut tensors into pieces of at most this."""
+"""Averaging and downloads cut a tensor's values, in its own type, into pieces of at most this many bytes."""
 
 MAX_OFFERED_BLOCKS = 4096
-"""In one exchange of a pair; the rest waits for the next."""
+"""The most blocks in one exchange of a pair; the rest waits for the next one."""
 
 MAX_PEER_ID_CHARS = 128

@@ -25,8 +25,8 @@ VERDICT_TTL_S = 600.0
 
 MAX_NEEDED = 2
 PROGRESS = 0.05
-"""Of its steps so far: a block that has taken so many more is still what an offer was held against. Losses fall with a
-small power of the steps, so that the whole layer gains less by them than makes one expert of it worth taking in."""
+"""The share of its steps so far that a block may take while it still counts as what an offer was compared with. Losses
+fall with a small power of the steps, so by them the whole layer gains less than makes one expert worth taking in."""
 
 _DOMAIN = b"verdict/1"
 

@@ -6,7 +6,7 @@ import re
 
 VERSION = "0.1.0"
 PROTOCOL_VERSION = 4
-"""Of calls and records; nodes of different ones do not join each other's runs."""
+"""The version of calls and records; nodes of different versions do not join each other's runs."""
 
 SOFTWARE = f"kilohive/{VERSION}"
 

@@ -114,7 +114,7 @@ class ByteDataset:
         return _n_windows(self.held_out, context)
 
     def held_out_windows(self, numbers: NDArray[np.int64], context: int) -> torch.Tensor:
-        """Those of these numbers, each below `n_held_out`: int64 [len(numbers), T + 1]."""
+        """Return the held-out windows of these numbers, each below `n_held_out`: int64 [len(numbers), T + 1]."""
         return _windows(self.held_out, numbers, context)
 
 

@@ -21,7 +21,7 @@ MIN_CPU_PERCENT = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bytes, bytes a second, and percent of one core."""
+    """The limits in bytes, bytes a second, and percent of one core."""
 
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
@@ -49,7 +49,7 @@ class Limits:
         )
 
     def told(self) -> dict[str, object]:
-        """Those that are set, for the event log."""
+        """Return the limits that are set, for the event log."""
         own = {**asdict(self), "schedule": self.schedule and str(self.schedule)}
         return {name: value for name, value in own.items() if value}
 

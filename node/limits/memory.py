@@ -15,25 +15,26 @@ from common.sizes import size_text
 CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 SPARE_BYTES = 40_000_000
-"""For what grows by itself: threads' stacks, gRPC's buffers, the directory."""
+"""Kept free for what grows by itself: threads' stacks, gRPC's buffers, the directory."""
 
 COPIES_OF_A_BLOCK = 5
-"""At once, besides those that are hosted: an exchange holds up to three, a download two."""
+"""The most copies at once besides the hosted blocks: an exchange holds up to three, a download two."""
 
 BLOCKS_SHARE = 0.5
 KEPT_SHARE, BATCH_SHARE = 0.25, 0.4
-"""Of what the blocks leave; the rest is for requests that wait, as messages and as tensors."""
+"""Shares of what the blocks leave; the rest is for requests that wait, as messages and as tensors."""
 
 MIN_BATCH_TOKENS = 256
 MESSAGE_BYTES = 4_000_000
-"""Of a large call, by which calls at once are counted; what is larger is rare, and seen by who watches the memory."""
+"""The size of a large call, by which the calls at once are counted; larger ones are rare, and the memory watch
+sees them."""
 
 MIN_CALLS, MAX_CALLS = 8, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes of a block with its moments, of a token in a running batch, and of one that waits."""
+    """The bytes of a block with its moments, of a token in a running batch, and of one that waits."""
 
     block_bytes: int
     batch_token_bytes: int
@@ -42,7 +43,7 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What fits, or what was asked for where that is less."""
+    """How much fits, or how much was asked for where that is less."""
 
     max_blocks: int
     keep_inputs_bytes: int
@@ -51,7 +52,7 @@ class Capacity:
     max_calls: int = MAX_CALLS
 
     def with_blocks(self, max_blocks: int) -> Capacity:
-        """The same with so many blocks."""
+        """Return this capacity with another number of blocks."""
         return replace(self, max_blocks=max_blocks)
 
 

@@ -26,7 +26,7 @@ class ChildIo(NamedTuple):
 
 
 class ProcessUse:
-    """Of this process and the child `child_pid`, None for none. Thread-safe."""
+    """The usage of this process and of the child `child_pid`, None for none. Thread-safe."""
 
     def __init__(self, child_pid: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._own = psutil.Process()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from node.limits.process_usage import ProcessUse
 
 OVERHEAD = 1.04
-"""Of what is sent: TCP's and IP's headers, TLS's records, HTTP/2's frames."""
+"""The factor on what is sent for TCP's and IP's headers, TLS's records and HTTP/2's frames."""
 
 CALL_BYTES = 600
 """Headers of a call or of its answer: names, deadline, signature."""
@@ -47,12 +47,12 @@ class RateLimits:
 
     @property
     def sent_bytes(self) -> int:
-        """In all, headers included."""
+        """All bytes so far, headers included."""
         return round(self._up.total)
 
     @property
     def received_bytes(self) -> int:
-        """In all, headers included."""
+        """All bytes so far, headers included."""
         return round(self._down.total)
 
     @property
@@ -93,11 +93,11 @@ class RateLimits:
 
 
 CREDIT_S = 1.0
-"""So much that was not taken may be taken later: little things need not wait for each other."""
+"""The seconds of an unused rate that may be used later, so that small messages need not wait for each other."""
 
 
 class TokenBucket:
-    """Of `per_s` a second, None for no limit; counts the `total` in either case. Thread-safe."""
+    """A bucket of `per_s` a second, None for no limit; it counts the `total` in either case. Thread-safe."""
 
     def __init__(self, per_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_s, self._clock = per_s, clock

@@ -70,7 +70,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def previous_path(path: Path) -> Path:
-    """Where the checkpoint that `path` replaced is kept."""
+    """Return where the checkpoint that `path` replaced is kept."""
     return path.with_name(path.name.removesuffix(SUFFIX) + PREVIOUS_SUFFIX)
 
 

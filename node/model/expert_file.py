@@ -49,7 +49,7 @@ class ExpertId(NamedTuple):
         return BlockId(self.layer, self.expert // model.experts_per_block)
 
     def row(self, model: ModelConfig) -> int:
-        """Its row in the block's stacked tensors."""
+        """The expert's row in its block's stacked tensors."""
         return self.expert % model.experts_per_block
 
     def made_live(self, layer: int, live_E: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ class MoE(nn.Module):
 
 
 class LocalMoE(MoE):
-    """The same layer with its blocks in this process: reference for correctness, limit for speed."""
+    """An MoE layer with its blocks in this process: the reference for correctness, and the limit for speed."""
 
     def __init__(self, experts: LocalExperts, layer: int, generator: torch.Generator) -> None:
         super().__init__(build_gate(experts.manifest.model, generator), experts, layer)
@@ -111,7 +111,7 @@ class LocalExperts:
         self._lock = threading.Lock()
 
     def live_experts(self, layer: int) -> torch.Tensor:  # noqa: ARG002 - one interface with Dispatcher
-        """Every expert."""
+        """All experts are live here."""
         return self._all_live_E
 
     def blocks_for_call(self, layer: int) -> list[Block]:

@@ -19,7 +19,7 @@ class Pairs(NamedTuple):
     weight_P: torch.Tensor
 
     def to(self, device: torch.device) -> Pairs:
-        """The same pairs on `device`."""
+        """Return the pairs on `device`."""
         return Pairs(*(t.to(device) for t in self))
 
 

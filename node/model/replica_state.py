@@ -54,7 +54,7 @@ class ReplicaState:
         return {name: named[name] for name in sorted(named)}
 
     def copy(self) -> ReplicaState:
-        """The same values on the CPU, no longer changed by training."""
+        """Copy the values to the CPU, where training no longer changes them."""
         params, first, second = (_copied(tensors) for _, tensors in self.groups())
         return ReplicaState(
             params=params,
@@ -66,7 +66,7 @@ class ReplicaState:
         )
 
     def copy_weights(self) -> ReplicaState:
-        """The same without moments."""
+        """Copy the values without Adam's moments."""
         return replace(self, first={}, second={}).copy()
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """In front of every handler."""
+    """The interceptor in front of every handler that checks who calls."""
 
     def __init__(self, checker: CallChecker) -> None:
         self._checker = checker

@@ -25,8 +25,8 @@ ALIVE = b""
 
 ALIVE_PER_SILENCE = 4
 MAX_REST_S = 2.0
-"""Before the next message is read: a sender whose message is not taken for 5 s believes its partner dead. A longer debt
-stays, for whoever comes next to pay."""
+"""The longest rest before the next message is read: a sender whose message is not taken for 5 s believes its
+partner dead. What is owed beyond that is left to whoever takes something next."""
 
 
 class Receiver(Protocol):

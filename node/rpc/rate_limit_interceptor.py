@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Unary = Callable[[bytes, Context], Awaitable[bytes]]
 
 REST_SHARE = 0.5
-"""Of the time that a caller still waits, at most, before its call is begun."""
+"""The largest share of the time that a caller still waits which may pass before its call is begun."""
 
 
 class RateLimitInterceptor(grpc.aio.ServerInterceptor):

@@ -68,15 +68,15 @@ class Security:
             raise ConfigError(f"--insecure-local: only with --listen 127.0.0.1 or ::1, is {address}")
 
     def caller(self) -> Caller:
-        """For calls that this node makes."""
+        """Return what opens channels and signs calls for this node."""
         return Caller(self)
 
     def checker(self) -> CallChecker | None:
-        """For calls that this node gets; None where none is checked."""
+        """Return what checks the calls that this node gets; None where none is checked."""
         return None if self.insecure_local else CallChecker(self.identity.peer_id, admission=self.admission)
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
-        """With a fresh certificate; None where calls are plain."""
+        """Return credentials with a fresh certificate; None where calls are plain."""
         if self.insecure_local:
             return None
         certificate = certificate_of(self.identity, time.time())
@@ -117,7 +117,7 @@ class Caller:
             raise NotConnectedError(str(error)) from None
 
     def metadata(self, address: Address, method: str) -> tuple[tuple[str, bytes], ...]:
-        """To send with one call of `method`."""
+        """Return the metadata to send with one call of `method`."""
         return () if self._insecure_local else self._signer.metadata(address.peer_id, method)
 
 

@@ -30,7 +30,7 @@ INTAKE = pb.DESCRIPTOR.services_by_name["Intake"].full_name
 """The service of hosts that a file goes to; a trainer's is in `node/trainer/evaluator/`."""
 
 UPLOAD_S = 60.0
-"""For a whole file, at most."""
+"""The longest time that a whole file may take."""
 
 MAX_BEGIN_BYTES = 4096
 MAX_PIECE_MESSAGE_BYTES = MAX_PIECE_BYTES + 16

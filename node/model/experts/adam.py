@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from protocol.manifest import OptimizerConfig
 
 SMALL_VALUES = 4096
-"""From so many values of a parameter on, an expert is worth a call of its own and no copy."""
+"""The number of values from which an expert's parameter is stepped by a call of its own, without a copy."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ def _step_each(of: _Touched, lr: float, config: OptimizerConfig) -> None:
 
 
 def _step_stacked(of: _Touched, lr: float, config: OptimizerConfig) -> None:
-    """All at once: several passes, and copies unless all are touched, but nothing for each expert."""
+    """Step all experts at once: several passes, and copies unless all are touched, but no work per expert."""
     tensors, grad, touched_G, steps_G = of
     whole = is_all(touched_G, len(tensors[0]))
     p, m, v = tensors if whole else (t.index_select(0, touched_G) for t in tensors)

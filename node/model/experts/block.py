@@ -111,7 +111,7 @@ class _Touched(NamedTuple):
     order_P: torch.Tensor | None
 
     def sort(self, of_P: torch.Tensor) -> torch.Tensor:
-        """One row per pair, in the order of the groups."""
+        """Sort the rows, one per pair, into the order of the groups."""
         return of_P if self.order_P is None else of_P.index_select(0, self.order_P)
 
     def unsort(self, of_P: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _touched(expert_P: torch.Tensor) -> _Touched:
 
 @dataclass(frozen=True)
 class BlockGradients:
-    """Of a block's parameters: `weights` [G, ...] belong to experts `touched_G`, of `tokens_G` tokens."""
+    """Gradients of a block's parameters: `weights` [G, ...] belong to experts `touched_G`, of `tokens_G` tokens."""
 
     weights: dict[str, torch.Tensor]
     touched_G: torch.Tensor
@@ -141,7 +141,7 @@ class BlockGradients:
 
     @classmethod
     def join(cls, parts: Sequence[BlockGradients]) -> BlockGradients:
-        """Of several backwards over one block, no two of which touched the same expert."""
+        """Join the gradients of several backwards over one block, no two of which touched the same expert."""
         if len(parts) == 1:
             return parts[0]
         return cls(

@@ -38,7 +38,7 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, counts_G: torch.Tensor, runs: tuple[tuple[int, int], ...] = ()) -> Groups:
-        """Of groups with `counts_G` rows, those of `runs` first."""
+        """Make the groups that have `counts_G` rows, those of `runs` first."""
         rest_G = counts_G[sum(n for _, n in runs) :]
         return cls(counts_G, runs, rest_G.cumsum(0).to(torch.int32))
 
@@ -112,7 +112,7 @@ def _product(x_PN: torch.Tensor, w_GNM: torch.Tensor, ends_G: torch.Tensor) -> t
 
 
 def _thin_product(x_PN: torch.Tensor, w_GNM: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
-    """Of experts of a single neuron: no matrix product at all, and thousands of groups with a few rows each."""
+    """Multiply for experts of a single neuron: thousands of groups of a few rows, without a matrix product."""
     w_PX = w_GNM.flatten(1).index_select(0, _group_of_pair(ends_G, len(x_PN)))
     if w_GNM.shape[2] == 1:
         y_P: torch.Tensor = torch.linalg.vecdot(x_PN, w_PX)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PairGradients(NamedTuple):
-    """Of the inputs [P, D], of the pairs' weights [P], and of each parameter of the G experts, stacked."""
+    """Gradients of the inputs [P, D], of the pairs' weights [P], and of each parameter of the G experts, stacked."""
 
     inputs_PD: torch.Tensor
     weight_P: torch.Tensor

@@ -48,7 +48,7 @@ class ProductKeyGate(Gate):
         self.sub_keys_2SC = nn.Parameter(torch.randn(2, self.n_sub_keys, half, generator=generator) * std)
 
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As Gate.choose."""
+        """Choose K experts for each token; see `Gate.choose`."""
         query_TD = F.linear(x_TD, self.query_weight)
         # Half-queries are normalised, as the papers do with batch statistics, but per token: no state, no leak
         # between tokens.
@@ -75,7 +75,7 @@ class ProductKeyGate(Gate):
         return ids_TK
 
     def _select_by_rows(self, scores: SubScores) -> Tensor:
-        """For tokens whose best rows and columns cross in too few live experts: K live rows, every column of them.
+        """Select where the best rows and columns cross in too few live experts: K live rows, every column of them.
 
         Each of those rows has a live expert, so K experts are found whenever K are live.
         """
@@ -95,11 +95,11 @@ class SubScores:
     live_E: Tensor | None
 
     def of_tokens(self, chosen_T: Tensor) -> SubScores:
-        """The same for some of the tokens."""
+        """Return the scores of some of the tokens."""
         return replace(self, first_TS=self.first_TS[chosen_T], second_TS=self.second_TS[chosen_T])
 
     def split(self, n_tokens: int) -> list[SubScores]:
-        """The same by so many tokens at a time."""
+        """Yield the scores, `n_tokens` tokens at a time."""
         halves = zip(self.first_TS.split(n_tokens), self.second_TS.split(n_tokens), strict=True)
         return [replace(self, first_TS=first_TS, second_TS=second_TS) for first_TS, second_TS in halves]
 

@@ -25,7 +25,7 @@ class TopKGate(Gate):
         self.expert_keys_ED = nn.Parameter(torch.randn(shape, generator=generator) * self.d_model**-0.5)
 
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As Gate.choose."""
+        """Choose K experts for each token; see `Gate.choose`."""
         ids_TK = self._select(x_TD, live_E)
         # The chosen logits are computed again, with gradient: K dot products per token. Keeping the E of the selection
         # for backward would cost T * E floats and a dense E-wide product where all but K columns are zero.

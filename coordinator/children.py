@@ -59,7 +59,7 @@ class Child:
 
     @property
     def name(self) -> str:
-        """As in the spec."""
+        """The child's name, as its spec has it."""
         return self.spec.name
 
     @property

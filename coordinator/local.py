@@ -38,13 +38,13 @@ PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "run_nod
 SWARM_FILE_TIMEOUT_S = 60.0
 WATCH_PERIOD_S = 0.1
 FINISH_PATIENCE_S = 15.0
-"""For hosts to save after the last step."""
+"""How long hosts may take to save after the last step."""
 
 TRAINERS_PATIENCE_S = 60.0
-"""For the other trainers to hear that the run has its last token, evaluate and save."""
+"""How long the other trainers may take to hear that the run has its last token, to evaluate and to save."""
 
 STOP_PATIENCE_S = 2.3
-"""The same after Ctrl+C: all is over within three seconds."""
+"""How long all may take after Ctrl+C: everything ends within three seconds."""
 
 EXIT_INTERRUPTED = 130
 TRAINER = "trainer"
@@ -304,7 +304,7 @@ def _is_trainer(child: Child) -> bool:
 
 
 def _reached_the_end(child: Child) -> bool:
-    """Of a child that has ended: a trainer whose work was done, if perhaps before the first trainer's was."""
+    """Return whether an ended child is a trainer whose work was done, perhaps before the first trainer's was."""
     return _is_trainer(child) and child.reap() == 0
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DEFAULT_ROUTES = ("/ip4/192.0.2.1", "/ip6/2001:db8::1")
-"""In place of initial peers for the first node of a swarm: addresses kept for documentation, so the way leads out."""
+"""Stand-ins for initial peers at the first node of a swarm: addresses kept for documentation, so the route leads
+out."""
 
 _ANY_PORT = 9
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STRAGGLER_S = 0.3
-"""Once one initial peer has answered, the others have this long."""
+"""How long the other initial peers have once one has answered."""
 
 SEARCH_TIMEOUT_S = 3.0
 REMEMBER_S = 600.0
@@ -101,7 +101,7 @@ class Bootstrap:
         self._last_seen_s = {peer_id: seen_s for peer_id, seen_s in recent if now_s - seen_s < REMEMBER_S}
 
     async def _greet_until_one_answers(self, peers: Sequence[InitialPeer], timeout_s: float) -> dict[InitialPeer, str]:
-        """For each peer, what went wrong; empty for one that answered."""
+        """Return what went wrong with each peer; empty for one that answered."""
         greetings = {peer: self.calls.begin(self._greet(peer)) for peer in peers}
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s

@@ -35,7 +35,7 @@ MAX_VERIFIED = 8192
 MAX_KEYS_PER_REQUEST = 4096
 WRAPPING_BYTES = 3
 DICTIONARY_TAG = b""
-"""In place of a sub-key: the value is a whole dictionary."""
+"""The tag in place of a sub-key that says that the value is a whole dictionary."""
 
 _DICTIONARY_EXT = 0x50  # hivemind.dht.storage
 
@@ -123,7 +123,7 @@ def place_of_key(key: str) -> bytes:
 
 
 def pack(value: object) -> bytes:
-    """As hivemind packs keys and sub-keys."""
+    """Pack a value as hivemind packs keys and sub-keys."""
     return bytes(msgpack.packb(value, use_bin_type=True, strict_types=True))
 
 

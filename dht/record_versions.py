@@ -22,6 +22,6 @@ class RecordVersions:
         self.expiration_s = 0.0
 
     def advance(self, now_s: float) -> None:
-        """On to those of records that are signed at `now_s`."""
+        """Advance to the version and the expiration of records that are signed at `now_s`."""
         self.version = max(self.version + 1, int(now_s * 1000))
         self.expiration_s = min(max(now_s + self._ttl_s, self.expiration_s + _SOONER_S), now_s + MAX_ANNOUNCE_TTL_S)

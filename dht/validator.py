@@ -35,7 +35,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         self._storage = storage
 
     def serve_only(self, manifest: Manifest) -> None:
-        """From now on store only records of this run and of blocks that its model has."""
+        """Store only records of this run, and of blocks that its model has, from now on."""
         self._manifest = manifest
 
     def validate(self, record: DHTRecord) -> bool:

@@ -117,7 +117,7 @@ class DirectoryView:
         }
 
     def at(self, now_s: float) -> DirectoryView:
-        """The same without what has expired by `now_s`."""
+        """Return the view without what has expired by `now_s`."""
         return DirectoryView(
             taken_s=now_s,
             replicas=MappingProxyType({block: _alive(replicas, now_s) for block, replicas in self.replicas.items()}),
@@ -127,7 +127,7 @@ class DirectoryView:
         )
 
     def without(self, peer_ids: frozenset[str]) -> DirectoryView:
-        """The same without these peers' replicas; the peers themselves stay listed."""
+        """Return the view without these peers' replicas; the peers themselves stay listed."""
         if not peer_ids:
             return self
         return replace(

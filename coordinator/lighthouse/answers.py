@@ -34,7 +34,7 @@ MAX_KEYS_PER_SEARCH = 256
 """An answer has records and neighbors for each; a lookup of Kilohive's asks for 64 at once."""
 
 MAX_VALUE_BYTES = 3 << 20
-"""Of records in one answer, so that it stays below a frame's limit; keys beyond are answered as not found."""
+"""The most bytes of records in one answer, below a frame's limit; keys beyond it are answered as not found."""
 
 N_NEIGHBORS = 20
 
@@ -98,5 +98,5 @@ def _check_keys(n_keys: int, limit: int) -> None:
 
 
 def distance(key: bytes, place: bytes) -> int:
-    """Between two places in the DHT."""
+    """Return the distance between two places in the DHT."""
     return int.from_bytes(place) ^ int.from_bytes(key)

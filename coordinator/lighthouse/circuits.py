@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STALL_TIMEOUT_S = 60.0
-"""For the side that is written to, to make room for one piece."""
+"""How long the side that is written to may take to make room for one piece."""
 
 ROOM_POLL_S = 0.002
 
@@ -32,7 +32,7 @@ class Account(NamedTuple):
 
 
 async def carry(source: TrioStream, target: TrioStream, account: Account) -> bool:
-    """Until both have ended, one has failed, or a limit is reached; whether it was the first of these."""
+    """Carry bytes until both ends have ended, one fails, or a limit is reached; returns whether both ended."""
     with trio.move_on_after(account.quotas.limits.circuit_s), trio.move_on_after(account.idle_s) as silence:
         async with trio.open_nursery() as nursery:
             flow = _Flow(account, silence, nursery.cancel_scope)

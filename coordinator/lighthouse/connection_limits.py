@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 MAX_STREAMS = 2048
 MAX_STREAMS_PER_PEER = 64
 MAX_CONNECTIONS_PER_ADDRESS = 128
-"""Before anybody has proven who they are, the address is all that is known of them."""
+"""Counted by address: before a peer has proven who it is, nothing else is known of it."""
 
 MAX_UNREAD_BYTES = 16 << 20
-"""Of one connection, over all its streams: somebody who ignores flow control is cut off."""
+"""The most unread bytes of one connection, over all its streams: a peer that ignores flow control is cut off."""
 
 
 class ConnectionLimit:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROTOCOL = "/ipfs/kad/1.0.0"
 N_CLOSER = 20
 MAX_MESSAGE_BYTES = 64 << 10
-"""Of an answer with 20 peers; a request is a tenth of a kilobyte."""
+"""The size of an answer with 20 peers; a request is a tenth of a kilobyte."""
 
 MAX_KEY_BYTES = 128
 N_ASKED = 4
@@ -105,7 +105,7 @@ class Kademlia:
 
 
 def nearest(key: bytes, peers: Iterable[bytes], n_peers: int) -> list[bytes]:
-    """Those whose hash is nearest to that of `key`."""
+    """Return the peers whose hash is nearest to that of `key`."""
     wanted = _place(key)
     return heapq.nsmallest(n_peers, peers, key=lambda peer: _place(peer) ^ wanted)
 

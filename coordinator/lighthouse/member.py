@@ -39,17 +39,17 @@ QUIET_S = 20.0
 """A member that has said nothing for this long is asked whether it is there."""
 
 MAX_PINGS = 16
-"""In one refresh."""
+"""The most pings in one refresh."""
 
 MAX_CALLBACKS = 64
-"""Of peers that ask to be called back, at a time."""
+"""The most peers at a time that are called back because they asked for it."""
 
 MAX_CALLS_AT_ONCE = 8
 N_STORED_AT = 5
 """Members that keep a record of this node's, as many as nodes have keep theirs."""
 
 SEARCH_TIMEOUT_S = 5.0
-"""For those that are to keep it; then those that have answered must do."""
+"""How long to search for the peers that are to keep a record; then those that have answered must do."""
 
 
 class Member:

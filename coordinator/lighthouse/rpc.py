@@ -23,10 +23,10 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
 CALL_TIMEOUT_S = 3.0
-"""For one call to one peer, the connection included."""
+"""How long one call to one peer may take, the connection included."""
 
 SERVE_TIMEOUT_S = 10.0
-"""For a peer to send its call, and to take the answer."""
+"""How long a peer may take to send its call, and to take the answer."""
 
 PREFIX = "DHTProtocol."
 

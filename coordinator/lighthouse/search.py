@@ -30,7 +30,7 @@ MAX_NEIGHBORS = 64
 
 
 class KeySearch:
-    """For `keys` (name by place), from `peers` on, without `me`; `take` gets the records by owner of each answer."""
+    """Searches for `keys` (name by place) from `peers` on, without `me`; `take` gets an answer's records by owner."""
 
     def __init__(
         self,

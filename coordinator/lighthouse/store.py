@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from protocol.manifest import ModelConfig
 
 MAX_STORE_BYTES = 256 << 20
-"""Of values: what a small machine has to spare."""
+"""The most bytes of values: what a small machine has to spare."""
 
 
 class Item(NamedTuple):
@@ -40,7 +40,7 @@ class StoredRecords:
         return sum(len(owners) for owners in self._keys.values())
 
     def serve_only(self, model: ModelConfig) -> None:
-        """From now on take only records of blocks that the run's model has."""
+        """Take only records of blocks that the run's model has, from now on."""
         self._model = model
 
     def put(self, record: Record) -> bool:

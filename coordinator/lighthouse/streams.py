@@ -39,18 +39,18 @@ class TrioStream:
 
     @property
     def address(self) -> str:
-        """From where the peer is connected; empty if that is not known."""
+        """The address from which the peer is connected; empty if that is not known."""
         where = self._stream.muxed_conn.get_remote_address()
         return str(where[0]) if where else ""
 
     @property
     def seen_at(self) -> str:
-        """The same as a multiaddress, with its port; empty if that is not known."""
+        """The peer's address as a multiaddress with its port; empty if that is not known."""
         where = self._stream.muxed_conn.get_remote_address()
         return tcp_address(str(where[0]), int(where[1])) if where else ""
 
     async def read(self, n_bytes: int) -> bytes:
-        """At most so many bytes; none at the end. Raises UnavailableError."""
+        """Read at most `n_bytes` bytes; none at the end. Raises UnavailableError."""
         with one_error("read"):
             try:
                 return bytes(await self._stream.read(n_bytes))
@@ -58,7 +58,7 @@ class TrioStream:
                 return b""
 
     async def read_exactly(self, n_bytes: int) -> bytes:
-        """So many bytes; raises UnavailableError if the stream ends before. The caller bounds the time."""
+        """Read exactly `n_bytes` bytes, or raise UnavailableError at the stream's end. The caller bounds the time."""
         found = b""
         while len(found) < n_bytes:
             piece = await self.read(n_bytes - len(found))
@@ -96,7 +96,7 @@ class TrioStream:
 
 
 def tcp_address(host: str, port: int) -> str:
-    """As a multiaddress."""
+    """Return the TCP address as a multiaddress."""
     address = ipaddress.ip_address(host)
     return f"/ip{address.version}/{address}/tcp/{port}"
 

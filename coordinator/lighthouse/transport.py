@@ -59,7 +59,7 @@ VANISHED_TIMEOUT_MS = 60_000
 """A machine that lost its power says no goodbye, and Yamux does not end a connection whose pings have no answer."""
 
 MAX_ADDRESSES = 8
-"""Of one peer, to remember or to tell."""
+"""The most addresses of one peer to remember or to pass on."""
 
 
 class TrioTransport:

@@ -23,7 +23,7 @@ MAX_FRAME_BYTES = 4 << 20
 CALL_ID_BYTES = 16
 MAX_ERROR_CHARS = 200
 _MAX_LENGTH_BYTES = 4
-"""Of a varint: four take 28 bits, more than a frame may have."""
+"""The longest varint: four bytes take 28 bits, more than a frame may have."""
 
 
 class DhtRequest(NamedTuple):

@@ -32,22 +32,22 @@ def places(seen: Sequence[str], told: Iterable[str]) -> list[str]:
 
 
 def not_what_is_wanted() -> InvalidInputError:
-    """To who asks for nothing that a relay has."""
+    """Make the error for a request for nothing that a relay has."""
     return InvalidInputError("wanted", "must be reserve or connect")
 
 
 def not_reached(peer_id: str) -> UnavailableError:
-    """To who wants to reach a peer that has not reserved."""
+    """Make the error for a peer that has not reserved here."""
     return UnavailableError(f"{peer_id[: PEER_ID_CHARS + 1]!r} is not reached through this relay")
 
 
 def no_reservation_left(limit: int) -> OverloadedError:
-    """To who comes when all places are taken."""
+    """Make the error for a caller who comes when all reservations are taken."""
     return OverloadedError(f"this relay has {limit} reservations, the most it takes")
 
 
 def no_circuit_left(n_circuits: int, of_caller: int) -> OverloadedError:
-    """To who wants one circuit too many."""
+    """Make the error for a caller who wants one circuit too many."""
     return OverloadedError(f"this relay carries {n_circuits} circuits, {of_caller} of yours")
 
 

@@ -77,7 +77,7 @@ class _Ways(NamedTuple):
 
 
 class _Tunnel:
-    """To one peer."""
+    """A tunnel to one peer."""
 
     def __init__(self, peer_id: str, ways: _Ways) -> None:
         self._peer_id, self._ways, self._streams = peer_id, ways, ways.streams

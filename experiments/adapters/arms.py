@@ -70,7 +70,7 @@ class AdapterTrial:
     text: TextPlan
     ways: tuple[Way, ...]
     windows: int = 0
-    """Of each domain's training text that it learns from."""
+    """How many windows of each domain's training text it learns from."""
 
     is_tuning: bool = False
     is_apart: bool = False
@@ -78,7 +78,7 @@ class AdapterTrial:
     hosts: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As a trial's spec; hosts only where there are any, so that older results of the others still are theirs."""
+        """Return the arm as a trial's spec; hosts only where there are any, so that older results still fit."""
         spec = asdict(self)
         if not self.hosts:
             del spec["hosts"]
@@ -100,7 +100,8 @@ class AdapterArms:
     seeds: int
     rates: tuple[float, ...] = ()
     tuning_windows: int = 0
-    """Of each domain, for arms that learn from the mix; those trained apart take three times as many.
+    """How many windows of each domain an arm that learns from the mix is tuned on; those trained apart take three times
+    as many.
 
     So each of their adapters takes as many steps: how far it has moved is what Arrow and a mean depend on.
     """
@@ -156,7 +157,7 @@ class AdapterArms:
 
 
 def trial_name(arm: AdapterArm, rate: float, seed: int) -> str:
-    """Of an arm's training, which others may share; the rate of one that is hosted is that of the same one here."""
+    """Name the trial of an arm's training, which others may share; a hosted arm has its local twin's rate."""
     training = arm.training(rate)
     if seed == TUNING_SEED:
         return f"tune-{training}"
@@ -192,11 +193,11 @@ class AdapterResults:
         return [label for label, rows in self._rows.items() if not rows]
 
     def rows(self, arm: AdapterArm) -> list[Result]:
-        """By seed; the seed alone has the same for all."""
+        """Return the arm's rows by seed; the seed model alone has the same row for all."""
         return list(self._rows[arm.label].values())
 
     def tuning(self, arm: AdapterArm) -> dict[float, Result]:
-        """Of its short trials, by rate."""
+        """Return the losses of the arm's short trials, by rate."""
         names = {rate: trial_name(arm, rate, TUNING_SEED) for rate in self.arms.rates}
         return {rate: self._results[name] for rate, name in names.items() if name in self._results}
 
@@ -207,7 +208,7 @@ class AdapterResults:
         return estimate(values[:1] if arm.grid is None else values, "seeds")
 
     def difference(self, arm: AdapterArm, against: AdapterArm, domains: Sequence[DomainName]) -> Estimate:
-        """Of held-out nats per token; below 0 is better. Over the seeds that both have."""
+        """Return the difference of held-out nats per token over the seeds that both have; below 0 is better."""
         ours, theirs = self._rows[arm.label], self._rows[against.label]
         seeds = sorted(ours.keys() & theirs.keys())
         return difference(

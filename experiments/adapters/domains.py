@@ -66,7 +66,7 @@ class Domain:
 
 
 def read_domain(name: DomainName) -> Domain:
-    """From the package that holds it; raises DataError saying what to install."""
+    """Read a domain's texts from the package that holds them; raises DataError saying what to install."""
     training, held_out = parted(list(_READERS[name]()))
     return Domain(name=name, training=training, held_out=held_out)
 

@@ -120,7 +120,7 @@ class AdaptersExperiment:
         return run_trial(AdapterTrial.from_json(spec), load_seed(), read_domain, context)
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
-        """Of the arms' long trials; ConfigError where one has none."""
+        """Report on the arms' long trials; raises ConfigError where one has none."""
         found = AdapterResults(self.presets[preset], results)
         if found.missing:
             raise no_results(self.name, preset, found.missing[0])

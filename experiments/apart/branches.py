@@ -98,11 +98,11 @@ class PartOfExperts(LocalExperts):
             self._live_E[own.start : own.stop] = True
 
     def live_experts(self, layer: int) -> torch.Tensor:  # noqa: ARG002 - alike in all layers
-        """As Experts.live_experts."""
+        """Return which experts are live here; see `Experts.live_experts`."""
         return self._live_E
 
     def learn(self, block: Block, gradients: BlockGradients, lr: float) -> None:
-        """As LocalExperts.learn, unless they are to stay as they are."""
+        """Step the block as `LocalExperts.learn` does, unless its experts are to stay as they are."""
         if not self._still:
             super().learn(block, gradients, lr)
 

@@ -148,7 +148,7 @@ def planned(plan: ApartPlan, results: Mapping[str, Result]) -> list[Trial]:
 
 
 def best_rates(tuning: Sequence[Trial], results: Mapping[str, Result]) -> dict[str, float]:
-    """By what was tuned, if all of it is done; else nothing."""
+    """Return the best rate of each tuned arm once all tuning is done; nothing before."""
     if not all(trial.name in results for trial in tuning):
         return {}
     if not tuning:

@@ -32,27 +32,27 @@ WORTH = 0.01
 
 
 def merged_label(sharding: Sharding) -> str:
-    """Of the merged model as it is."""
+    """Label the merged model as it is."""
     return f"apart {TEXTS[sharding]}, merged"
 
 
 def gate_label(sharding: Sharding) -> str:
-    """Of the one whose gate alone has learnt."""
+    """Label the model whose gate alone has learnt."""
     return f"apart {TEXTS[sharding]}, gate learnt"
 
 
 def mixed_label(sharding: Sharding) -> str:
-    """Of the one that was mixed."""
+    """Label the model that was mixed."""
     return f"apart {TEXTS[sharding]}, mixed"
 
 
 def ensemble_label(sharding: Sharding) -> str:
-    """Of the ensemble."""
+    """Label the ensemble."""
     return f"ensemble {TEXTS[sharding]}"
 
 
 def forgotten_label(sharding: Sharding) -> str:
-    """Of the merged model with a gate that knows nothing."""
+    """Label the merged model with a gate that knows nothing."""
     return f"apart {TEXTS[sharding]}, gate forgotten"
 
 
@@ -63,7 +63,7 @@ LABELS: dict[str, Callable[[Sharding], str]] = {
     "merged": merged_label,
     "forgotten": forgotten_label,
 }
-"""By the name that the arm's figures have in the result of a trial."""
+"""Labels by the name that an arm's figures have in the result of a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def trial(self) -> Trial:
-        """As the tables of arms read it."""
+        """Return the row as the trial that the tables of arms read."""
         course = self.course
         spec = TrainSpec(
             arm=replace(course.arm, label=self.label),
@@ -120,7 +120,7 @@ class ApartFindings:
         self.course = self._rows[0].course
 
     def arms(self, labels: Sequence[str]) -> ArmResults:
-        """Of those arms, in that order."""
+        """Return the results of those arms, in that order."""
         rows = [row for label in labels for row in self._rows if row.label == label]
         found = ArmResults([row.trial for row in rows], {row.trial.name: row.result for row in rows})
         found.rates_tried |= self._rates_tried
@@ -132,7 +132,7 @@ class ApartFindings:
 
 
 def apart_report(trials: Sequence[Trial], results: Mapping[str, Result]) -> Report:
-    """Of trials that have a result."""
+    """Report on the trials that have a result."""
     found = ApartFindings(trials, results)
     learnt = [label for label in found.labels if found.all.results(label)[0].get("gates")]
     with_gates = [label for label in found.labels if "specialisation" in found.all.results(label)[0]]
@@ -149,7 +149,7 @@ def apart_report(trials: Sequence[Trial], results: Mapping[str, Result]) -> Repo
 
 
 def gap_table(found: ApartFindings) -> str:
-    """From the merged model to joint, step by step."""
+    """Make the table from the merged model to joint training, step by step."""
     rows = []
     for text in found.shardings:
         gap, *parts = distances(found, text)
@@ -170,7 +170,7 @@ def gap_table(found: ApartFindings) -> str:
 
 
 def distances(found: ApartFindings, text: Sharding) -> list[Estimate]:
-    """From merged to joint; what the gate alone gains, and mixing beyond it; and from mixed to joint."""
+    """Return the distances from merged to joint, of the gate alone, of mixing beyond it, and from mixed to joint."""
     merged, gate, mixed = merged_label(text), gate_label(text), mixed_label(text)
     steps = [(merged, JOINT), (merged, gate), (gate, mixed), (mixed, JOINT)]
     return [found.all.difference(one, other) for one, other in steps]
@@ -288,7 +288,7 @@ def finding(found: ApartFindings) -> str:
 
 
 def verdict(low: float, high: float) -> str:
-    """By the interval of the difference from joint."""
+    """Say what the interval of the difference from joint training decides."""
     if low > WORTH:
         return "It holds here"
     return "It does not hold" if high < WORTH else "It is not known"

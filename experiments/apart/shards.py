@@ -48,7 +48,7 @@ def texts_of(dataset: ByteDataset, sharding: Sharding, n_shards: int, seed: int)
 
 
 def split(text: NDArray[np.uint8]) -> list[bytes]:
-    """At blank lines, which stay at the end of each part: documents, or paragraphs of them."""
+    """Split a text into documents, or their paragraphs, at blank lines, which stay at the end of each part."""
     return [part + SEPARATOR for part in text.tobytes().removesuffix(SEPARATOR).split(SEPARATOR)]
 
 

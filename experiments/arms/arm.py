@@ -57,7 +57,7 @@ class TrainSpec:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of one optimizer step."""
+        """The tokens of one optimizer step."""
         return self.batch * self.context
 
     @property
@@ -92,7 +92,7 @@ class TrainSpec:
         return Manifest(name="experiment", seed=self.seed, model=model, optimizer=optimizer)
 
     def to_json(self) -> dict[str, Any]:
-        """As a trial's spec."""
+        """Return this as a trial's spec."""
         return asdict(self)
 
     @classmethod
@@ -103,7 +103,7 @@ class TrainSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of a whole model. FLOPs are of one token's forward, two for each multiply-add, the gates' counted.
+    """The cost of a whole model. FLOPs are one token's forward, two per multiply-add, the gates included.
 
     Training takes about three times as many.
     """

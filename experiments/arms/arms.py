@@ -44,7 +44,7 @@ class Arms:
 
     @property
     def labels(self) -> list[str]:
-        """Of the arms."""
+        """The labels of the arms."""
         return [arm.label for arm in self.arms]
 
     def _spec(self, arm: Arm, seed: int, rate: float) -> TrainSpec:
@@ -74,7 +74,7 @@ class ArmsExperiment:
         return train(spec, context)
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
-        """Of the runs that have a result; ConfigError where an arm has none."""
+        """Report on the runs that have a result; raises ConfigError where an arm has none."""
         found = ArmResults(self.plan(preset, results), results)
         missing = [label for label in self.presets[preset].labels if label not in found.labels]
         if missing:
@@ -97,15 +97,15 @@ class ArmResults:
         self.labels = tuple(self._rows)
 
     def spec(self, label: str) -> TrainSpec:
-        """Of the first seed."""
+        """Return the spec of the arm's first seed."""
         return self._rows[label][0][0]
 
     def cost(self, label: str) -> Cost:
-        """Of the arm's model."""
+        """Return the cost of the arm's model."""
         return cost(self.spec(label))
 
     def results(self, label: str) -> list[Result]:
-        """By seed."""
+        """Return the arm's results by seed."""
         return [result for _, result in self._rows[label]]
 
     def mean(self, label: str) -> float:
@@ -117,7 +117,7 @@ class ArmResults:
         return estimate([result["nats_per_byte"] for result in self.results(label)], "seeds")
 
     def difference(self, label: str, against: str) -> Estimate:
-        """Of held-out nats per byte; below 0 is better. Over the seeds that both have."""
+        """Return the difference of held-out nats per byte over the seeds that both have; below 0 is better."""
         ours, theirs = self._windows(label), self._windows(against)
         seeds = sorted(ours.keys() & theirs.keys())
         return difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])

@@ -31,7 +31,7 @@ class CountedExperts:
 
     @property
     def run_tokens(self) -> int:
-        """As of the experts themselves."""
+        """The value of the experts that are counted."""
         return self._experts.run_tokens
 
     @run_tokens.setter
@@ -45,7 +45,7 @@ class CountedExperts:
             raise UnavailableError(f"experts were missing in the last evaluation: {dict(met)}; run the trial again")
 
     def live_experts(self, layer: int) -> torch.Tensor:
-        """As of the experts themselves."""
+        """The value of the experts that are counted."""
         return self._experts.live_experts(layer)
 
     def forward(

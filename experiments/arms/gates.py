@@ -48,7 +48,7 @@ class HashGate(Gate):
         self._bigram_T = (before_BT * 256 + ids_BT).flatten()
 
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - all are live here
-        """As Gate.choose."""
+        """Choose K experts for each token; see `Gate.choose`."""
         ids_TK = self.table_XK[self._bigram_T]
         return ids_TK, x_TD.new_zeros(ids_TK.shape)
 

@@ -12,7 +12,7 @@ from experiments.harness.experiment import Report
 
 DENSE = Arm(label="dense, equal active width", hidden=256)
 DENSE_FLOPS = Arm(label="dense, equal FLOPs", hidden=384)
-"""At least as many FLOPs as the dearest arm with experts, its gate counted."""
+"""It takes at least as many FLOPs as the costliest arm with experts, its gate counted."""
 
 DENSE_TOTAL = Arm(label="dense, as large as 64 experts", hidden=2048)
 EXPERTS = (
@@ -62,7 +62,7 @@ def report(found: ArmResults) -> Report:
 
 
 def finding(found: ArmResults) -> str:
-    """In a sentence or two."""
+    """Say in a sentence or two what the results decide."""
     dense = DENSE_FLOPS.label
     many = [label for label in found.labels if found.spec(label).arm.experts >= MANY]
     best = min(many, key=found.mean)
@@ -76,7 +76,7 @@ def finding(found: ArmResults) -> str:
 
 
 def saturation(found: ArmResults) -> str:
-    """From which number of experts on more of them gain little."""
+    """Say from which number of experts on more of them gain little."""
     ladder = [arm for arm in EXPERTS[1:] if arm.label in found.labels]
     for few, more in itertools.pairwise(ladder):
         if found.mean(few.label) - found.mean(more.label) < WORTH_MORE:

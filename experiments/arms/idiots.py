@@ -53,7 +53,7 @@ def report(found: ArmResults) -> Report:
 
 
 def finding(found: ArmResults) -> str:
-    """In a sentence or two."""
+    """Say in a sentence or two what the results decide."""
     ladder = [arm.label for arm in SIZES if arm.label in found.labels]
     best = min(ladder, key=found.mean)
     smallest = found.difference(ladder[-1], LARGE.label)

@@ -61,7 +61,7 @@ class Topics:
 
 
 def _documents(dataset: ByteDataset) -> Iterator[tuple[bytes, str]]:
-    """As node.data reads them, with their topics."""
+    """Yield the documents as `node.data` reads them, with their topics."""
     records = json.loads(dataset.corpus.root.read_bytes())
     for record in records.values():
         if isinstance(record, dict) and str(record.get("extract", "")).strip():

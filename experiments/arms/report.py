@@ -25,7 +25,7 @@ MANY_DEAD = 0.05
 """Part of the experts from which a page says so."""
 
 STATE_VALUES = 3
-"""Of float32 for each parameter: itself and two moments."""
+"""The float32 values per parameter: itself and two moments."""
 
 SIZE = (7.0, 4.2)
 LOSS = "held-out nats per byte"
@@ -101,7 +101,7 @@ def load_table(found: ArmResults) -> str:
 
 
 def load_table_of(gates_by_arm: Mapping[str, Sequence[Result]]) -> str:
-    """The same of the gates' statistics, by arm."""
+    """Make the table of load from the gates' statistics, by arm."""
     rows, unused = [], []
     for label, gates in gates_by_arm.items():
         mean = {key: statistics.fmean(gate[key] for gate in gates) for key in gates[0]}

@@ -34,7 +34,7 @@ WINDOWS = 256
 
 
 def mutual_information_bits(expert_P: Ints, label_P: Ints) -> float:
-    """Of the two, by their counts."""
+    """Return the mutual information of the two in bits, from their counts."""
     n_labels = int(label_P.max()) + 1
     joint = np.bincount(expert_P * n_labels + label_P).astype(np.float64)
     joint = np.pad(joint, (0, -len(joint) % n_labels)).reshape(-1, n_labels) / len(expert_P)
@@ -54,7 +54,7 @@ def excess(expert_RM: Ints, label_R: Ints, rng: np.random.Generator) -> dict[str
 
 @torch.no_grad()
 def chosen_experts(model: AnyModel, dataset: ByteDataset, batch: int) -> tuple[list[Ints], Ints]:
-    """For each layer the experts of held-out windows [N, T * K], and the bytes of those windows [N, T]."""
+    """Return each layer's experts of held-out windows [N, T * K], and the bytes of those windows [N, T]."""
     chosen: list[list[Ints]] = [[] for _ in model.layers]
     hooks = [layer.gate.register_forward_hook(_collector(chosen[index])) for index, layer in enumerate(model.layers)]
     windows = []
@@ -79,7 +79,7 @@ def _collector(into: list[Ints]) -> Callable[[torch.nn.Module, object, GateOutpu
 
 
 def specialisation(model: AnyModel, dataset: ByteDataset, batch: int, seed: int) -> dict[str, list[dict[str, float]]]:
-    """By label, for each layer: see `excess`. Topics count by the window's first byte."""
+    """Return the excess by label for each layer; see `excess`. A window's topic is that of its first byte."""
     per_layer, bytes_NT = chosen_experts(model, dataset, batch)
     context = bytes_NT.shape[1]
     n_windows = (len(dataset.held_out) - 1) // context

@@ -74,7 +74,7 @@ class Model(AnyModel):
 
 
 def build_model(spec: TrainSpec, device: torch.device, experts: LocalExperts | None = None) -> Model:
-    """As it is before training: a function of the spec alone. With `experts` in place of its own, all of them."""
+    """Build the model as it is before training, from the spec alone; `experts`, if given, replace its own."""
     manifest, generator = spec.manifest(), torch.Generator().manual_seed(spec.seed)
     arm = spec.arm
     if not arm.experts:
@@ -131,10 +131,10 @@ class Log:
     train: list[tuple[int, float]] = field(default_factory=list)
     """Tokens, and the mean training loss since the point before."""
     seconds: float = 0.0
-    """Of training steps alone."""
+    """The seconds of training steps alone."""
 
     cpu_seconds: float = 0.0
-    """Of the same on the processor, which other processes do not lengthen by waiting for it."""
+    """Their processor time, which other processes that wait for the processor do not lengthen."""
 
 
 class TrainRun:

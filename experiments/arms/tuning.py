@@ -21,7 +21,7 @@ SEED = 1000
 
 
 class Tuning:
-    """Of the arms of `specs`, on as many tokens as these say; their rates and seeds do not matter."""
+    """Tuning of the arms of `specs`, on as many tokens as these say; their rates and seeds do not matter."""
 
     def __init__(self, specs: Sequence[TrainSpec], rates: Sequence[float] = RATES) -> None:
         self._trials = {spec.arm.label: {rate: _trial(spec, rate) for rate in rates} for spec in specs}

@@ -41,7 +41,8 @@ class TrialContext(Protocol):
     """Its own, for checkpoints; removed once the trial has a result."""
 
     shared: Path
-    """Of all trials of the run: for what a later one reads, or each would compute again. Several may at once."""
+    """A folder of all trials of the run, for what a later one reads or each would compute again. Several may use
+    it at once."""
 
     device: str
     """cpu, cuda, ..."""
@@ -82,7 +83,7 @@ class Experiment(Protocol):
 
 
 def no_results(name: str, preset: Preset, of: str) -> ConfigError:
-    """For a report that somebody wants too early."""
+    """Make the error for a report that is asked for too early."""
     return ConfigError(f"{name}: no result yet of {of}; run_node.py experiment {name} --preset {preset} makes it")
 
 

@@ -83,7 +83,7 @@ def text_of(experiment: Experiment, preset: Preset, done: str, report: Report) -
 
 
 def save_svg(figure: Figure, path: Path) -> None:
-    """As SVG; without a date and random ids the same results give the same bytes."""
+    """Save a figure as SVG; without a date and random ids the same results give the same bytes."""
     FigureCanvasSVG(figure)
     with mpl.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -40,11 +40,11 @@ class Estimate:
 
     @property
     def words(self) -> str:
-        """Of a difference of losses in nats per byte: below 0 is better."""
+        """Put a difference of losses in nats per byte into words; below 0 is better."""
         return self.words_in("nats per byte")
 
     def words_in(self, unit: str) -> str:
-        """The same in another unit."""
+        """Put a difference of losses in another unit into words."""
         certain = "" if abs(self.mean) > self.half_width else ", within what chance can do,"
         side = "better" if self.mean < 0 else "worse"
         spread = f" ± {self.half_width:.3f}" if self.half_width else ""

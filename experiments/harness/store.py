@@ -39,7 +39,7 @@ class ResultStore:
             self._known[path.stem] = Stored(**_read(path))
 
     def results(self, trials: Iterable[Trial]) -> dict[str, Result]:
-        """Of those trials that have one."""
+        """Return the results of those trials that have one."""
         return {trial.name: self._known[trial.name].result for trial in trials if self.has(trial)}
 
     def all(self) -> dict[str, Result]:

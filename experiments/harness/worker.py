@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from experiments.harness.experiment import Result, Trial
 
 STOP_S = 2.0
-"""For a worker to end once it is asked to, before it is killed."""
+"""How long a worker that is asked to end may take before it is killed."""
 
 
 class TrialProgress(NamedTuple):
@@ -64,7 +64,7 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """Of its process."""
+        """The id of its process."""
         return self._process.pid
 
     def end(self) -> None:
@@ -82,7 +82,7 @@ class Worker:
         self.connection.close()
 
     def exit_words(self) -> str:
-        """Of a process that said nothing more: how it ended."""
+        """Say how a process ended that said nothing more."""
         self._process.join(STOP_S)
         return f"its process ended with code {self._process.exitcode}"
 

@@ -46,7 +46,7 @@ class Faults:
 
 
 class _Fate(NamedTuple):
-    """Of one call."""
+    """What befalls one call."""
 
     delay_s: float
     fails: bool
@@ -55,7 +55,7 @@ class _Fate(NamedTuple):
     twice: bool
     corrupt: bool
     where: float
-    """Of the answer's bits, 0 to 1, the one that is flipped."""
+    """Which of the answer's bits is flipped, from 0 to 1."""
 
     @classmethod
     def drawn(cls, faults: Faults, rng: random.Random) -> _Fate:

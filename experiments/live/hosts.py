@@ -24,7 +24,7 @@ START_TIMEOUT_S = 120.0
 
 
 class Hosts:
-    """So many hosts of `swarm`, each with its share of the blocks; `kills` counts those that were replaced."""
+    """Hosts of `swarm`, each with its share of the blocks; `kills` counts those that were replaced."""
 
     def __init__(self, swarm: ProcessSwarm, manifest: Manifest, count: int) -> None:
         self._swarm = swarm
@@ -39,7 +39,7 @@ class Hosts:
         return len(self._nodes)
 
     def wait_until_joined(self) -> None:
-        """Until every host has announced its blocks; raises DeadlineError, or UnavailableError if one has ended."""
+        """Wait until every host has announced its blocks; raises DeadlineError, or UnavailableError if one ended."""
         wait_until(lambda: all(map(self.has_joined, range(len(self)))), "every host has joined", START_TIMEOUT_S)
 
     def has_joined(self, index: int) -> bool:
@@ -102,7 +102,7 @@ class Churn:
             self._replacing = index, self._pool.submit(self._hosts.replace, index)
 
     def finish(self) -> None:
-        """Until the last one has joined; raises DeadlineError, or what replacing it has raised."""
+        """Wait until the last one has joined; raises DeadlineError, or what replacing it has raised."""
         self._due = []
         wait_until(self._has_joined, "the host that was started last has joined", START_TIMEOUT_S)
 
@@ -117,5 +117,5 @@ class Churn:
 
 
 def kill_steps(steps: int, kills: int) -> list[int]:
-    """So many steps of those from 0 on, evenly spread, the ends left out."""
+    """Return the steps before which hosts are killed: evenly spread, the ends left out."""
     return [steps * (kill + 1) // (kills + 1) for kill in range(kills)]

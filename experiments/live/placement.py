@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WAIT_S = 0.05
 MAX_WAITS = 2400
-"""Of WAIT_S at most: after two minutes without enough experts a trial has failed."""
+"""The most waits of WAIT_S: after two minutes without enough experts a trial has failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Where(Protocol):
 
 
 class Here:
-    """In this process."""
+    """The experts in this process."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.experts: Experts = LocalExperts(manifest)
@@ -99,7 +99,7 @@ class Here:
 
 
 class OverHosts:
-    """In the processes of hosts."""
+    """The experts in the processes of hosts."""
 
     def __init__(self, client: SwarmClient, hosts: Hosts, churn: Churn) -> None:
         self.experts: Experts = client.dispatcher
@@ -112,14 +112,14 @@ class OverHosts:
         self._churn.before_step(step)
 
     def wait(self, error: TooFewExpertsError) -> None:
-        """For a change of what is live."""
+        """Wait for a change of what is live."""
         self._waits += 1
         if self._waits > MAX_WAITS:
             raise UnavailableError(f"given up after {self._waits} waits for experts: {error}") from error
         self._client.dispatcher.wait_for_change(WAIT_S)
 
     def cpu_seconds(self) -> float:
-        """Of hosts, coordinator, and everybody's DHT daemons."""
+        """The processor time of hosts, coordinator, and everybody's DHT daemons."""
         return self._hosts.cpu_seconds()
 
     def settle(self) -> None:
@@ -130,7 +130,7 @@ class OverHosts:
         self._wait_for_replicas()
 
     def _wait_for_replicas(self) -> None:
-        """Until every replica is known where it is now; then forget what calls to its host came to.
+        """Wait until every replica is known where it is now; then forget how calls to its host went.
 
         That would keep a host that is back out of reach for up to a minute.
         """
@@ -166,7 +166,7 @@ class OverHosts:
 
 
 def manifest_of(spec: TrainSpec, place: Placement) -> Manifest:
-    """The same for all places but for the replicas."""
+    """Make the manifest, which is the same for all placements but for the replicas."""
     manifest = spec.manifest()
     return replace(
         manifest,

@@ -103,7 +103,7 @@ class Node:
 
 
 def cpu_seconds_of(process: psutil.Process) -> float:
-    """Of one process so far; 0 once it is reaped."""
+    """Return the processor time of one process so far; 0 once it is reaped."""
     with contextlib.suppress(psutil.NoSuchProcess):
         times = process.cpu_times()
         return float(times.user + times.system)

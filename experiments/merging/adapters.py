@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from experiments.merging.merges import Weights
 
 RATES = {"further": 3e-2, "less-far": 1e-2}
-"""By kind: the best where each adapter has its own domain or they are averaged; the best where Arrow chooses."""
+"""Rates by kind: the best one where each adapter has its own domain or they are averaged, and where Arrow
+chooses."""
 
 TOGETHER = {"one-for-all": WHOLE, "8-of-256": SMALL}
 RATE_TOGETHER = RATES["further"]
@@ -122,7 +123,7 @@ def carry_out(spec: dict[str, Any], context: TrialContext) -> Result:
 
 
 def results_of(_plan: AdapterMergePlan, by_kind: Mapping[str, Sequence[Result]]) -> MergingResults:
-    """As the page takes them."""
+    """Return the results as the page takes them."""
     apart = {kind: by_kind[kind] for kind in RATES}
     parameters = apart["further"][0]["parameters"]
     return MergingResults(
@@ -193,11 +194,11 @@ class AroundSeed:
         self.n_tokens = sum(states.targets_WT.numel() for states in self._chosen_on)
 
     def chosen_on(self, weights: Weights) -> float:
-        """As Measure."""
+        """Return the loss on the text to choose on; see `Measure`."""
         return float(self._nats(from_products(weights), self._chosen_on).mean())
 
     def log_likelihood(self, weights: Weights) -> torch.Tensor:
-        """As Measure; windows of the domains in the order of WEAK."""
+        """Return the log-likelihoods of windows, domain by domain in the order of WEAK; see `Measure`."""
         return -self.nats(from_products(weights))
 
     def nats(self, adapters: Mapping[int, nn.Module]) -> torch.Tensor:

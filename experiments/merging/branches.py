@@ -54,7 +54,7 @@ WORDS = Wording(
 )
 
 VALIDATION_EVERY = 4
-"""Of the held-out documents, one in so many is for choosing, and not for the figures."""
+"""One held-out document in this many is for choosing, and not for the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class BranchMergePlan:
         return trials
 
     def joint(self, seed: int) -> TrainSpec:
-        """The same run, all together to its end."""
+        """The run in which all train together to its end."""
         return TrainSpec(
             arm=ARM,
             seed=seed,
@@ -146,7 +146,7 @@ def carry_out(spec: dict[str, Any], context: TrialContext) -> Result:
 
 
 def results_of(plan: BranchMergePlan, by_kind: Mapping[str, Sequence[Result]]) -> MergingResults:
-    """As the page takes them."""
+    """Return the results as the page takes them."""
     return MergingResults(
         words=WORDS,
         together={JOINT: by_kind["joint"]},
@@ -174,12 +174,12 @@ class MergeTexts:
     topic_X: NDArray[np.uint8]
 
     def topics(self) -> ByteDataset:
-        """As the text for the figures, with each byte's topic in its place: the same windows are cut from it."""
+        """The text for the figures with each byte's topic in its place: the same windows are cut from it."""
         return replace(self.figures, held_out=self.topic_X)
 
 
 def held_out_in_two(dataset: ByteDataset) -> MergeTexts:
-    """By document."""
+    """Split the held-out text in two, document by document."""
     sizes = [len(document) for document in split(dataset.held_out)]
     is_for_choosing_X = np.repeat(np.arange(len(sizes)) % VALIDATION_EVERY == 0, sizes)
     return MergeTexts(
@@ -241,7 +241,7 @@ class InTrunk:
 
 
 def owners(dataset: ByteDataset, texts: MergeTexts, course: BranchSchedule) -> torch.Tensor:
-    """For each window of the figures, the participant whose shard holds the topic of its first byte: [N]."""
+    """Return for each window of the figures [N] the participant whose shard holds the topic of its first byte."""
     shard_of_topic = evenly(np.bincount(Topics(dataset).train_X).tolist(), course.participants)
     windows = torch.cat(list(texts.topics().held_out_batches(course.batch, course.context, course.final_eval_bytes)))
     return torch.from_numpy(shard_of_topic)[windows[:, 0]]

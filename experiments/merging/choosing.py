@@ -43,5 +43,5 @@ def in_hindsight(log_p_PNT: Tensor) -> Tensor:
 
 
 def by_index(value_PN: Tensor, index_N: Tensor) -> Tensor:
-    """Of each column the value that is asked for."""
+    """Return from each column the value that `index_N` asks for."""
     return value_PN[index_N, torch.arange(value_PN.shape[1])]

@@ -46,13 +46,13 @@ class MergeEvaluator:
         self._done = 0
 
     def loss(self, weights: Weights) -> float:
-        """On the text to choose on."""
+        """Return the loss on the text to choose on."""
         self._done += 1
         self._progress(self._done, max(self._done, 2 * self._evaluations + OTHERS), "models measured")
         return self._measure.chosen_on(weights)
 
     def figure(self, weights: Weights) -> float:
-        """On the text for the figures."""
+        """Return the loss on the text for the figures."""
         return -float(self.log_likelihood(weights).mean())
 
     def merges(self, search: MergeSearch, seed: int) -> dict[str, Result]:

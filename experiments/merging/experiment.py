@@ -49,7 +49,7 @@ class MergingExperiment(Generic[P]):
         return self.carry_out(spec, context)
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
-        """Of those seeds that are whole; ConfigError where there is none."""
+        """Report on those seeds that are whole; raises ConfigError where there is none."""
         plan = self.presets[preset]
         seeds = [plan.trials(seed) for seed in range(plan.seeds)]
         whole = [trials for trials in seeds if all(trial.name in results for trial in trials)]

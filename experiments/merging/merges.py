@@ -66,14 +66,14 @@ def ties(base: Weights, participants: Sequence[Weights], density: float, scale: 
 
 
 def trimmed(vector_W: Tensor, density: float) -> Tensor:
-    """With zeros but for the part `density` of the values, at least one, that is largest without its sign."""
+    """Set all values to zero but the share `density` of them, at least one, that is largest in magnitude."""
     kept = max(1, round(density * len(vector_W)))
     least = vector_W.abs().topk(kept).values[-1]
     return torch.where(vector_W.abs() >= least, vector_W, 0.0)
 
 
 def groups(weights: Iterable[str]) -> list[str]:
-    """Of a model's tensors, in their order."""
+    """Return the groups of a model's tensors, in their order."""
     return list(dict.fromkeys(group_of(name) for name in weights))
 
 

@@ -37,10 +37,10 @@ class Wording:
     """What a page calls its rows and measures; keys are the results' own."""
 
     unit: str
-    """Of text: a loss is in nats for each."""
+    """The unit of text; a loss is in nats for each."""
 
     kinds: Mapping[str, str]
-    """By kind of a trial, how its participants came to part."""
+    """How its participants came to be apart, by kind of trial."""
 
     base: str
     """Row of what the participants began from; in a sentence it is `base_words`."""
@@ -72,7 +72,7 @@ class Wording:
 
 @dataclass(frozen=True, kw_only=True)
 class MergingResults:
-    """Of whole seeds, in their order; `together` by row, `apart` by kind. `cost` of one model."""
+    """Results of whole seeds, in their order: `together` by row, `apart` by kind, and the `cost` of one model."""
 
     words: Wording
     together: Mapping[str, Sequence[Result]]
@@ -80,13 +80,13 @@ class MergingResults:
     cost: Cost
 
     def nats(self, kind: str, way: str) -> list[float]:
-        """Of a way, by seed."""
+        """Return the losses of a way, by seed."""
         if way in self.together:
             return [result["nats"] for result in self.together[way]]
         return [result["ways"][way]["nats"] for result in self.apart[kind]]
 
     def wisest(self, kind: str) -> list[str]:
-        """By seed, the searched merge that is best on the text to choose on."""
+        """Return for each seed the searched merge that is best on the text to choose on."""
         return [
             min(SEARCHED, key=lambda way: ways[way]["chosen_nats"])
             for ways in (result["ways"] for result in self.apart[kind])

@@ -144,7 +144,7 @@ class MergeSearch:
         )
 
     def _best(self, merged: dict[str, dict[str, Tensor]], also: int = 0) -> SearchResult:
-        """Of those; `also` as many were measured before."""
+        """Return the best of those; `also` counts what was measured before."""
         nats = {words: self._loss(weights) for words, weights in merged.items()}
         chosen = min(nats, key=lambda words: nats[words])
         return SearchResult(weights=merged[chosen], nats=nats[chosen], evaluations=also + len(nats), chosen=chosen)

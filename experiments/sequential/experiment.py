@@ -163,7 +163,7 @@ def _tested(update: Update, workshop: Workshop, order: np.random.Generator, n_ex
 
 
 def _decided_on(gains: NDArray[np.float64], windows_N: NDArray[np.int64], config: SequentialTestConfig) -> Result:
-    """The same test over a stream of those windows alone that hold a token for the expert: the others gain nothing."""
+    """Run the test over those windows alone that hold a token for the expert: the others gain nothing."""
     larger = len(gains) / len(windows_N)
     scaled = SequentialTestConfig(margin=config.margin * larger, worth=config.worth * larger)
     found = decide(gains[windows_N], len(windows_N), scaled)

@@ -22,14 +22,14 @@ WIDE, HIGH = 9.0, 3.6
 ALPHA = 0.05
 WANTED_NULLS = 200
 EARLY = 0.5
-"""Of the held-out text: at its end every mean is known, so what counts is what was known before."""
+"""The share of the held-out text that counts as early: at its end every mean is known."""
 EDGES = (0.0, 0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, float("inf"))
 """Gains, in nats per byte, times the experts of the layer."""
 COLOURS = {"accept": "tab:green", "reject": "tab:red", "undecided": "tab:grey"}
 
 
 def sequential_report(results: Sequence[Result]) -> Report:
-    """Of all models together."""
+    """Report on all models together."""
     updates = [_with_model(update, result) for result in results for update in result["updates"]]
     nulls = [update for update in updates if update["gain"] <= 0.0]
     gains = [update for update in updates if update["gain"] > 0.0]

@@ -52,7 +52,7 @@ class Workshop:
     held_out: Reached
 
     def updates(self, n_seeds: int) -> Iterator[Update]:
-        """Of every kind, number of steps and seed one."""
+        """Yield one update of every kind, number of steps and seed."""
         for seed in range(n_seeds):
             for steps in STEPS:
                 trained = self._difference(steps, seed, shuffled=False)

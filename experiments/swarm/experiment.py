@@ -30,7 +30,7 @@ ALL = f"{TWICE}, all of these"
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of a preset."""
+    """The size of a preset."""
 
     tokens: int
     seeds: int
@@ -118,7 +118,7 @@ class SwarmExperiment:
         return run_trial(TrainSpec.from_json(spec["train"]), Placement(**spec["place"]), context, open_text())
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
-        """Of the trials that have a result; ConfigError where an arm has none."""
+        """Report on the trials that have a result; raises ConfigError where an arm has none."""
         trials = self.plan(preset, results)
         found = ArmResults([Trial(name=trial.name, spec=trial.spec["train"]) for trial in trials], results)
         missing = [label for label in places(0) if label not in found.labels]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 PROGRESS_EVERY_STEPS = 4
 POINTS = 16
-"""Of the curve of the training loss."""
+"""The points of the training loss's curve."""
 
 
 class SwarmTrial:
@@ -42,7 +42,7 @@ class SwarmTrial:
         self.training = Training(manifest, trunk, self.experts, dataset, steps, where.wait)
 
     def train(self, context: TrialContext) -> Result:
-        """To the last token; time and processor time are of the steps alone."""
+        """Train to the last token; time and processor time are of the steps alone."""
         spec, losses, seconds = self._spec, list[float](), 0.0
         cpu_s, others_s = time.process_time(), self._where.cpu_seconds()
         try:
@@ -66,7 +66,7 @@ class SwarmTrial:
         }
 
     def measure(self) -> Result:
-        """On held-out text; raises UnavailableError if an expert was missing, as that would not be the model's loss."""
+        """Measure on held-out text; raises UnavailableError if an expert was missing, which falsifies the loss."""
         self._where.settle()
         found = figures_of(self.model, self._spec, self._dataset)
         self.experts.check_held_out()

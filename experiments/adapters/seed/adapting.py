@@ -111,12 +111,12 @@ class Gated:
         return float(loss.detach())
 
     def gate_stats(self) -> list[dict[str, float]]:
-        """Of each layer's gate, over the last steps."""
+        """Return the statistics of each layer's gate over the last steps."""
         return [asdict(layer.gate.stats()) for layer in self.layers.values()]
 
 
 class Adapters(Gated):
-    """With the adapters in this process, where their weights can be read."""
+    """Gated layers with the adapters in this process, where their weights can be read."""
 
     def __init__(self, manifest: Manifest, upper: Upper) -> None:
         self.experts = LocalExperts(manifest)
@@ -136,7 +136,7 @@ def train_adapters(run: AdapterRun, upper: Upper, texts: Sequence[States], progr
 
 
 def manifest_for(run: AdapterRun, upper: Upper, texts: Sequence[States]) -> Manifest:
-    """Of a run that learns from each window of `texts` once."""
+    """Make the manifest of a run that learns from each window of `texts` once."""
     tokens = sum(states.targets_WT.numel() for states in texts)
     return run.manifest(upper.model.shape, tokens, texts[0].targets_WT.shape[1])
 
@@ -182,7 +182,7 @@ def nats_per_window(upper: Upper, adapters: Mapping[int, nn.Module], states: Sta
 
 
 def nats_and_choices(upper: Upper, layers: Mapping[int, MoE], states: States) -> tuple[list[float], list[torch.Tensor]]:
-    """As `nats_per_window`, and for each layer the experts that its gate chose, [W, T * K]."""
+    """Return `nats_per_window`, and for each layer the experts that its gate chose, [W, T * K]."""
     chosen: list[list[torch.Tensor]] = [[] for _ in layers]
     with ExitStack() as hooks:
         for layer, own in zip(layers.values(), chosen, strict=True):

@@ -78,7 +78,7 @@ class ArrowGate(Gate):
         self.prototypes_ED: torch.Tensor
 
     def choose(self, x_TD: torch.Tensor, live_E: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002 - all are live here
-        """As Gate.choose."""
+        """Choose K experts for each token; see `Gate.choose`."""
         best = (x_TD @ self.prototypes_ED.T).abs().topk(self.experts_per_token, dim=1)
         # Logits whose sigmoids are the softmax, which sums to 1 and so stays as it is when the gate normalises it.
         return best.indices, torch.logit(torch.softmax(best.values, 1), eps=torch.finfo(x_TD.dtype).eps)

@@ -105,19 +105,19 @@ def _measure_apart(measuring: _Measuring, way: Way, alone: Mapping[DomainName, A
 
 
 class _Measuring:
-    """Of one model on some texts, way by way."""
+    """Measures one model on some texts, way by way."""
 
     def __init__(self, upper: Upper, tests: Mapping[DomainName, States]) -> None:
         self.tests, self.upper = tests, upper
         self.result: Result = {"nats": {}, "specialisation": {}, "shares": {}}
 
     def plain(self, way: Way, adapters: Mapping[DomainName, Mapping[int, nn.Module]]) -> None:
-        """With the adapters that are given for each domain."""
+        """Measure with the adapters that are given for each domain."""
         nats = {name: nats_per_window(self.upper, own, self.tests[name]) for name, own in adapters.items()}
         self._keep(way, nats)
 
     def gated(self, way: Way, layers: Mapping[int, MoE]) -> None:
-        """With a choice for each token, which is looked at."""
+        """Measure with a choice for each token, and keep the choices."""
         nats: dict[DomainName, list[float]] = {}
         chosen: dict[DomainName, list[torch.Tensor]] = {}
         for name, states in self.tests.items():
@@ -134,7 +134,7 @@ class _Measuring:
 
 
 def specialisation(chosen: Mapping[DomainName, list[torch.Tensor]]) -> list[dict[str, float]]:
-    """For each layer what its experts tell of the domain, from the choices [W, P] of each domain; see `excess`."""
+    """Return for each layer what its experts tell of the domain, from each domain's choices [W, P]; see `excess`."""
     label_W = np.concatenate(
         [np.full(len(layers[0]), DOMAINS.index(name), dtype=np.int64) for name, layers in chosen.items()]
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedShape:
-    """Of the model, as its file says."""
+    """The shape of the model, as its file says."""
 
     n_layers: int
     d_model: int
@@ -34,7 +34,7 @@ class SeedShape:
 
     @property
     def channels(self) -> int:
-        """Of one head."""
+        """The channels of one head."""
         return self.d_model // self.n_heads
 
     @classmethod
@@ -160,7 +160,7 @@ class Seed:
 
 
 def load_seed(*, packed: bool = False) -> Seed:
-    """From the package that `make setup-seed` installs; raises DataError where it is missing.
+    """Load the seed from the package that `make setup-seed` installs; raises DataError where it is missing.
 
     `packed` keeps weights as they are in the file: a fifth of the memory for a slower pass.
     """

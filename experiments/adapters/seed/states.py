@@ -70,13 +70,13 @@ class Upper:
 
 @dataclass(frozen=True)
 class States:
-    """Of some windows: what enters the first adapted layer (float32, memory-mapped), and what to foretell."""
+    """What enters the first adapted layer for some windows (float32, memory-mapped), and the tokens to predict."""
 
     x_WTD: NDArray[np.float32]
     targets_WT: torch.Tensor
 
     def batch(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the windows `index`, in memory."""
+        """Read the windows `index` into memory."""
         return torch.from_numpy(self.x_WTD[index.numpy()]), self.targets_WT[index]
 
     def first(self, n_windows: int) -> States:
@@ -105,7 +105,7 @@ class Frozen:
     folder: Path
 
     def texts(self, read: Callable[[DomainName], Domain], plan: TextPlan, progress: Progress) -> Texts:
-        """The same windows in every trial: seeds draw experts, not texts."""
+        """Return the texts, the same windows in every trial: seeds draw experts, not texts."""
         training, tuning, held_out = ids = self._ids(read, plan)
         start = self.seed.model.shape.n_layers - plan.layers
         vocabulary_V = torch.unique(torch.cat([ids_WT.flatten() for part in ids for ids_WT in part.values()]))

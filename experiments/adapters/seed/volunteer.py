@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from protocol.manifest import Manifest
 
 CALL_TOKENS = 256
-"""Of one call: what a message costs besides its tensors is shared by them."""
+"""Tokens of one call, which share what a message costs besides its tensors."""
 
 REQUEST_ID_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Volunteer:
-    """Of one adapter: its parameters; bytes with moments and counters; both ways, for a token that comes to it."""
+    """What one adapter takes: parameters, bytes with moments and counters, and bytes both ways for each token."""
 
     parameters: int
     memory_bytes: int
     block_adapters: int
     wire_bytes_per_token: float
     share: float
-    """Of the run's tokens that come to it, on average."""
+    """The share of the run's tokens that come to it, on average."""
 
 
 def volunteer(manifest: Manifest) -> Volunteer:
@@ -55,7 +55,7 @@ def volunteer(manifest: Manifest) -> Volunteer:
 
 
 def wire_bytes(manifest: Manifest, n_tokens: int) -> int:
-    """Of the four messages of one training step with one pair for each token, in the run's codec."""
+    """Count the bytes of the four messages of one training step with one pair per token, in the run's codec."""
     x_TD, weight_P = torch.ones(n_tokens, manifest.model.d_model), torch.ones(n_tokens)
     # Ids as large as a run's are: small numbers would be as large, they are sent as int32.
     pairs = Pairs(torch.arange(n_tokens), torch.zeros(n_tokens, dtype=torch.int64), weight_P)

@@ -22,10 +22,15 @@ class Periodic:
     def __init__(self, name: str, period_s: float, work: Callable[[], Awaitable[None]]) -> None:
         self._name, self._period_s, self._work = name, period_s, work
         self._task: asyncio.Task[None] | None = None
+        self._hurried = asyncio.Event()
 
     def start(self) -> None:
         """Begin, with the first run one period from now."""
         self._task = asyncio.create_task(self._run(), name=self._name)
+
+    def hurry(self) -> None:
+        """Make the next run begin at once; nothing happens before `start` or after `stop`."""
+        self._hurried.set()
 
     async def stop(self) -> None:
         """End it, in the middle of a run if need be. Safe to call twice."""
@@ -36,8 +41,12 @@ class Periodic:
             self._task = None
 
     async def _run(self) -> None:
+        self._hurried.clear()
         while True:
-            await asyncio.sleep(self._period_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._period_s):
+                    await self._hurried.wait()
+            self._hurried.clear()
             await self._work()
 
 

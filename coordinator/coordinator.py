@@ -68,6 +68,7 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         stack.callback(events.close)
         dht = await _start_dht(config, identity, admission)
         stack.push_async_callback(dht.stop)
+        dht.on_lost(stop.set)
         dht.serve_only(manifest)
         await publish_manifest(dht, identity, manifest)
         publishing = Periodic("manifest", PUBLISH_PERIOD_S, lambda: _publish_again(dht, identity, manifest))
@@ -78,6 +79,7 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         relay = dht.relay_address if config.relay_circuits else ""
         announcer = Announcer(dht, identity, admission, describe=_describer(relay, config.evaluators))
         await announcer.start()
+        dht.on_restart(announcer.announce_soon)
         stack.push_async_callback(announcer.withdraw)
         swarm = SwarmFile(
             run_id=manifest.run_id,
@@ -90,6 +92,7 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
         Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
         await stop.wait()
         events.emit("leave")
+        dht.raise_if_lost()
 
 
 def _write_invite(config: CoordinatorConfig, swarm: SwarmFile) -> str:

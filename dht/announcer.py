@@ -64,6 +64,10 @@ class Announcer:
         await self._announce_or_log()
         self._announcing.start()
 
+    def announce_soon(self) -> None:
+        """Announce now instead of at the next period; nothing happens before `start` or after `stop`."""
+        self._announcing.hurry()
+
     async def stop(self) -> None:
         """End the announcements; what was said expires by itself."""
         await self._announcing.stop()

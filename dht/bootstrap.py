@@ -57,6 +57,7 @@ class Bootstrap:
     initial_peers: Sequence[InitialPeer]
     calls: BoundedCalls
     _last_seen_s: dict[PeerID, float] = field(default_factory=dict)
+    _addresses: dict[PeerID, tuple[Multiaddr, ...]] = field(default_factory=dict)
 
     @property
     def known_peers(self) -> int:
@@ -82,6 +83,7 @@ class Bootstrap:
         now_s = asyncio.get_running_loop().time()
         present = set(self._table())
         self._remember(present, now_s)
+        await self._note_addresses()
         by_id = {peer.peer_id: peer for peer in self.initial_peers if peer.peer_id != self.transport.peer_id}
         lost = [peer_id for peer_id in {**by_id, **self._last_seen_s} if peer_id not in present]
         calls = (
@@ -90,6 +92,36 @@ class Bootstrap:
         )
         await asyncio.gather(*calls)
         await self._search_neighbors()
+
+    async def rejoin(self) -> None:
+        """Meet the others through a p2pd that has just been started and knows nobody's address yet.
+
+        Peers that do not answer now are called again by `refresh`.
+        """
+        known = {peer.peer_id: (peer.address,) for peer in self.initial_peers if peer.peer_id != self.transport.peer_id}
+        remembered = dict(list(self._addresses.items())[:MAX_CALLS_PER_REFRESH])
+        await asyncio.gather(*(self._call_at(*peer) for peer in {**remembered, **known}.items()))
+        await self._search_neighbors()
+
+    async def _call_at(self, peer_id: PeerID, addresses: tuple[Multiaddr, ...]) -> None:
+        try:
+            async with asyncio.timeout(SEARCH_TIMEOUT_S):
+                await self.transport.dial(peer_id, *addresses)
+        except (ControlFailure, P2PDaemonError, OSError, EOFError) as error:  # TimeoutError is an OSError
+            logger.debug("%s does not answer after the restart of p2pd: %s", peer_id, error)
+            return
+        await self.node.protocol.call_ping(peer_id)  # from now on it knows this node again
+
+    async def _note_addresses(self) -> None:
+        """Where the peers are that p2pd has a connection with: another p2pd would not know."""
+        try:
+            found = await self.transport.connections()
+        except (ControlFailure, P2PDaemonError, OSError, EOFError) as error:
+            logger.debug("p2pd does not tell its connections: %s", error)
+            return
+        fresh = {PeerID.from_base58(peer_id): tuple(map(Multiaddr, seen)) for peer_id, seen in found.items()}
+        older = {peer_id: seen for peer_id, seen in self._addresses.items() if peer_id not in fresh}
+        self._addresses = dict(list({**fresh, **older}.items())[:MAX_REMEMBERED])
 
     def _table(self) -> dict[PeerID, Any]:
         table: dict[PeerID, Any] = self.node.protocol.routing_table.peer_id_to_uid

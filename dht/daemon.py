@@ -1,9 +1,9 @@
 """The p2pd process: libp2p's connections for one node, the DHT's only extra process.
 
 We start it ourselves instead of letting hivemind do it, for three reasons: a session of its own, so that Ctrl+C in a
-terminal does not take the DHT away while the node still has to withdraw its records; its exit is seen; and its key and
-socket lie in a folder that nobody else can open. When the node is killed (`kill -9`), p2pd ends by itself as soon as
-the control connection closes.
+terminal does not take the DHT away while the node still has to withdraw its records; its exit is seen, so that it can
+be started again; and its key and sockets lie in a folder that nobody else can open. When the node is killed
+(`kill -9`), p2pd ends by itself as soon as the control connection closes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -35,12 +36,22 @@ IDLE_TIMEOUT_S = 10
 FOLDER_PREFIX = "kilohive-p2pd-"
 STALE_FOLDER_S = 60.0
 
+MAX_SOCKET_PATH_BYTES = 103
+"""For a unix socket: 108 with the final zero on Linux, 104 on macOS."""
+
+SHORT_FOLDER = Path("/tmp")  # noqa: S108 - only for a folder of mode 0700 with a random name
+"""Where the folder goes when the path of the folder for temporary files (TMPDIR) is too long for a socket."""
+
 STOP_TIMEOUT_S = 1.5
 MAX_LOG_LINE_CHARS = 500
 
 
 class Daemon:
-    """A running p2pd, made by `spawn`; `control_socket` is the address at which it takes orders."""
+    """A running p2pd, made by `spawn`.
+
+    `control_socket` is the multiaddress at which it takes orders, `client_socket` the one at which the node takes the
+    streams that peers open.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
         self._process = process
@@ -48,6 +59,7 @@ class Daemon:
         self._last_line = ""
         self._log_task: asyncio.Task[None] | None = None
         self.control_socket = _control_socket(folder)
+        self.client_socket = f"/unix{folder / 'client.sock'}"
 
     @classmethod
     async def spawn(cls, identity: Identity, place: DaemonAddresses, timeout_s: float) -> Daemon:
@@ -57,7 +69,7 @@ class Daemon:
             UnavailableError: it cannot be started or is not ready within `timeout_s`.
         """
         _remove_stale_folders()
-        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # mode 0700
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_of_folders()))  # mode 0700
         try:
             daemon = cls(await _launch(identity, place, folder), folder)
         except BaseException:  # cancelled, too: no folder stays
@@ -79,6 +91,10 @@ class Daemon:
     def exit_code(self) -> int | None:
         """None while p2pd runs."""
         return self._process.returncode
+
+    async def ended(self) -> int:
+        """Wait until p2pd has ended, by itself or not; its exit code."""
+        return await self._process.wait()
 
     async def stop(self) -> None:
         """End p2pd, by force if it has to be; bounded by twice STOP_TIMEOUT_S. Safe to call twice."""
@@ -133,6 +149,12 @@ def listen_address(host: str, port: int) -> str:
     return f"/ip{version}/{host}/tcp/{port}"
 
 
+def check_still_free(place: DaemonAddresses) -> None:
+    """Raise UnavailableError if something listens at the TCP address of a p2pd that is to be started again."""
+    _, _, host, _, port = place.listen[0].split("/")[:5]
+    listen_address(host, int(port))
+
+
 class DaemonAddresses(NamedTuple):
     """Multiaddresses at which p2pd listens, and that it tells to others; `udp` is where it takes QUIC, if it does.
 
@@ -143,6 +165,12 @@ class DaemonAddresses(NamedTuple):
     listen: tuple[str, ...]
     announced: str = ""
     udp: str = ""
+
+    def with_port_of(self, address: str) -> DaemonAddresses:
+        """The same with the TCP port of `address`, if any port was asked for: where to listen after a restart."""
+        if not self.listen[0].endswith("/tcp/0"):
+            return self
+        return self._replace(listen=(address.partition("/p2p/")[0], *self.listen[1:]))
 
 
 def daemon_addresses(host: str, port: int, announce: str) -> DaemonAddresses:
@@ -236,12 +264,42 @@ def _arguments(place: DaemonAddresses, folder: Path) -> list[str]:
     ]
 
 
+def _folder_of_folders() -> Path:
+    """The folder for temporary files, unless its path is too long for that of a socket."""
+    folder = Path(tempfile.gettempdir())
+    longest = folder / f"{FOLDER_PREFIX}12345678" / "client.sock"
+    return folder if len(os.fsencode(longest)) <= MAX_SOCKET_PATH_BYTES else SHORT_FOLDER
+
+
 def _remove_stale_folders() -> None:
-    """A killed node leaves its folder, empty as soon as its p2pd has ended; the next node to start removes it."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+    """A killed node leaves its folder, with sockets that nobody listens at; the next node to start removes it."""
+    for folder in _folder_of_folders().glob(f"{FOLDER_PREFIX}*"):
         with contextlib.suppress(OSError):  # somebody else's, in use, or gone by now
             if time.time() - folder.stat().st_mtime > STALE_FOLDER_S:
-                folder.rmdir()
+                _remove_if_dead(folder)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Raises OSError for a folder that holds anything but dead sockets."""
+    sockets = list(folder.iterdir())
+    if all(map(_is_dead_socket, sockets)):
+        for path in sockets:
+            path.unlink()
+        folder.rmdir()
+
+
+def _is_dead_socket(path: Path) -> bool:
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # noqa: FBT003 - the name of socket's method
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # its queue is full, for one: somebody is there
+            return False
+    return False
 
 
 def _control_socket(folder: Path) -> str:

@@ -21,11 +21,12 @@ from common.errors import UnavailableError
 from dht.answers import node_id_of
 from dht.bootstrap import Bootstrap, InitialPeer, parse_initial_peer
 from dht.bounded_calls import BoundedCalls
-from dht.daemon import Daemon, DaemonAddresses, daemon_addresses
+from dht.daemon import Daemon, DaemonAddresses, check_still_free, daemon_addresses
 from dht.lookup import Lookup
 from dht.packing import RecordChecker
 from dht.record_store import Entry
 from dht.streams import Streams
+from dht.supervisor import DaemonSupervisor
 from dht.transport import Transport
 from dht.validator import RecordValidator
 from protocol.admission import OPEN, Admission
@@ -51,6 +52,9 @@ CALL_TIMEOUT_S = 3.0
 
 STEP_TIMEOUT_S = 1.5
 """For one step of starting or stopping that waits for p2pd on this machine only."""
+
+REJOIN_TIMEOUT_S = 8.0
+"""For meeting the others again after a restart of p2pd."""
 
 MAX_KEPT = 64
 
@@ -78,7 +82,7 @@ class DhtConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """What `start` builds, from the outside in, and `stop` takes down."""
+    """What `start` builds, from the outside in, and `stop` takes down. `daemon` is the first; others may follow it."""
 
     daemon: Daemon
     transport: Transport
@@ -91,7 +95,7 @@ class _Parts:
 class DhtNode:
     """A member of the DHT that stores records for others; made by `start`, ended by `stop`."""
 
-    def __init__(self, config: DhtConfig, parts: _Parts, addresses: tuple[str, ...], udp_address: str) -> None:
+    def __init__(self, config: DhtConfig, parts: _Parts, addresses: tuple[str, ...], place: DaemonAddresses) -> None:
         self._config = config
         self._parts = parts
         self._kept: dict[tuple[str, str], Entry] = {}
@@ -99,12 +103,18 @@ class DhtNode:
         self._tasks: tuple[asyncio.Task[None], ...] = ()
         self.peer_id = config.identity.peer_id
         self.addresses = tuple(address for address in addresses if "/tcp/" in address)
-        self.udp_address = udp_address
+        self.udp_address = place.udp
         self.streams = Streams(parts.transport)
+        self._place = place.with_port_of(self.addresses[0])
+        self._supervisor = DaemonSupervisor(parts.daemon, start=self._start_daemon, take_over=self._take_over)
+        self._on_restart: list[Callable[[], object]] = []
+        self._on_lost: list[Callable[[], object]] = []
+        self._lost: UnavailableError | None = None
+        self._rejoining = False
 
     @classmethod
     async def start(cls, config: DhtConfig) -> DhtNode:
-        """Start p2pd and join the DHT; call it before the process makes its first gRPC call, since it spawns a process.
+        """Start p2pd, which is started again whenever it dies, and join the DHT.
 
         Raises:
             ConfigError: an initial peer, the host or the port is not one.
@@ -119,8 +129,9 @@ class DhtNode:
             found = await parts.calls.within(STEP_TIMEOUT_S, lambda: parts.transport.get_visible_maddrs(latest=True))
             addresses = tuple(str(address) for address in found)
             undo.pop_all()
-        started = cls(config, parts, addresses, place.udp)
+        started = cls(config, parts, addresses, place)
         started._tasks = (
+            asyncio.create_task(started._keep_daemon_alive(), name="p2pd supervisor"),
             asyncio.create_task(started._refresh_forever(), name="dht refresh"),
             asyncio.create_task(started._keep_forever(), name="dht keep"),
         )
@@ -138,8 +149,23 @@ class DhtNode:
 
     @property
     def daemon_pid(self) -> int:
-        """Process id of this node's p2pd."""
-        return self._parts.daemon.pid
+        """Process id of this node's p2pd, another one after each restart."""
+        return self._supervisor.daemon.pid
+
+    def on_restart(self, callback: Callable[[], object]) -> None:
+        """Call `callback` each time after p2pd was started again and has met the others."""
+        self._on_restart.append(callback)
+
+    def on_lost(self, callback: Callable[[], object]) -> None:
+        """Call `callback` when p2pd cannot be started again; `raise_if_lost` says why."""
+        self._on_lost.append(callback)
+        if self._lost is not None:
+            callback()
+
+    def raise_if_lost(self) -> None:
+        """Raise UnavailableError if p2pd has ended and cannot be started again."""
+        if self._lost is not None:
+            raise self._lost
 
     def now_s(self) -> float:
         """The time that expirations are compared with."""
@@ -199,21 +225,55 @@ class DhtNode:
         await self.streams.close()
         self._parts.node.is_alive = False
         await self._parts.transport.close()
-        await self._parts.daemon.stop()
+        await self._supervisor.daemon.stop()
         await self._parts.calls.drain(STEP_TIMEOUT_S)
 
     async def _bounded(self, call: Callable[[], Awaitable[T]]) -> T:
         self._check_running()
+        daemon = self._supervisor.daemon
         result = await self._parts.calls.within(self._config.request_timeout_s, call)
         self._check_running()  # a node that stopped meanwhile got no answers, which is not the same as no records
+        if daemon is not self._supervisor.daemon:
+            raise UnavailableError("dht: p2pd ended during the call and was started again; repeat the call")
         return result
 
     def _check_running(self) -> None:
         if self._stopped:
             raise UnavailableError("dht: this node has stopped")
-        if self._parts.daemon.exit_code is not None:
-            code = self._parts.daemon.exit_code
-            raise UnavailableError(f"dht: p2pd has ended with exit code {code}; restart this node")
+        self.raise_if_lost()
+        if (code := self._supervisor.daemon.exit_code) is not None:
+            raise UnavailableError(f"dht: p2pd has ended with exit code {code} and is being started again")
+        if self._rejoining:  # a call now would find nobody, and make hivemind forget everybody
+            raise UnavailableError("dht: p2pd was started again and has not met the others yet")
+
+    async def _keep_daemon_alive(self) -> None:
+        try:
+            while True:
+                await self._supervisor.restarted()
+                await self._resume()
+        except UnavailableError as error:
+            self._lost = error
+            logger.error("%s", error)  # noqa: TRY400 - a sentence says it all
+            for callback in self._on_lost:
+                callback()
+
+    async def _start_daemon(self) -> Daemon:
+        check_still_free(self._place)
+        return await Daemon.spawn(self._config.identity, self._place, self._config.start_timeout_s)
+
+    async def _take_over(self, daemon: Daemon) -> None:
+        await self._parts.calls.within(STEP_TIMEOUT_S, lambda: self._parts.transport.take_over(daemon))
+        self._rejoining = True
+
+    async def _resume(self) -> None:
+        """Meet the others, give them back what this node keeps, and tell those who have more to say."""
+        with contextlib.suppress(UnavailableError):  # p2pd may have died again, or nobody answers: a refresh follows
+            await self._parts.calls.within(REJOIN_TIMEOUT_S, self._parts.membership.rejoin)
+        self._rejoining = False
+        for callback in self._on_restart:
+            callback()
+        with contextlib.suppress(UnavailableError):
+            await self._store_kept()
 
     async def _refresh_forever(self) -> None:
         while True:
@@ -224,9 +284,12 @@ class DhtNode:
     async def _keep_forever(self) -> None:
         while True:
             await asyncio.sleep(self._config.keep_period_s)
-            self._kept = {name: entry for name, entry in self._kept.items() if entry.expiration_s > self.now_s()}
             with contextlib.suppress(UnavailableError):
-                await self.store_many(list(self._kept.values()))
+                await self._store_kept()
+
+    async def _store_kept(self) -> None:
+        self._kept = {name: entry for name, entry in self._kept.items() if entry.expiration_s > self.now_s()}
+        await self.store_many(list(self._kept.values()))
 
 
 def quiet_hivemind() -> None:

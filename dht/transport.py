@@ -8,7 +8,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from hivemind.p2p import P2P, P2PContext, PeerID
-from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.control import ControlClient, P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.p2pclient import Client
 from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
@@ -31,18 +32,53 @@ CLOSE_TIMEOUT_S = 1.0
 class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
     """A P2P connected to a daemon of ours. Uses fields of P2P and its control client that hivemind 1.1.12 has."""
 
-    _checker: RecordChecker
     _routing_table: RoutingTable | None = None
     _closed = False
+    _listen_task: asyncio.Task[None] | None
+
+    def __init__(self, checker: RecordChecker) -> None:
+        super().__init__()
+        self._checker = checker
+        self._unary_handlers: dict[str, Any] = {}
+        self._stream_handlers: dict[str, Any] = {}
 
     @classmethod
     async def connect_to(cls, daemon: Daemon, checker: RecordChecker) -> Transport:
         """Take control of a running p2pd."""
-        transport: Transport = await cls.replicate(Multiaddr(daemon.control_socket))
-        transport._checker = checker
-        # When p2pd ends, whoever waits for an answer through it learns so at once.
-        transport._client.control._read_task.add_done_callback(lambda _: transport._fail_pending_calls())
+        transport = cls(checker)
+        await transport.take_over(daemon)
         return transport
+
+    async def take_over(self, daemon: Daemon) -> None:
+        """Take control of a running p2pd, which from now on serves what the one before it served.
+
+        Raises P2PDaemonError, OSError or EOFError when it ends meanwhile; then it can be called again with another.
+        """
+        await self._let_go()
+        self._daemon_listen_maddr = Multiaddr(daemon.control_socket)
+        self._client_listen_maddr = Multiaddr(daemon.client_socket)
+        self._client = await Client.create(self._daemon_listen_maddr, self._client_listen_maddr)
+        self._alive = True
+        control = self._client.control
+        # When p2pd ends, whoever waits for an answer through it learns so at once.
+        control._read_task.add_done_callback(lambda task: _connection_ended(control, task))
+        await self._ping_daemon()
+        for name, unary in self._unary_handlers.items():
+            await control.add_unary_handler(name, unary)
+        for name, stream in self._stream_handlers.items():
+            await self.add_binary_stream_handler(name, stream)
+
+    async def _let_go(self) -> None:
+        """End what is left of the connection to a p2pd that has died, and keep what it served."""
+        if self._client is None:
+            return
+        control = self._client.control
+        self._unary_handlers |= control.unary_handlers
+        self._stream_handlers |= control.handlers
+        _fail_pending_calls(control)
+        listening = {self._listen_task} if self._listen_task is not None else set()
+        self._listen_task = None
+        await _end({control._read_task, control._write_task, *control._handler_tasks.values(), *listening})
 
     def attach(self, routing_table: RoutingTable) -> None:
         """Set the table of those that this node need not be told of."""
@@ -88,6 +124,8 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
         """The one way out: call a peer's handler."""
         if self._closed:
             raise P2PDaemonError("this node is stopping")
+        if self._client.control._read_task.done():  # nobody would ever answer
+            raise P2PDaemonError("the connection to p2pd has ended")
         response = await super().call_protobuf_handler(peer_id, name, input, output_protobuf_type)
         clean_response(input, response, peer_id, self._knows, self._checker)
         return response
@@ -120,21 +158,29 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
     async def close(self) -> None:
         """End every call, in and out, and let go of p2pd. Safe to call twice."""
         self._closed = True
-        control = self._client.control
-        self._fail_pending_calls()
-        ending = {control._read_task, control._write_task, *control._handler_tasks.values()}
-        for task in ending:
-            task.cancel()
+        await self._let_go()
         await self.shutdown()
-        await asyncio.wait(ending, timeout=CLOSE_TIMEOUT_S)
 
     def _knows(self, place: int) -> bool:
         return self._routing_table is not None and is_known(self._routing_table, place)
 
-    def _fail_pending_calls(self) -> None:
-        for call in list(self._client.control._pending_calls.values()):
-            if not call.done():
-                call.set_exception(P2PDaemonError("the connection to p2pd has ended"))
+
+def _connection_ended(control: ControlClient, reading: asyncio.Task[None]) -> None:
+    if not reading.cancelled():
+        reading.exception()  # marks it as seen
+    _fail_pending_calls(control)
+
+
+def _fail_pending_calls(control: ControlClient) -> None:
+    for call in list(control._pending_calls.values()):
+        if not call.done():
+            call.set_exception(P2PDaemonError("the connection to p2pd has ended"))
+
+
+async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
 
 
 async def _asked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Any) -> Any:

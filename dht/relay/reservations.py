@@ -67,6 +67,10 @@ class RelayLinks:
             await self._streams.dial(offer.peer_id, [offer.address], ASK_TIMEOUT_S)
         return await self._streams.open(offer.peer_id, RELAY_PROTOCOL, ASK_TIMEOUT_S)
 
+    def forget(self) -> None:
+        """Prefer UDP once more with every relay: all connections are gone."""
+        self._tried.clear()
+
     async def _prefer_udp(self, offer: RelayOffer) -> None:
         seen = await self._streams.seen_at(offer.peer_id, ASK_TIMEOUT_S)
         if any(map(is_udp_address, seen)):
@@ -105,6 +109,11 @@ class Reservations:
     def held(self) -> tuple[str, ...]:
         """Peer ids of the relays through which this node is reached; first those that help both ends to meet."""
         return tuple(sorted(self._held, key=lambda peer_id: peer_id not in self._helping))
+
+    def start_over(self) -> None:
+        """Ask every relay again: it was this node's own p2pd that ended the reservations, not the relays."""
+        self._avoided.clear()
+        self._links.forget()
 
     async def keep(self) -> None:
         """Reserve, and reserve elsewhere when a relay is gone, until cancelled."""

@@ -98,7 +98,9 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     swarm = Swarm(config, identity)
     try:
         await until_stopped(swarm.join(), stop)
+        swarm.dht.on_lost(stop.set)
         await Host(config, limits, swarm, device, events, started).serve(stop)
+        swarm.dht.raise_if_lost()
     finally:
         await swarm.leave()
         events.close()
@@ -119,6 +121,7 @@ class Host:
         self._config, self._limits, self._swarm, self._device, self._events = config, limits, swarm, device, events
         self._started = started
         self._use = ProcessUse(swarm.dht.daemon_pid)
+        swarm.dht.on_restart(lambda: self._use.follow(swarm.dht.daemon_pid))
         self._rate_limits = RateLimits(limits, self._use)
         self._availability = Availability()
         self._watch = AvailabilityMonitor(self._availability, limits, self._use)

@@ -71,7 +71,12 @@ class NodeEndpoint:
             await self._reservations.reserve()
 
     async def watch(self, announcer: Announcer) -> None:
-        """Look again and again, keep relays while they are needed, announce every change, until cancelled."""
+        """Look again and again, keep relays while they are needed, announce every change, until cancelled.
+
+        After a restart of p2pd the relays are asked again and everything is announced at once.
+        """
+        self._swarm.dht.on_restart(self._reservations.start_over)
+        self._swarm.dht.on_restart(announcer.announce_soon)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._look_forever(), name="reachability")
             group.create_task(self._reservations.keep(), name="relays")

@@ -55,7 +55,6 @@ class Swarm:
         self.listen = listen_host(self._config.listen, initial_peers)
         self.security.check_listen(self.listen)
         announced_endpoint(self.announce, f"{self.listen}:1")  # a mistake in it is told before anything is started
-        # p2pd is spawned here, before this process's first gRPC call: gRPC does not survive a fork.
         self.dht = await DhtNode.start(
             DhtConfig(
                 identity=self.identity,

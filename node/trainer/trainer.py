@@ -86,10 +86,12 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
     swarm = Swarm(config, identity)
     try:
         await until_stopped(swarm.join(), stop)
+        swarm.dht.on_lost(stop.set)
         dataset = await asyncio.to_thread(_open_data, config, swarm.manifest.seed)
         with open_display(events, plain=config.plain):
             trainer = Trainer(config, swarm, dataset, events)
             await trainer.run(stop)
+        swarm.dht.raise_if_lost()
     finally:
         await swarm.leave()
         events.close()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from node.averaging.averager import Averager
     from node.host.availability import Availability
-    from node.host.block_manager import BlockManager
+    from node.host.held_blocks import HeldBlocks
     from node.host.serving.runtime import Runtime
     from node.membership.endpoint import NodeEndpoint
     from protocol.announcements import ReplicaState
@@ -32,7 +32,7 @@ class HostAnnouncement:
     started: float
     node_endpoint: NodeEndpoint
     runtime: Runtime
-    block_manager: BlockManager
+    held: HeldBlocks
     averager: Averager
     availability: Availability
     exchanged_bytes: Callable[[], int]
@@ -60,17 +60,13 @@ class HostAnnouncement:
     def _serving(self) -> dict[BlockId, int]:
         if self.availability.has_slept:
             return {}
-        return {block_id: block.version for block_id, block in self.block_manager.serving.items()}
+        return {block_id: block.version for block_id, block in self.held.serving.items()}
 
     def _records(self, serving: dict[BlockId, int]) -> Iterator[BlockRecord]:
-        block_manager = self.block_manager
+        held = self.held
         yield from (self._record(block_id, version, "serving") for block_id, version in serving.items())
-        yield from (self._record(block_id, 0, "joining") for block_id in block_manager.joining - serving.keys())
-        left = [
-            item
-            for item in block_manager.given_up.items()
-            if item[0] not in serving and item[0] not in block_manager.joining
-        ]
+        yield from (self._record(block_id, 0, "joining") for block_id in held.joining - serving.keys())
+        left = [item for item in held.given_up.items() if item[0] not in serving and item[0] not in held.joining]
         newest = sorted(left, key=lambda item: -item[1])[:MAX_STORED]
         yield from (self._record(block_id, version, "stored") for block_id, version in newest)
 

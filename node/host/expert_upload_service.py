@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
@@ -45,18 +44,6 @@ MAX_UPLOADS = 1
 RETRY_AFTER_S = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertUploadParts:
-    """What an intake works with; `peers` are those that are live now, `since_s` when this host began, from 1970 on."""
-
-    manifest: Manifest
-    runtime: Runtime
-    peers: Callable[[], Sequence[PeerInfo]]
-    events: EventLog
-    rate_limits: RateLimits
-    since_s: float
-
-
 class _Taken(NamedTuple):
     """The last file that was taken in at a place, and the version of its block then."""
 
@@ -64,11 +51,53 @@ class _Taken(NamedTuple):
     version: int
 
 
+class VerdictChecker:
+    """Whether the evaluators that the run's `owner` names now vouch for a file.
+
+    `peers` are those that are live now; no verdict counts that is older than `since_s`, when this host began, in
+    seconds since 1970 as `clock` counts them.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        peers: Callable[[], Sequence[PeerInfo]],
+        since_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._owner, self._peers, self._since_s, self._clock = owner, peers, since_s, clock
+
+    def versions_tested(self, messages: Sequence[pb.SignedVerdict], offered: Offered) -> tuple[int, ...]:
+        """Versions of the block that the file was held against. Raises KilohiveError unless every verdict holds."""
+        evaluators = evaluators_named(self._peers(), self._owner)
+        needed = needed_verdicts(len(evaluators))
+        if not needed:
+            raise UnavailableError("the run's owner names no evaluators now: nothing is taken in")
+        if len(messages) != needed:
+            raise InvalidInputError("verdicts", f"are {len(messages)}, must be {needed}")
+        versions: dict[str, int] = {}
+        for message in messages:
+            signer, verdict = open_verdict(message)
+            if signer not in evaluators or signer in versions:
+                raise InvalidInputError("verdicts", f"of {signer} do not count, or not twice")
+            check_verdict(verdict, offered, self._clock(), self._since_s)
+            versions[signer] = verdict.version
+        return tuple(versions.values())
+
+
 class ExpertUploadService:
     """TakeIn over one host's blocks."""
 
-    def __init__(self, parts: ExpertUploadParts, clock: Callable[[], float] = time.time) -> None:
-        self._parts, self._manifest, self._clock = parts, parts.manifest, clock
+    def __init__(
+        self,
+        manifest: Manifest,
+        runtime: Runtime,
+        verdict_checker: VerdictChecker,
+        rate_limits: RateLimits,
+        events: EventLog,
+    ) -> None:
+        self._manifest, self._runtime, self._verdict_checker = manifest, runtime, verdict_checker
+        self._rate_limits, self._events = rate_limits, events
         self._taken: dict[ExpertId, _Taken] = {}
         self._uploads = 0
 
@@ -81,18 +110,18 @@ class ExpertUploadService:
 
     async def _take_in(self, stream: ServerStream, context: Context) -> pb.TakeInResponse:
         async with within(min(timeout_s(context), UPLOAD_S), "the expert"):
-            inbox = Inbox(stream, self._parts.rate_limits)
+            inbox = Inbox(stream, self._rate_limits)
             begin = await receive_begin(inbox)
             place = ExpertId(begin.layer, begin.expert)
             offered = offered_in(begin, self._manifest)
-            tested = self._versions_tested(begin.verdicts, offered)
+            tested = self._verdict_checker.versions_tested(begin.verdicts, offered)
             if (before := self._taken_before(offered, tested)) is not None:
                 return pb.TakeInResponse(version=before)
             self._check_versions(place, tested)
             weights = await self._received(inbox, begin)
-            replaced = self._parts.runtime.call(lambda: self._replace(offered, weights, tested))
+            replaced = self._runtime.call(lambda: self._replace(offered, weights, tested))
             now = await asyncio.wrap_future(replaced)
-        self._parts.events.emit("taken_in", layer=place.layer, expert=place.expert, version=now, tested=min(tested))
+        self._events.emit("taken_in", layer=place.layer, expert=place.expert, version=now, tested=min(tested))
         logger.info("Took %s in; its block is at version %d", place, now)
         return pb.TakeInResponse(version=now)
 
@@ -106,23 +135,6 @@ class ExpertUploadService:
         finally:
             self._uploads -= 1
 
-    def _versions_tested(self, messages: Sequence[pb.SignedVerdict], offered: Offered) -> tuple[int, ...]:
-        """Versions of the block that the verdicts, which all hold, have held the file against."""
-        evaluators = evaluators_named(self._parts.peers(), self._manifest.owner)
-        needed = needed_verdicts(len(evaluators))
-        if not needed:
-            raise UnavailableError("the run's owner names no evaluators now: nothing is taken in")
-        if len(messages) != needed:
-            raise InvalidInputError("verdicts", f"are {len(messages)}, must be {needed}")
-        versions: dict[str, int] = {}
-        for message in messages:
-            signer, verdict = open_verdict(message)
-            if signer not in evaluators or signer in versions:
-                raise InvalidInputError("verdicts", f"of {signer} do not count, or not twice")
-            check_verdict(verdict, offered, self._clock(), self._parts.since_s)
-            versions[signer] = verdict.version
-        return tuple(versions.values())
-
     def _taken_before(self, offered: Offered, tested: tuple[int, ...]) -> int | None:
         """The block's version once the same file was taken in on the same word: it may be sent twice, and acts once."""
         taken = self._taken.get(ExpertId(offered.layer, offered.expert))
@@ -132,7 +144,7 @@ class ExpertUploadService:
     def _check_versions(self, place: ExpertId, tested: tuple[int, ...]) -> None:
         """Raise InvalidInputError if the block is not what the file was held against any more. Safe in any thread."""
         block_id = place.block(self._manifest.model)
-        block = self._parts.runtime.blocks.get(block_id)
+        block = self._runtime.blocks.get(block_id)
         if block is None:
             raise not_hosted(block_id)
         taken = self._taken.get(place)
@@ -148,7 +160,7 @@ class ExpertUploadService:
         """On the thread that owns the weights: it may have stepped meanwhile."""
         place = ExpertId(offered.layer, offered.expert)
         self._check_versions(place, tested)
-        block = self._parts.runtime.blocks[place.block(self._manifest.model)]
+        block = self._runtime.blocks[place.block(self._manifest.model)]
         block.replace(place.row(self._manifest.model), weights, max(tested))
         self._taken[place] = _Taken(offered.sha256, block.version)
         return block.version

@@ -1,10 +1,11 @@
-"""Composition root of a host: key, DHT, blocks, runtime, server, averaging, announcer; started, stopped in order."""
+"""Composition root of a host: its parts are built and wired here, started and stopped in order."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import psutil
 import torch
 
 from common.allocator import keep_freed_memory, keep_little_memory
-from common.errors import CheckpointError, DrainingError, UnavailableError
+from common.errors import DrainingError
 from common.events import EventLog
 from common.folders import prepare_folder
 from common.metrics import serve_metrics
@@ -25,14 +26,21 @@ from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.host.announcement import HostAnnouncement
 from node.host.availability import Availability
 from node.host.availability_monitor import AvailabilityMonitor
-from node.host.block_manager import MAX_DOWNLOADS, BlockManager, BlockManagerParts
+from node.host.block_loader import MAX_DOWNLOADS, BlockLoader
+from node.host.block_manager import BlockManager
 from node.host.block_store import BlockStore
 from node.host.capacity import capacity_for, events_bytes, wanted_capacity
-from node.host.expert_upload_service import ExpertUploadParts, ExpertUploadService
-from node.host.memory_watch import MemoryWatch
+from node.host.checkpoints import Checkpoints
+from node.host.expert_upload_service import ExpertUploadService, VerdictChecker
+from node.host.hand_over import HandOver
+from node.host.held_blocks import HeldBlocks
+from node.host.load_events import LoadEvents
+from node.host.memory_watch import MemoryWatch, watch_device_memory
 from node.host.metrics import HostCollector
-from node.host.pause import Pause, PauseParts
+from node.host.pause import Pause
 from node.host.placement import PlacementConfig, parse_blocks
+from node.host.placement_controller import PlacementController
+from node.host.placement_planner import PlacementPlanner
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.host.serving.service import SERVICE_NAME, ExpertService
 from node.host.signals import signals_heard
@@ -55,9 +63,10 @@ from protocol.identity import Identity
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from node.host.config import HostConfig
     from node.limits.memory import Capacity
-    from node.model.experts.block import Block
     from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
@@ -77,7 +86,6 @@ MINIMUMS = {
     "join_timeout_s": 0.1,
 }
 
-LOAD_EVENT_PERIOD_S = 2.0
 DRAIN_GRACE_S = 0.5
 RUNTIME_STOP_S = 1.0
 
@@ -107,7 +115,7 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
 
 
 class Host:
-    """The parts of a running host, wired."""
+    """The parts of a running host: what it may take, what it holds, how others reach it, when it works."""
 
     def __init__(
         self,
@@ -124,56 +132,28 @@ class Host:
         swarm.dht.on_restart(lambda: self._use.follow(swarm.dht.daemon_pid))
         self._rate_limits = RateLimits(limits, self._use)
         self._availability = Availability()
-        self._watch = AvailabilityMonitor(self._availability, limits, self._use)
+        self._monitor = AvailabilityMonitor(self._availability, limits, self._use)
         self._capacity = self._find_capacity()
-        manifest, peer_id = swarm.manifest, swarm.identity.peer_id
-        self._saved: dict[BlockId, int] = {}
-        self._store = BlockStore(config.state, manifest, device)
-        self.runtime = Runtime(
-            (),
-            manifest,
-            RuntimeConfig(
-                max_queue_tokens=self._capacity.max_queue_tokens,
-                max_batch_tokens=self._capacity.max_batch_tokens,
-                keep_inputs_bytes=self._capacity.keep_inputs_bytes,
-                keep_inputs_s=config.keep_inputs_s,
-            ),
-            rest_s=self._rate_limits.rest_s,
-        )
-        options = AveragingOptions(stored=self._store.state, rate_limits=self._rate_limits)
-        self.averaging = Averaging(manifest, swarm.security, swarm.directory, events, options)
-        self.block_manager = self._build_block_manager()
-        self._memory = MemoryWatch(self._memory_limit, self._use, self.block_manager.give_up_one)
-        about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=peer_id, software=SOFTWARE)
-        self._service = ExpertService(manifest, self.runtime, device, about)
-        self._server = NodeServer(
-            (
-                self._service.handler(),
-                self.averaging.service.handler(),
-                self._intake().handler(),
-                DialBackService(swarm.security.caller(), swarm.listen).handler(),
-            ),
-            (SERVICE_NAME, averaging_service.SERVICE_NAME, INTAKE, reachability.SERVICE_NAME),
-            swarm.listen,
-            config.port,
-            swarm.security,
-            RateLimitInterceptor(
-                self._rate_limits,
-                lambda: self._availability.refusal() or self._memory.refusal(),
-                self._capacity.max_calls,
-            ),
-        )
+
+        self._store = BlockStore(config.state, swarm.manifest, device)
+        self._runtime = self._build_runtime()
+        self._averaging = self._build_averaging()
+        self._held = HeldBlocks(self._runtime, self._averaging, self._store, time.monotonic)
         self._node_endpoint = NodeEndpoint(swarm, events, config.relay_circuits)
-        self._announcer = Announcer(swarm.dht, swarm.identity, swarm.admission, describe=self._records().describe)
-        self.block_manager.announcer = self._announcer
+        rng = random.Random(swarm.identity.peer_id)
+        self._loader = self._build_loader(rng)
+        self._announcer = self._build_announcer()
+        self._block_manager = self._build_block_manager()
+        self._placement = self._build_placement(rng)
+
+        self._memory = MemoryWatch(self._memory_limit, self._use, self._placement.give_up_one)
+        self._service = self._build_service()
+        self._server = self._build_server()
+        self._checkpoints = Checkpoints(self._runtime, self._store, self._held, limits.disk_bytes, events)
         self._pause = self._build_pause()
 
-    @property
-    def _memory_limit(self) -> int | None:
-        return lowest_limit(self._limits.memory_bytes, container_limit())
-
     def _find_capacity(self) -> Capacity:
-        """What the limits leave of what was asked for; told if that is less."""
+        """What the limits leave of what was asked for; a warning says if that is less."""
         fixed, manifest = self._fixed_blocks(), self._swarm.manifest
         wanted = wanted_capacity(self._config, len(fixed) or self._config.max_blocks)
         used_bytes = self._use.memory_bytes()
@@ -185,88 +165,123 @@ class Host:
         self._events.emit("limits", limits=self._limits.told(), room=asdict(capacity), memory_bytes=used_bytes)
         return capacity
 
+    @property
+    def _memory_limit(self) -> int | None:
+        return lowest_limit(self._limits.memory_bytes, container_limit())
+
     def _fixed_blocks(self) -> list[BlockId]:
         config = self._config
         return [] if config.blocks == AUTO else parse_blocks(config.blocks, self._swarm.manifest.model)
 
-    def _build_block_manager(self) -> BlockManager:
-        config, swarm, limits = self._config, self._swarm, self._limits
-        parts = BlockManagerParts(
-            manifest=swarm.manifest,
-            peer_id=swarm.identity.peer_id,
-            directory=swarm.directory,
-            runtime=self.runtime,
-            averaging=self.averaging,
-            store=self._store,
-            events=self._events,
-            device=self._device,
-            clock=time.monotonic,
-            pausing=self._availability.pausing,
-            # Two at once would wait for each other's rests until their senders give up.
-            max_downloads=1 if limits.down_bytes_per_s or limits.cpu_percent else MAX_DOWNLOADS,
+    def _build_runtime(self) -> Runtime:
+        capacity = self._capacity
+        config = RuntimeConfig(
+            max_queue_tokens=capacity.max_queue_tokens,
+            max_batch_tokens=capacity.max_batch_tokens,
+            keep_inputs_bytes=capacity.keep_inputs_bytes,
+            keep_inputs_s=self._config.keep_inputs_s,
         )
-        placement = PlacementConfig(
-            max_blocks=self._capacity.max_blocks,
-            target_replicas=swarm.manifest.averaging.target_replicas,
-            check_s=config.recheck_s,
-        )
-        return BlockManager(parts, placement, self._fixed_blocks())
+        return Runtime((), self._swarm.manifest, config, rest_s=self._rate_limits.rest_s)
 
-    def _intake(self) -> ExpertUploadService:
-        parts = ExpertUploadParts(
-            manifest=self._swarm.manifest,
-            runtime=self.runtime,
-            peers=self._swarm.directory.peers,
-            events=self._events,
-            rate_limits=self._rate_limits,
-            since_s=self._started,
-        )
-        return ExpertUploadService(parts)
-
-    def _build_pause(self) -> Pause:
+    def _build_averaging(self) -> Averaging:
         swarm = self._swarm
-        parts = PauseParts(
-            peer_id=swarm.identity.peer_id,
-            availability=self._availability,
-            block_manager=self.block_manager,
-            runtime=self.runtime,
-            averager=self.averaging.averager,
-            directory=swarm.directory,
-            events=self._events,
-        )
-        return Pause(parts)
+        options = AveragingOptions(stored=self._store.state, rate_limits=self._rate_limits)
+        return Averaging(swarm.manifest, swarm.security, swarm.directory, self._events, options)
 
-    def _records(self) -> HostAnnouncement:
-        return HostAnnouncement(
+    def _build_loader(self, rng: random.Random) -> BlockLoader:
+        limits, manifest = self._limits, self._swarm.manifest
+        # Two at once would wait for each other's rests until their senders give up.
+        max_downloads = 1 if limits.down_bytes_per_s or limits.cpu_percent else MAX_DOWNLOADS
+        return BlockLoader(manifest, self._device, self._store, self._averaging.client, rng, max_downloads)
+
+    def _build_announcer(self) -> Announcer:
+        announcement = HostAnnouncement(
             manifest=self._swarm.manifest,
             started=self._started,
             node_endpoint=self._node_endpoint,
-            runtime=self.runtime,
-            block_manager=self.block_manager,
-            averager=self.averaging.averager,
+            runtime=self._runtime,
+            held=self._held,
+            averager=self._averaging.averager,
             availability=self._availability,
             exchanged_bytes=self._exchanged_bytes,
         )
+        swarm = self._swarm
+        return Announcer(swarm.dht, swarm.identity, swarm.admission, describe=announcement.describe)
+
+    def _build_block_manager(self) -> BlockManager:
+        swarm = self._swarm
+        peer_id = swarm.identity.peer_id
+        return BlockManager(self._held, self._loader, swarm.directory, peer_id, self._announcer, self._events)
+
+    def _build_placement(self, rng: random.Random) -> PlacementController:
+        swarm, unreachable = self._swarm, self._averaging.averager.unreachable
+        config = PlacementConfig(
+            max_blocks=self._capacity.max_blocks,
+            target_replicas=swarm.manifest.averaging.target_replicas,
+            check_s=self._config.recheck_s,
+        )
+        planner = PlacementPlanner(
+            swarm.directory, unreachable, swarm.identity.peer_id, config, rng, self._fixed_blocks()
+        )
+        return PlacementController(planner, self._block_manager, self._availability.pausing, self._events)
+
+    def _build_service(self) -> ExpertService:
+        manifest = self._swarm.manifest
+        about = pb.DescribeResponse(run_id=manifest.run_id, peer_id=self._swarm.identity.peer_id, software=SOFTWARE)
+        return ExpertService(manifest, self._runtime, self._device, about)
+
+    def _build_upload_service(self) -> ExpertUploadService:
+        manifest = self._swarm.manifest
+        checker = VerdictChecker(manifest.owner, self._swarm.directory.peers, self._started)
+        return ExpertUploadService(manifest, self._runtime, checker, self._rate_limits, self._events)
+
+    def _build_server(self) -> NodeServer:
+        swarm = self._swarm
+        handlers = {
+            SERVICE_NAME: self._service.handler(),
+            averaging_service.SERVICE_NAME: self._averaging.service.handler(),
+            INTAKE: self._build_upload_service().handler(),
+            reachability.SERVICE_NAME: DialBackService(swarm.security.caller(), swarm.listen).handler(),
+        }
+        rate_limit = RateLimitInterceptor(
+            self._rate_limits,
+            lambda: self._availability.refusal() or self._memory.refusal(),
+            self._capacity.max_calls,
+        )
+        return NodeServer(
+            tuple(handlers.values()), tuple(handlers), swarm.listen, self._config.port, swarm.security, rate_limit
+        )
+
+    def _build_pause(self) -> Pause:
+        averager = self._averaging.averager
+        return Pause(self._availability, self._block_manager, self._placement, averager, self._runtime, self._events)
+
+    def _build_hand_over(self) -> HandOver:
+        swarm, averager = self._swarm, self._averaging.averager
+        return HandOver(self._block_manager, averager, swarm.directory, swarm.identity.peer_id, self._events)
+
+    def _exchanged_bytes(self) -> int:
+        return self._averaging.averager.exchanged_bytes + self._loader.downloaded_bytes
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Start, take blocks, announce them, wait for `stop`, leave."""
-        self.runtime.start()
+        self._runtime.start()
         # To the end: a signal that nobody hears would kill the node before it has saved.
-        with signals_heard(self._availability, self._tell_asked):
+        with signals_heard(self._availability, self._report_signal):
             try:
                 await self._server.start()
                 await self._work(stop)
                 await self._leave()
             finally:
                 await asyncio.gather(
-                    self._announcer.stop(), self.averaging.stop(), self._node_endpoint.close(), self._server.drain(0)
+                    self._announcer.stop(), self._averaging.stop(), self._node_endpoint.close(), self._server.drain(0)
                 )
-                await asyncio.to_thread(self.runtime.stop, RUNTIME_STOP_S)
+                await asyncio.to_thread(self._runtime.stop, RUNTIME_STOP_S)
 
     async def _work(self, stop: asyncio.Event) -> None:
         """Until `stop` is set, or the owner asks this host to leave and it has handed its blocks over."""
         config = self._config
-        collector = HostCollector(self.runtime, self._service, self._exchanged_bytes)
+        collector = HostCollector(self._runtime, self._service, self._exchanged_bytes)
         metrics = serve_metrics(collector, self._swarm.listen, config.metrics_port)
         address = Address(self._swarm.identity.peer_id, self._server.endpoint)
         with (
@@ -275,29 +290,51 @@ class Host:
             contextlib.suppress(DrainingError),
         ):
             await until_stopped(self._node_endpoint.settle(self._server.endpoint), stop)
-            await until_stopped(self._first_blocks(), stop)
-            self.averaging.start()
-            self._tell_announced()
-            await self._until(stop)
+            await until_stopped(self._take_first_blocks(), stop)
+            self._averaging.start()
+            self._report_announced()
+            await self._run_until_left(stop)
             if not stop.is_set():
-                await until_stopped(self._pause.hand_over(), stop)
+                await until_stopped(self._build_hand_over().run(), stop)
 
-    async def _first_blocks(self) -> None:
-        self.block_manager.stored = await asyncio.to_thread(self._store.versions)
+    async def _take_first_blocks(self) -> None:
+        self._held.stored = await asyncio.to_thread(self._store.versions)
+        # Others that start now are seen by their first announcement, and what they join by their second.
         await self._announcer.start()
-        # Others that start now are seen by their first word, and what they join by their second.
-        with contextlib.suppress(UnavailableError):
-            await self._swarm.directory.refresh_now()
         with contextlib.suppress(DrainingError):
-            await until_stopped(self.block_manager.take_first(), self._availability.pausing)
-        self._saved = dict.fromkeys(self.runtime.blocks, -1)
-        try:
-            await self._announcer.announce_now()
-        except UnavailableError as error:
-            logger.warning("The DHT does not answer, announcing later: %s", error)
+            await until_stopped(self._placement.take_first(), self._availability.pausing)
+        await self._block_manager.announce()
 
-    def _tell_announced(self) -> None:
-        blocks = self.runtime.blocks
+    async def _run_until_left(self, stop: asyncio.Event) -> None:
+        """Keep everything going that goes on until `stop` is set or the owner asks this host to leave."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in self._background()]
+            with contextlib.suppress(DrainingError):
+                await until_stopped(self._availability.leave.wait(), stop)
+            for task in tasks:
+                task.cancel()
+
+    def _background(self) -> list[Coroutine[None, None, None]]:
+        load = LoadEvents(self._runtime, self._rate_limits, self._memory, self._exchanged_bytes, self._events)
+        work = [
+            self._checkpoints.save_every(self._config.checkpoint_every_s),
+            load.emit_forever(),
+            self._memory.watch(),
+            watch_device_memory(self._runtime, self._placement.give_up_one),
+            self._node_endpoint.watch(self._announcer),
+            self._monitor.watch(),
+            self._pause.follow(),
+        ]
+        return [*work, self._placement.recheck_forever()] if self._config.recheck_s else work
+
+    async def _leave(self) -> None:
+        """Withdraw the records while running calls end, then save what they changed."""
+        self._events.emit("leave")
+        await asyncio.gather(self._announcer.withdraw(), self._averaging.stop(), self._server.drain(DRAIN_GRACE_S))
+        await self._checkpoints.save()
+
+    def _report_announced(self) -> None:
+        blocks = self._runtime.blocks
         seconds = round(time.time() - self._started, 2)
         endpoint = self._node_endpoint.endpoint
         self._events.emit(
@@ -315,93 +352,5 @@ class Host:
         where = endpoint_text(endpoint)
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, where, self._device, seconds)
 
-    def _tell_asked(self, word: str) -> None:
+    def _report_signal(self, word: str) -> None:
         self._events.emit("asked", word=word, paused=self._availability.away, reasons=list(self._availability.reasons))
-
-    async def _until(self, stop: asyncio.Event) -> None:
-        """What goes on until `stop` is set or the owner asks this host to leave."""
-        work = [self._checkpoints(), self._load_events(), self._memory.watch(), self._watch_device()]
-        work += [self._node_endpoint.watch(self._announcer), self._watch.watch(), self._pause.follow()]
-        if self._config.recheck_s:
-            work.append(self.block_manager.recheck_forever())
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in work]
-            with contextlib.suppress(DrainingError):
-                await until_stopped(self._availability.leave.wait(), stop)
-            for task in tasks:
-                task.cancel()
-
-    async def _leave(self) -> None:
-        """Withdraw the records while running calls end, then save what they changed."""
-        self._events.emit("leave")
-        await asyncio.gather(self._announcer.withdraw(), self.averaging.stop(), self._server.drain(DRAIN_GRACE_S))
-        await self._save()
-
-    async def _checkpoints(self) -> None:
-        while True:
-            await asyncio.sleep(self._config.checkpoint_every_s)
-            await self._save()
-
-    async def _save(self) -> None:
-        """Write the blocks that changed; a full disk is reported and does not stop the host."""
-        started = time.monotonic()
-        changed = [block for block in self.runtime.blocks.values() if block.version != self._saved.get(block.id)]
-        try:
-            for block in changed:
-                version = await self._save_block(block)
-                self._saved[block.id] = version
-        except CheckpointError as error:
-            logger.error("%s", error)  # noqa: TRY400 - the sentence says all, a stack trace would hide it
-            self._events.emit("checkpoint_failed", reason=str(error))
-            return
-        await self._keep_disk_limit()
-        if changed:
-            self._events.emit("checkpoint", blocks=len(changed), seconds=round(time.monotonic() - started, 3))
-
-    async def _keep_disk_limit(self) -> None:
-        """Fewer stored blocks; those that are hosted stay."""
-        limit = self._limits.disk_bytes
-        if limit is None:
-            return
-        gone = await asyncio.to_thread(self._store.trim, limit, frozenset(self.runtime.blocks))
-        for block_id in gone:
-            self.block_manager.stored.pop(block_id, None)
-
-    async def _watch_device(self) -> None:
-        """A device without memory for a batch holds too many blocks."""
-        seen = 0
-        while True:
-            await asyncio.sleep(LOAD_EVENT_PERIOD_S)
-            if self.runtime.out_of_memory > seen:
-                seen = self.runtime.out_of_memory
-                await self.block_manager.give_up_one("the device had no memory for a batch")
-
-    async def _save_block(self, block: Block) -> int:
-        copy = self.runtime.call(lambda: self._store.copy(block))
-        tensors, metadata = await asyncio.wrap_future(copy)
-        await asyncio.to_thread(self._store.write, block.id, tensors, metadata)
-        return int(metadata["version"])
-
-    async def _load_events(self) -> None:
-        while True:
-            await asyncio.sleep(LOAD_EVENT_PERIOD_S)
-            runtime, rate_limits = self.runtime, self._rate_limits
-            rate_limits.count_child()
-            self._events.emit(
-                "load",
-                tokens_per_s=round(runtime.tokens_per_s, 1),
-                tokens_total=runtime.tokens_total,
-                queue_tokens=runtime.queue_tokens,
-                kept_inputs_bytes=runtime.kept_bytes,
-                refused=runtime.refused,
-                staleness=round(runtime.staleness, 3),
-                steps_refused=runtime.steps_refused,
-                exchanged_bytes=self._exchanged_bytes(),
-                sent_bytes=rate_limits.sent_bytes,
-                received_bytes=rate_limits.received_bytes,
-                cpu_s=round(rate_limits.cpu_s, 2),
-                memory_bytes=self._memory.used_bytes,
-            )
-
-    def _exchanged_bytes(self) -> int:
-        return self.averaging.averager.exchanged_bytes + self.block_manager.downloaded_bytes

@@ -16,6 +16,7 @@ from common.sizes import size_text
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from node.host.serving.runtime import Runtime
     from node.limits.process_usage import ProcessUse
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ OVER_FOR_LOOKS = 5
 """In a row over the limit before a block is given up: an exchange comes and goes."""
 
 RETRY_AFTER_S = 1.0
+DEVICE_CHECK_S = 2.0
 
 
 class MemoryWatch:
@@ -64,3 +66,13 @@ class MemoryWatch:
         if self._over >= OVER_FOR_LOOKS:
             self._over = 0
             await self._give_up_one(f"it takes {size_text(self.used_bytes)} of the {size_text(limit)} that it may")
+
+
+async def watch_device_memory(runtime: Runtime, give_up_one: Callable[[str], Awaitable[None]]) -> None:
+    """Until cancelled: a device without memory for a batch holds too many blocks, so one of them is given up."""
+    seen = 0
+    while True:
+        await asyncio.sleep(DEVICE_CHECK_S)
+        if runtime.out_of_memory > seen:
+            seen = runtime.out_of_memory
+            await give_up_one("the device had no memory for a batch")

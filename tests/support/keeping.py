@@ -1,8 +1,9 @@
-"""A host's keeper of blocks with a real runtime and real files, alone in a swarm that a test describes."""
+"""A host's block manager with a real runtime and real files, alone in a swarm that a test describes."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 from common.events import EventLog
 from dht.view import DirectoryView
 from node.averaging.replica_set import ReplicaSet
-from node.host.block_manager import BlockManager, BlockManagerParts
+from node.host.block_loader import BlockLoader
+from node.host.block_manager import BlockManager
 from node.host.block_store import BlockStore
+from node.host.held_blocks import HeldBlocks
 from node.host.placement import PlacementConfig
+from node.host.placement_controller import PlacementController
+from node.host.placement_planner import PlacementPlanner
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from protocol.manifest import all_blocks
 from tests.support.swarm_parts import CPU, small_manifest
@@ -32,12 +37,16 @@ TIMEOUT_S = 10.0
 
 @dataclass
 class Keeping:
-    """The keeper, what it works with, and what it said."""
+    """The block manager, what it works with and who decides for it, and what it said."""
 
+    held: HeldBlocks
     block_manager: BlockManager
+    planner: PlacementPlanner
+    placement: PlacementController
     runtime: Runtime
     store: BlockStore
     replicas: ReplicaSet
+    log: EventLog
     events: list[Event]
     announced: list[dict[BlockId, str]]
 
@@ -53,29 +62,27 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
     view = DirectoryView(replicas=dict.fromkeys(all_blocks(MANIFEST.model), ()))
     events, heard, announced = EventLog(), list[Any](), list[dict[Any, str]]()
     events.subscribe(heard.append)
-    averager = SimpleNamespace(unreachable=frozenset)
-    parts = BlockManagerParts(
-        manifest=MANIFEST,
-        peer_id="own",
-        directory=cast("Any", SimpleNamespace(snapshot=lambda **_: view)),
-        runtime=runtime,
-        averaging=cast("Any", SimpleNamespace(replicas=replicas, averager=averager, client=None)),
-        store=store,
-        events=events,
-        device=CPU,
-        clock=time.monotonic,
-        pausing=asyncio.Event(),
-    )
-    block_manager = BlockManager(parts, PlacementConfig(max_blocks=max_blocks, target_replicas=1), fixed)
+    averaging = SimpleNamespace(replicas=replicas, averager=SimpleNamespace(unreachable=frozenset), client=None)
+    held = HeldBlocks(runtime, cast("Any", averaging), store, time.monotonic)
+    rng = random.Random("own")
+
+    async def refresh_now() -> None:
+        """From memory."""
 
     async def announce_now() -> bool:
-        said = {**dict.fromkeys(block_manager.given_up, "stored"), **dict.fromkeys(block_manager.serving, "serving")}
+        said = {**dict.fromkeys(held.given_up, "stored"), **dict.fromkeys(held.serving, "serving")}
         announced.append(said)
         return True
 
-    block_manager.announcer = cast("Any", SimpleNamespace(announce_now=announce_now))
+    directory = cast("Any", SimpleNamespace(snapshot=lambda **_: view, refresh_now=refresh_now))
+    announcer = cast("Any", SimpleNamespace(announce_now=announce_now))
+    loader = BlockLoader(MANIFEST, CPU, store, cast("Any", None), rng)
+    block_manager = BlockManager(held, loader, directory, "own", announcer, events)
+    config = PlacementConfig(max_blocks=max_blocks, target_replicas=1)
+    planner = PlacementPlanner(directory, frozenset, "own", config, rng, fixed)
+    placement = PlacementController(planner, block_manager, asyncio.Event(), events)
     runtime.start()
     try:
-        yield Keeping(block_manager, runtime, store, replicas, heard, announced)
+        yield Keeping(held, block_manager, planner, placement, runtime, store, replicas, events, heard, announced)
     finally:
         runtime.stop(TIMEOUT_S)

@@ -256,7 +256,11 @@ EMITTERS = {
     "a host": (
         "node/host/host.py",
         "node/host/block_manager.py",
+        "node/host/placement_controller.py",
+        "node/host/checkpoints.py",
+        "node/host/load_events.py",
         "node/host/pause.py",
+        "node/host/hand_over.py",
         "node/host/expert_upload_service.py",
     ),
     "a coordinator": ("coordinator/coordinator.py",),

@@ -12,7 +12,7 @@ import torch
 
 from common.errors import InvalidInputError, KilohiveError, NotHostedError, UnavailableError, UnknownRunError
 from common.events import EventLog
-from node.host.expert_upload_service import ExpertUploadParts, ExpertUploadService
+from node.host.expert_upload_service import ExpertUploadService, VerdictChecker
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.limits.rate_limits import RateLimits
 from node.model.expert_file import ExpertId, expert_file
@@ -29,6 +29,7 @@ from tests.support.swarm_parts import CPU, small_manifest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dht.view import PeerInfo
     from node.model.experts.block import Block
 
 NOW_S, BEGAN_S = 1_800_000_000.0, 1_799_999_000.0
@@ -45,21 +46,18 @@ class Host:
 
     runtime: Runtime
     now_s: float = NOW_S
+    coordinator: str = OWNER.peer_id
     evaluators: tuple[str, ...] = (EVALUATOR.peer_id,)
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         log = EventLog()
         log.subscribe(self.events.append)
-        parts = ExpertUploadParts(
-            manifest=MANIFEST,
-            runtime=self.runtime,
-            peers=lambda: (peer(OWNER.peer_id, "coordinator", evaluators=self.evaluators),),
-            events=log,
-            rate_limits=RateLimits(),
-            since_s=BEGAN_S,
-        )
-        self.service = ExpertUploadService(parts, clock=lambda: self.now_s)
+        checker = VerdictChecker(MANIFEST.owner, self.peers, BEGAN_S, clock=lambda: self.now_s)
+        self.service = ExpertUploadService(MANIFEST, self.runtime, checker, RateLimits(), log)
+
+    def peers(self) -> tuple[PeerInfo, ...]:
+        return (peer(self.coordinator, "coordinator", evaluators=self.evaluators),)
 
     @property
     def block(self) -> Block:
@@ -255,8 +253,7 @@ async def test_while_the_owner_is_away_or_names_nobody_nothing_is_taken_in() -> 
         host.evaluators = ()
         with pytest.raises(UnavailableError, match="names no evaluators now"):
             await host.take_in(verdict())
-        stranger = peer(OTHER.peer_id, "coordinator", evaluators=(EVALUATOR.peer_id,))
-        host.service._parts = replace(host.service._parts, peers=lambda: (stranger,))
+        host.coordinator, host.evaluators = OTHER.peer_id, (EVALUATOR.peer_id,)
         with pytest.raises(UnavailableError, match="names no evaluators now"):
             await host.take_in(verdict())
         assert host.block.version == VERSION

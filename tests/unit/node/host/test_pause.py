@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from dht.view import PeerInfo
+from node.host import hand_over as hand_over_module
 from node.host import pause as pause_module
 from node.host.availability import Availability, Reason
-from node.host.pause import Pause, PauseParts
+from node.host.hand_over import HandOver
+from node.host.pause import Pause
 from protocol.manifest import all_blocks
 from tests.support.keeping import MANIFEST, keeping
 from tests.support.swarm_parts import make_replica
@@ -60,17 +62,9 @@ def peer(peer_id: str) -> PeerInfo:
 class Scene:
     def __init__(self, host: Keeping, swarm: Swarm, availability: Availability) -> None:
         self.host, self.swarm, self.availability = host, swarm, availability
-        self.pause = Pause(
-            PauseParts(
-                peer_id="own",
-                availability=availability,
-                block_manager=host.block_manager,
-                runtime=host.runtime,
-                averager=cast("Any", swarm),
-                directory=cast("Any", swarm),
-                events=host.block_manager._parts.events,
-            )
-        )
+        there = cast("Any", swarm)
+        self.pause = Pause(availability, host.block_manager, host.placement, there, host.runtime, host.log)
+        self.hand_over = HandOver(host.block_manager, there, there, "own", host.log)
 
     async def heard(self, event: str, count: int = 1) -> dict[str, Any]:
         async with asyncio.timeout(10):
@@ -81,18 +75,18 @@ class Scene:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PAUSE_GRACE_S", "LOOK_S"):
-        monkeypatch.setattr(pause_module, name, 0.001)
-    monkeypatch.setattr(pause_module, "HAND_OVER_S", 0.2)
+    monkeypatch.setattr(pause_module, "PAUSE_GRACE_S", 0.001)
+    monkeypatch.setattr(hand_over_module, "PAUSE_GRACE_S", 0.001)
+    monkeypatch.setattr(hand_over_module, "CHECK_S", 0.001)
+    monkeypatch.setattr(hand_over_module, "HAND_OVER_S", 0.2)
 
 
 @asynccontextmanager
 async def scene(folder: Path, *blocks: BlockId) -> AsyncIterator[Scene]:
     with keeping(folder, blocks) as host:
         availability = Availability()
-        host.block_manager._parts.pausing.clear()
         there = Scene(host, Swarm(), availability)
-        await host.block_manager.take_first()
+        await host.placement.take_first()
         following = asyncio.create_task(there.pause.follow())
         try:
             yield there
@@ -146,11 +140,11 @@ async def test_a_pause_while_blocks_are_fetched_is_heard(tmp_path: Path, monkeyp
         await there.heard("paused")
         fetching = asyncio.Event()
 
-        async def for_ever() -> None:
+        async def forever() -> None:
             fetching.set()
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(there.host.block_manager, "take_first", for_ever)
+        monkeypatch.setattr(there.host.placement, "take_first", forever)
         there.availability.tell(Reason.OWNER, holds=False)
         async with asyncio.timeout(10):
             await fetching.wait()
@@ -172,11 +166,11 @@ async def test_a_machine_that_wakes_fetches_its_blocks_anew_by_itself(tmp_path: 
 async def test_whoever_leaves_goes_as_soon_as_others_serve_its_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pause_module, "HAND_OVER_S", 60.0)
+    monkeypatch.setattr(hand_over_module, "HAND_OVER_S", 60.0)
     async with scene(tmp_path, A, B) as there:
         there.swarm.hosts, there.swarm.serving = ["other"], {A: ["other", "own"], B: ["own"]}
-        monkeypatch.setattr(there.host.block_manager, "catch_up", nothing)
-        leaving = asyncio.create_task(there.pause.hand_over())
+        monkeypatch.setattr(there.host.held, "catch_up", nothing)
+        leaving = asyncio.create_task(there.hand_over.run())
         async with asyncio.timeout(10):
             while there.swarm.looked < 3:  # noqa: ASYNC110 - it looks again and again, and B is still missing
                 await asyncio.sleep(0.001)
@@ -189,19 +183,19 @@ async def test_whoever_leaves_goes_as_soon_as_others_serve_its_blocks(
 async def test_what_nobody_takes_is_named_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with scene(tmp_path, A, B) as there:
         there.swarm.hosts, there.swarm.serving = ["other"], {A: ["other"]}
-        monkeypatch.setattr(there.host.block_manager, "catch_up", nothing)
-        await there.pause.hand_over()
+        monkeypatch.setattr(there.host.held, "catch_up", nothing)
+        await there.hand_over.run()
         told = there.host.told("handed_over")[-1]
         assert (told["blocks"], told["left"]) == (1, [str(B)])
         assert set(there.host.store.versions()) == {A, B}
 
 
 async def test_alone_nobody_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pause_module, "HAND_OVER_S", 1000.0)
+    monkeypatch.setattr(hand_over_module, "HAND_OVER_S", 1000.0)
     async with scene(tmp_path, A) as there:
-        monkeypatch.setattr(there.host.block_manager, "catch_up", nothing)
+        monkeypatch.setattr(there.host.held, "catch_up", nothing)
         async with asyncio.timeout(10):
-            await there.pause.hand_over()
+            await there.hand_over.run()
         assert there.host.told("handed_over")[-1]["left"] == [str(A)]
 
 

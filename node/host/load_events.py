@@ -1,0 +1,56 @@
+"""What a host does and takes of its machine, as the `load` event tells it from time to time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from common.events import EventLog
+    from node.host.memory_watch import MemoryWatch
+    from node.host.serving.runtime import Runtime
+    from node.limits.rate_limits import RateLimits
+
+LOAD_EVENT_PERIOD_S = 2.0
+
+
+class LoadEvents:
+    """Belongs to the event loop; `exchanged_bytes` counts what averaging and downloads moved, both ways."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        rate_limits: RateLimits,
+        memory: MemoryWatch,
+        exchanged_bytes: Callable[[], int],
+        events: EventLog,
+    ) -> None:
+        self._runtime, self._rate_limits, self._memory = runtime, rate_limits, memory
+        self._exchanged_bytes, self._events = exchanged_bytes, events
+
+    async def emit_forever(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(LOAD_EVENT_PERIOD_S)
+            self._emit()
+
+    def _emit(self) -> None:
+        runtime, rate_limits = self._runtime, self._rate_limits
+        rate_limits.count_child()
+        self._events.emit(
+            "load",
+            tokens_per_s=round(runtime.tokens_per_s, 1),
+            tokens_total=runtime.tokens_total,
+            queue_tokens=runtime.queue_tokens,
+            kept_inputs_bytes=runtime.kept_bytes,
+            refused=runtime.refused,
+            staleness=round(runtime.staleness, 3),
+            steps_refused=runtime.steps_refused,
+            exchanged_bytes=self._exchanged_bytes(),
+            sent_bytes=rate_limits.sent_bytes,
+            received_bytes=rate_limits.received_bytes,
+            cpu_s=round(rate_limits.cpu_s, 2),
+            memory_bytes=self._memory.used_bytes,
+        )

@@ -27,10 +27,11 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644, keep: Path | No
     except BaseException:  # whatever it was, it goes on; only the temporary file does not
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk: a rename in it survives a crash from now on. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

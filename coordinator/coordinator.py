@@ -38,7 +38,7 @@ from protocol.admission import Admission, owners_token
 from protocol.announcements import PeerRecord
 from protocol.identity import Identity
 from protocol.invite import Invite
-from protocol.swarm_file import SwarmFile
+from protocol.swarm_file import SwarmFile, last_port
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -139,23 +139,13 @@ async def _start_dht(config: CoordinatorConfig, identity: Identity, admission: A
         announce=config.announce,
         admission=admission,
     )
-    last_port = _last_port(config.out / "swarm.toml") if config.dht_port == 0 else 0
-    if last_port:
+    last = last_port(config.out / "swarm.toml") if config.dht_port == 0 else 0
+    if last:
         try:
-            return await DhtNode.start(replace(dht_config, port=last_port))
+            return await DhtNode.start(replace(dht_config, port=last))
         except UnavailableError as error:
             logger.warning("Last time's port is not to be had, taking another: %s", error)
     return await DhtNode.start(dht_config)
-
-
-def _last_port(path: Path) -> int:
-    """Port of the first address in an earlier swarm file: nodes that are still up look for this peer there."""
-    try:
-        parts = SwarmFile.read(path).initial_peers[0].split("/")
-    except ConfigError:
-        return 0
-    port = parts[parts.index("tcp") + 1] if "tcp" in parts[:-1] else ""
-    return int(port) if port.isascii() and port.isdigit() else 0
 
 
 def _describer(relay: str, evaluators: tuple[str, ...]) -> Callable[[], Announcement]:

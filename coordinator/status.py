@@ -6,11 +6,12 @@ import asyncio
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from common.errors import UnavailableError
+from common.errors import DrainingError, UnavailableError
+from common.tasks import until_stopped
 from coordinator.tables import largest_divergence, largest_gap, render_status
 from dht.addresses import listen_host
 from dht.directory import Directory
@@ -20,41 +21,30 @@ from dht.swarm_config import resolve
 from protocol.identity import Identity
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from coordinator.config import StatusConfig
     from dht.view import DirectoryView, Replica
     from protocol.manifest import Manifest
 
-R = TypeVar("R")
-
 
 async def run_status(config: StatusConfig, stop: asyncio.Event) -> None:
     """Print the swarm's tables, or JSON. Raises ConfigError; UnavailableError if nobody answers in time."""
-    found = await _unless_stopped(_look(config), stop, config.timeout_s)
-    if found is None:
+    try:
+        manifest, view = await _found_in_time(config, stop)
+    except DrainingError:
         return
-    manifest, view = found
     if config.json:
         sys.stdout.write(json.dumps(status_json(manifest, view), indent=2) + "\n")
     else:
         Console().print(render_status(manifest, view))
 
 
-async def _unless_stopped(work: Coroutine[None, None, R], stop: asyncio.Event, timeout_s: float) -> R | None:
-    task = asyncio.create_task(work, name="status")
-    stopping = asyncio.create_task(stop.wait(), name="stop")
+async def _found_in_time(config: StatusConfig, stop: asyncio.Event) -> tuple[Manifest, DirectoryView]:
     try:
-        await asyncio.wait({task, stopping}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if stop.is_set():
-            return None
-        raise UnavailableError(f"the swarm did not answer within {timeout_s:g} s; is it up, is its address right?")
-    finally:
-        task.cancel()
-        stopping.cancel()
-        await asyncio.gather(task, stopping, return_exceptions=True)
+        async with asyncio.timeout(config.timeout_s):
+            return await until_stopped(_look(config), stop)
+    except TimeoutError:
+        waited = f"{config.timeout_s:g} s"
+        raise UnavailableError(f"the swarm did not answer within {waited}; is it up, is its address right?") from None
 
 
 async def _look(config: StatusConfig) -> tuple[Manifest, DirectoryView]:

@@ -61,6 +61,16 @@ class SwarmFile:
             raise ConfigError(f"{path}: {error}") from None
 
 
+def last_port(path: Path) -> int:
+    """Port of the first address in an earlier file, 0 if there is none: nodes that are up look for this peer there."""
+    try:
+        parts = SwarmFile.read(path).initial_peers[0].split("/")
+    except ConfigError:
+        return 0
+    port = parts[parts.index("tcp") + 1] if "tcp" in parts[:-1] else ""
+    return int(port) if port.isascii() and port.isdigit() else 0
+
+
 def _read_table(path: Path) -> dict[str, object]:
     try:
         with path.open("rb") as file:

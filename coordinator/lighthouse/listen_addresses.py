@@ -15,11 +15,10 @@ from common.errors import ConfigError, IdentityError, UnavailableError
 from coordinator.lighthouse.streams import tcp_address
 from dht.addresses import listen_host
 from protocol.identity import public_key_of
-from protocol.swarm_file import SwarmFile
+from protocol.swarm_file import last_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from coordinator.config import LighthouseConfig
 
@@ -60,16 +59,6 @@ def initial_members(initial_peers: Sequence[str]) -> dict[bytes, list[bytes]]:
             raise ConfigError(f"initial peer {text[:120]!r} is not a peer's multiaddress ({error})") from None
         found.setdefault(ID.from_string(peer_id).to_bytes(), []).append(where)
     return found
-
-
-def last_port(path: Path) -> int:
-    """Port of the first address in an earlier file: nodes that are up look for this peer there."""
-    try:
-        parts = SwarmFile.read(path).initial_peers[0].split("/")
-    except ConfigError:
-        return 0
-    port = parts[parts.index("tcp") + 1] if "tcp" in parts[:-1] else ""
-    return int(port) if port.isascii() and port.isdigit() else 0
 
 
 def _check_announced(host: str, announce: str) -> None:

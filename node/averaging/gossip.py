@@ -178,7 +178,7 @@ def apply_move(state: ReplicaState, move: Move, limits: GossipLimits) -> Applied
     for name, p in state.params.items():
         # In two steps: a factor that undoes a huge difference may be too small for float32, its root is not.
         kept_R = 1 - is_clipped_R * _ROUNDING * torch.finfo(p.dtype).eps
-        root = _columns((factor_R * kept_R).sqrt(), p).to(p)
+        root = _per_row((factor_R * kept_R).sqrt(), p).to(p)
         p.addcmul_(move.delta[name].to(p) * root, root)
     for moment, new in mixed:
         moment.copy_(new)
@@ -235,12 +235,12 @@ def _mixed(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for name, sent in partner.items():
         moment = own[name]
-        new = moment.lerp(sent.to(moment), _columns(alpha_R, moment).to(moment))
+        new = moment.lerp(sent.to(moment), _per_row(alpha_R, moment).to(moment))
         _check_finite(f"average of {group}.{name}", new)
         yield moment, new
 
 
-def _columns(x_R: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _per_row(x_R: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x_R.view(-1, *[1] * (like.dim() - 1))
 
 

@@ -12,6 +12,8 @@ from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from common.backoff import backoff_s
+
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Mapping, Sequence
@@ -161,16 +163,16 @@ class History:
     def failed(self, peer_id: str, now_s: float, *, unreachable: bool = False) -> None:
         """Avoid a partner that was dialled in vain, each time in a row for twice as long, up to MAX_AVOID_S."""
         partner = self._partners.get(peer_id, _Partner())
-        avoid_s = min(MAX_AVOID_S, FIRST_AVOID_S * 2.0 ** min(partner.failures, 32))
+        avoid_s = backoff_s(FIRST_AVOID_S, partner.failures, max_s=MAX_AVOID_S)
         failed = _Partner(partner.latency_s, partner.failures + 1, now_s + avoid_s, unreachable=unreachable)
         _put(self._partners, peer_id, failed, MAX_PARTNERS)
 
     def busy(self, peer_id: str, now_s: float, retry_after_s: float) -> None:
         """Avoid a partner for as long as it asks, each time in a row for twice as long; that is no failure."""
         partner = self._partners.get(peer_id, _Partner())
-        doubled_s = max(retry_after_s, FIRST_BUSY_S) * 2.0 ** min(partner.busy, MAX_BUSY_DOUBLINGS)
-        until_s = now_s + min(doubled_s, MAX_AVOID_S)
-        busy = _Partner(partner.latency_s, partner.failures, until_s, partner.busy + 1)
+        asked_s = max(retry_after_s, FIRST_BUSY_S)
+        avoid_s = backoff_s(asked_s, partner.busy, max_doublings=MAX_BUSY_DOUBLINGS, max_s=MAX_AVOID_S)
+        busy = _Partner(partner.latency_s, partner.failures, now_s + avoid_s, partner.busy + 1)
         _put(self._partners, peer_id, busy, MAX_PARTNERS)
 
     def unreachable(self) -> frozenset[str]:

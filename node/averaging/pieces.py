@@ -147,7 +147,7 @@ def flattened(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _cut_one(tensor: TensorSchema) -> Iterator[Slot]:
     n_values, most = math.prod(tensor.shape), MAX_PIECE_BYTES // tensor.dtype.itemsize
-    columns = _columns(tensor.shape)
+    columns = _n_columns(tensor.shape)
     step = most if columns > most else most // columns * columns
     for offset in range(0, n_values, step):
         size = min(step, n_values - offset)
@@ -155,7 +155,7 @@ def _cut_one(tensor: TensorSchema) -> Iterator[Slot]:
         yield Slot(tensor.name, offset, shape, tensor.dtype)
 
 
-def _columns(shape: tuple[int, ...]) -> int:
+def _n_columns(shape: tuple[int, ...]) -> int:
     columns = 1
     for size in reversed(shape):
         if columns >= MIN_COLUMNS:

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from common.atomic_file import sync_folder
 from common.errors import DataError
 from common.folders import locked
 
@@ -60,7 +61,7 @@ def cached_corpus(
     """The folder of `corpus` in the cache, built from `documents()` unless it is there and as new as its source."""
     folder = cache_dir / _folder_name(corpus, split)
     fingerprint = _fingerprint(corpus, split)
-    with _named_errors(cache_dir):
+    with _naming_write_errors(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{folder.name}.lock")):
             index = _read_index(folder, fingerprint)
@@ -108,7 +109,7 @@ def _build(folder: Path, fingerprint: str, split: SplitConfig, documents: Callab
         # A trainer that still maps the old files keeps them until it ends.
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return index
@@ -166,16 +167,8 @@ def _synced(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
-def _named_errors(cache_dir: Path) -> Iterator[None]:
+def _naming_write_errors(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

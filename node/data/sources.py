@@ -68,7 +68,7 @@ def find_corpus(path: Path | None, exclude: Path | None = None) -> Corpus:
     if path is None:
         file = _wikipedia_file()
         return _corpus(WIKIPEDIA_TITLE, file, (file,), attribution=WIKIPEDIA_ATTRIBUTION)
-    with _named_errors(path):
+    with _naming_read_errors(path):
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             return _folder_corpus(path, exclude and exclude.resolve())
@@ -82,7 +82,7 @@ def find_corpus(path: Path | None, exclude: Path | None = None) -> Corpus:
 def read_documents(corpus: Corpus) -> Iterator[bytes]:
     """Every document that is not blank, without the newlines around it."""
     for path in corpus.files:
-        with _named_errors(path), path.open("rb") as file:
+        with _naming_read_errors(path), path.open("rb") as file:
             for document in _read_file(path, file, or_as_text=corpus.in_folder):
                 trimmed = document.strip(b"\r\n")
                 if trimmed.strip():
@@ -90,7 +90,7 @@ def read_documents(corpus: Corpus) -> Iterator[bytes]:
 
 
 def _corpus(title: str, root: Path, files: tuple[Path, ...], *, attribution: str | None = None) -> Corpus:
-    with _named_errors(root):
+    with _naming_read_errors(root):
         stats = [(file.relative_to(root).as_posix(), file.stat()) for file in files]
     file_stamps = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     return Corpus(title=title, root=root, files=files, file_stamps=file_stamps, attribution=attribution)
@@ -132,7 +132,7 @@ def _raise(error: OSError) -> None:
 
 
 def _is_binary(path: Path) -> bool:
-    with _named_errors(path), path.open("rb") as file:
+    with _naming_read_errors(path), path.open("rb") as file:
         return b"\0" in file.read(BINARY_PROBE_BYTES)
 
 
@@ -228,7 +228,7 @@ def _parse_json(data: bytes, where: str) -> object:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _naming_read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+NO_EXPERT = -1
+"""In place of an expert's index, where a token has none."""
+
 
 class Pairs(NamedTuple):
     """Which expert of the layer each token goes to, and the weight of its output in the token's sum."""
@@ -34,9 +37,6 @@ class Inputs:
     def n_bytes(self) -> int:
         """Memory held."""
         return sum(t.numel() * t.element_size() for t in (self.x_TD, *self.pairs))
-
-
-NO_EXPERT = -1
 
 
 @dataclass(frozen=True)

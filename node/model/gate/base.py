@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from common.errors import InvalidInputError, ManifestError
 from node.model.gate.stats import GateStats, LoadWindow
+from node.model.pairs import NO_EXPERT
 
 if TYPE_CHECKING:
     from protocol.manifest import ModelConfig
 
-NO_EXPERT = -1
 MATRIX_DIMS = 2
 
 

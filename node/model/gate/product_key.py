@@ -19,7 +19,8 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import ManifestError
-from node.model.gate.base import NO_EXPERT, Gate
+from node.model.gate.base import Gate
+from node.model.pairs import NO_EXPERT
 
 if TYPE_CHECKING:
     from protocol.manifest import ModelConfig

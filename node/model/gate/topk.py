@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name torch's own documentation uses)
 from torch import Tensor, nn
 
-from node.model.gate.base import NO_EXPERT, Gate
+from node.model.gate.base import Gate
+from node.model.pairs import NO_EXPERT
 
 if TYPE_CHECKING:
     from protocol.manifest import ModelConfig

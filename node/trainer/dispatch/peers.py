@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from common.backoff import backoff_s
 from common.errors import NotHostedError, OverloadedError
 from dht.directory import MAX_AVOID_S
 from node.rpc.call_errors import is_lost
@@ -163,7 +164,7 @@ class Peers:
         if further < 0:
             return None
         # A frozen peer costs a step its whole deadline at every try: tries become rare.
-        retry_after_s = self._avoid_failed_s * 2.0 ** min(further, MAX_DOUBLINGS)
+        retry_after_s = backoff_s(self._avoid_failed_s, further, max_doublings=MAX_DOUBLINGS)
         if isinstance(error, OverloadedError):
             retry_after_s = error.retry_after_s
         self._avoided_until[peer_id] = now_s + min(retry_after_s, MAX_AVOID_S)

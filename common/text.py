@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 SHORT_ID_CHARS = 6
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+KILO = 1000
+MAX_PEER_WORDS_CHARS = 200
 
 
 def sparkline(points: Sequence[float], width: int) -> str:
@@ -38,12 +40,18 @@ def clock_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def in_byte_units(n_bytes: float) -> tuple[float, str]:
+    """An amount of bytes below a thousand, as far as there are units, and its decimal unit."""
+    index = 0
+    while round(n_bytes) >= KILO and index < len(BYTE_UNITS) - 1:
+        n_bytes, index = n_bytes / KILO, index + 1
+    return n_bytes, BYTE_UNITS[index]
+
+
 def bytes_text(n_bytes: float) -> str:
     """Decimal units, three digits."""
-    index = 0
-    while n_bytes >= 1000 and index < len(BYTE_UNITS) - 1:  # noqa: PLR2004 - decimal units
-        n_bytes, index = n_bytes / 1000, index + 1
-    return f"{n_bytes:.3g} {BYTE_UNITS[index]}"
+    size, unit = in_byte_units(n_bytes)
+    return f"{size:.3g} {unit}"
 
 
 def count_text(n: float) -> str:
@@ -57,5 +65,20 @@ def hosts_text(n_hosts: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal may show it: peers and a byte-level model can emit any control character."""
-    return "".join(char if char.isprintable() or char == "\n" else "·" for char in text)
+    """Lines of `text` as a terminal may show them: a byte-level model can emit any control character."""
+    return _without_controls(text, "·", kept="\n")
+
+
+def peer_words(text: str, max_chars: int = MAX_PEER_WORDS_CHARS) -> str:
+    """A peer's words, cut short, as one line that may stand on a terminal."""
+    return _without_controls(text[:max_chars], "?")
+
+
+def _without_controls(text: str, instead: str, kept: str = "") -> str:
+    return "".join(char if char.isprintable() or char in kept else instead for char in text)
+
+
+def last_line(text: str) -> str:
+    """The last line of an error's words, or nothing: libp2p gives each attempt to dial a line of its own."""
+    lines = text.strip().splitlines()
+    return lines[-1].strip(" *") if lines else ""

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from common.text import KILO, in_byte_units
 from coordinator.blocks import block_list_text
 from protocol.endpoints import SHOWN_CHARS, endpoint_text
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 MAX_PEERS_SHOWN = 40
 MAX_BLOCKS_CHARS = 300
 MANY_REPLICAS = 10
-_KILO = 1000.0
 
 
 def render_status(manifest: Manifest, view: DirectoryView) -> RenderableType:
@@ -211,11 +211,9 @@ def _range_text(values: Sequence[int]) -> str:
 
 
 def bytes_text(n_bytes: float) -> str:
-    """As a person reads it, to three digits or so: 12.3 MB."""
-    size, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB"]
-    while round(size) >= _KILO and len(units) > 1:
-        size, units = size / _KILO, units[1:]
-    return f"{size:,.0f} {units[0]}" if units[0] == "B" or size >= _KILO / 10 else f"{size:.1f} {units[0]}"
+    """One decimal below a hundred, so that a column of them can be compared: 12.3 MB."""
+    size, unit = in_byte_units(n_bytes)
+    return f"{size:,.0f} {unit}" if unit == "B" or size >= KILO / 10 else f"{size:.1f} {unit}"
 
 
 def _age(seconds: float) -> str:

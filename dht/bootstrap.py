@@ -18,6 +18,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
 from common.errors import ConfigError, IdentityError, UnavailableError
+from common.text import last_line
 from protocol.identity import public_key_of
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class Bootstrap:
             # The peer calls back, so that a node which cannot be dialled learns so now.
             answered = await self.node.protocol.call_ping(peer.peer_id, validate=True, strict=True)
         except ControlFailure as error:
-            return _last_line(error)
+            return last_line(str(error)) or "cannot be dialled"
         except (ValidationError, P2PDaemonError, OSError, EOFError) as error:
             return str(error)
         return "" if answered else "is there, but is no DHT node"
@@ -175,8 +176,3 @@ def parse_initial_peer(text: str) -> InitialPeer:
         return InitialPeer(PeerID.from_base58(peer_id), Multiaddr(address), text)
     except (IdentityError, ValueError, TypeError, LookupError) as error:
         raise ConfigError(f"{problem} ({error})") from None
-
-
-def _last_line(error: ControlFailure) -> str:
-    """libp2p's dial errors tell every attempt on a line of its own."""
-    return str(error).strip().splitlines()[-1].strip(" *") if str(error).strip() else "cannot be dialled"

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import struct
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError, Message
+from typing import TYPE_CHECKING
 
 from common.errors import InvalidInputError
 
-M = TypeVar("M", bound=Message)
-
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 SEND_TIMEOUT_S = 5.0
-
-
 MAX_CONTROL_BYTES = 4096
-
-
 PIECE_BYTES = 1 << 16
-
-
 _LENGTH = struct.Struct(">I")
-
-
 LENGTH_BYTES = _LENGTH.size
 
 
@@ -39,11 +29,3 @@ def length_in(header: bytes) -> int:
     if length > MAX_CONTROL_BYTES:
         raise InvalidInputError("message", f"is {length} bytes, the limit is {MAX_CONTROL_BYTES}")
     return length
-
-
-def parsed(kind: type[M], raw: bytes) -> M:
-    """A peer's bytes as a message; raises InvalidInputError."""
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise InvalidInputError("message", f"is no {kind.DESCRIPTOR.name}") from None

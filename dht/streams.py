@@ -17,8 +17,10 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
 from common.errors import IdentityError, KilohiveError, UnavailableError
-from dht.framing import LENGTH_BYTES, PIECE_BYTES, SEND_TIMEOUT_S, length_in, packed, parsed
+from common.text import last_line
+from dht.framing import LENGTH_BYTES, PIECE_BYTES, SEND_TIMEOUT_S, length_in, packed
 from protocol.identity import public_key_of
+from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -64,7 +66,7 @@ class Stream(NamedTuple):
         try:
             async with asyncio.timeout(timeout_s):
                 length = length_in(await self.reader.readexactly(LENGTH_BYTES))
-                return parsed(kind, await self.reader.readexactly(length))
+                return parse_message(kind, await self.reader.readexactly(length))
         except TimeoutError:
             raise UnavailableError(f"{self.peer_id} said nothing for {timeout_s:g} s") from None
         except (OSError, EOFError):
@@ -140,7 +142,7 @@ class Streams:
         except TimeoutError:
             raise UnavailableError(f"p2pd: no answer in {timeout_s:g} s") from None
         except (P2PDaemonError, OSError, EOFError) as error:
-            raise UnavailableError(f"p2pd: {_last_line(error)}") from None
+            raise UnavailableError(f"p2pd: {last_line(str(error))[:200] or type(error).__name__}") from None
 
     async def _serve(self, stream: Stream, handler: Handler) -> None:
         if len(self._serving) > MAX_STREAMS or self._by_peer[stream.peer_id] >= MAX_STREAMS_PER_PEER:
@@ -194,8 +196,3 @@ def _parsed(peer_id: str) -> PeerID:
     except IdentityError as error:
         raise UnavailableError(f"{peer_id!r:.80} is no peer id ({error})") from None
     return PeerID.from_base58(peer_id)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip(" *")[:200] if lines else type(error).__name__

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal, TypeVar, get_args
-
-from google.protobuf.message import DecodeError, Message
+from typing import TYPE_CHECKING, Final, Literal, TypeVar, get_args
 
 from common.errors import IdentityError, RecordError
 from protocol import limits, records_pb2
 from protocol.endpoints import check_endpoint, is_relay_address
 from protocol.identity import public_key_of
 from protocol.manifest import TRUNK, BlockId
+from protocol.parsing import parse_or_raise
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 MAX_ANNOUNCE_PAYLOAD_BYTES = 512
 MAX_RECORD_VERSION = (1 << 63) - 1
@@ -38,7 +40,7 @@ MAX_EVALUATORS = 4
 MAX_DIVERGENCE = 1e9
 MAX_STALENESS = 1e15
 
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound="Message")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ def encode_block(record: BlockRecord) -> bytes:
 def decode_block(payload: bytes) -> BlockRecord:
     """Raises RecordError naming the first field that is wrong."""
     check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
-    message = parse_message(records_pb2.BlockRecord, payload)
+    message = parse_record(records_pb2.BlockRecord, payload)
     if message.trunk and (message.layer or message.block):
         raise RecordError(f"layer: the trunk has none, is {message.layer}/{message.block}")
     check_range("state", message.state, len(REPLICA_STATES) - 1)
@@ -187,7 +189,7 @@ def encode_peer(record: PeerRecord) -> bytes:
 def decode_peer(payload: bytes) -> PeerRecord:
     """Raises RecordError naming the first field that is wrong."""
     check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
-    message = parse_message(records_pb2.PeerRecord, payload)
+    message = parse_record(records_pb2.PeerRecord, payload)
     check_range("reachability", message.reachability, len(REACHABILITIES) - 1)
     return PeerRecord(
         role=message.role,  # type: ignore[arg-type]  # checked by PeerRecord itself
@@ -218,12 +220,9 @@ def _check_evaluators(peer_ids: tuple[str, ...]) -> None:
             raise RecordError(f"evaluators: {error}") from None
 
 
-def parse_message(kind: type[M], raw: bytes) -> M:
+def parse_record(kind: type[M], raw: bytes) -> M:
     """A message of `kind`; raises RecordError naming it."""
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise RecordError(f"{kind.DESCRIPTOR.name}: cannot be parsed") from None
+    return parse_or_raise(kind, raw, RecordError)
 
 
 def check_length(payload: bytes, limit: int) -> None:

@@ -5,6 +5,7 @@ Without any it is reached only by those whom it has dialled itself, over that co
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import NamedTuple
 
@@ -121,3 +122,11 @@ def _check_relays(relays: tuple[str, ...]) -> None:
             public_key_of(relay)
         except IdentityError as error:
             raise RecordError(f"endpoint: {relay[:60]!r} is no relay's peer id ({error})") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, an IP address with or without brackets or a name, is this machine and nothing else."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

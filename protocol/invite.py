@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import base58
-from google.protobuf.message import DecodeError
 
 from common.errors import ConfigError, IdentityError
 from protocol import invite_pb2
 from protocol.admission import checked_token
 from protocol.identity import peer_id_of, public_key_of
+from protocol.parsing import parse_or_raise
 from protocol.swarm_file import checked_peers, checked_run_id
 from protocol.version import VERSION
 
@@ -66,7 +66,7 @@ class Invite:
         except (ConfigError, IdentityError) as error:
             raise ConfigError(f"invite: {error}") from None
         if 0 < invite.expires_s <= now_s:
-            raise ConfigError(f"invite: expired at {_utc(invite.expires_s)}; ask the run's owner for a new one")
+            raise ConfigError(f"invite: expired at {_utc_text(invite.expires_s)}; ask the run's owner for a new one")
         return invite
 
 
@@ -112,13 +112,11 @@ def _joined(text: str) -> str:
 
 
 def _parsed(payload: bytes) -> invite_pb2.Invite:
-    try:
-        return invite_pb2.Invite.FromString(payload)
-    except DecodeError:
-        raise ConfigError("invite: its check is right but its content is not an invite; ask for a new one") from None
+    wrong = ConfigError("invite: its check is right but its content is not an invite; ask for a new one")
+    return parse_or_raise(invite_pb2.Invite, payload, lambda _: wrong)
 
 
-def _utc(seconds: int) -> str:
+def _utc_text(seconds: int) -> str:
     try:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
     except (OverflowError, ValueError, OSError):

@@ -26,7 +26,7 @@ from protocol.announcements import (
     check_range,
     decode_block,
     decode_peer,
-    parse_message,
+    parse_record,
 )
 from protocol.identity import Identity, peer_id_of, verify
 from protocol.manifest import HASH_CHARS, MAX_TOML_BYTES, TRUNK, BlockId, Manifest
@@ -147,7 +147,7 @@ def verify_record(raw: bytes, admission: Admission = OPEN) -> SignedRecord:
     """Everything that `open_record` checks but the expected key and the time: true once, true for ever."""
     if len(raw) > MAX_RECORD_BYTES:
         raise RecordError(f"record: is {len(raw)} bytes, but the limit is {MAX_RECORD_BYTES}")
-    message = parse_message(records_pb2.SignedRecord, raw)
+    message = parse_record(records_pb2.SignedRecord, raw)
     if message.protocol_version != PROTOCOL_VERSION:
         raise RecordError(
             f"protocol_version: the record speaks {message.protocol_version}, this kilohive speaks {PROTOCOL_VERSION}; "
@@ -212,7 +212,7 @@ def decode_manifest(record: SignedRecord) -> Manifest:
 
 def _manifest_text(record: SignedRecord) -> str:
     """The text, proven by the hash in the run id and signed by the owner that it names, if nothing else about it."""
-    toml = parse_message(records_pb2.ManifestRecord, record.payload).toml
+    toml = parse_record(records_pb2.ManifestRecord, record.payload).toml
     run_id = parse_key(record.key).run_id
     name, _, digest = run_id.rpartition("-")
     if hashlib.sha256(toml.encode()).hexdigest()[:HASH_CHARS] != digest:

@@ -24,6 +24,7 @@ from common.errors import (
     UnknownRequestError,
     UnknownRunError,
 )
+from common.text import peer_words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,7 +82,7 @@ def trailing_metadata_of(error: KilohiveError) -> tuple[tuple[str, str], ...]:
 def error_from_status(status: grpc.StatusCode, message: str, metadata: Mapping[str, str]) -> KilohiveError:
     """Rebuild the peer's error; nothing that it sent is believed beyond its bounds."""
     # Printable only: these words end up in people's terminals.
-    message = "".join(char if char.isprintable() else "?" for char in message[:MAX_MESSAGE_CHARS])
+    message = peer_words(message, MAX_MESSAGE_CHARS)
     cls = _BY_NAME.get(metadata.get(ERROR_KEY, ""))
     if cls is None:
         return _from_bare_status(status, message)

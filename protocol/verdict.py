@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from common.errors import IdentityError, InvalidInputError, LimitExceededError, RecordError
 from protocol import contribution_pb2 as pb
 from protocol import limits
-from protocol.announcements import MAX_RECORD_VERSION, MAX_TIME_S, parse_message
+from protocol.announcements import MAX_RECORD_VERSION, MAX_TIME_S, parse_record
 from protocol.call_signature import MAX_AGE_S
 from protocol.identity import Identity, peer_id_of, verify
 from protocol.version import PROTOCOL_VERSION
@@ -95,7 +95,7 @@ def open_verdict(message: pb.SignedVerdict) -> tuple[str, Verdict]:
         raise LimitExceededError("verdict bytes", len(raw), MAX_VERDICT_BYTES)
     try:
         verify(message.public_key, _DOMAIN, raw, message.signature)
-        return peer_id_of(message.public_key), _read(parse_message(pb.Verdict, raw))
+        return peer_id_of(message.public_key), _read(parse_record(pb.Verdict, raw))
     except (IdentityError, RecordError) as error:
         raise InvalidInputError("verdict", str(error)) from None
 

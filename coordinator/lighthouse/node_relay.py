@@ -17,6 +17,7 @@ from coordinator.lighthouse.circuits import Account, carry
 from dht import framing
 from dht.relay import relaying
 from protocol import relay_pb2 as pb
+from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,7 +145,7 @@ async def _request(stream: TrioStream) -> pb.RelayRequest:
     with trio.move_on_after(relaying.REQUEST_TIMEOUT_S):
         try:
             length = framing.length_in(await stream.read_exactly(framing.LENGTH_BYTES))
-            return framing.parsed(pb.RelayRequest, await stream.read_exactly(length))
+            return parse_message(pb.RelayRequest, await stream.read_exactly(length))
         except InvalidInputError as error:
             raise UnavailableError(f"relay: {error}") from None
     raise UnavailableError(f"relay: said nothing for {relaying.REQUEST_TIMEOUT_S:g} s")

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from common.errors import KilohiveError, UnavailableError
 from coordinator.lighthouse import wire
+from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -65,7 +66,7 @@ class DhtCalls:
                 self.refused += 1
                 raise UnavailableError(f"not a call: {error}") from error
             try:
-                response = await answer(wire.parsed(request, call.body, "request"), stream.peer)
+                response = await answer(parse_message(request, call.body, "request"), stream.peer)
                 raw = wire.framed(wire.answer_frame(call.call_id, response))
                 self.served[kind] += 1
             except KilohiveError as error:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from common.errors import InvalidInputError, LimitExceededError, UnavailableError
+from common.text import peer_words
 from coordinator.lighthouse.hivemind_pb2 import Answer, Call, Frame
+from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -63,15 +65,7 @@ async def read_message(read: Callable[[int], Awaitable[bytes]], kind: type[M], m
         raise InvalidInputError("frame", f"its length takes more than {_MAX_LENGTH_BYTES} bytes")
     if length > max_bytes:
         raise LimitExceededError("frame", length, max_bytes)
-    return parsed(kind, await _read_exactly(read, length), "frame")
-
-
-def parsed(kind: type[M], raw: bytes, field: str) -> M:
-    """A peer's bytes as a message; raises InvalidInputError."""
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise InvalidInputError(field, f"is not a {kind.__name__}") from None
+    return parse_message(kind, await _read_exactly(read, length), "frame")
 
 
 def request_frame(call_id: bytes, peer: bytes, method: str, request: Message) -> Frame:
@@ -111,10 +105,10 @@ def answer_in(frame: Frame, call_id: bytes, kind: type[M]) -> M:
         raise InvalidInputError("call_id", "is another call's")
     match frame.answer.WhichOneof("result"):
         case "response":
-            return parsed(kind, frame.answer.response, "response")
+            return parse_message(kind, frame.answer.response, "response")
         case "error":
             words = frame.answer.error[:MAX_ERROR_CHARS].decode(errors="replace")
-            raise UnavailableError("the peer refused: " + "".join(c if c.isprintable() else "?" for c in words))
+            raise UnavailableError(f"the peer refused: {peer_words(words)}")
     raise InvalidInputError("frame", "holds no answer")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from common.errors import InvalidInputError, LimitExceededError
-from node.rpc.handlers import parse
 from protocol import averaging_pb2 as pb
 from protocol.limits import MAX_OFFERED_BLOCKS, MAX_PIECE_BYTES
+from protocol.parsing import parse_message
 
 MAX_PIECE_MESSAGE_BYTES = 2 * MAX_PIECE_BYTES
 
@@ -17,7 +17,7 @@ def unpack(raw: bytes, max_bytes: int) -> pb.ExchangeMessage:
     """A peer's message; raises LimitExceededError before it is parsed, InvalidInputError when it is cut off."""
     if len(raw) > max_bytes:
         raise LimitExceededError("message bytes", len(raw), max_bytes)
-    return parse(pb.ExchangeMessage, raw)
+    return parse_message(pb.ExchangeMessage, raw)
 
 
 def require(message: pb.ExchangeMessage, *kinds: str) -> str:

@@ -15,11 +15,12 @@ from node.averaging.download import send_state
 from node.averaging.pairing import Pairing, Tally
 from node.limits.rate_limits import RateLimits
 from node.model.replica_state import ReplicaState
-from node.rpc.handlers import ServerStream, parse, streaming, timeout_s
+from node.rpc.handlers import ServerStream, streaming, timeout_s
 from node.rpc.message_stream import Wire
 from protocol import averaging_pb2 as pb
 from protocol.call_signature import caller_of
 from protocol.manifest import parse_block_id
+from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,7 +92,7 @@ class AveragingService:
                     self._on_result(tally.result(wire.n_bytes, loop.time() - started_s))
 
     async def _download(self, raw: bytes, context: Context) -> None:
-        request = parse(pb.DownloadRequest, raw)
+        request = parse_message(pb.DownloadRequest, raw)
         block_id = self._checked_block(request)
         with self._slot("download", MAX_DOWNLOADS):
             async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):

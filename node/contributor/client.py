@@ -9,10 +9,10 @@ from google.protobuf.message import Message
 
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import OPEN_TIMEOUT_S
-from node.rpc.handlers import parse
 from node.rpc.upload import INTAKE, UPLOAD_S, begin_of, file_messages
 from node.trainer.evaluator.evaluation_service import SERVICE_NAME as EVALUATION
 from protocol import contribution_pb2 as pb
+from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -50,7 +50,7 @@ class ContributionClient:
                 )
             except grpc.aio.AioRpcError as error:
                 raise rebuilt_error(error.code(), error.details(), error.trailing_metadata()) from None
-        return parse(pb.OfferStatus, raw)
+        return parse_message(pb.OfferStatus, raw)
 
     async def take_in(self, host: Address, offered: Offered, data: bytes, verdicts: Sequence[pb.SignedVerdict]) -> int:
         """Have a host take it in; the version of its block with the expert in it."""
@@ -67,4 +67,4 @@ class ContributionClient:
                 raw: bytes = await call(iter(messages), timeout=UPLOAD_S, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 raise rebuilt_error(error.code(), error.details(), error.trailing_metadata()) from None
-        return parse(response, raw)
+        return parse_message(response, raw)

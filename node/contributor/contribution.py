@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import DeadlineError, KilohiveError, OverloadedError, UnavailableError, UnknownRequestError
 from common.tasks import within
-from common.text import short_id
+from common.text import peer_words, short_id
 from dht.view import evaluators_named
-from node.membership.reachability import printable
 from node.model.expert_file import ExpertId
 from protocol import contribution_pb2 as pb
 from protocol.endpoints import Address
@@ -150,10 +149,10 @@ class Contribution:
                 break
             else:
                 return ""
-        return f"host {short_id(host.peer_id)} did not take it in: {printable(problem, MAX_WHY_CHARS)}"
+        return f"host {short_id(host.peer_id)} did not take it in: {peer_words(problem, MAX_WHY_CHARS)}"
 
     def _say(self, peer_id: str, words: str) -> None:
-        self._told[peer_id] = f"evaluator {short_id(peer_id)}: {printable(words, MAX_WHY_CHARS)}"
+        self._told[peer_id] = f"evaluator {short_id(peer_id)}: {peer_words(words, MAX_WHY_CHARS)}"
         self._tell("; ".join(self._told.values()))
 
 
@@ -172,5 +171,5 @@ def _gain(status: pb.OfferStatus) -> str:
 
 
 def _reason(status: pb.OfferStatus) -> str:
-    why = printable(status.why, MAX_WHY_CHARS)
+    why = peer_words(status.why, MAX_WHY_CHARS)
     return f"{why} ({_gain(status)}, {status.n_windows} windows)" if status.n_windows else why

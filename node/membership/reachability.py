@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import grpc
 
 from common.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
+from common.text import peer_words
 from node.rpc.call_errors import rebuilt_error
-from node.rpc.handlers import CallCounts, parse, unary_in_context
+from node.rpc.handlers import CallCounts, unary_in_context
 from protocol import reach_pb2 as pb
 from protocol.call_signature import caller_of
-from protocol.endpoints import Address, is_relayed
+from protocol.endpoints import Address, is_loopback, is_relayed
+from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -70,7 +72,7 @@ class DialBackService:
     async def _dial_back(self, request: pb.DialBackRequest, peer_id: str, host: str) -> pb.DialBackResponse:
         if not 1 <= request.port <= MAX_PORT:
             raise InvalidInputError("port", f"must be from 1 to {MAX_PORT}, is {request.port}")
-        if host == self._own_host and not _is_loopback(host):
+        if host == self._own_host and not is_loopback(host):
             raise UnavailableError("this call came through a tunnel: who made it cannot be dialled back")
         if self._dialling >= MAX_DIALLING:
             raise OverloadedError(f"this node already dials {MAX_DIALLING} others back")
@@ -138,7 +140,7 @@ class ReachabilityWatch:
                 call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(DIAL_BACK)
                 metadata = self._caller.metadata(address, DIAL_BACK)
                 raw: bytes = await call(request.SerializeToString(), timeout=ASK_TIMEOUT_S, metadata=metadata)
-            return parse(pb.DialBackResponse, raw)
+            return parse_message(pb.DialBackResponse, raw)
         except grpc.aio.AioRpcError as error:
             problem: KilohiveError = rebuilt_error(error.code(), error.details(), error.trailing_metadata())
         except KilohiveError as error:
@@ -147,8 +149,8 @@ class ReachabilityWatch:
         return None
 
     def _tell(self, endpoint: str, heard: Sequence[pb.DialBackResponse]) -> None:
-        observed = ", ".join(sorted({printable(answer.observed) for answer in heard}))
-        problem = printable(next((answer.problem for answer in heard if answer.problem), ""))
+        observed = ", ".join(sorted({peer_words(answer.observed) for answer in heard}))
+        problem = peer_words(next((answer.problem for answer in heard if answer.problem), ""))
         self._events.emit(
             "reachability", state=self.state, endpoint=endpoint, observed=observed, asked=len(heard), problem=problem
         )
@@ -189,10 +191,6 @@ def observed_host(peer: str) -> str:
     return host
 
 
-def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host.strip("[]")).is_loopback
-
-
 def _is_private(host: str) -> bool:
     """Of one network among many alike; False for a name, whose address is not looked up."""
     try:
@@ -200,8 +198,3 @@ def _is_private(host: str) -> bool:
     except ValueError:
         return False
     return address.is_private and not address.is_loopback
-
-
-def printable(text: str, most: int = 200) -> str:
-    """A peer's words, as they may stand on a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text[:most])

@@ -10,10 +10,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from common.errors import DeadlineError, InvalidInputError, KilohiveError
+from common.errors import DeadlineError, KilohiveError
 from protocol.limits import MAX_DEADLINE_S
+from protocol.parsing import parse_message
 from protocol.status import MAX_MESSAGE_CHARS, status_of, trailing_metadata_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def unary_in_context(
 
     async def handle(raw: bytes, context: Context) -> bytes:
         try:
-            answer = await call(parse(request_type, raw), context)
+            answer = await call(parse_message(request_type, raw), context)
             counts.ok += 1
             return answer.SerializeToString()
         except Exception as error:  # noqa: BLE001 - task boundary: a bug of ours must not end the node
@@ -92,17 +93,6 @@ def streaming(call: Callable[[Any, Context], Awaitable[Res]], what: str) -> Call
         return await abort_with(failure, context)
 
     return handle
-
-
-def parse(request_type: type[Req], raw: bytes) -> Req:
-    """Message from a peer's bytes; InvalidInputError where gRPC itself would only say INTERNAL."""
-    request = request_type()
-    try:
-        request.ParseFromString(raw)
-    except DecodeError:
-        name = request_type.DESCRIPTOR.full_name
-        raise InvalidInputError("message", f"{len(raw)} bytes are not a whole {name}") from None
-    return request
 
 
 def timeout_s(context: Context) -> float:

@@ -7,7 +7,6 @@ that the channel takes. In `insecure_local` calls are plain and unsigned, and st
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import ssl
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from common.errors import ConfigError, DeadlineError, IdentityError, Unavailable
 from protocol.admission import OPEN, Admission
 from protocol.call_signature import CallChecker, CallSigner
 from protocol.certificate import certificate_of, host_name, pem_of, proven_peer_id
-from protocol.endpoints import Address, is_relayed, relays_of
+from protocol.endpoints import Address, is_loopback, is_relayed, relays_of
 from protocol.limits import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class Security:
 
     def check_listen(self, address: str) -> None:
         """Raise ConfigError for an address that a node without encryption must not listen on."""
-        if self.insecure_local and not _is_loopback(address):
+        if self.insecure_local and not is_loopback(address):
             raise ConfigError(f"--insecure-local: only with --listen 127.0.0.1 or ::1, is {address}")
 
     def caller(self) -> Caller:
@@ -122,7 +121,7 @@ class Caller:
 
 
 def _plain_channel(address: Address) -> grpc.aio.Channel:
-    if is_relayed(address.endpoint) or not _is_loopback(_host_and_port(address.endpoint)[0]):
+    if is_relayed(address.endpoint) or not is_loopback(_host_and_port(address.endpoint)[0]):
         raise NotConnectedError(f"{address.endpoint}: --insecure-local calls this machine only")
     return grpc.aio.insecure_channel(address.endpoint, options=OPTIONS)
 
@@ -169,10 +168,3 @@ def _any_certificate() -> ssl.SSLContext:
 def _host_and_port(endpoint: str) -> tuple[str, int]:
     host, _, port = endpoint.rpartition(":")
     return host.strip("[]"), int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

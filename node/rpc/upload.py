@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import InvalidInputError, LimitExceededError, UnknownRunError
 from node.model.expert_file import ExpertId, check_size
-from node.rpc.handlers import ServerStream, parse, streaming
+from node.rpc.handlers import ServerStream, streaming
 from protocol import contribution_pb2 as pb
 from protocol.limits import MAX_PIECE_BYTES
+from protocol.parsing import parse_message
 from protocol.verdict import Offered
 
 if TYPE_CHECKING:
@@ -101,4 +102,4 @@ def upload_handler(
 def _unpacked(raw: bytes, max_bytes: int) -> pb.OfferMessage:
     if len(raw) > max_bytes:
         raise LimitExceededError("message bytes", len(raw), max_bytes)
-    return parse(pb.OfferMessage, raw)
+    return parse_message(pb.OfferMessage, raw)

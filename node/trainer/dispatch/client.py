@@ -6,13 +6,14 @@ import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from common.errors import InvalidInputError, OverloadedError
+from common.errors import OverloadedError
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import Channels
 from node.rpc.security import NotConnectedError
 from protocol import expert_pb2 as pb
+from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from node.rpc.security import Caller
@@ -64,7 +65,7 @@ class ExpertClient:
         while True:
             left_s = deadline - asyncio.get_running_loop().time()
             try:
-                return _parsed(response_type, await self._send(address, method, raw, left_s))
+                return parse_message(response_type, await self._send(address, method, raw, left_s), "response")
             except OverloadedError as error:
                 if not patient or left_s <= error.retry_after_s:
                     raise
@@ -86,12 +87,3 @@ class ExpertClient:
             raise rebuilt from None
         self.wire_bytes += len(raw) + len(answer)
         return answer
-
-
-def _parsed(response_type: type[Res], raw: bytes) -> Res:
-    response = response_type()
-    try:
-        response.ParseFromString(raw)
-    except DecodeError:
-        raise InvalidInputError("response", f"{len(raw)} bytes are not a whole {response_type.__name__}") from None
-    return response

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from common.errors import InvalidInputError, LimitExceededError, UnavailableError
 from coordinator.lighthouse import hivemind_pb2 as ours
 from coordinator.lighthouse import wire
+from protocol.parsing import parse_message
 
 CALL_ID = bytes(range(16))
 METHOD = "DHTProtocol.rpc_ping"
@@ -41,7 +42,7 @@ def test_p2pds_call_and_its_answer_are_read() -> None:
     call = p2pd_pb2.CallUnaryRequest(peer=b"me", proto=METHOD, data=data)
     theirs = p2pd_pb2.PersistentConnectionRequest(callId=CALL_ID, callUnary=call)
     request = wire.request_in(ours.Frame.FromString(theirs.SerializeToString()), METHOD)
-    assert wire.parsed(ours.PingRequest, request.body, "request").validate
+    assert parse_message(ours.PingRequest, request.body, "request").validate
     response = dht_pb2.PingResponse(dht_time=7.5, available=True).SerializeToString()
     answer = p2pd_pb2.PersistentConnectionRequest(
         callId=CALL_ID, unaryResponse=p2pd_pb2.CallUnaryResponse(response=response)

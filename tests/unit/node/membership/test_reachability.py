@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InvalidInputError
-from node.membership.reachability import observed_host, printable, verdict
+from common.text import peer_words
+from node.membership.reachability import observed_host, verdict
 from protocol import reach_pb2 as pb
 
 YES = pb.DialBackResponse(observed="192.0.2.1", reached=True)
@@ -40,5 +41,5 @@ def test_what_is_no_ip_address_is_not_dialled(peer: str) -> None:
 
 @given(st.text(max_size=300))
 def test_a_peers_words_are_short_and_printable(text: str) -> None:
-    assert len(printable(text)) <= 200
-    assert printable(text).isprintable()
+    assert len(peer_words(text)) <= 200
+    assert peer_words(text).isprintable()

@@ -93,12 +93,8 @@ class DirectoryView:
     trunk: tuple[Replica, ...] = ()
     peers: tuple[PeerInfo, ...] = ()
 
-    def live_blocks(self) -> tuple[BlockId, ...]:
-        """Blocks with at least one replica."""
-        return tuple(block for block, replicas in self.replicas.items() if replicas)
-
     def lost_blocks(self) -> tuple[BlockId, ...]:
-        """Blocks without any."""
+        """Blocks without any replica."""
         return tuple(block for block, replicas in self.replicas.items() if not replicas)
 
     def load_by_peer(self) -> dict[str, PeerLoad]:

@@ -58,11 +58,6 @@ class Tunnels:
         tunnel.relays = relays
         return await tunnel.endpoint()
 
-    def is_direct(self, peer_id: str) -> bool:
-        """Whether the last connection to a peer went without a relay."""
-        tunnel = self._open.get(peer_id)
-        return tunnel is not None and tunnel.direct
-
     async def close(self) -> None:
         """Close every port and connection; safe to call twice."""
         await asyncio.gather(*(tunnel.close() for tunnel in self._open.values()))
@@ -89,7 +84,6 @@ class _Tunnel:
         self._punch_after_s = 0.0
         self._closing: asyncio.TimerHandle | None = None
         self.relays: tuple[str, ...] = ()
-        self.direct = False
         self.closed = False
 
     async def endpoint(self) -> str:
@@ -139,7 +133,6 @@ class _Tunnel:
 
     async def _carry(self, local: Stream) -> None:
         far = await self._directly()
-        self.direct = far is not None
         if far is not None:
             await splice(local, far, IDLE_S)
             return

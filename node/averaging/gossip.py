@@ -122,16 +122,6 @@ def relative_distance(delta: Mapping[str, torch.Tensor], own: Mapping[str, torch
     return _ratio(_row_norms(delta), _row_norms(own))
 
 
-def clip_scale_R(  # noqa: N802 - suffix: result's shape
-    delta: Mapping[str, torch.Tensor], own_params: Mapping[str, torch.Tensor], radius: float
-) -> torch.Tensor:
-    """Factors (float64, at most 1) that shorten each row of `delta` to `radius` times the norm of one's own row.
-
-    A row's norm is over all its parameters. A row of zeros has no norm to measure by and stays where it is: factor 0.
-    """
-    return _clip_scale_R(_row_norms(delta), _row_norms(own_params), radius)
-
-
 def checked_moments(
     first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], limits: GossipLimits
 ) -> None:
@@ -211,7 +201,11 @@ def _norm_of_rows(t: torch.Tensor) -> torch.Tensor:
     return norm_R
 
 
-def _clip_scale_R(distance_R: torch.Tensor, own_R: torch.Tensor, radius: float) -> torch.Tensor:  # noqa: N802
+def _clip_scale_R(distance_R: torch.Tensor, own_R: torch.Tensor, radius: float) -> torch.Tensor:  # noqa: N802 - suffix: result's shape
+    """Factors (float64, at most 1) that shorten differences to `radius` times the norm of one's own row.
+
+    A row's norm is over all its parameters. A row of zeros has no norm to measure by and stays where it is: factor 0.
+    """
     allowed_R = radius * own_R
     return torch.where(distance_R > allowed_R, allowed_R / distance_R, 1.0)
 

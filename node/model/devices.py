@@ -56,9 +56,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no room for a tensor, on a GPU or here. Apple's back end and the CPU's have no type for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "not enough memory", "allocate memory")
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from protocol.announcements import BlockRecord, PeerRecord
 from protocol.identity import Identity
 from protocol.manifest import BlockId
 from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by, eventually
+from tests.support.views import live_blocks
 
 if TYPE_CHECKING:
     from dht.node import DhtNode
@@ -125,7 +126,7 @@ async def test_the_directory_sees_a_replica_come_and_go(start: Start) -> None:
     seen = directory.generation
     await announcer.withdraw()
     assert await directory.wait_for_change(10.0, since=seen)
-    assert directory.snapshot().live_blocks() == ()
+    assert live_blocks(directory.snapshot()) == ()
     await directory.stop()
 
 
@@ -142,7 +143,7 @@ async def test_the_directory_of_a_closed_run_does_not_show_who_was_not_invited(s
         await seen.refresh_now()
         await shown.refresh_now()
         assert [peer.peer_id for peer in seen.peers()] == [member.peer_id]
-        assert seen.snapshot().live_blocks() == (BlockId(0, 0),)
+        assert live_blocks(seen.snapshot()) == (BlockId(0, 0),)
         assert {peer.peer_id for peer in shown.peers()} == {member.peer_id, stranger.peer_id}
         assert seen.asks_for_tickets
 
@@ -162,7 +163,7 @@ async def test_the_directory_drops_a_host_that_died_without_a_word(start: Start)
     await announcer.stop()
     os.kill(host.daemon_pid, signal.SIGKILL)
     assert await directory.wait_for_change(10.0, since=seen)
-    assert directory.snapshot().live_blocks() == ()
+    assert live_blocks(directory.snapshot()) == ()
     await directory.stop()
 
 

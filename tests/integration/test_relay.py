@@ -24,6 +24,7 @@ from protocol.endpoints import Address, relayed_endpoint
 from protocol.identity import Identity
 from tests.support.dht_nodes import Start, eventually
 from tests.support.relayed import WAIT_S, connect, echo_server, reservations_of, says, tunnels_apart
+from tests.support.watched_tunnels import watched_tunnels
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -72,10 +73,11 @@ def without_address(peer_id: str) -> RelayOffer:
 async def test_bytes_pass_through_a_relay_both_ways_and_are_counted(start: Start) -> None:
     swarm = await swarm_of(start)
     ways, message = tunnels(swarm), bytes(range(256)) * 4096
-    async with echo_server(swarm.hidden):
-        endpoint = await ways.endpoint(swarm.hidden.peer_id, (swarm.public.peer_id,))
-        assert await says(endpoint, message) == message
-    assert not ways.is_direct(swarm.hidden.peer_id)
+    with watched_tunnels() as is_direct:
+        async with echo_server(swarm.hidden):
+            endpoint = await ways.endpoint(swarm.hidden.peer_id, (swarm.public.peer_id,))
+            assert await says(endpoint, message) == message
+    assert not is_direct[swarm.hidden.peer_id]
     assert swarm.relay.carried_bytes == 2 * len(message)
     await ways.close()
     await eventually(lambda: _is(swarm.relay.circuits, 0))
@@ -90,10 +92,11 @@ async def test_a_connection_that_is_there_is_used_without_the_relay(start: Start
     await swarm.hidden.streams.dial(swarm.caller.peer_id, [swarm.caller.relay_address], WAIT_S)
     streams = swarm.caller.streams
     ways = Tunnels(streams, RelayLinks(streams), without_address)
-    async with echo_server(swarm.hidden):
-        endpoint = await ways.endpoint(swarm.hidden.peer_id, (swarm.public.peer_id,))
-        assert await says(endpoint, b"hello") == b"hello"
-    assert ways.is_direct(swarm.hidden.peer_id)
+    with watched_tunnels() as is_direct:
+        async with echo_server(swarm.hidden):
+            endpoint = await ways.endpoint(swarm.hidden.peer_id, (swarm.public.peer_id,))
+            assert await says(endpoint, b"hello") == b"hello"
+    assert is_direct[swarm.hidden.peer_id]
     assert swarm.relay.carried_bytes == 0
     await ways.close()
 

@@ -201,7 +201,7 @@ def forget(swarm: TestSwarm, host: TestHost) -> None:
     """Close the dispatcher's channel to a host."""
 
     async def drop() -> None:
-        swarm.client.forget(host.address)
+        swarm.client._channels.drop(host.address)
 
     swarm.loop.call(drop())
 

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import KilohiveError
-from dht.relay.tunnel import Tunnels
 from node.membership.config import SwarmConfig
 from node.trainer.swarm_client import SwarmClient
 from protocol import expert_pb2 as pb
 from protocol.endpoints import Address, is_relayed
+from tests.support.watched_tunnels import watched_tunnels
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from node.membership.swarm import Swarm
 
 CALL_TIMEOUT_S = 5.0
@@ -31,15 +33,15 @@ PAUSE_S = 0.02
 def main() -> None:
     """The command line: see the top of this file."""
     swarm_file, peer_id, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-    with SwarmClient(SwarmConfig(swarm=swarm_file)) as client:
+    with watched_tunnels() as is_direct, SwarmClient(SwarmConfig(swarm=swarm_file)) as client:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            sys.stdout.write(json.dumps(_call(client, peer_id)) + "\n")
+            sys.stdout.write(json.dumps(_call(client, peer_id, is_direct)) + "\n")
             sys.stdout.flush()
             time.sleep(PAUSE_S)
 
 
-def _call(client: SwarmClient, peer_id: str) -> dict[str, Any]:
+def _call(client: SwarmClient, peer_id: str, is_direct: Mapping[str, bool]) -> dict[str, Any]:
     swarm: Swarm = client._swarm
     endpoint = next((peer.endpoint for peer in client.directory.peers() if peer.peer_id == peer_id), "")
     request = pb.DescribeRequest(run_id=client.manifest.run_id)
@@ -51,11 +53,10 @@ def _call(client: SwarmClient, peer_id: str) -> dict[str, Any]:
             milliseconds = 1e3 * (time.perf_counter() - began)
         except KilohiveError as error:
             sys.stderr.write(f"{time.time():.1f} {error}\n")
-    tunnels = swarm.security.tunnels
     return {
         "t": time.time(),
         "ms": milliseconds,
-        "direct": not is_relayed(endpoint) or (isinstance(tunnels, Tunnels) and tunnels.is_direct(peer_id)),
+        "direct": not is_relayed(endpoint) or is_direct.get(peer_id, False),
         "seen_at": client.call(swarm.dht.streams.seen_at(peer_id, CALL_TIMEOUT_S), CALL_TIMEOUT_S + 1),
     }
 

@@ -52,10 +52,6 @@ class ExpertClient:
         """Close every channel; calls in flight are cancelled."""
         await self._channels.close()
 
-    def forget(self, address: Address) -> None:
-        """Close the channel to `address`, if there is one."""
-        self._channels.drop(address)
-
     async def _call(
         self, address: Address, request: Message, response_type: type[Res], timeout_s: float, *, patient: bool
     ) -> Res:

@@ -12,8 +12,8 @@ of fractions, so there is nothing to tune and nothing to fit.
 It needs a bound on how much worse a window may become, which losses do not have. The windows up to the `pilot`-th that
 changed at all, not bet on, set it: `spread` times their largest difference. A gain above it counts as the bound, which
 lowers the mean, and a loss below it rejects the update there and then: both errors are towards rejection. What is left
-is an update that is far worse on a share of the windows so small that none of them is met before the decision; see
-`undetected_share`.
+is an update that is far worse on a share of the windows so small that none of them is met before the decision: n
+windows miss a share above 1 - alpha ** (1 / n) with a probability below alpha.
 """
 
 # Shapes: F fractions bet, N windows met after the pilot.
@@ -218,8 +218,3 @@ def decide(differences: Iterable[float], n_total: int, config: SequentialTestCon
         if test.is_decided:
             break
     return test.decision()
-
-
-def undetected_share(n_windows: int, alpha: float) -> float:
-    """Share of windows worse than the bound above which `n_windows` of them miss all with a probability below alpha."""
-    return 1.0 - math.exp(math.log(alpha) / n_windows)

@@ -12,6 +12,7 @@ from protocol.identity import Identity
 from protocol.manifest import TRUNK
 from tests.support.announcing import FIRST, MODEL, RUN, Host, forged_trunk
 from tests.support.fake_dht import START_S, FakeDht
+from tests.support.views import live_blocks
 
 if TYPE_CHECKING:
     from protocol.announcements import ReplicaState
@@ -44,7 +45,7 @@ async def test_a_trunk_is_a_replica_of_its_own_key_and_of_no_block(dht: FakeDht,
     assert [replica.peer_id for replica in view.trunk] == [trainer.peer_id]
     assert directory.replicas(TRUNK) == view.trunk
     assert TRUNK not in view.replicas
-    assert view.live_blocks() == (FIRST,)
+    assert live_blocks(view) == (FIRST,)
     assert view.others == ()
     assert view.load_by_peer().keys() == {host.peer_id}
     dht.time_s += TTL_S

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidInputError
+from node.averaging import gossip
 from node.averaging.gossip import (
     MAX_LEAD_STEPS,
     GossipLimits,
     Move,
     apply_move,
     checked_moments,
-    clip_scale_R,
     first_bound,
     relative_distance,
     share_R,
@@ -35,7 +35,7 @@ from protocol.limits import MAX_RUN_TOKENS
 from protocol.manifest import OptimizerConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 R = 2
 SHAPES = {"weights": (R, 2, 2), "biases": (R, 3)}
@@ -226,6 +226,13 @@ def test_a_huge_difference_is_shortened_to_the_radius_exactly() -> None:
     assert apply_move(own, move_towards(was, delta, torch.ones(R).double()), STRICT).clipped_rows == R
     moved_R = (rows(own.params) - rows(was.params)).norm(dim=1)
     torch.testing.assert_close(moved_R, STRICT.clip_radius * rows(was.params).norm(dim=1), rtol=1e-5, atol=0)
+
+
+def clip_scale_R(  # noqa: N802 - suffix: result's shape
+    delta: Mapping[str, torch.Tensor], own_params: Mapping[str, torch.Tensor], radius: float
+) -> torch.Tensor:
+    """What a move's differences are shortened by."""
+    return gossip._clip_scale_R(gossip._row_norms(delta), gossip._row_norms(own_params), radius)
 
 
 def test_a_row_of_zeros_stays_and_an_equal_partner_is_not_clipped() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConfigError, InvalidInputError
-from node.trainer.evaluator.sequential_test import SequentialTest, SequentialTestConfig, decide, undetected_share
+from node.trainer.evaluator.sequential_test import SequentialTest, SequentialTestConfig, decide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -174,6 +174,11 @@ def test_no_more_windows_are_taken_than_there_are() -> None:
         test.add(0.1)
     with pytest.raises(InvalidInputError, match="n_total"):
         SequentialTest(SequentialTestConfig(pilot=64), 64)
+
+
+def undetected_share(n_windows: int, alpha: float) -> float:
+    """Share of windows worse than the bound above which `n_windows` of them miss all with a probability below alpha."""
+    return 1.0 - math.exp(math.log(alpha) / n_windows)
 
 
 def test_windows_that_are_never_met_are_few() -> None:

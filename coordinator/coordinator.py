@@ -33,7 +33,8 @@ from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
 from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
-from dht.relay.relay import Relay, RelayLimits
+from dht.relay.quotas import RelayLimits
+from dht.relay.relay import Relay
 from protocol.admission import Admission, owners_token
 from protocol.announcements import PeerRecord
 from protocol.identity import Identity

@@ -1,4 +1,4 @@
-"""Carries a circuit's bytes both ways, within what the ledger allows: libp2p's circuits and those of nodes alike."""
+"""Carries a circuit's bytes both ways, within what its quotas allow: libp2p's circuits and those of nodes alike."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from common.errors import UnavailableError
 from dht.framing import PIECE_BYTES
 
 if TYPE_CHECKING:
-    from coordinator.lighthouse.relay_quotas import Circuit, RelayQuotas
     from coordinator.lighthouse.streams import TrioStream
+    from dht.relay.quotas import Circuit, RelayQuotas
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,10 @@ ROOM_POLL_S = 0.002
 
 
 class Account(NamedTuple):
-    """A circuit, and the ledger that it is in; it ends when nothing moves for `idle_s`."""
+    """A circuit, and the quotas that it counts against; it ends when nothing moves for `idle_s`."""
 
-    quotas: RelayQuotas
-    circuit: Circuit
+    quotas: RelayQuotas[bytes]
+    circuit: Circuit[bytes]
     idle_s: float = math.inf
 
 

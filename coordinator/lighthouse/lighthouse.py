@@ -27,10 +27,10 @@ from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.node_relay import NodeRelay
 from coordinator.lighthouse.observer import OBSERVE_S, Observer
 from coordinator.lighthouse.relay import CircuitRelay
-from coordinator.lighthouse.relay_quotas import CircuitLimits, RelayQuotas
 from coordinator.lighthouse.rpc import DhtCalls
 from coordinator.lighthouse.store import StoredRecords
 from coordinator.lighthouse.transport import TrioTransport, quiet_libp2p
+from dht.relay.quotas import MAX_CIRCUITS_PER_PEER, RelayLimits, RelayQuotas
 from dht.swarm_config import resolve
 from protocol.announcements import PeerRecord
 from protocol.identity import Identity
@@ -61,7 +61,7 @@ class Lighthouse:
     def __init__(self, config: LighthouseConfig, identity: Identity, address: str) -> None:
         admission, initial_peers = resolve(config)
         self._store = StoredRecords(admission, time.time)
-        self._quotas = RelayQuotas(_relay_limits(config), time.time)
+        self._quotas = RelayQuotas[bytes](_relay_limits(config), time.time)
         self.transport = TrioTransport(identity, [address], config.max_connections)
         self._calls = DhtCalls(self.transport)
         self._relay = CircuitRelay(self.transport, self._quotas)
@@ -156,10 +156,11 @@ def _described(config: LighthouseConfig, address: str) -> PeerRecord:
     return PeerRecord(role="lighthouse", software=SOFTWARE, started_s=time.time(), relay=relay)
 
 
-def _relay_limits(config: LighthouseConfig) -> CircuitLimits:
-    return CircuitLimits(
-        reservations=config.max_reservations,
-        circuits=config.max_circuits,
+def _relay_limits(config: LighthouseConfig) -> RelayLimits:
+    return RelayLimits(
+        max_reservations=config.max_reservations,
+        max_circuits=config.max_circuits,
+        max_circuits_per_target=MAX_CIRCUITS_PER_PEER,
         circuit_bytes=config.max_circuit_mb * MEGABYTE,
         circuit_s=config.max_circuit_s,
     )

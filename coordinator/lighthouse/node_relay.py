@@ -1,4 +1,6 @@
-"""Carries calls to nodes that nobody can dial, as `dht/relay/relay.py` does, with the quotas of libp2p's circuits.
+"""Carries calls to nodes that nobody can dial, within the quotas that libp2p's circuits have too.
+
+What is granted is decided where a node's relay decides it, in `dht/relay/`; here is what sends and waits, on trio.
 
 py-libp2p has TCP only: here a peer is seen at no address where others could meet it over QUIC. What it says of itself
 is passed on, if that is at the IP address that it is seen at.
@@ -16,6 +18,7 @@ from common.errors import InvalidInputError, KilohiveError, UnavailableError
 from coordinator.lighthouse.circuits import Account, carry
 from dht import framing
 from dht.relay import relaying
+from dht.relay.reservation_table import Reservation, ReservationTable
 from protocol import relay_pb2 as pb
 from protocol.parsing import parse_message
 
@@ -24,18 +27,18 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from coordinator.lighthouse.relay_quotas import Circuit, RelayQuotas
     from coordinator.lighthouse.streams import TrioStream
     from coordinator.lighthouse.transport import TrioTransport
+    from dht.relay.quotas import Circuit, RelayQuotas
 
 logger = logging.getLogger(__name__)
 
 
-class _Reservation:
-    """A node that is reached through its stream, and where it says that it may be dialled."""
+class _Held(Reservation[bytes, "TrioStream"]):
+    """A node's reservation, whose stream takes one note at a time."""
 
     def __init__(self, stream: TrioStream, told: Iterable[str]) -> None:
-        self.stream, self.told = stream, tuple(told)
+        super().__init__(stream, told, peer=stream.peer, address=stream.address)
         self._one_at_a_time = trio.Lock()
 
     async def note(self, note: pb.RelayNote) -> None:
@@ -45,11 +48,11 @@ class _Reservation:
 
 
 class NodeRelay:
-    """Serves RELAY_PROTOCOL within the ledger's limits."""
+    """Serves RELAY_PROTOCOL within its quotas."""
 
-    def __init__(self, transport: TrioTransport, quotas: RelayQuotas) -> None:
+    def __init__(self, transport: TrioTransport, quotas: RelayQuotas[bytes]) -> None:
         self._transport, self._quotas = transport, quotas
-        self._reserved: dict[str, _Reservation] = {}
+        self._table = ReservationTable[bytes, _Held](quotas)
         transport.handle(relaying.RELAY_PROTOCOL, self._serve)
 
     async def _serve(self, stream: TrioStream) -> None:
@@ -71,18 +74,15 @@ class NodeRelay:
 
     async def _reserve(self, stream: TrioStream, request: pb.ReserveRequest) -> None:
         self._quotas.keep_only(self._transport.connected)
-        self._quotas.reserve(stream.peer, stream.address, "kilohive")
-        reservation = _Reservation(stream, request.addresses[: relaying.MAX_ADDRESSES])
-        self._reserved[stream.peer_id] = reservation
+        reservation = _Held(stream, request.addresses)
+        self._table.take(reservation)
         try:
             await _send(stream, pb.RelayResponse())
             await self._until_it_leaves(reservation)
         finally:
-            if self._reserved.get(stream.peer_id) is reservation:  # it has not reserved again
-                del self._reserved[stream.peer_id]
-                self._quotas.release(stream.peer, "kilohive")
+            self._table.drop(reservation)
 
-    async def _until_it_leaves(self, reservation: _Reservation) -> None:
+    async def _until_it_leaves(self, reservation: _Held) -> None:
         """A holder says nothing more: anything to be read, the end too, ends the reservation."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._say_alive, reservation, nursery.cancel_scope)
@@ -90,22 +90,18 @@ class NodeRelay:
                 await reservation.stream.read(1)
             nursery.cancel_scope.cancel()
 
-    async def _say_alive(self, reservation: _Reservation, both: trio.CancelScope) -> None:
-        stream = reservation.stream
+    async def _say_alive(self, reservation: _Held, both: trio.CancelScope) -> None:
         try:
             while True:
                 await reservation.note(pb.RelayNote())
                 await trio.sleep(relaying.NOTE_EVERY_S)
-                self._quotas.reserve(stream.peer, stream.address, "kilohive")
+                self._table.renew(reservation)
         except KilohiveError as error:
             logger.debug("relay: a reservation has ended: %s", error)
             both.cancel()
 
     async def _connect(self, stream: TrioStream, request: pb.ConnectRequest) -> None:
-        reservation = self._reserved.get(request.peer_id)
-        if reservation is None:
-            raise relaying.not_reached(request.peer_id)
-        circuit = self._quotas.open(stream.peer, reservation.stream.peer, "kilohive")
+        reservation, circuit = self._table.connect(stream.peer, request.peer_id)
         try:
             target = await self._reach(reservation)
             whole = False
@@ -117,18 +113,18 @@ class NodeRelay:
         finally:
             self._quotas.close(circuit)
 
-    async def _reach(self, reservation: _Reservation) -> TrioStream:
+    async def _reach(self, reservation: _Held) -> TrioStream:
         with trio.move_on_after(relaying.OPEN_TIMEOUT_S):
             return await self._transport.open_stream(reservation.stream.peer, relaying.TUNNEL_PROTOCOL)
         raise UnavailableError(f"{reservation.stream.peer_id} does not answer")
 
-    async def _introduce(self, stream: TrioStream, reservation: _Reservation, told: Iterable[str]) -> None:
+    async def _introduce(self, stream: TrioStream, reservation: _Held, told: Iterable[str]) -> None:
         """Tell each side where the other may be dialled."""
         await reservation.note(pb.RelayNote(peer_id=stream.peer_id, addresses=_places(stream, told)))
         # Last: after it come the other side's bytes, and no refusal.
         await _send(stream, pb.RelayResponse(addresses=_places(reservation.stream, reservation.told)))
 
-    async def _carry(self, source: TrioStream, target: TrioStream, circuit: Circuit) -> bool:
+    async def _carry(self, source: TrioStream, target: TrioStream, circuit: Circuit[bytes]) -> bool:
         """Whether both ends have ended it."""
         whole = await carry(source, target, Account(self._quotas, circuit, relaying.IDLE_S))
         if not whole:

@@ -33,9 +33,9 @@ from coordinator.lighthouse.libp2p_pb2 import (
 from coordinator.lighthouse.wire import framed, read_message
 
 if TYPE_CHECKING:
-    from coordinator.lighthouse.relay_quotas import Circuit, RelayQuotas
     from coordinator.lighthouse.streams import TrioStream
     from coordinator.lighthouse.transport import TrioTransport
+    from dht.relay.quotas import Circuit, RelayQuotas
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ MESSAGE_TIMEOUT_S = 10.0
 
 
 class CircuitRelay:
-    """Serves reservations and circuits within the ledger's limits."""
+    """Serves reservations and circuits within its quotas."""
 
-    def __init__(self, transport: TrioTransport, quotas: RelayQuotas) -> None:
+    def __init__(self, transport: TrioTransport, quotas: RelayQuotas[bytes]) -> None:
         self._transport, self._quotas = transport, quotas
         limits = quotas.limits
         self._limit = CircuitLimit(duration_s=math.ceil(limits.circuit_s), data_bytes=limits.circuit_bytes)
@@ -110,7 +110,7 @@ class CircuitRelay:
         finally:
             self._quotas.close(circuit)
 
-    async def _carry(self, source: TrioStream, circuit: Circuit) -> None:
+    async def _carry(self, source: TrioStream, circuit: Circuit[bytes]) -> None:
         try:
             target = await self._reach(circuit)
         except (UnavailableError, InvalidInputError) as error:
@@ -125,7 +125,7 @@ class CircuitRelay:
             for stream in (source, target):
                 await (stream.close() if whole else stream.reset())
 
-    async def _reach(self, circuit: Circuit) -> TrioStream:
+    async def _reach(self, circuit: Circuit[bytes]) -> TrioStream:
         """The target's end of a circuit, once it has agreed."""
         request = StopMessage(kind=StopMessage.CONNECT, peer=CircuitPeer(id=circuit.source), limit=self._limit)
         with trio.move_on_after(MESSAGE_TIMEOUT_S):

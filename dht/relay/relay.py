@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+import time
+from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError, UnavailableError
+from dht.relay.quotas import RelayLimits, RelayQuotas
 from dht.relay.relaying import (
     IDLE_S,
     MAX_ADDRESSES,
@@ -22,12 +22,10 @@ from dht.relay.relaying import (
     RELAY_PROTOCOL,
     REQUEST_TIMEOUT_S,
     TUNNEL_PROTOCOL,
-    no_circuit_left,
-    no_reservation_left,
-    not_reached,
     not_what_is_wanted,
     places,
 )
+from dht.relay.reservation_table import Reservation, ReservationTable
 from dht.streams import Stream, splice
 from protocol import relay_pb2 as pb
 
@@ -39,40 +37,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RelayLimits:
-    """How much a node carries for others: peers that reserve, open circuits in all and for one caller."""
-
-    max_reservations: int = 32
-    max_circuits: int = 64
-    max_circuits_per_caller: int = 16
-
-
-class _Reservation(NamedTuple):
-    """A peer that is reached through its stream, and where it says that it may be dialled."""
-
-    stream: Stream
-    told: tuple[str, ...]
-
-
 class Relay:
     """One node's service to those behind a NAT. Belongs to the event loop."""
 
     def __init__(self, streams: Streams, limits: RelayLimits) -> None:
-        self._streams, self._limits = streams, limits
-        self._reserved: dict[str, _Reservation] = {}
-        self._circuits: Counter[str] = Counter()
-        self.carried_bytes = 0
+        self._streams = streams
+        self._quotas = RelayQuotas[str](limits, time.monotonic)
+        self._table = ReservationTable[str, Reservation[str, Stream]](self._quotas)
 
     @property
     def reservations(self) -> int:
         """Peers that are reached through this node."""
-        return len(self._reserved)
+        return len(self._table)
 
     @property
     def circuits(self) -> int:
         """Open now."""
-        return self._circuits.total()
+        return self._quotas.n_circuits
+
+    @property
+    def carried_bytes(self) -> int:
+        """Over all circuits, both ways together."""
+        return self._quotas.relayed_bytes
 
     async def start(self) -> None:
         """Serve until the node's streams are closed. Raises UnavailableError."""
@@ -94,48 +80,42 @@ class Relay:
             raise
 
     async def _reserve(self, stream: Stream, request: pb.ReserveRequest) -> None:
-        if len(self._reserved) >= self._limits.max_reservations and stream.peer_id not in self._reserved:
-            raise no_reservation_left(self._limits.max_reservations)
-        self._reserved[stream.peer_id] = _Reservation(stream, tuple(request.addresses[:MAX_ADDRESSES]))
+        reservation = Reservation(stream, request.addresses, peer=stream.peer_id)
+        self._table.take(reservation)
         try:
             await stream.send(pb.RelayResponse())
-            await self._until_it_leaves(stream)
+            await self._until_it_leaves(reservation)
         finally:
-            held = self._reserved.get(stream.peer_id)
-            if held is not None and held.stream is stream:
-                del self._reserved[stream.peer_id]
+            self._table.drop(reservation)
 
-    async def _until_it_leaves(self, stream: Stream) -> None:
+    async def _until_it_leaves(self, reservation: Reservation[str, Stream]) -> None:
         """A holder says nothing more: anything to be read, the end too, ends the reservation."""
+        stream = reservation.stream
         leaving = asyncio.create_task(stream.reader.read(1), name="reservation")
         try:
             while not leaving.done():
                 await stream.send(pb.RelayNote())
                 await asyncio.wait({leaving}, timeout=NOTE_EVERY_S)
+                self._table.renew(reservation)
         finally:
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
 
     async def _connect(self, stream: Stream, request: pb.ConnectRequest) -> None:
-        caller, target_id = stream.peer_id, request.peer_id
-        reservation = self._reserved.get(target_id)
-        if reservation is None:
-            raise not_reached(target_id)
-        limits = self._limits
-        if self.circuits >= limits.max_circuits or self._circuits[caller] >= limits.max_circuits_per_caller:
-            raise no_circuit_left(self.circuits, self._circuits[caller])
-        self._circuits[caller] += 1
+        reservation, circuit = self._table.connect(stream.peer_id, request.peer_id)
+
+        def count(n_bytes: int) -> None:
+            self._quotas.pass_bytes(circuit, n_bytes)
+
         try:
-            target = await self._streams.open(target_id, TUNNEL_PROTOCOL, OPEN_TIMEOUT_S)
+            target = await self._streams.open(request.peer_id, TUNNEL_PROTOCOL, OPEN_TIMEOUT_S)
             with contextlib.closing(target):
                 await self._introduce(stream, reservation, list(request.addresses))
-                await splice(stream, target, IDLE_S, self._count)
+                await splice(stream, target, IDLE_S, count)
         finally:
-            self._circuits[caller] -= 1
-            if not self._circuits[caller]:
-                del self._circuits[caller]
+            self._quotas.close(circuit)
 
-    async def _introduce(self, stream: Stream, reservation: _Reservation, told: Sequence[str]) -> None:
+    async def _introduce(self, stream: Stream, reservation: Reservation[str, Stream], told: Sequence[str]) -> None:
         """Tell each side where the other may be dialled."""
         target = reservation.stream
         await stream.send(pb.RelayResponse(addresses=await self._places(target.peer_id, reservation.told)))
@@ -144,6 +124,3 @@ class Relay:
 
     async def _places(self, peer_id: str, told: Sequence[str]) -> list[str]:
         return places(await self._streams.seen_at(peer_id, OPEN_TIMEOUT_S), told[:MAX_ADDRESSES])
-
-    def _count(self, n_bytes: int) -> None:
-        self.carried_bytes += n_bytes

@@ -8,7 +8,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from common.errors import UnavailableError
-from dht.relay.relay import Relay, RelayLimits
+from dht.relay.quotas import RelayLimits
+from dht.relay.relay import Relay
 from dht.relay.reservations import Reservations
 from dht.relay.tunnel import expose
 from node.membership.reachability import ReachabilityWatch

@@ -13,7 +13,8 @@ import pytest
 from common.errors import UnavailableError
 from dht.framing import MAX_CONTROL_BYTES
 from dht.relay import tunnel as tunnel_module
-from dht.relay.relay import Relay, RelayLimits
+from dht.relay.quotas import RelayLimits
+from dht.relay.relay import Relay
 from dht.relay.relaying import RELAY_PROTOCOL, TUNNEL_PROTOCOL
 from dht.relay.reservations import RelayLinks, RelayOffer, punch
 from dht.relay.tunnel import Tunnels, expose

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from coordinator.lighthouse.relay_quotas import CircuitLimits, RelayQuotas
+from dht.relay.quotas import RelayLimits, RelayQuotas
 from dht.relay.relaying import IDLE_S
 
 trio = pytest.importorskip("trio", reason="trio is not installed: make setup-lighthouse says why")
@@ -18,7 +18,7 @@ from coordinator.lighthouse.circuits import Account, carry  # noqa: E402 - it im
 if TYPE_CHECKING:
     from coordinator.lighthouse.streams import TrioStream
 
-LIMITS = CircuitLimits(reservations=1, circuits=1, circuit_bytes=100, circuit_s=3600.0)
+LIMITS = RelayLimits(max_reservations=1, max_circuits=1, circuit_bytes=100, circuit_s=3600.0)
 
 
 class Side:
@@ -46,7 +46,7 @@ class Side:
 
 def carried(one: Side, other: Side, idle_s: float) -> tuple[bool, float]:
     """Whether both sides have ended, and after how long it was over."""
-    quotas = RelayQuotas(LIMITS, lambda: 0.0)
+    quotas = RelayQuotas[bytes](LIMITS, lambda: 0.0)
     quotas.reserve(b"target", "127.0.0.1")
     account = Account(quotas, quotas.open(b"source", b"target"), idle_s)
 

@@ -7,16 +7,16 @@ import pytest
 from common.errors import OverloadedError, UnavailableError
 from coordinator.lighthouse.connection_limits import ConnectionLimit
 from coordinator.lighthouse.hivemind_pb2 import FOUND_DICTIONARY, FindResponse, FindResult
-from coordinator.lighthouse.relay_quotas import (
-    MAX_CIRCUITS_PER_PEER,
-    MAX_RESERVATIONS_PER_ADDRESS,
-    RESERVATION_S,
-    CircuitLimits,
-    RelayQuotas,
-)
 from coordinator.lighthouse.search import MAX_CALLS, N_NEAREST, KeySearch
 from coordinator.lighthouse.table import BUCKET_SIZE, RoutingTable
 from dht.packing import pack_dictionary, place_of_key, place_of_peer, wrap
+from dht.relay.quotas import (
+    MAX_CIRCUITS_PER_PEER,
+    MAX_RESERVATIONS_PER_ADDRESS,
+    RESERVATION_S,
+    RelayLimits,
+    RelayQuotas,
+)
 
 ME = b"me"
 PEERS = [b"peer %d" % number for number in range(400)]
@@ -119,12 +119,12 @@ def test_records_go_to_the_reader_by_key_and_owner() -> None:
     assert taken == [("key", {"owner": b"raw"})]
 
 
-LIMITS = CircuitLimits(reservations=2, circuits=2, circuit_bytes=100, circuit_s=60.0)
+LIMITS = RelayLimits(max_reservations=2, max_circuits=2, circuit_bytes=100, circuit_s=60.0)
 
 
 def test_a_reservation_is_for_an_hour_and_is_renewed_though_all_are_taken() -> None:
     clock = Clock()
-    quotas = RelayQuotas(LIMITS, clock)
+    quotas = RelayQuotas[bytes](LIMITS, clock)
     assert quotas.reserve(PEERS[0], "127.0.0.1") == 1000.0 + RESERVATION_S
     quotas.reserve(PEERS[1], "127.0.0.1")
     with pytest.raises(OverloadedError, match="this relay has 2 reservations, the most it takes"):
@@ -140,7 +140,9 @@ def test_a_reservation_is_for_an_hour_and_is_renewed_though_all_are_taken() -> N
 
 @pytest.mark.parametrize(("address", "all_in"), [("8.8.8.8", False), ("192.168.1.2", True), ("", True)])
 def test_one_public_address_does_not_get_all_reservations(address: str, *, all_in: bool) -> None:
-    quotas = RelayQuotas(CircuitLimits(reservations=100, circuits=1, circuit_bytes=1, circuit_s=1.0), Clock())
+    quotas = RelayQuotas[bytes](
+        RelayLimits(max_reservations=100, max_circuits=1, circuit_bytes=1, circuit_s=1.0), Clock()
+    )
     for peer in PEERS[:MAX_RESERVATIONS_PER_ADDRESS]:
         quotas.reserve(peer, address)
     if all_in:
@@ -152,7 +154,7 @@ def test_one_public_address_does_not_get_all_reservations(address: str, *, all_i
 
 
 def test_circuits_lead_to_who_has_reserved_and_are_bounded() -> None:
-    quotas = RelayQuotas(LIMITS, Clock())
+    quotas = RelayQuotas[bytes](LIMITS, Clock())
     with pytest.raises(UnavailableError, match="no reservation"):
         quotas.open(PEERS[0], PEERS[1])
     quotas.reserve(PEERS[1], "127.0.0.1")
@@ -165,7 +167,8 @@ def test_circuits_lead_to_who_has_reserved_and_are_bounded() -> None:
 
 
 def test_one_peer_does_not_get_all_circuits() -> None:
-    quotas = RelayQuotas(CircuitLimits(reservations=9, circuits=99, circuit_bytes=1, circuit_s=1.0), Clock())
+    limits = RelayLimits(max_reservations=9, max_circuits=99, max_circuits_per_target=MAX_CIRCUITS_PER_PEER)
+    quotas = RelayQuotas[bytes](limits, Clock())
     for peer in PEERS[:3]:
         quotas.reserve(peer, "127.0.0.1")
     for number in range(MAX_CIRCUITS_PER_PEER):
@@ -179,7 +182,7 @@ def test_one_peer_does_not_get_all_circuits() -> None:
 
 
 def test_nodes_and_peers_of_libp2p_share_the_limits_and_are_reached_each_their_way() -> None:
-    quotas = RelayQuotas(LIMITS, Clock())
+    quotas = RelayQuotas[bytes](LIMITS, Clock())
     quotas.reserve(PEERS[1], "127.0.0.1")
     quotas.reserve(PEERS[2], "127.0.0.1", "kilohive")
     with pytest.raises(OverloadedError, match="the most it takes"):
@@ -197,7 +200,7 @@ def test_nodes_and_peers_of_libp2p_share_the_limits_and_are_reached_each_their_w
 
 
 def test_a_circuit_carries_its_bytes_and_not_one_more() -> None:
-    quotas = RelayQuotas(LIMITS, Clock())
+    quotas = RelayQuotas[bytes](LIMITS, Clock())
     quotas.reserve(PEERS[1], "127.0.0.1")
     circuit = quotas.open(PEERS[0], PEERS[1])
     assert [quotas.pass_bytes(circuit, n) for n in (60, 41, 40, 1)] == [True, False, True, False]

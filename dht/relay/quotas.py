@@ -1,17 +1,24 @@
-"""What a relay has promised and to whom: reservations and circuits within their limits. Pure; `relay.py` acts on it."""
+"""What a relay has promised and to whom: reservations and circuits within their limits. Pure.
+
+A node's relay and a lighthouse act on it. Imports no hivemind, so that a lighthouse can.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 from common.errors import OverloadedError, UnavailableError
 from dht.relay.relaying import no_circuit_left, no_reservation_left
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
+
+P = TypeVar("P", bound="Hashable")
+"""A peer's id, as text or as bytes."""
 
 Way = Literal["libp2p", "kilohive"]
 """How a peer is reached through its reservation: libp2p's circuits, or streams as nodes relay them."""
@@ -23,17 +30,24 @@ MAX_RESERVATIONS_PER_ADDRESS = 16
 """Peers behind one public address: more than a household has, and not enough to take all."""
 
 MAX_CIRCUITS_PER_PEER = 16
-"""Into one peer, and out of one peer."""
+"""Out of one peer and, at a lighthouse, into one peer."""
+
+ANY_NUMBER = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
-class CircuitLimits:
-    """What a lighthouse's owner gives away. `circuit_bytes` counts both ways together."""
+class RelayLimits:
+    """How much a relay carries for others: peers that reserve, open circuits in all, of one caller and to one peer.
 
-    reservations: int
-    circuits: int
-    circuit_bytes: int
-    circuit_s: float
+    `circuit_bytes` counts both ways of one circuit together, `circuit_s` is its longest life.
+    """
+
+    max_reservations: int = 32
+    max_circuits: int = 64
+    max_circuits_per_caller: int = MAX_CIRCUITS_PER_PEER
+    max_circuits_per_target: int = ANY_NUMBER
+    circuit_bytes: int = ANY_NUMBER
+    circuit_s: float = math.inf
 
 
 class _Reserved(NamedTuple):
@@ -41,10 +55,10 @@ class _Reserved(NamedTuple):
     address: str
 
 
-class Circuit:
+class Circuit(Generic[P]):
     """One circuit's account."""
 
-    def __init__(self, source: bytes, target: bytes, max_bytes: int) -> None:
+    def __init__(self, source: P, target: P, max_bytes: int) -> None:
         self.source, self.target = source, target
         self.left_bytes = max_bytes
 
@@ -56,13 +70,13 @@ class Circuit:
         return True
 
 
-class RelayQuotas:
-    """Reservations and circuits of one relay; `clock` gives seconds since 1970."""
+class RelayQuotas(Generic[P]):
+    """Reservations and circuits of one relay; `clock` gives seconds."""
 
-    def __init__(self, limits: CircuitLimits, clock: Callable[[], float]) -> None:
+    def __init__(self, limits: RelayLimits, clock: Callable[[], float]) -> None:
         self.limits, self._clock = limits, clock
-        self._reserved: dict[tuple[Way, bytes], _Reserved] = {}
-        self._circuits: set[Circuit] = set()
+        self._reserved: dict[tuple[Way, P], _Reserved] = {}
+        self._circuits: set[Circuit[P]] = set()
         self.relayed_bytes = 0
         self.refused = 0
 
@@ -77,7 +91,7 @@ class RelayQuotas:
         """Circuits that are open."""
         return len(self._circuits)
 
-    def reserve(self, peer: bytes, address: str, way: Way = "libp2p") -> float:
+    def reserve(self, peer: P, address: str, way: Way = "libp2p") -> float:
         """Reserve for a peer that is connected from `address`, or renew; until when. Raises OverloadedError."""
         self._expire()
         if (way, peer) not in self._reserved:
@@ -86,54 +100,54 @@ class RelayQuotas:
         self._reserved[way, peer] = _Reserved(expires_s, address)
         return expires_s
 
-    def has_reserved(self, peer: bytes, way: Way = "libp2p") -> bool:
+    def has_reserved(self, peer: P, way: Way = "libp2p") -> bool:
         """Whether a peer's reservation holds."""
         reserved = self._reserved.get((way, peer))
         return reserved is not None and reserved.expires_s > self._clock()
 
-    def release(self, peer: bytes, way: Way) -> None:
+    def release(self, peer: P, way: Way) -> None:
         """A peer gives its reservation up."""
         self._reserved.pop((way, peer), None)
 
-    def keep_only(self, connected: Iterable[bytes]) -> None:
+    def keep_only(self, connected: Iterable[P]) -> None:
         """Drop reservations of peers that have left: nobody can be led to them."""
         here = set(connected)
         self._reserved = {held: reserved for held, reserved in self._reserved.items() if held[1] in here}
 
-    def open(self, source: bytes, target: bytes, way: Way = "libp2p") -> Circuit:
+    def open(self, source: P, target: P, way: Way = "libp2p") -> Circuit[P]:
         """Open a circuit. Raises UnavailableError if the target has no reservation, OverloadedError at a limit."""
         self._expire()
         if (way, target) not in self._reserved:
             raise UnavailableError("relay: the peer has no reservation here")
         out_of, into = self._circuits_of(source, target)
-        if len(self._circuits) >= self.limits.circuits or out_of >= MAX_CIRCUITS_PER_PEER:
+        if len(self._circuits) >= self.limits.max_circuits or out_of >= self.limits.max_circuits_per_caller:
             self._refuse(no_circuit_left(len(self._circuits), out_of))
-        if into >= MAX_CIRCUITS_PER_PEER:
+        if into >= self.limits.max_circuits_per_target:
             self._refuse(OverloadedError(f"this relay carries {into} circuits to that peer, the most it takes"))
         circuit = Circuit(source, target, self.limits.circuit_bytes)
         self._circuits.add(circuit)
         return circuit
 
-    def pass_bytes(self, circuit: Circuit, n_bytes: int) -> bool:
+    def pass_bytes(self, circuit: Circuit[P], n_bytes: int) -> bool:
         """Count bytes that are about to pass; False if the circuit may not carry them."""
         if not circuit.spend(n_bytes):
             return False
         self.relayed_bytes += n_bytes
         return True
 
-    def close(self, circuit: Circuit) -> None:
+    def close(self, circuit: Circuit[P]) -> None:
         """A circuit has ended. Safe to call twice."""
         self._circuits.discard(circuit)
 
-    def _circuits_of(self, source: bytes, target: bytes) -> tuple[int, int]:
+    def _circuits_of(self, source: P, target: P) -> tuple[int, int]:
         """Out of the one peer, and into the other."""
         out_of = Counter(circuit.source for circuit in self._circuits)
         into = Counter(circuit.target for circuit in self._circuits)
         return out_of[source], into[target]
 
     def _check_capacity(self, address: str) -> None:
-        if len(self._reserved) >= self.limits.reservations:
-            self._refuse(no_reservation_left(self.limits.reservations))
+        if len(self._reserved) >= self.limits.max_reservations:
+            self._refuse(no_reservation_left(self.limits.max_reservations))
         from_there = sum(reserved.address == address for reserved in self._reserved.values())
         if _is_public(address) and from_there >= MAX_RESERVATIONS_PER_ADDRESS:
             words = f"this relay has {from_there} reservations from one address, the most it takes"

@@ -7,7 +7,7 @@ import ipaddress
 import socket
 from typing import TYPE_CHECKING
 
-from common.errors import ConfigError
+from common.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,6 +32,18 @@ def listen_host(listen: str, initial_peers: Iterable[str]) -> str:
         if found is not None:
             return found
     raise ConfigError("--listen: cannot tell which address of this machine the others reach; give one")
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> UnavailableError:
+    """What a person is told of an address that this machine does not give."""
+    hint = "stop what uses it or choose another, 0 takes any" if port else "choose an address of this machine"
+    return UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}")
+
+
+def tcp_address(host: str, port: int) -> str:
+    """An IP address and a port as a multiaddress."""
+    address = ipaddress.ip_address(host)
+    return f"/ip{address.version}/{address}/tcp/{port}"
 
 
 def _source_towards(multiaddress: str) -> str | None:

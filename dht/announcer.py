@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError
 from common.tasks import Periodic
-from dht.record_store import Entry
-from dht.record_versions import PERIOD_S, TTL_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, RecordVersions
+from dht.record_signer import RecordSigner
+from dht.record_versions import PERIOD_S, TTL_S, WITHDRAW_TIMEOUT_S, WITHDRAWN
 from protocol.announcements import encode_block, encode_peer
-from protocol.records import block_key, peers_key, sign_record
+from protocol.records import block_key, peers_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,14 +47,12 @@ class Announcer:
         ttl_s: float = TTL_S,
     ) -> None:
         self._dht = dht
-        self._identity = identity
         self._run_id = admission.run_id
-        self._ticket = admission.ticket(identity.peer_id)
         self._describe = describe
         self._period_s = period_s
         self._ttl_s = ttl_s
         self._announced: set[str] = set()
-        self._record_versions = RecordVersions(ttl_s)
+        self._signer = RecordSigner(identity, admission, ttl_s)
         self._problem = ""
         self._one_at_a_time = asyncio.Lock()
         self._announcing = Periodic("announcer", period_s, self._announce_or_log)
@@ -104,16 +102,7 @@ class Announcer:
         return payloads
 
     async def _store(self, payloads: Mapping[str, bytes]) -> bool:
-        self._record_versions.advance(self._dht.now_s())
-        owner, until_s = self._identity.peer_id, self._record_versions.expiration_s
-        entries = [Entry(key, owner, self._sign(key, payload), until_s) for key, payload in payloads.items()]
-        return all(await self._dht.store_many(entries))
-
-    def _sign(self, key: str, payload: bytes) -> bytes:
-        version, until_s = self._record_versions.version, self._record_versions.expiration_s
-        return sign_record(
-            self._identity, key=key, version=version, expiration_s=until_s, payload=payload, ticket=self._ticket
-        )
+        return all(await self._dht.store_many(self._signer.sign(payloads, self._dht.now_s())))
 
     async def _announce_or_log(self) -> None:
         problem = ""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import ConfigError, UnavailableError
+from dht.addresses import cannot_listen
 
 if TYPE_CHECKING:
     from protocol.identity import Identity
@@ -222,8 +223,7 @@ def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            hint = "stop what uses it or choose another, 0 takes any" if port else "choose an address of this machine"
-            raise UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}") from None
+            raise cannot_listen(host, port, error) from None
 
 
 async def _launch(identity: Identity, place: DaemonAddresses, folder: Path) -> asyncio.subprocess.Process:

@@ -18,8 +18,9 @@ from protocol.admission import OPEN
 from protocol.records import MAX_RECORD_BYTES, SignedRecord, check_time, parse_key, verify_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
+    from dht.record_store import Entry
     from protocol.admission import Admission
     from protocol.manifest import ModelConfig
 
@@ -141,6 +142,23 @@ def unwrap(value: object) -> bytes:
     if not header or wrap(raw) != value:
         raise RecordError("value: not a byte string wrapped by msgpack")
     return raw
+
+
+def carried(entry: Entry) -> Record:
+    """A signed record as it travels."""
+    return Record(place_of_key(entry.key), pack(entry.subkey), wrap(entry.value), entry.expiration_s)
+
+
+def check_capacity(n_keys: int, owners: Collection[str] | None, owner: str) -> None:
+    """Raise RecordError if a store of `n_keys` has no place for a record; `owners` are those under its key, if any.
+
+    Full means that newcomers are refused; who is in already can go on renewing.
+    """
+    if owners is None:
+        if n_keys >= MAX_STORED_KEYS:
+            raise RecordError(f"store: full ({MAX_STORED_KEYS} keys)")
+    elif len(owners) >= MAX_SUBKEYS and owner not in owners:
+        raise RecordError(f"store: full ({MAX_SUBKEYS} owners under one key)")
 
 
 def pack_dictionary(items: Iterable[tuple[str, bytes, float]]) -> bytes:

@@ -12,7 +12,7 @@ from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.routing import DHTID
 
 from common.errors import RecordError
-from dht.packing import MAX_STORED_KEYS, MAX_SUBKEYS, check_in_run
+from dht.packing import check_capacity, check_in_run
 
 if TYPE_CHECKING:
     from dht.packing import RecordChecker
@@ -54,12 +54,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             check_in_run(signed, self._manifest.run_id, self._manifest.model)
 
     def _check_capacity(self, record: DHTRecord, signed: SignedRecord) -> None:
-        """Full means that newcomers are refused; who is in already can go on renewing."""
-        if self._storage is None:
-            return
-        stored = self._storage.get(DHTID.from_bytes(record.key))
-        if stored is None:
-            if len(self._storage) >= MAX_STORED_KEYS:
-                raise RecordError(f"store: full ({MAX_STORED_KEYS} keys)")
-        elif len(stored.value) >= MAX_SUBKEYS and signed.owner not in stored.value:
-            raise RecordError(f"store: full ({MAX_SUBKEYS} owners under {signed.key!r})")
+        if self._storage is not None:
+            stored = self._storage.get(DHTID.from_bytes(record.key))
+            owners = None if stored is None else stored.value
+            check_capacity(len(self._storage), owners, signed.owner)

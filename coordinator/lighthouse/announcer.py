@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from dht.packing import Record, pack, place_of_key, wrap
-from dht.record_versions import PERIOD_S, WITHDRAW_TIMEOUT_S, WITHDRAWN, RecordVersions
+from dht.packing import carried
+from dht.record_signer import RecordSigner
+from dht.record_versions import PERIOD_S, WITHDRAW_TIMEOUT_S, WITHDRAWN
 from protocol.announcements import encode_peer
-from protocol.records import peers_key, sign_record
+from protocol.records import peers_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,10 +30,9 @@ class LighthouseAnnouncer:
     def __init__(
         self, member: Member, identity: Identity, admission: Admission, said: PeerRecord, clock: Callable[[], float]
     ) -> None:
-        self._member, self._identity, self._clock = member, identity, clock
+        self._member, self._clock = member, clock
         self._key, self._payload = peers_key(admission.run_id), encode_peer(said)
-        self._ticket = admission.ticket(identity.peer_id)
-        self._record_versions = RecordVersions()
+        self._signer = RecordSigner(identity, admission)
         self._told: Sequence[bytes] = ()
 
     async def run(self) -> None:
@@ -50,17 +50,5 @@ class LighthouseAnnouncer:
             logger.warning("this lighthouse's record could not be withdrawn everywhere and expires soon")
 
     async def _say(self, payload: bytes) -> None:
-        record_versions = self._record_versions
-        record_versions.advance(self._clock())
-        raw = sign_record(
-            self._identity,
-            key=self._key,
-            version=record_versions.version,
-            expiration_s=record_versions.expiration_s,
-            payload=payload,
-            ticket=self._ticket,
-        )
-        owner = pack(self._identity.peer_id)
-        await self._member.store(
-            Record(place_of_key(self._key), owner, wrap(raw), record_versions.expiration_s), self._told
-        )
+        for entry in self._signer.sign({self._key: payload}, self._clock()):
+            await self._member.store(carried(entry), self._told)

@@ -12,8 +12,7 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import MultiaddrError
 
 from common.errors import ConfigError, IdentityError, UnavailableError
-from coordinator.lighthouse.streams import tcp_address
-from dht.addresses import listen_host
+from dht.addresses import cannot_listen, listen_host, tcp_address
 from protocol.identity import public_key_of
 from protocol.swarm_file import last_port
 
@@ -80,6 +79,5 @@ async def _bind(host: str, port: int) -> trio.SocketListener:
         bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
-        hint = "stop what uses it or choose another, 0 takes any" if port else "choose an address of this machine"
-        raise UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}") from None
+        raise cannot_listen(host, port, error) from None
     return trio.SocketListener(bound)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import RecordError
-from dht.packing import MAX_STORED_KEYS, MAX_SUBKEYS, Record, RecordChecker, check_in_run
+from dht.packing import Record, RecordChecker, check_capacity, check_in_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +55,9 @@ class StoredRecords:
         if known is not None and known.expiration_s >= record.expiration_time:
             return False
         added = len(record.value) - (len(known.value) if known else 0)
-        self._check_capacity(record.key, added, is_new=known is None)
+        if self.n_bytes + added > self._max_bytes:
+            raise RecordError(f"store: full ({self._max_bytes} bytes)")
+        check_capacity(len(self._keys), self._keys.get(record.key), signed.owner)
         self._keys.setdefault(record.key, {})[signed.owner] = Item(record.value, record.expiration_time)
         self.n_bytes += added
         return True
@@ -69,13 +71,3 @@ class StoredRecords:
         """Drop what has expired."""
         self._keys = {key: live for key in self._keys if (live := self.get(key))}
         self.n_bytes = sum(len(item.value) for owners in self._keys.values() for item in owners.values())
-
-    def _check_capacity(self, key: bytes, added: int, *, is_new: bool) -> None:
-        """Full means that newcomers are refused; who is in already can go on renewing."""
-        if self.n_bytes + added > self._max_bytes:
-            raise RecordError(f"store: full ({self._max_bytes} bytes)")
-        owners = self._keys.get(key)
-        if owners is None and len(self._keys) >= MAX_STORED_KEYS:
-            raise RecordError(f"store: full ({MAX_STORED_KEYS} keys)")
-        if owners is not None and is_new and len(owners) >= MAX_SUBKEYS:
-            raise RecordError(f"store: full ({MAX_SUBKEYS} owners under one key)")

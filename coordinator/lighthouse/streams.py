@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 from typing import TYPE_CHECKING, Any
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
 
 from common.errors import UnavailableError
+from dht.addresses import tcp_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,12 +93,6 @@ class TrioStream:
         """Cut it off. Never fails, and never waits for long."""
         with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True), contextlib.suppress(*LIBP2P_ERRORS):
             await self._stream.reset()
-
-
-def tcp_address(host: str, port: int) -> str:
-    """Return the TCP address as a multiaddress."""
-    address = ipaddress.ip_address(host)
-    return f"/ip{address.version}/{address}/tcp/{port}"
 
 
 @contextlib.contextmanager

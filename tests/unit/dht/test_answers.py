@@ -74,7 +74,7 @@ def test_nothing_is_stored_in_a_cache_that_would_hide_the_store() -> None:
 
 
 def test_a_full_key_refuses_newcomers_and_renews_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dht.validator.MAX_SUBKEYS", 2)
+    monkeypatch.setattr("dht.packing.MAX_SUBKEYS", 2)
     storage, validator = DHTLocalStorage(), RecordValidator(RecordChecker(time.time))
     validator.attach(storage)
     key_id, owners = DHTID.generate(KEY), [Identity.generate() for _ in range(3)]

@@ -139,7 +139,7 @@ def replica_of(block: BlockId) -> Record:
 
 
 def test_a_full_store_refuses_newcomers_and_renews_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.lighthouse.store.MAX_SUBKEYS", 1)
+    monkeypatch.setattr("dht.packing.MAX_SUBKEYS", 1)
     store, owner = StoredRecords(Admission(RUN), Clock()), Identity.generate()
     assert store.put(carried(entry_by(owner)))
     with pytest.raises(RecordError, match=r"store: full \(1 owners under one key\)"):

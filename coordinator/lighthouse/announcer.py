@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from coordinator.lighthouse.repeating import repeat
 from dht.packing import carried
 from dht.record_signer import RecordSigner
 from dht.record_versions import PERIOD_S, WITHDRAW_TIMEOUT_S, WITHDRAWN
@@ -36,11 +37,8 @@ class LighthouseAnnouncer:
         self._told: Sequence[bytes] = ()
 
     async def run(self) -> None:
-        """Announce again and again, for ever."""
-        while True:
-            self._told = await self._member.nearest_to(self._key)
-            await self._say(self._payload)
-            await trio.sleep(PERIOD_S)
+        """Announce again and again, forever."""
+        await repeat(self._announce, PERIOD_S, at_once=True)
 
     async def withdraw(self) -> None:
         """Take back what was said, so that others drop this lighthouse at their next look; bounded in time."""
@@ -48,6 +46,10 @@ class LighthouseAnnouncer:
             await self._say(WITHDRAWN)
         if limit.cancelled_caught:
             logger.warning("this lighthouse's record could not be withdrawn everywhere and expires soon")
+
+    async def _announce(self) -> None:
+        self._told = await self._member.nearest_to(self._key)
+        await self._say(self._payload)
 
     async def _say(self, payload: bytes) -> None:
         for entry in self._signer.sign({self._key: payload}, self._clock()):

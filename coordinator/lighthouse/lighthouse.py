@@ -27,6 +27,7 @@ from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.node_relay import NodeRelay
 from coordinator.lighthouse.observer import OBSERVE_S, Observer
 from coordinator.lighthouse.relay import CircuitRelay
+from coordinator.lighthouse.repeating import repeat
 from coordinator.lighthouse.rpc import DhtCalls
 from coordinator.lighthouse.store import StoredRecords
 from coordinator.lighthouse.transport import TrioTransport, quiet_libp2p
@@ -103,10 +104,11 @@ class Lighthouse:
         self._store.serve_only(manifest.model)
 
     async def _observe_forever(self) -> None:
-        while True:
-            await self._observer.observe()
-            self._relay.forget_the_gone()
-            await trio.sleep(OBSERVE_S)
+        await repeat(self._observe, OBSERVE_S, at_once=True)
+
+    async def _observe(self) -> None:
+        await self._observer.observe()
+        self._relay.forget_the_gone()
 
 
 async def serve(config: LighthouseConfig, stop: trio.Event) -> None:

@@ -19,6 +19,7 @@ from coordinator.lighthouse.hivemind_pb2 import (
     StoreRequest,
     StoreResponse,
 )
+from coordinator.lighthouse.repeating import repeat
 from coordinator.lighthouse.search import KeySearch
 from coordinator.lighthouse.table import RoutingTable
 from dht.packing import place_of_key, place_of_peer
@@ -75,10 +76,8 @@ class Member:
         calls.serve("rpc_find", FindRequest, self._find)
 
     async def run(self) -> None:
-        """Stay in touch with the others, for ever."""
-        while True:
-            await trio.sleep(REFRESH_S)
-            await self.refresh()
+        """Stay in touch with the others, forever."""
+        await repeat(self.refresh, REFRESH_S)
 
     async def refresh(self) -> None:
         """Meet initial peers that are not known, ask the quiet ones, look for neighbors, forget what has expired."""

@@ -1,4 +1,8 @@
-"""The event stream: one JSON line per event, for programs; people read the same words in logs and tables."""
+"""The event stream: one JSON line per event, for programs; people read the same words in logs and tables.
+
+An event is a frozen dataclass beside the part that emits it. Whoever reads it, in a log or as a subscriber, reads that
+class.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,95 @@ import json
 import logging
 import threading
 import time
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+from common.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Event = dict[str, Any]
-
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened. A subclass sets `event`, its name in a log; its fields are written in their order.
+
+    They hold what JSON can: numbers, texts, booleans, None, tuples, dictionaries with texts as keys, and dataclasses of
+    these. A field whose name is a Python keyword has an underscore after it, which is not written.
+    """
+
+    event: ClassVar[str]
+
+    def to_row(self) -> dict[str, Any]:
+        """What its line holds, but for the time."""
+        return {"event": self.event, **{_key(name): value for name, value in asdict(self).items()}}
+
+
+E = TypeVar("E", bound=Event)
+
+
+def read_event(line: str | bytes, *kinds: type[E]) -> E | None:
+    """The event on a line of a log; None if it is not one of `kinds`, or if a crash cut the line short.
+
+    Fields that a newer version has added are ignored. Raises InvalidInputError for one that is missing or ill-typed.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    kind = next((kind for kind in kinds if kind.event == row.get("event")), None)
+    if kind is None:
+        return None
+    event: E = _filled(kind, row, f"event {kind.event!r}")
+    return event
+
+
+def _filled(kind: type[Any], row: dict[str, object], where: str) -> Any:  # noqa: ANN401 - an instance of `kind`
+    """An instance of the dataclass `kind`, an event or a part of one; errors say `where` the row is."""
+    values: dict[str, Any] = {}
+    for name, hint in _hints(kind).items():  # type: ignore[arg-type] # a class can be hashed
+        place = f"{where}, field {_key(name)!r}"
+        if _key(name) not in row:
+            raise InvalidInputError(place, "is missing")
+        values[name] = _parsed(row[_key(name)], hint, place)
+    return kind(**values)
+
+
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """The types of its fields, by name."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _parsed(value: object, hint: Any, where: str) -> Any:  # noqa: ANN401 - a value of the type `hint`
+    """`value`, as JSON has it, as `hint` says, which is an annotation of a field."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
+        return _filled(hint, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_parsed(item, arguments[0], where) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _parsed(item, arguments[1], where) for key, item in value.items()}
+    if origin is UnionType:  # something or None
+        return None if value is None else _parsed(value, arguments[0], where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is object or type(value) is hint:
+        return value
+    raise InvalidInputError(where, f"must be of the type {getattr(hint, '__name__', hint)}")
+
+
+def _key(name: str) -> str:
+    """A field's name in a log."""
+    return name.removesuffix("_")
 
 
 class EventLog:
@@ -29,24 +113,24 @@ class EventLog:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._clock = clock
-        self._subscribers: list[Callable[[Event], None]] = []
+        self._subscribers: list[Callable[[Event, float], None]] = []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: a line that could not be written leaves nothing behind that fails again at the next one.
         self._file = path.open("ab", buffering=0) if path is not None else None
         self._lost_lines = 0
 
-    def subscribe(self, callback: Callable[[Event], None]) -> None:
-        """Call `callback` with every later event, in the emitting thread."""
+    def subscribe(self, callback: Callable[[Event, float], None]) -> None:
+        """Call `callback` with every later event and its time, seconds since 1970, in the emitting thread."""
         self._subscribers.append(callback)
 
-    def emit(self, event: str, **fields: Any) -> None:  # noqa: ANN401 - an event's fields are whatever JSON holds
-        """Write {"t": seconds since 1970, "event": ..., fields}."""
-        row = {"t": round(self._clock(), 3), "event": event, **fields}
+    def emit(self, event: Event) -> None:
+        """Write {"t": seconds since 1970, "event": its name, its fields}."""
+        t_s = round(self._clock(), 3)
         with self._lock:
-            self._write(json.dumps(row, separators=(",", ":")).encode())
+            self._write(json.dumps({"t": t_s, **event.to_row()}, separators=(",", ":")).encode())
         for callback in self._subscribers:
-            callback(row)
+            callback(event, t_s)
 
     def _write(self, line: bytes) -> None:
         """A full disk costs lines, not the node; a person is told when that begins."""

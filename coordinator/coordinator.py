@@ -29,6 +29,7 @@ from coordinator.config import (
     program_name,
     read_manifest,
 )
+from coordinator.events import PeerLeaveEvent, PeerStartEvent
 from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
 from dht.join import publish_manifest
@@ -89,10 +90,10 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
             admission=admission.token,
         )
         invite = _write_invite(config, swarm)
-        events.emit("start", run_id=manifest.run_id, peer_id=dht.peer_id, addresses=dht.addresses)
+        events.emit(PeerStartEvent(run_id=manifest.run_id, peer_id=dht.peer_id, addresses=tuple(dht.addresses)))
         Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
         await stop.wait()
-        events.emit("leave")
+        events.emit(PeerLeaveEvent())
         dht.raise_if_lost()
 
 

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from common.errors import ConfigError, UnavailableError
-from common.events import EventLog
+from common.errors import ConfigError, InvalidInputError, UnavailableError
+from common.events import EventLog, read_event
 from common.settings import check_minimums
 from coordinator.blocks import block_list_text, split_blocks
 from coordinator.children import Child, ChildSpec, end_all, exit_words
 from coordinator.config import LocalConfig, RunConfig, check_same_run, manifest_of, program_name, read_manifest
+from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent
 from protocol.announcements import MAX_EVALUATORS
 from protocol.identity import Identity
+from protocol.node_events import TrainingStartEvent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,7 +143,7 @@ class LocalSwarm:
                 self._children, self._stop, patience_s=FINISH_PATIENCE_S, stop_patience_s=STOP_PATIENCE_S
             )
             Console().show_cursor()  # a trainer that had to be killed could not
-            self._events.emit("end", dead=self._dead, killed=killed)
+            self._events.emit(LocalEndEvent(dead=self._dead, killed=tuple(killed)))
             self._events.close()
         self._tell_end(code)
         return code
@@ -159,7 +161,7 @@ class LocalSwarm:
         events = self._out / "events.jsonl"
         self._trainer_log_start = events.stat().st_size if events.exists() else 0
         trainers = [self._spawn(self._trainer_spec(i)) for i in range(self._config.trainers)]
-        self._events.emit("start", run_id=manifest.run_id, hosts=len(hosts))
+        self._events.emit(LocalStartEvent(run_id=manifest.run_id, hosts=len(hosts)))
         return await self._watch(coordinator, hosts, trainers)
 
     def _tell_length(self, manifest: Manifest) -> None:
@@ -218,7 +220,7 @@ class LocalSwarm:
             if not _is_trainer(child) and not self._training_began():
                 raise self._death(child.name, child, "before training began")
             self._dead[child.name] = child.reap()
-            self._events.emit("ended", name=child.name, exit_code=self._dead[child.name])
+            self._events.emit(ChildEndedEvent(name=child.name, exit_code=self._dead[child.name]))
 
     def _training_began(self) -> bool:
         events = self._out / "events.jsonl"
@@ -226,7 +228,10 @@ class LocalSwarm:
             return False
         with events.open("rb") as file:
             file.seek(self._trainer_log_start)
-            return b'"event":"start"' in file.read()
+            try:
+                return any(read_event(line, TrainingStartEvent) for line in file)
+            except InvalidInputError as error:
+                raise UnavailableError(f"{events}: {error}; is the trainer of another version?") from None
 
     @staticmethod
     def _death(who: str, child: Child, when: str) -> UnavailableError:

@@ -19,6 +19,7 @@ from common.events import EventLog
 from common.metrics import serve_metrics
 from common.settings import check_minimums
 from coordinator.config import program_name
+from coordinator.events import PeerLeaveEvent, PeerStartEvent
 from coordinator.lighthouse.announcer import LighthouseAnnouncer
 from coordinator.lighthouse.kademlia import Kademlia
 from coordinator.lighthouse.listen_addresses import announced, initial_members, listen
@@ -129,11 +130,11 @@ async def serve(config: LighthouseConfig, stop: trio.Event) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lighthouse.work)
                 _tell(config, admission, address, initial_peers)
-                events.emit("start", run_id=admission.run_id, peer_id=identity.peer_id, addresses=[address])
+                events.emit(PeerStartEvent(run_id=admission.run_id, peer_id=identity.peer_id, addresses=(address,)))
                 await stop.wait()
                 nursery.cancel_scope.cancel()
             await lighthouse.leave()
-        events.emit("leave")
+        events.emit(PeerLeaveEvent())
 
 
 def _tell(config: LighthouseConfig, admission: Admission, address: str, initial_peers: tuple[str, ...]) -> None:

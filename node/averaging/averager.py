@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from common.errors import KilohiveError, OverloadedError, UnavailableError
+from node.averaging.events import ExchangeEvent
 from node.averaging.exchange import ExchangeResult
 from node.averaging.partners import FIRST_BUSY_S, History, candidates, choose_partner
 from protocol.endpoints import Address
@@ -191,17 +192,18 @@ class Averager:
     def _emit(self, result: ExchangeResult) -> None:
         distances = [block.divergence for block in result.blocks]
         self._events.emit(
-            "exchange",
-            partner=result.partner,
-            dialled=result.dialled,
-            blocks=len(result.blocks),
-            divergence_max=max(distances, default=0.0),
-            divergence_mean=sum(distances) / max(1, len(distances)),
-            clipped=sum(block.clipped_rows for block in result.blocks),
-            refused=len(result.refused),
-            bytes=result.n_bytes,
-            seconds=round(result.seconds, 3),
-            problem=result.problem,
+            ExchangeEvent(
+                partner=result.partner,
+                dialled=result.dialled,
+                blocks=len(result.blocks),
+                divergence_max=max(distances, default=0.0),
+                divergence_mean=sum(distances) / max(1, len(distances)),
+                clipped=sum(block.clipped_rows for block in result.blocks),
+                refused=len(result.refused),
+                bytes=result.n_bytes,
+                seconds=round(result.seconds, 3),
+                problem=result.problem,
+            )
         )
 
     async def _run(self) -> None:

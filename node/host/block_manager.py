@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError, NoRoomError, UnavailableError
 from node.host.block_loader import is_here, source_of
+from node.host.events import JoinedEvent, JoinFailedEvent
 from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
@@ -100,12 +101,12 @@ class BlockManager:
             raise
         except KilohiveError as error:
             logger.warning("Block %s is not taken now: %s", block_id, error)
-            self._events.emit("join_failed", block=str(block_id), reason=str(error))
+            self._events.emit(JoinFailedEvent(block=str(block_id), reason=str(error)))
             self.held.joining.discard(block_id)
             return None
         await self.held.add(block)
         seconds = round(time.monotonic() - started, 3)
         self._events.emit(
-            "joined", block=str(block_id), version=block.version, source=str(source.origin), seconds=seconds
+            JoinedEvent(block=str(block_id), version=block.version, source=str(source.origin), seconds=seconds)
         )
         return block_id

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import CheckpointError
+from node.host.events import BlockCheckpointFailedEvent, CheckpointEvent
 
 if TYPE_CHECKING:
     from common.events import EventLog
@@ -51,11 +52,11 @@ class Checkpoints:
                 self._saved[block.id] = version
         except CheckpointError as error:
             logger.error("%s", error)  # noqa: TRY400 - the sentence says all, a stack trace would hide it
-            self._events.emit("checkpoint_failed", reason=str(error))
+            self._events.emit(BlockCheckpointFailedEvent(reason=str(error)))
             return
         await self._keep_disk_limit()
         if changed:
-            self._events.emit("checkpoint", blocks=len(changed), seconds=round(time.monotonic() - started, 3))
+            self._events.emit(CheckpointEvent(blocks=len(changed), seconds=round(time.monotonic() - started, 3)))
 
     async def _save_block(self, block: Block) -> int:
         copy = self._runtime.call(lambda: self._store.copy(block))

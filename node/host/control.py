@@ -12,12 +12,14 @@ import os
 import sys
 from collections import deque
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
-from common.errors import ConfigError, UnavailableError
+from common.errors import ConfigError, InvalidInputError, UnavailableError
+from common.events import Event, read_event
 from common.settings import check_minimums
+from node.host.events import AskedEvent, HandedOverEvent, HostLeaveEvent, LeavingEvent, PausedEvent, ResumedEvent
 from node.host.signals import SIGNALS
 from node.rpc.health import MAX_FILE_BYTES, SERVER_FILE
 
@@ -33,37 +35,37 @@ CLOCK_SLACK_S = 60.0
 
 MAX_NEW_BYTES = 1 << 20
 
+E = TypeVar("E", bound=Event)
+
 
 async def run_pause(config: ControlConfig, _stop: asyncio.Event) -> None:
     """Returns once the host has paused."""
     async with _talk(config, "pause") as talk:
-        asked = await talk.wait_for("asked")
-        if not asked["paused"]:
-            await talk.wait_for("paused")
+        asked = await talk.wait_for(AskedEvent)
+        if not asked.paused:
+            await talk.wait_for(PausedEvent)
         _say(f"paused, with its blocks stored in {config.state}")
 
 
 async def run_resume(config: ControlConfig, _stop: asyncio.Event) -> None:
     """Returns once the host works again, or has said what else keeps it from working."""
     async with _talk(config, "resume") as talk:
-        asked = await talk.wait_for("asked")
-        if asked["reasons"]:
-            _say(f"no longer paused by its owner, but {' and '.join(asked['reasons'])}")
+        asked = await talk.wait_for(AskedEvent)
+        if asked.reasons:
+            _say(f"no longer paused by its owner, but {' and '.join(asked.reasons)}")
             return
-        blocks = (await talk.wait_for("resumed"))["blocks"] if asked["paused"] else None
+        blocks = (await talk.wait_for(ResumedEvent)).blocks if asked.paused else None
         _say("it works" if blocks is None else f"it works again, with {blocks} blocks")
 
 
 async def run_leave(config: ControlConfig, _stop: asyncio.Event) -> None:
     """Returns once the host's process has ended; tells what it does until then."""
     async with _talk(config, "leave") as talk:
-        await talk.wait_for("asked")
+        await talk.wait_for(AskedEvent)
         while talk.runs():
-            for event in talk.heard():
-                _tell_leaving(event)
+            _tell_leaving(talk)
             await asyncio.sleep(LOOK_S)
-        for event in talk.heard():
-            _tell_leaving(event)
+        _tell_leaving(talk)
         _say("left")
 
 
@@ -88,7 +90,7 @@ class _Talk:
         self._process = read_process(state)
         self._log = state / "events.jsonl"
         self._offset = _size(self._log)
-        self._heard: deque[dict[str, Any]] = deque()
+        self._heard: deque[bytes] = deque()
 
     def send(self, word: str) -> None:
         """The signal that stands for it."""
@@ -99,30 +101,34 @@ class _Talk:
         except psutil.NoSuchProcess:
             raise _nobody(self._state) from None
 
-    async def wait_for(self, name: str) -> dict[str, Any]:
-        """The next event of that name."""
+    async def wait_for(self, kind: type[E]) -> E:
+        """The next event of that kind."""
         while True:
-            for event in self.heard():
-                if event["event"] == name:
-                    return event
+            for event in self.heard(kind):
+                return event
             if not self.runs():
                 raise UnavailableError(f"{self._state}: its host has ended")
             await asyncio.sleep(LOOK_S)
 
-    def heard(self) -> Iterator[dict[str, Any]]:
-        """Events since the last one that was taken."""
-        self._heard.extend(self._new_events())
+    def heard(self, *kinds: type[E]) -> Iterator[E]:
+        """Events of these kinds since the last one that was taken; UnavailableError for one that makes no sense."""
+        self._heard.extend(self._new_lines())
         while self._heard:
-            yield self._heard.popleft()
+            try:
+                event = read_event(self._heard.popleft(), *kinds)
+            except InvalidInputError as error:
+                raise UnavailableError(f"{self._log}: {error}; is its host of another version?") from None
+            if event is not None:
+                yield event
 
-    def _new_events(self) -> list[dict[str, Any]]:
+    def _new_lines(self) -> list[bytes]:
         if _size(self._log) < self._offset:  # begun anew
             self._offset = 0
         with self._log.open("rb") as file:
             file.seek(self._offset)
             whole = file.read(MAX_NEW_BYTES).rpartition(b"\n")[0]
         self._offset += len(whole) + 1 if whole else 0
-        return [json.loads(line) for line in whole.splitlines() if line]
+        return whole.splitlines()
 
     def runs(self) -> bool:
         """Whether the host's process is there."""
@@ -152,15 +158,16 @@ def read_process(state: Path) -> psutil.Process:
     return process
 
 
-def _tell_leaving(event: dict[str, Any]) -> None:
-    match event["event"]:
-        case "leaving":
-            _say(f"handing {event['blocks']} blocks over")
-        case "handed_over":
-            left = event["left"]
-            _say(f"others serve {event['blocks']} of them" + (f"; nobody has taken {', '.join(left)}" if left else ""))
-        case "leave":
-            _say("withdrawing its records")
+def _tell_leaving(talk: _Talk) -> None:
+    for event in talk.heard(LeavingEvent, HandedOverEvent, HostLeaveEvent):
+        match event:
+            case LeavingEvent():
+                _say(f"handing {event.blocks} blocks over")
+            case HandedOverEvent(left=left):
+                nobody = f"; nobody has taken {', '.join(left)}" if left else ""
+                _say(f"others serve {event.blocks} of them{nobody}")
+            case HostLeaveEvent():
+                _say("withdrawing its records")
 
 
 def _nobody(state: Path) -> UnavailableError:

@@ -15,6 +15,7 @@ import grpc
 from common.errors import InvalidInputError, OverloadedError, UnavailableError
 from common.tasks import within
 from dht.view import evaluators_named
+from node.host.events import TakenInEvent
 from node.host.serving.hosted_blocks import not_hosted
 from node.model.expert_file import ExpertId, read_expert
 from node.rpc.handlers import timeout_s
@@ -121,7 +122,7 @@ class ExpertUploadService:
             weights = await self._received(inbox, begin)
             replaced = self._runtime.call(lambda: self._replace(offered, weights, tested))
             now = await asyncio.wrap_future(replaced)
-        self._events.emit("taken_in", layer=place.layer, expert=place.expert, version=now, tested=min(tested))
+        self._events.emit(TakenInEvent(layer=place.layer, expert=place.expert, version=now, tested=min(tested)))
         logger.info("Took %s in; its block is at version %d", place, now)
         return pb.TakeInResponse(version=now)
 

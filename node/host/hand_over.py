@@ -7,6 +7,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from node.host.events import HandedOverEvent, LeavingEvent
 from node.host.pause import PAUSE_GRACE_S
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class HandOver:
         """Exchange a last time, give every block up, and wait until others serve them, within HAND_OVER_S."""
         until_s = asyncio.get_running_loop().time() + HAND_OVER_S
         blocks = sorted(self._held.serving)
-        self._events.emit("leaving", blocks=len(blocks))
+        self._events.emit(LeavingEvent(blocks=len(blocks)))
         logger.info("Leaving: handing %d blocks over", len(blocks))
         await self._averager.stop()
         with contextlib.suppress(TimeoutError):
@@ -48,7 +49,7 @@ class HandOver:
                 await self._held.catch_up(blocks)
         await self._block_manager.give_up(blocks, PAUSE_GRACE_S)
         left = await self._until_served_elsewhere(blocks, until_s)
-        self._events.emit("handed_over", blocks=len(blocks) - len(left), left=[str(block_id) for block_id in left])
+        self._events.emit(HandedOverEvent(blocks=len(blocks) - len(left), left=tuple(map(str, left))))
         if left:
             logger.warning("Nobody has taken %s: they come back with this host's folder", ", ".join(map(str, left)))
 

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import random
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import psutil
@@ -31,6 +30,7 @@ from node.host.block_manager import BlockManager
 from node.host.block_store import BlockStore
 from node.host.capacity import capacity_for, events_bytes, wanted_capacity
 from node.host.checkpoints import Checkpoints
+from node.host.events import AnnouncedEvent, AskedEvent, HostLeaveEvent, LimitsEvent
 from node.host.expert_upload_service import ExpertUploadService, VerdictChecker
 from node.host.hand_over import HandOver
 from node.host.held_blocks import HeldBlocks
@@ -162,7 +162,7 @@ class Host:
             logger.warning(
                 "Room for %d blocks, not for %d, under this host's limits", capacity.max_blocks, wanted.max_blocks
             )
-        self._events.emit("limits", limits=self._limits.told(), room=asdict(capacity), memory_bytes=used_bytes)
+        self._events.emit(LimitsEvent(limits=self._limits.told(), room=capacity, memory_bytes=used_bytes))
         return capacity
 
     @property
@@ -329,7 +329,7 @@ class Host:
 
     async def _leave(self) -> None:
         """Withdraw the records while running calls end, then save what they changed."""
-        self._events.emit("leave")
+        self._events.emit(HostLeaveEvent())
         await asyncio.gather(self._announcer.withdraw(), self._averaging.stop(), self._server.drain(DRAIN_GRACE_S))
         await self._checkpoints.save()
 
@@ -338,14 +338,15 @@ class Host:
         seconds = round(time.time() - self._started, 2)
         endpoint = self._node_endpoint.endpoint
         self._events.emit(
-            "announced",
-            run_id=self._swarm.manifest.run_id,
-            peer_id=self._swarm.identity.peer_id,
-            endpoint=endpoint,
-            addresses=list(self._swarm.dht.addresses),
-            versions={str(block_id): block.version for block_id, block in sorted(blocks.items())},
-            device=str(self._device),
-            seconds_since_start=seconds,
+            AnnouncedEvent(
+                run_id=self._swarm.manifest.run_id,
+                peer_id=self._swarm.identity.peer_id,
+                endpoint=endpoint,
+                addresses=tuple(self._swarm.dht.addresses),
+                versions={str(block_id): block.version for block_id, block in sorted(blocks.items())},
+                device=str(self._device),
+                seconds_since_start=seconds,
+            )
         )
         n_experts = sum(len(block.experts) for block in blocks.values())
         what = f"{n_experts} experts in {len(blocks)} blocks"
@@ -353,4 +354,4 @@ class Host:
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, where, self._device, seconds)
 
     def _report_signal(self, word: str) -> None:
-        self._events.emit("asked", word=word, paused=self._availability.away, reasons=list(self._availability.reasons))
+        self._events.emit(AskedEvent(word=word, paused=self._availability.away, reasons=self._availability.reasons))

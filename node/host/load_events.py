@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from node.host.metrics import load_event
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,18 +41,4 @@ class LoadEvents:
     def _emit(self) -> None:
         runtime, rate_limits = self._runtime, self._rate_limits
         rate_limits.count_child()
-        self._events.emit(
-            "load",
-            tokens_per_s=round(runtime.tokens_per_s, 1),
-            tokens_total=runtime.tokens_total,
-            queue_tokens=runtime.queue_tokens,
-            kept_inputs_bytes=runtime.kept_bytes,
-            refused=runtime.refused,
-            staleness=round(runtime.staleness, 3),
-            steps_refused=runtime.steps_refused,
-            exchanged_bytes=self._exchanged_bytes(),
-            sent_bytes=rate_limits.sent_bytes,
-            received_bytes=rate_limits.received_bytes,
-            cpu_s=round(rate_limits.cpu_s, 2),
-            memory_bytes=self._memory.used_bytes,
-        )
+        self._events.emit(load_event(runtime, rate_limits, self._exchanged_bytes(), self._memory.used_bytes))

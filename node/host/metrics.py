@@ -1,4 +1,4 @@
-"""Prometheus metrics of a host: read from the runtime when scraped."""
+"""A host in numbers: Prometheus metrics, read from the runtime when scraped, and the `load` event."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from node.host.events import LoadEvent
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     from node.host.serving.runtime import Runtime
     from node.host.serving.service import ExpertService
+    from node.limits.rate_limits import RateLimits
 
 
 class HostCollector(Collector):
@@ -42,3 +45,21 @@ class HostCollector(Collector):
         for block_id, block in runtime.blocks.items():
             versions.add_metric([str(block_id.layer), str(block_id.block)], block.version)
         yield versions
+
+
+def load_event(runtime: Runtime, rate_limits: RateLimits, exchanged_bytes: int, memory_bytes: int) -> LoadEvent:
+    """What the host does and uses now."""
+    return LoadEvent(
+        tokens_per_s=round(runtime.tokens_per_s, 1),
+        tokens_total=runtime.tokens_total,
+        queue_tokens=runtime.queue_tokens,
+        kept_inputs_bytes=runtime.kept_bytes,
+        refused=runtime.refused,
+        staleness=round(runtime.staleness, 3),
+        steps_refused=runtime.steps_refused,
+        exchanged_bytes=exchanged_bytes,
+        sent_bytes=rate_limits.sent_bytes,
+        received_bytes=rate_limits.received_bytes,
+        cpu_s=round(rate_limits.cpu_s, 2),
+        memory_bytes=memory_bytes,
+    )

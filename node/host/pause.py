@@ -15,6 +15,7 @@ from common.allocator import give_back_memory
 from common.errors import DrainingError, KilohiveError
 from common.tasks import until_stopped
 from node.host.availability import Reason
+from node.host.events import PausedEvent, ResumedEvent
 
 if TYPE_CHECKING:
     from common.events import EventLog
@@ -62,7 +63,7 @@ class Pause:
         availability.away, availability.holding = True, False
         await asyncio.wrap_future(self._runtime.forget_inputs())
         await asyncio.to_thread(give_back_memory)
-        self._events.emit("paused", reasons=list(reasons), stored=len(self._held.stored))
+        self._events.emit(PausedEvent(reasons=tuple(reasons), stored=len(self._held.stored)))
         await self._block_manager.announce()
         availability.tell(Reason.SLEPT, holds=False)
 
@@ -78,5 +79,5 @@ class Pause:
         availability.away = False
         self._averager.start()
         await self._block_manager.announce()
-        self._events.emit("resumed", blocks=len(self._held.serving))
+        self._events.emit(ResumedEvent(blocks=len(self._held.serving)))
         logger.info("Working again, with %d blocks", len(self._held.serving))

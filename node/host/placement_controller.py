@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import DrainingError, KilohiveError, NoRoomError
 from common.tasks import until_stopped
+from node.host.events import FewerBlocksEvent, PlacementEvent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,7 +80,7 @@ class PlacementController:
         moves = self._planner.moves(self._held)
         if not (moves.take or moves.drop):
             return
-        self._events.emit("placement", take=list(map(str, moves.take)), drop=list(map(str, moves.drop)))
+        self._events.emit(PlacementEvent(take=tuple(map(str, moves.take)), drop=tuple(map(str, moves.drop))))
         self._held.joining |= set(moves.take)  # announced with the drop, so that others leave these to this host
         try:
             if moves.drop:
@@ -102,4 +103,4 @@ class PlacementController:
             raise NoRoomError(f"there is no room for a single block: {reason}")
         self._planner.hold_at_most(n_blocks)
         logger.warning("This host holds %d blocks at most from now on: %s", n_blocks, reason)
-        self._events.emit("fewer_blocks", max_blocks=n_blocks, reason=reason)
+        self._events.emit(FewerBlocksEvent(max_blocks=n_blocks, reason=reason))

@@ -12,6 +12,7 @@ from dht.relay.quotas import RelayLimits
 from dht.relay.relay import Relay
 from dht.relay.reservations import Reservations
 from dht.relay.tunnel import expose
+from node.membership.events import RelaysEvent
 from node.membership.reachability import ReachabilityWatch
 from protocol.endpoints import announced_endpoint, relayed_endpoint
 
@@ -100,7 +101,7 @@ class NodeEndpoint:
 
     def _relays_changed(self) -> None:
         relays = self._reservations.held
-        self._events.emit("relays", relays=list(relays))
+        self._events.emit(RelaysEvent(relays=tuple(relays)))
         if relays:
             names = " and ".join(relays)
             logger.info("Others reach this node through %s: calls take a detour until both sides meet directly", names)

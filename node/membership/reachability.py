@@ -17,6 +17,7 @@ import grpc
 
 from common.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
 from common.text import peer_words
+from node.membership.events import ReachabilityEvent
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.handlers import CallCounts, unary_in_context
 from protocol import reach_pb2 as pb
@@ -152,7 +153,7 @@ class ReachabilityWatch:
         observed = ", ".join(sorted({peer_words(answer.observed) for answer in heard}))
         problem = peer_words(next((answer.problem for answer in heard if answer.problem), ""))
         self._events.emit(
-            "reachability", state=self.state, endpoint=endpoint, observed=observed, asked=len(heard), problem=problem
+            ReachabilityEvent(state=self.state, endpoint=endpoint, observed=observed, asked=len(heard), problem=problem)
         )
         if self.state == "reached":
             logger.info("Others can call this node at %s", endpoint)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from node.model.transformer import bits_per_byte
+from node.trainer.events import (
+    Divergences,
+    GateLoad,
+    GradientStaleness,
+    HostLoad,
+    ReplicaCounts,
+    StepEvent,
+    VersionRange,
+)
 
 if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Sequence
 
     from dht.directory import Directory
-    from dht.view import DirectoryView
+    from dht.view import DirectoryView, Replica
     from node.model.gate import Gate
     from node.trainer.train_step import StepResult
     from node.trainer.trunk_state import TrainingProgress
@@ -38,85 +47,89 @@ class StepReport:
     step_wire_bytes: int = 0
 
 
-def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, pairs: Counter[str]) -> dict[str, Any]:
-    """Fields of the `step` event; `pairs` counts those that each peer answered in this step."""
+def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, pairs: Counter[str]) -> StepEvent:
+    """The `step` event; `pairs` counts those that each peer answered in this step."""
     usable, known = directory.snapshot(), directory.snapshot(with_avoided=True)
     result, progress = report.result, report.progress
     seconds_per_step = progress.train_seconds / max(1, progress.step)
-    return {
-        "step": progress.step,
-        "steps": report.steps,
-        "loss": round(result.loss, 5),
-        "bits_per_byte": round(bits_per_byte(result.loss), 5),
-        "run_tokens": progress.run_tokens,
-        "own_tokens": progress.own_tokens,
-        "trainers": report.trainers,
-        "tokens_per_s": round(result.n_tokens / result.seconds, 1),
-        "in_flight": result.in_flight,
-        "experts_alive": sum(replicas[0].n_experts for replicas in usable.replicas.values() if replicas),
-        "experts_total": report.experts_total,
-        "calls_ok": progress.calls_ok,
-        "calls_failed": progress.calls_failed,
-        "wire_bytes": progress.wire_bytes,
-        "wire_bytes_per_token": round(report.step_wire_bytes / (result.n_tokens * len(gates)), 1),
-        "time_left_s": round((report.steps - progress.step) * seconds_per_step, 1),
-        "grad_norm": round(result.grad_norm, 4),
-        "lr": result.lr,
-        "gate": _gate_fields(gates, result.overflow),
-        **_replica_fields(report, known),
-        "hosts": _host_rows(known, usable, pairs),
-    }
-
-
-def _replica_fields(report: StepReport, known: DirectoryView) -> dict[str, Any]:
-    """How far the replicas are in sync. Bytes are those of this trainer and, as they say, of the hosts."""
-    counts = [len(replicas) for replicas in known.replicas.values()] or [0]
     replicas = [replica for replicas in known.replicas.values() for replica in replicas]
     versions = [replica.version for replica in replicas] or [0]
-    mean, most = report.staleness
-    said_bytes = sum(peer.exchanged_bytes for peer in known.peers if peer.role == "host")
-    return {
-        "replicas": {"min": min(counts), "mean": round(sum(counts) / len(counts), 2)},
-        "versions": {"min": min(versions), "max": max(versions)},
-        "staleness": {"mean": round(mean, 2), "max": most},
-        "divergence": {
-            "trunk": _three_digits(report.divergence),
-            "blocks": _three_digits(max((replica.divergence for replica in replicas), default=0.0)),
-        },
-        "exchanged_bytes": report.exchanged_bytes + said_bytes,
-    }
+    return StepEvent(
+        step=progress.step,
+        steps=report.steps,
+        loss=round(result.loss, 5),
+        bits_per_byte=round(bits_per_byte(result.loss), 5),
+        run_tokens=progress.run_tokens,
+        own_tokens=progress.own_tokens,
+        trainers=report.trainers,
+        tokens_per_s=round(result.n_tokens / result.seconds, 1),
+        in_flight=result.in_flight,
+        experts_alive=sum(replicas[0].n_experts for replicas in usable.replicas.values() if replicas),
+        experts_total=report.experts_total,
+        calls_ok=progress.calls_ok,
+        calls_failed=progress.calls_failed,
+        wire_bytes=progress.wire_bytes,
+        wire_bytes_per_token=round(report.step_wire_bytes / (result.n_tokens * len(gates)), 1),
+        time_left_s=round((report.steps - progress.step) * seconds_per_step, 1),
+        grad_norm=round(result.grad_norm, 4),
+        lr=result.lr,
+        gate=_gate_load(gates, result.overflow),
+        replicas=_replica_counts(known),
+        versions=VersionRange(min=min(versions), max=max(versions)),
+        staleness=GradientStaleness(mean=round(report.staleness[0], 2), max=report.staleness[1]),
+        divergence=_divergences(report, replicas),
+        exchanged_bytes=report.exchanged_bytes + _announced_bytes(known),
+        hosts=_host_loads(known, usable, pairs),
+    )
+
+
+def _replica_counts(known: DirectoryView) -> ReplicaCounts:
+    counts = [len(replicas) for replicas in known.replicas.values()] or [0]
+    return ReplicaCounts(min=min(counts), mean=round(sum(counts) / len(counts), 2))
+
+
+def _divergences(report: StepReport, replicas: Sequence[Replica]) -> Divergences:
+    return Divergences(
+        trunk=_three_digits(report.divergence),
+        blocks=_three_digits(max((replica.divergence for replica in replicas), default=0.0)),
+    )
+
+
+def _announced_bytes(known: DirectoryView) -> int:
+    """What the hosts say that they have exchanged."""
+    return sum(peer.exchanged_bytes for peer in known.peers if peer.role == "host")
 
 
 def _three_digits(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _gate_fields(gates: Sequence[Gate], overflow: int) -> dict[str, float]:
+def _gate_load(gates: Sequence[Gate], overflow: int) -> GateLoad:
     stats = [gate.stats() for gate in gates]
     n = len(stats)
-    return {
-        "dead_fraction": round(sum(s.dead_fraction for s in stats) / n, 4),
-        "load_cv": round(sum(s.load_cv for s in stats) / n, 4),
-        "entropy_bits": round(sum(s.load_entropy_bits for s in stats) / n, 4),
-        "overflow": overflow,
-    }
+    return GateLoad(
+        dead_fraction=round(sum(s.dead_fraction for s in stats) / n, 4),
+        load_cv=round(sum(s.load_cv for s in stats) / n, 4),
+        entropy_bits=round(sum(s.load_entropy_bits for s in stats) / n, 4),
+        overflow=overflow,
+    )
 
 
-def _host_rows(known: DirectoryView, usable: DirectoryView, pairs_by_peer: Counter[str]) -> list[dict[str, Any]]:
+def _host_loads(known: DirectoryView, usable: DirectoryView, pairs_by_peer: Counter[str]) -> tuple[HostLoad, ...]:
     """Every live host, those that are avoided for now included; `share` is of this step's pairs."""
     total = sum(pairs_by_peer.values()) or 1
     usable_peers = usable.load_by_peer()
     endpoints = {r.peer_id: r.endpoint for replicas in known.replicas.values() for r in replicas}
     peers = {peer.peer_id: peer for peer in known.peers}
-    return [
-        {
-            "peer_id": peer_id,
-            "endpoint": endpoints[peer_id],
-            "n_blocks": load.n_blocks,
-            "queue_tokens": peers[peer_id].queue_tokens if peer_id in peers else 0,
-            "tokens_per_s": round(peers[peer_id].tokens_per_s if peer_id in peers else 0.0, 1),
-            "avoided": peer_id not in usable_peers,
-            "share": round(pairs_by_peer[peer_id] / total, 4),
-        }
+    return tuple(
+        HostLoad(
+            peer_id=peer_id,
+            endpoint=endpoints[peer_id],
+            n_blocks=load.n_blocks,
+            queue_tokens=peers[peer_id].queue_tokens if peer_id in peers else 0,
+            tokens_per_s=round(peers[peer_id].tokens_per_s if peer_id in peers else 0.0, 1),
+            avoided=peer_id not in usable_peers,
+            share=round(pairs_by_peer[peer_id] / total, 4),
+        )
         for peer_id, load in sorted(known.load_by_peer().items())
-    ]
+    )

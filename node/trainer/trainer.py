@@ -29,6 +29,16 @@ from node.trainer.evaluator.evaluation_service import SERVICE_NAME as EVALUATION
 from node.trainer.evaluator.evaluation_service import EvaluationService
 from node.trainer.evaluator.evaluator import Evaluator, EvaluatorParts
 from node.trainer.evaluator.offers import OfferQueue
+from node.trainer.events import (
+    DoneEvent,
+    EvalEvent,
+    RetryEvent,
+    SampleEvent,
+    StepEvent,
+    StoppedEvent,
+    TrunkCheckpointFailedEvent,
+    WaitingEvent,
+)
 from node.trainer.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
 from node.trainer.step_report import StepReport, step_event
 from node.trainer.swarm_client import wait_for_blocks
@@ -37,11 +47,12 @@ from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.trunk_sharing import TrunkSharing
 from node.trainer.trunk_state import TrainingProgress, load_trunk, save_trunk
 from node.trainer.view.display import open_display
-from node.trainer.view.report import Summary, write_report
+from node.trainer.view.report import report_files, write_report
 from protocol.announcements import PeerRecord
 from protocol.endpoints import Address
 from protocol.identity import Identity
 from protocol.manifest import TRUNK, all_blocks
+from protocol.node_events import TrainingStartEvent
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -162,7 +173,7 @@ class Trainer:
             await work
         except DrainingError:
             await asyncio.to_thread(self._save)
-            self._events.emit("stopped", step=self._progress.step)
+            self._events.emit(StoppedEvent(step=self._progress.step))
             logger.info("Stopped after step %d; the same command with --resume goes on", self._progress.step)
 
     async def _work(self, stop: asyncio.Event) -> None:
@@ -181,7 +192,7 @@ class Trainer:
                 await self._evaluate(1)
         bits_per_byte = await self._evaluate(FINAL_EVALUATION_FACTOR)
         text = await asyncio.to_thread(self._sample)
-        self._events.emit("sample", text=text)
+        self._events.emit(SampleEvent(text=text))
         await asyncio.to_thread(self._save)
         await asyncio.to_thread(self._report, bits_per_byte, text)
 
@@ -210,10 +221,10 @@ class Trainer:
         self._tokens.add(result.n_tokens)
         progress.step, progress.run_tokens = training.steps_done, self._tokens.total
         progress.train_seconds += result.seconds
-        self._events.emit("step", **self._step_fields(result, n_trainers, wire_bytes))
+        self._events.emit(self._step_event(result, n_trainers, wire_bytes))
         return result.seconds
 
-    def _step_fields(self, result: StepResult, n_trainers: int, wire_bytes: int) -> dict[str, object]:
+    def _step_event(self, result: StepResult, n_trainers: int, wire_bytes: int) -> StepEvent:
         dispatcher, averager = self._dispatcher, self._sharing.averaging.averager
         report = StepReport(
             result=result,
@@ -239,7 +250,7 @@ class Trainer:
     async def _evaluate(self, factor: int) -> float:
         bits_per_byte = await asyncio.to_thread(self._training.evaluate, self._config.eval_bytes * factor)
         step, run_tokens = self._progress.step, self._progress.run_tokens
-        self._events.emit("eval", step=step, bits_per_byte=round(bits_per_byte, 4), run_tokens=run_tokens)
+        self._events.emit(EvalEvent(step=step, bits_per_byte=round(bits_per_byte, 4), run_tokens=run_tokens))
         return bits_per_byte
 
     def _build(self, dataset: ByteDataset) -> Training:
@@ -298,7 +309,7 @@ class Trainer:
                 save_trunk(self._config.out, self._training, self._totals())
         except CheckpointError as error:
             logger.error("%s", error)  # noqa: TRY400 - the sentence says all, a stack trace would hide it
-            self._events.emit("checkpoint_failed", reason=str(error))
+            self._events.emit(TrunkCheckpointFailedEvent(reason=str(error)))
 
     def _sample(self) -> str:
         model, seed = self._training.model, self._config.seed
@@ -309,8 +320,8 @@ class Trainer:
             )
 
     def _report(self, bits_per_byte: float, sample: str) -> None:
-        totals = self._totals()
-        summary = Summary(
+        totals, out, corpus = self._totals(), self._config.out, self._training.dataset.corpus
+        done = DoneEvent(
             run_id=self._manifest.run_id,
             experts=self._n_experts,
             hosts=len(self._swarm.directory.snapshot().load_by_peer()),
@@ -322,37 +333,34 @@ class Trainer:
             tokens_per_s=round(totals.own_tokens / max(totals.train_seconds, 1e-9), 1),
             calls_failed=totals.calls_failed,
             wall_s=round(totals.wall_s, 1),
+            own_tokens=totals.own_tokens,
+            calls_ok=totals.calls_ok,
+            wire_bytes=totals.wire_bytes,
+            exchanged_bytes=self._sharing.averaging.averager.exchanged_bytes,
+            train_s=round(totals.train_seconds, 1),
+            sample=sample,
+            attribution=corpus.attribution or corpus.title,
+            files=tuple(map(str, report_files(out))),
         )
-        extras: dict[str, object] = {
-            "own_tokens": totals.own_tokens,
-            "calls_ok": totals.calls_ok,
-            "wire_bytes": totals.wire_bytes,
-            "exchanged_bytes": self._sharing.averaging.averager.exchanged_bytes,
-            "train_s": round(totals.train_seconds, 1),
-        }
-        corpus = self._training.dataset.corpus
-        attribution = corpus.attribution or corpus.title
-        self._events.emit(
-            "done", **write_report(self._config.out, summary, extras, sample=sample, attribution=attribution)
-        )
+        write_report(out, done)
+        self._events.emit(done)
 
     def _emit_start(self) -> None:
         model, dataset = self._manifest.model, self._training.dataset
-        view = self._swarm.directory.snapshot()
-        steps = self._expected_steps(1)
         own_total = self._config.steps * self._training.tokens_per_step
         self._events.emit(
-            "start",
-            run_id=self._manifest.run_id,
-            experts=self._n_experts,
-            hosts=len(view.load_by_peer()),
-            step=self._progress.step,
-            steps=steps,
-            tokens_total=own_total or self._manifest.optimizer.total_tokens,
-            parameters_trunk=sum(p.numel() for p in self._training.parameters),
-            parameters_experts=expert_parameters(model),
-            documents=dataset.index.train_documents,
-            bytes_train=dataset.index.train_bytes,
+            TrainingStartEvent(
+                run_id=self._manifest.run_id,
+                experts=self._n_experts,
+                hosts=len(self._swarm.directory.snapshot().load_by_peer()),
+                step=self._progress.step,
+                steps=self._expected_steps(1),
+                tokens_total=own_total or self._manifest.optimizer.total_tokens,
+                parameters_trunk=sum(p.numel() for p in self._training.parameters),
+                parameters_experts=expert_parameters(model),
+                documents=dataset.index.train_documents,
+                bytes_train=dataset.index.train_bytes,
+            )
         )
 
     async def _wait_for_all_blocks(self, stop: asyncio.Event) -> None:
@@ -366,13 +374,13 @@ class Trainer:
     def _emit_waiting(self, why: str) -> None:
         lost = len(self._swarm.directory.snapshot().lost_blocks())
         total = len(all_blocks(self._manifest.model))
-        self._events.emit("waiting", **{"for": f"hosts: {lost} of {total} blocks have no live replica{why}"})
+        self._events.emit(WaitingEvent(for_=f"hosts: {lost} of {total} blocks have no live replica{why}"))
 
     def _wait_for_experts(self, error: TooFewExpertsError) -> None:
         """Called on a compute thread; returns when it is worth trying again, raises DrainingError when leaving."""
         if error.failed_peers:
             # They are avoided from now on: the gate chooses among the others at once.
-            self._events.emit("retry", step=self._progress.step + 1, reason=str(error))
+            self._events.emit(RetryEvent(step=self._progress.step + 1, reason=str(error)))
             return
         self._emit_waiting(f" ({error})")
         self._dispatcher.wait_for_change(WAIT_FOR_CHANGE_S)

@@ -16,6 +16,7 @@ from node.membership import reachability
 from node.membership.reachability import DialBackService
 from node.model.learning_rate import averaged_rate_scale
 from node.rpc.server import NodeServer
+from node.trainer.events import TrunkJoinedEvent, WaitingEvent
 from node.trainer.trunk_replica import TrunkReplica
 from protocol.announcements import MAX_DIVERGENCE, BlockRecord
 from protocol.manifest import TRUNK
@@ -136,7 +137,7 @@ class TrunkSharing:
                     self._give_up(len(newer), error)
                     return
                 # Whoever crashed a moment ago is still listed; its record expires.
-                self._events.emit("waiting", **{"for": f"the trunk from another trainer ({error})"})
+                self._events.emit(WaitingEvent(for_=f"the trunk from another trainer ({error})"))
                 await self._swarm.directory.wait_for_change(min(left_s, TRY_AGAIN_S))
             else:
                 return
@@ -145,7 +146,7 @@ class TrunkSharing:
         config = JoinConfig(max_distance=self._swarm.manifest.averaging.clip_radius)
         state = await fetch_replica(self.averaging.client, candidates, self.replica.schema(), config, self._random)
         await asyncio.wrap_future(self.replica.load_state(state))
-        self._events.emit("trunk_joined", version=state.version, trainers=len(candidates))
+        self._events.emit(TrunkJoinedEvent(version=state.version, trainers=len(candidates)))
         logger.info("Took over the trunk of the run at version %d", state.version)
 
     def _give_up(self, n_trainers: int, error: UnavailableError) -> None:

@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from common.events import EventLog
 from dht.announcer import Announcement, Announcer
 from dht.directory import Directory
 from dht.node import DhtConfig, DhtNode
+from node.averaging.events import ExchangeEvent
 from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.averaging.service import SERVICE_NAME
 from node.model.replica_state import ReplicaState
@@ -48,8 +49,9 @@ from tests.benchmarks.averaging_parts import (
 from tests.benchmarks.peer_process import private_stdout
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator
 
+    from common.events import Event
     from tests.benchmarks.averaging_parts import Floats
 
 R = TypeVar("R")
@@ -228,9 +230,9 @@ class Peer:
         for replica in self._replicas:
             self._averaging.replicas.add(replica)
 
-    def _tell_dialled(self, event: Mapping[str, Any]) -> None:
-        if event["dialled"]:
-            self._answers.say("dialled", {"seconds": event["seconds"], "bytes": event["bytes"]})
+    def _tell_dialled(self, event: Event, _t_s: float) -> None:
+        if isinstance(event, ExchangeEvent) and event.dialled:
+            self._answers.say("dialled", {"seconds": event.seconds, "bytes": event.bytes})
 
     def _describe(self) -> Announcement:
         endpoint, (n_experts, _) = self._server.endpoint, BLOCK_SHAPE

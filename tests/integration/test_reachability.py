@@ -20,6 +20,7 @@ from node.rpc.server import NodeServer
 from protocol import reach_pb2 as pb
 from protocol.endpoints import Address
 from protocol.identity import Identity
+from tests.support.events import written_to
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -58,7 +59,7 @@ def peer(security: Security, endpoint: str) -> PeerInfo:
 
 def watch(*peers: PeerInfo) -> tuple[ReachabilityWatch, list[Any]]:
     events, told = EventLog(), list[Any]()
-    events.subscribe(told.append)
+    events.subscribe(written_to(told))
     own_id = ME.identity.peer_id
     return ReachabilityWatch(ME.caller(), lambda: peers, own_id, events), told
 

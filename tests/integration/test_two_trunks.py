@@ -14,6 +14,7 @@ import torch
 from common.errors import TooFewExpertsError, UnavailableError
 from common.events import EventLog
 from dht.view import DirectoryView, Replica
+from node.averaging.events import ExchangeEvent
 from node.averaging.gossip import relative_distance
 from node.data import open_dataset
 from node.model.moe import LocalExperts
@@ -106,7 +107,7 @@ class KnownPlace:
 class Trainer:
     training: Training
     sharing: TrunkSharing
-    exchanges: list[dict[str, Any]]
+    exchanges: list[ExchangeEvent]
 
     async def steps(self, n: int) -> None:
         for _ in range(n):
@@ -143,8 +144,8 @@ async def trainer(
     join_timeout_s: float = HANG_S,
 ) -> AsyncIterator[Trainer]:
     """A trainer as its command wires it, less the DHT; announced once it has joined."""
-    training, events, told = new_training(dataset, shard, seed), EventLog(), list[dict[str, Any]]()
-    events.subscribe(lambda event: told.append(event) if event["event"] == "exchange" else None)
+    training, events, told = new_training(dataset, shard, seed), EventLog(), list[ExchangeEvent]()
+    events.subscribe(lambda event, _t_s: told.append(event) if isinstance(event, ExchangeEvent) else None)
     swarm: Any = _Swarm(_Identity(peer_id), directory)
     sharing = TrunkSharing(TrainConfig(join_timeout_s=join_timeout_s), swarm, training, events, KnownPlace())
     try:
@@ -223,8 +224,8 @@ async def test_trunks_that_train_all_the_while_stay_together(dataset: ByteDatase
         await other.exchange()
         assert await distance(one, other) < 1e-6
         assert all(torch.isfinite(t).all() for t in (await one.state()).named().values())
-        assert [sum(told["dialled"] for told in exchanges) for exchanges in (one.exchanges, other.exchanges)] == [10, 1]
-        assert not any(told["problem"] for told in one.exchanges + other.exchanges)
+        assert [sum(told.dialled for told in exchanges) for exchanges in (one.exchanges, other.exchanges)] == [10, 1]
+        assert not any(told.problem for told in one.exchanges + other.exchanges)
 
 
 async def test_the_loop_itself_averages_once_started(dataset: ByteDataset) -> None:
@@ -233,7 +234,7 @@ async def test_the_loop_itself_averages_once_started(dataset: ByteDataset) -> No
         await a.steps(2)
         await asyncio.wait_for(asyncio.gather(a.sharing.catch_up(), b.sharing.catch_up()), HANG_S)
         async with asyncio.timeout(HANG_S):
-            while sum(bool(told["blocks"]) for told in a.exchanges) < 3:
+            while sum(bool(told.blocks) for told in a.exchanges) < 3:
                 await a.steps(1)
         assert a.sharing.averaging.averager.exchanged_bytes > 0
 

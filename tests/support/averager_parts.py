@@ -12,6 +12,7 @@ from dht.view import Replica
 from node.averaging.averager import Averager, AveragerConfig
 from node.averaging.exchange import BlockResult, ExchangeResult
 from protocol.manifest import BlockId
+from tests.support.events import written_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -144,7 +145,7 @@ class Swarm:
         self.replicas = FakeReplicas({A: FakeReplica(A), B: FakeReplica(B)})
         self.events: list[dict[str, Any]] = []
         log = EventLog()
-        log.subscribe(self.events.append)
+        log.subscribe(written_to(self.events))
         config = AveragerConfig(peer_id=peer_id, period_s=period_s, timeout_s=7.0)
         self.averager = Averager(self.replicas, self.client, self.directory, config, log, self.clock)
 

@@ -25,10 +25,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from protocol.manifest import AveragingConfig, Manifest, ModelConfig, OptimizerConfig
+from protocol.node_events import TrainingStartEvent
 from protocol.swarm_file import SwarmFile
 
 PEER = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWBmwkXtQAy2bqbBrAA6XzaGhB8Vu6rSYqZ3yQ3Vdp8Zfn"
 POLL_S = 0.01
+STARTED = TrainingStartEvent(
+    run_id="fake",
+    experts=8,
+    hosts=1,
+    step=0,
+    steps=1,
+    tokens_total=1,
+    parameters_trunk=1,
+    parameters_experts=1,
+    documents=1,
+    bytes_train=1,
+)
 
 
 def main() -> None:
@@ -52,7 +65,7 @@ def main() -> None:
     print(f"{name} says something before it ends", flush=True)
     if behaviour.startswith("begin"):
         with (arguments.out / "events.jsonl").open("a", encoding="utf-8") as events:
-            events.write('{"t":0,"event":"start"}\n')
+            events.write(json.dumps({"t": 0, **STARTED.to_row()}) + "\n")
         behaviour = behaviour.removeprefix("begin ")
         wait_for(out / "go", behaviour)
     if behaviour.startswith("later"):

@@ -22,13 +22,13 @@ from node.host.placement_controller import PlacementController
 from node.host.placement_planner import PlacementPlanner
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from protocol.manifest import all_blocks
+from tests.support.events import written_to
 from tests.support.swarm_parts import CPU, small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from common.events import Event
     from protocol.manifest import BlockId
 
 MANIFEST = small_manifest()
@@ -47,10 +47,10 @@ class Keeping:
     store: BlockStore
     replicas: ReplicaSet
     log: EventLog
-    events: list[Event]
+    events: list[dict[str, Any]]
     announced: list[dict[BlockId, str]]
 
-    def told(self, name: str) -> list[Event]:
+    def told(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == name]
 
 
@@ -61,7 +61,7 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
     replicas, store = ReplicaSet(), BlockStore(folder, MANIFEST, CPU)
     view = DirectoryView(replicas=dict.fromkeys(all_blocks(MANIFEST.model), ()))
     events, heard, announced = EventLog(), list[Any](), list[dict[Any, str]]()
-    events.subscribe(heard.append)
+    events.subscribe(written_to(heard))
     averaging = SimpleNamespace(replicas=replicas, averager=SimpleNamespace(unreachable=frozenset), client=None)
     held = HeldBlocks(runtime, cast("Any", averaging), store, time.monotonic)
     rng = random.Random("own")

@@ -21,6 +21,7 @@ from node.rpc.handlers import failure_of
 from node.trainer.evaluator.fetch_expert import fetch_expert
 from node.trainer.evaluator.held_out_trial import HeldOutTrial, config_of, refusal
 from node.trainer.evaluator.paired_experts import PairedExperts, paired_experts_model
+from node.trainer.events import OfferEvent
 from protocol import contribution_pb2 as pb
 from protocol.verdict import Verdict, sign_verdict, steps_between
 
@@ -155,16 +156,17 @@ class Evaluator:
         decision, offered = offer.decision, offer.offered
         state = pb.OfferState.Name(offer.state).lower()
         self._parts.events.emit(
-            "offer",
-            layer=offered.layer,
-            expert=offered.expert,
-            peer=offer.caller,
-            state=state,
-            why=offer.why,
-            windows=decision.n_windows if decision else 0,
-            low=_finite(decision.low) if decision else None,
-            high=_finite(decision.high) if decision else None,
-            seconds=round(seconds, 3),
+            OfferEvent(
+                layer=offered.layer,
+                expert=offered.expert,
+                peer=offer.caller,
+                state=state,
+                why=offer.why,
+                windows=decision.n_windows if decision else 0,
+                low=_finite(decision.low) if decision else None,
+                high=_finite(decision.high) if decision else None,
+                seconds=round(seconds, 3),
+            )
         )
         logger.info("Offer for expert %d of layer %d: %s, %s", offered.expert, offered.layer, state, offer.why)
 

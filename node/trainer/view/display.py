@@ -10,7 +10,7 @@ import logging
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,8 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from common.text import bytes_text, clock_text, count_text, hosts_text, printable, short_id, sparkline
+from node.trainer.events import DoneEvent, EvalEvent, RetryEvent, StepEvent, TrunkCheckpointFailedEvent, WaitingEvent
 from node.trainer.view.report import print_end
 from protocol.endpoints import endpoint_text
+from protocol.node_events import TrainingStartEvent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from common.events import Event, EventLog
+    from node.trainer.events import HostLoad
 
 REFRESH_PER_S = 4
 PLAIN_EVERY_S = 5.0
@@ -53,42 +56,36 @@ MAX_WIDTH = 120
 class DisplayState:
     """All that the display knows. `start` and `step` are the latest events of those names."""
 
-    start: Event | None = None
-    step: Event | None = None
+    start: TrainingStartEvent | None = None
+    step: StepEvent | None = None
     train: tuple[float, ...] = ()
     held_out: tuple[float, ...] = ()
     first_held_out: float | None = None
     waiting: str = ""
     notice: str = ""
-    done: Event | None = None
+    done: DoneEvent | None = None
 
 
 def advance(state: DisplayState, event: Event) -> DisplayState:
-    """The state after `event`; events of other names change nothing."""
-    return replace(state, **_changes(state, event))
-
-
-def _changes(state: DisplayState, event: Event) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    match event["event"]:
-        case "waiting":
-            changes = {"waiting": str(event["for"])}
-        case "start":
-            changes = {"start": event, "waiting": ""}
-        case "step":
-            changes = {"step": event, "train": _thinned((*state.train, event["bits_per_byte"]))}
-            changes |= {"waiting": "", "notice": ""}
-        case "eval":
-            bits = event["bits_per_byte"]
+    """The state after `event`; events of other kinds change nothing."""
+    match event:
+        case WaitingEvent():
+            state = replace(state, waiting=event.for_)
+        case TrainingStartEvent():
+            state = replace(state, start=event, waiting="")
+        case StepEvent():
+            train = _thinned((*state.train, event.bits_per_byte))
+            state = replace(state, step=event, train=train, waiting="", notice="")
+        case EvalEvent(bits_per_byte=bits):
             first = bits if state.first_held_out is None else state.first_held_out
-            changes = {"held_out": _thinned((*state.held_out, bits)), "first_held_out": first, "waiting": ""}
-        case "retry":
-            changes = {"notice": f"step {event['step']} is tried again: {event['reason']}"}
-        case "checkpoint_failed":
-            changes = {"notice": str(event["reason"])}
-        case "done":
-            changes = {"done": event}
-    return changes
+            state = replace(state, held_out=_thinned((*state.held_out, bits)), first_held_out=first, waiting="")
+        case RetryEvent():
+            state = replace(state, notice=f"step {event.step} is tried again: {event.reason}")
+        case TrunkCheckpointFailedEvent():
+            state = replace(state, notice=event.reason)
+        case DoneEvent():
+            state = replace(state, done=event)
+    return state
 
 
 def _thinned(points: tuple[float, ...]) -> tuple[float, ...]:
@@ -97,27 +94,26 @@ def _thinned(points: tuple[float, ...]) -> tuple[float, ...]:
     return tuple((a + b) / 2 for a, b in zip(points[::2], points[1::2], strict=False)) + points[len(points) & ~1 :]
 
 
-def plain_line(state: DisplayState) -> str:
+def plain_line(state: DisplayState, step: StepEvent) -> str:
     """The latest step in one line."""
-    step = state.step or {}
     held_out = f"  held-out {state.held_out[-1]:.3f}" if state.held_out else ""
     return (
-        f"step {step['step']}/{step['steps']}  train {step['bits_per_byte']:.3f}{held_out} bits/byte"
-        f"  {count_text(step['tokens_per_s'])} tokens/s"
-        f"  {step['experts_alive']:,}/{step['experts_total']:,} experts alive"
-        f"  {step['calls_failed']:,} calls failed  {clock_text(step['time_left_s'])} left"
+        f"step {step.step}/{step.steps}  train {step.bits_per_byte:.3f}{held_out} bits/byte"
+        f"  {count_text(step.tokens_per_s)} tokens/s"
+        f"  {step.experts_alive:,}/{step.experts_total:,} experts alive"
+        f"  {step.calls_failed:,} calls failed  {clock_text(step.time_left_s)} left"
     )
 
 
 def render(state: DisplayState, width: int, height: int) -> RenderableType:
     """The panel for a terminal of `width` by `height` characters."""
-    start = state.start or {}
-    title = f"[bold]kilohive[/] · {start['run_id']}" if start else "[bold]kilohive[/]"
+    start = state.start
+    title = f"[bold]kilohive[/] · {start.run_id}" if start else "[bold]kilohive[/]"
     parts: list[RenderableType] = []
     if state.step is not None:
         inner = min(width, MAX_WIDTH) - 4
-        parts += [_progress(state.step, inner), Text(), _facts(state, inner)]
-        parts += _host_table(state.step["hosts"], inner, max(1, height - PANEL_ROWS))
+        parts += [_progress(state.step, inner), Text(), _facts(state, state.step, inner)]
+        parts += _host_table(state.step.hosts, inner, max(1, height - PANEL_ROWS))
     elif start:
         parts.append(Text(_start_text(start)))
         parts.append(
@@ -128,12 +124,12 @@ def render(state: DisplayState, width: int, height: int) -> RenderableType:
     return Panel(Group(*parts), title=title, title_align="left", border_style="cyan", width=min(width, MAX_WIDTH))
 
 
-def _start_text(start: Event) -> str:
+def _start_text(start: TrainingStartEvent) -> str:
     # The trainer may be here before the first host.
-    where = f" on {hosts_text(start['hosts'])}" if start["hosts"] else ""
+    where = f" on {hosts_text(start.hosts)}" if start.hosts else ""
     return (
-        f"{start['experts']:,} experts{where}, {count_text(start['parameters_experts'])} parameters in them, "
-        f"{count_text(start['parameters_trunk'])} in the trunk"
+        f"{start.experts:,} experts{where}, {count_text(start.parameters_experts)} parameters in them, "
+        f"{count_text(start.parameters_trunk)} in the trunk"
     )
 
 
@@ -145,60 +141,57 @@ def _message(state: DisplayState) -> Text | None:
     return Text("connecting to the swarm", style="dim") if state.start is None and state.step is None else None
 
 
-def _progress(step: Event, width: int) -> RenderableType:
+def _progress(step: StepEvent, width: int) -> RenderableType:
     grid = Table.grid(padding=(0, 1), expand=False)
-    left = f"{clock_text(step['time_left_s'])} left"
-    label = f"step {step['step']:,} of {step['steps']:,}"
+    left = f"{clock_text(step.time_left_s)} left"
+    label = f"step {step.step:,} of {step.steps:,}"
     grid.add_row(
         Text(label, style="bold"),
-        ProgressBar(
-            total=max(1, step["steps"]), completed=step["step"], width=max(10, width - len(label) - len(left) - 8)
-        ),
-        Text(f"{100 * step['step'] / max(1, step['steps']):4.0f} %"),
+        ProgressBar(total=max(1, step.steps), completed=step.step, width=max(10, width - len(label) - len(left) - 8)),
+        Text(f"{100 * step.step / max(1, step.steps):4.0f} %"),
         Text(left, style="bold"),
     )
     return grid
 
 
-def _facts(state: DisplayState, width: int) -> RenderableType:
-    step: dict[str, Any] = state.step or {}
+def _facts(state: DisplayState, step: StepEvent, width: int) -> RenderableType:
     trend = max(8, min(40, width - 52))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True, width=LABEL_WIDTH)
     grid.add_column(no_wrap=True, width=VALUE_WIDTH)
     grid.add_column(no_wrap=True, overflow="ellipsis", width=width - LABEL_WIDTH - VALUE_WIDTH - 4)
-    grid.add_row("train", _bits(step["bits_per_byte"]), _trend(state.train, trend, f"loss {step['loss']:.3f} nats"))
+    grid.add_row("train", _bits(step.bits_per_byte), _trend(state.train, trend, f"loss {step.loss:.3f} nats"))
     held_out = _bits(state.held_out[-1]) if state.held_out else Text("not measured yet", style="dim")
     since = f"from {state.first_held_out:.3f}" if state.first_held_out is not None else ""
     grid.add_row("held-out", held_out, _trend(state.held_out, trend, since))
-    speed = Text.assemble((count_text(step["tokens_per_s"]), "bold"), " tokens/s")
-    in_flight = f"{step['in_flight']} micro-batch{'es' * (step['in_flight'] != 1)} in flight"
-    grid.add_row("speed", speed, f"{count_text(step['run_tokens'])} tokens, {in_flight}")
-    per_token = f"{step['wire_bytes_per_token']:,.0f} bytes for each token and layer"
-    grid.add_row("wire", bytes_text(step["wire_bytes"]), per_token)
+    speed = Text.assemble((count_text(step.tokens_per_s), "bold"), " tokens/s")
+    in_flight = f"{step.in_flight} micro-batch{'es' * (step.in_flight != 1)} in flight"
+    grid.add_row("speed", speed, f"{count_text(step.run_tokens)} tokens, {in_flight}")
+    per_token = f"{step.wire_bytes_per_token:,.0f} bytes for each token and layer"
+    grid.add_row("wire", bytes_text(step.wire_bytes), per_token)
     grid.add_row("experts", _experts(step), _calls(step))
     _add_sync_rows(grid, step)
-    gate = step["gate"]
-    balance = f"{100 * gate['dead_fraction']:.0f} % idle, {gate['overflow']:,} dropped"
-    grid.add_row("gate", f"load spread {gate['load_cv']:.2f}", f"entropy {gate['entropy_bits']:.1f} bits, {balance}")
+    gate = step.gate
+    balance = f"{100 * gate.dead_fraction:.0f} % idle, {gate.overflow:,} dropped"
+    grid.add_row("gate", f"load spread {gate.load_cv:.2f}", f"entropy {gate.entropy_bits:.1f} bits, {balance}")
     return grid
 
 
-def _add_sync_rows(grid: Table, step: Event) -> None:
+def _add_sync_rows(grid: Table, step: StepEvent) -> None:
     """How many replicas there are, and how far they are in sync."""
-    replicas, versions, divergence = step["replicas"], step["versions"], step["divergence"]
-    fewest = (f"{replicas['min']} at least", "" if replicas["min"] else "bold red")
-    trainers = f"{step['trainers']} trainer" + "s" * (step["trainers"] != 1)
+    replicas, versions, divergence = step.replicas, step.versions, step.divergence
+    fewest = (f"{replicas.min} at least", "" if replicas.min else "bold red")
+    trainers = f"{step.trainers} trainer" + "s" * (step.trainers != 1)
     grid.add_row(
         "replicas",
-        Text.assemble(f"{replicas['mean']:.1f} each, ", fewest),
-        f"versions {count_text(versions['min'])} to {count_text(versions['max'])}, {trainers}",
+        Text.assemble(f"{replicas.mean:.1f} each, ", fewest),
+        f"versions {count_text(versions.min)} to {count_text(versions.max)}, {trainers}",
     )
-    staleness, exchanged = step["staleness"], bytes_text(step["exchanged_bytes"])
+    staleness, exchanged = step.staleness, bytes_text(step.exchanged_bytes)
     grid.add_row(
         "averaging",
-        f"{100 * max(divergence.values()):.1f} % divergence",
-        f"staleness {staleness['mean']:.1f} (max {staleness['max']:,}), {exchanged} exchanged",
+        f"{100 * max(divergence.trunk, divergence.blocks):.1f} % divergence",
+        f"staleness {staleness.mean:.1f} (max {staleness.max:,}), {exchanged} exchanged",
     )
 
 
@@ -210,18 +203,18 @@ def _trend(points: Sequence[float], width: int, note: str) -> Text:
     return Text.assemble((sparkline(points, width), "green"), "  " if points else "", (note, "dim"))
 
 
-def _experts(step: Event) -> Text:
-    alive, total = step["experts_alive"], step["experts_total"]
+def _experts(step: StepEvent) -> Text:
+    alive, total = step.experts_alive, step.experts_total
     return Text.assemble((f"{alive:,}", "bold" if alive == total else "bold red"), f"/{total:,} alive")
 
 
-def _calls(step: Event) -> Text:
-    failed = step["calls_failed"]
-    return Text.assemble(f"{step['calls_ok']:,} calls answered, ", (f"{failed:,} failed", "red" if failed else ""))
+def _calls(step: StepEvent) -> Text:
+    failed = step.calls_failed
+    return Text.assemble(f"{step.calls_ok:,} calls answered, ", (f"{failed:,} failed", "red" if failed else ""))
 
 
-def _host_table(hosts: Sequence[Event], width: int, max_rows: int) -> list[RenderableType]:
-    shown = sorted(hosts, key=lambda host: (-host["share"], host["peer_id"]))[:max_rows]
+def _host_table(hosts: Sequence[HostLoad], width: int, max_rows: int) -> list[RenderableType]:
+    shown = sorted(hosts, key=lambda host: (-host.share, host.peer_id))[:max_rows]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name, justify in (("host", "left"), ("at", "left"), ("blocks", "right"), ("share of load", "left")):
         table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
@@ -234,17 +227,17 @@ def _host_table(hosts: Sequence[Event], width: int, max_rows: int) -> list[Rende
     return [Text(), table, *more] if hosts else [Text(), Text("no host answers", style="bold red")]
 
 
-def _host_row(host: Event, bar_width: int) -> tuple[RenderableType, ...]:
-    style = "dim strike" if host["avoided"] else ""
+def _host_row(host: HostLoad, bar_width: int) -> tuple[RenderableType, ...]:
+    style = "dim strike" if host.avoided else ""
     bar = Table.grid(padding=(0, 1))
-    bar.add_row(ProgressBar(total=1.0, completed=host["share"], width=bar_width), f"{100 * host['share']:3.0f} %")
+    bar.add_row(ProgressBar(total=1.0, completed=host.share, width=bar_width), f"{100 * host.share:3.0f} %")
     return (
-        Text(short_id(host["peer_id"]), style=style),
-        Text(endpoint_text(host["endpoint"]), style=style),
-        f"{host['n_blocks']:,}",
+        Text(short_id(host.peer_id), style=style),
+        Text(endpoint_text(host.endpoint), style=style),
+        f"{host.n_blocks:,}",
         bar,
-        count_text(host["queue_tokens"]),
-        count_text(host["tokens_per_s"]),
+        count_text(host.queue_tokens),
+        count_text(host.tokens_per_s),
     )
 
 
@@ -302,34 +295,28 @@ class Display:
                 self._borrowed.append((handler, handler.console))
                 handler.console = self._console
 
-    def on_event(self, event: Event) -> None:
-        """Take one event, from any thread."""
+    def on_event(self, event: Event, t_s: float) -> None:
+        """Take one event and its time, from any thread."""
         with self._lock:
             self._state = state = advance(self._state, event)
-        if self._live is None and (line := self._line(event, state)):
+        if self._live is None and (line := self._line(event, t_s, state)):
             self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
-    def _line(self, event: Event, state: DisplayState) -> str:
-        match event["event"]:
-            case "start":
-                return f"run {event['run_id']}: {_start_text(event)}"
-            case "eval":
-                return f"step {event['step']}: {event['bits_per_byte']:.3f} held-out bits/byte"
-            case "retry" | "checkpoint_failed":
+    def _line(self, event: Event, t_s: float, state: DisplayState) -> str:
+        match event:
+            case TrainingStartEvent():
+                return f"run {event.run_id}: {_start_text(event)}"
+            case EvalEvent():
+                return f"step {event.step}: {event.bits_per_byte:.3f} held-out bits/byte"
+            case RetryEvent() | TrunkCheckpointFailedEvent():
                 return state.notice
-            case "waiting" if state.waiting != self._last_waiting or self._due(event):
-                self._last_line_s, self._last_waiting = event["t"], state.waiting
+            case WaitingEvent() if state.waiting != self._last_waiting or self._due(t_s):
+                self._last_line_s, self._last_waiting = t_s, state.waiting
                 return f"waiting for {state.waiting}"
-            case "step" if (
-                event["step"] % PLAIN_EVERY_STEPS == 0 or event["step"] == event["steps"] or self._due(event)
-            ):
-                self._last_line_s, self._last_waiting = event["t"], ""
-                return plain_line(state)
+            case StepEvent() if event.step % PLAIN_EVERY_STEPS == 0 or event.step == event.steps or self._due(t_s):
+                self._last_line_s, self._last_waiting = t_s, ""
+                return plain_line(state, event)
         return ""
 
-    def _due(self, event: Event) -> bool:
-        return bool(event["t"] - self._last_line_s >= PLAIN_EVERY_S)
-
-
-def _is_last(step: Event) -> bool:
-    return bool(step["step"] == step["steps"])
+    def _due(self, t_s: float) -> bool:
+        return t_s - self._last_line_s >= PLAIN_EVERY_S

@@ -6,6 +6,7 @@ The curve is read back from the event log rather than kept in memory, so that a 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from common.atomic_file import write_atomically
+from common.errors import InvalidInputError
+from common.events import read_event
 from common.text import clock_text, count_text, hosts_text, printable
+from node.trainer.events import EvalEvent, StepEvent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,33 +27,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console
 
-    from common.events import Event
+    from node.trainer.events import DoneEvent
 
 MAX_POINTS = 2000
 SMOOTHING_WINDOWS = 40
 """The smoothed line averages over this part of the run."""
 
 SAMPLE_CHARS = 600
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """One training run in numbers; the fields of `summary.json`.
-
-    `tokens` are the whole run's, of all `trainers` that took part; `steps` and `tokens_per_s` are this trainer's.
-    """
-
-    run_id: str
-    experts: int
-    hosts: int
-    trainers: int
-    steps: int
-    tokens: int
-    bits_per_byte_start: float
-    bits_per_byte_end: float
-    tokens_per_s: float
-    calls_failed: int
-    wall_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,34 +57,22 @@ def read_curve(events: Path) -> Curve:
     """Read `events.jsonl`. Steps that were taken again after a resume count once, as taken last."""
     train: list[Point] = []
     held_out: list[Point] = []
-    for row in _rows(events):
-        points = {"step": train, "eval": held_out}.get(str(row.get("event")))
-        point = _point(row) if points is not None else None
-        if points is None or point is None:
-            continue
-        while points and points[-1].step >= point.step:
+    for event in _measured(events):
+        points = train if isinstance(event, StepEvent) else held_out
+        while points and points[-1].step >= event.step:
             points.pop()
-        points.append(point)
+        points.append(Point(step=event.step, tokens=event.run_tokens, bits_per_byte=event.bits_per_byte))
     return Curve(train=tuple(train), held_out=tuple(held_out))
 
 
-def _rows(events: Path) -> Iterator[dict[str, object]]:
-    """Every event in the file; a line that a crash cut short is skipped."""
+def _measured(events: Path) -> Iterator[StepEvent | EvalEvent]:
+    """Every step and evaluation in the file; a line that a crash cut short, or of another version, is skipped."""
     with events.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                yield row
-
-
-def _point(row: dict[str, object]) -> Point | None:
-    step, tokens, bits = row.get("step"), row.get("run_tokens"), row.get("bits_per_byte")
-    if isinstance(step, int) and isinstance(tokens, int) and isinstance(bits, int | float):
-        return Point(step=step, tokens=tokens, bits_per_byte=float(bits))
-    return None
+            with suppress(InvalidInputError):
+                event = read_event(line, StepEvent) or read_event(line, EvalEvent)
+                if event is not None:
+                    yield event
 
 
 def plot_loss(curve: Curve, path: Path, title: str) -> None:
@@ -170,47 +142,42 @@ def thinned(points: Sequence[Point], limit: int) -> list[Point]:
     ]
 
 
-def write_report(
-    out: Path, summary: Summary, extras: dict[str, object], *, sample: str, attribution: str
-) -> dict[str, object]:
-    """Write `summary.json` and `loss.png` into `out`, where `events.jsonl` is. Raises OSError.
-
-    Returns:
-        The fields of the `done` event, which `print_end` shows.
-    """
-    files = [out / name for name in ("summary.json", "loss.png", "events.jsonl")]
-    table = {**asdict(summary), **extras, "sample": sample, "attribution": attribution, "files": list(map(str, files))}
-    write_atomically(files[0], (json.dumps(table, indent=2) + "\n").encode())
-    title = f"{summary.run_id}: {summary.experts:,} experts on {hosts_text(summary.hosts)}"
-    plot_loss(read_curve(files[2]), files[1], title)
-    return table
+def report_files(out: Path) -> tuple[Path, Path, Path]:
+    """What a run leaves in `out` for people and programs: its summary, its loss curve and its event log."""
+    return out / "summary.json", out / "loss.png", out / "events.jsonl"
 
 
-def print_end(console: Console, done: Event) -> None:
+def write_report(out: Path, done: DoneEvent) -> None:
+    """Write `summary.json` and `loss.png` into `out`, where `events.jsonl` is. Raises OSError."""
+    summary, picture, events = report_files(out)
+    write_atomically(summary, (json.dumps(asdict(done), indent=2) + "\n").encode())
+    title = f"{done.run_id}: {done.experts:,} experts on {hosts_text(done.hosts)}"
+    plot_loss(read_curve(events), picture, title)
+
+
+def print_end(console: Console, done: DoneEvent) -> None:
     """The last thing that a run prints. Paths come below the panel, never folded: they are there to be copied."""
     console.print(final_panel(done))
-    for path in done.get("files", ()):
+    for path in done.files:
         console.print(Text(path), soft_wrap=True)
 
 
-def final_panel(done: Event) -> Panel:
+def final_panel(done: DoneEvent) -> Panel:
     """Before and after, a text sample, whose text it read."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
-    start, end = done["bits_per_byte_start"], done["bits_per_byte_end"]
+    start, end = done.bits_per_byte_start, done.bits_per_byte_end
     better = Text(f"{end:.3f} bits/byte", style="bold green" if end < start else "bold red")
     grid.add_row("held-out", Text.assemble(f"{start:.3f} → ", better))
-    whose = f" by {done['trainers']:,} trainers" if done["trainers"] > 1 else ""
-    trained = f"{done['steps']:,} steps, {done['tokens']:,} tokens{whose} in {clock_text(done['wall_s'])}"
+    whose = f" by {done.trainers:,} trainers" if done.trainers > 1 else ""
+    trained = f"{done.steps:,} steps, {done.tokens:,} tokens{whose} in {clock_text(done.wall_s)}"
     grid.add_row("trained", trained)
-    grid.add_row("speed", f"{count_text(done['tokens_per_s'])} tokens/s")
-    grid.add_row(
-        "swarm", f"{done['experts']:,} experts on {hosts_text(done['hosts'])}, {done['calls_failed']:,} calls failed"
-    )
+    grid.add_row("speed", f"{count_text(done.tokens_per_s)} tokens/s")
+    grid.add_row("swarm", f"{done.experts:,} experts on {hosts_text(done.hosts)}, {done.calls_failed:,} calls failed")
     grid.add_row()
-    grid.add_row("sample", Text(printable(str(done.get("sample", "")))[:SAMPLE_CHARS], style="italic"))
-    if attribution := done.get("attribution"):
+    grid.add_row("sample", Text(printable(done.sample)[:SAMPLE_CHARS], style="italic"))
+    if done.attribution:
         grid.add_row()
-        grid.add_row("data", Text(attribution, style="dim"))
-    return Panel(grid, title=f"[bold]{done['run_id']}[/]", title_align="left", border_style="green", expand=False)
+        grid.add_row("data", Text(done.attribution, style="dim"))
+    return Panel(grid, title=f"[bold]{done.run_id}[/]", title_align="left", border_style="green", expand=False)

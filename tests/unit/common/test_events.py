@@ -2,17 +2,61 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
-from common.events import EventLog
+from common.errors import InvalidInputError
+from common.events import Event, EventLog, read_event
 
 if TYPE_CHECKING:
-    from common.events import Event
+    from collections.abc import Callable
 
 FULL = Path("/dev/full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    share: float
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped(Event):
+    event: ClassVar[str] = "step"
+
+    step: int
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested(Event):
+    event: ClassVar[str] = "nested"
+
+    for_: str
+    parts: tuple[Part, ...]
+    versions: dict[str, int]
+    limits: dict[str, object]
+    on: bool
+
+
+NESTED = Nested(
+    for_="x",
+    parts=(Part(share=0.5), Part(share=1.0, names=("a", "b"))),
+    versions={"0/1": 7},
+    limits={"cpu_percent": 50.0, "schedule": "22-06"},
+    on=True,
+)
+NESTED_LINE = (
+    '{"t":12.346,"event":"nested","for":"x","parts":[{"share":0.5,"names":[]},{"share":1.0,"names":["a","b"]}],'
+    '"versions":{"0/1":7},"limits":{"cpu_percent":50.0,"schedule":"22-06"},"on":true}'
+)
+
+
+def heard_by(heard: list[tuple[Event, float]]) -> Callable[[Event, float], None]:
+    return lambda event, t_s: heard.append((event, t_s))
 
 
 def lines(path: Path) -> list[str]:
@@ -20,23 +64,73 @@ def lines(path: Path) -> list[str]:
 
 
 def test_each_event_is_one_line_of_json_and_reaches_subscribers(tmp_path: Path) -> None:
-    heard: list[Event] = []
+    heard: list[tuple[Event, float]] = []
     log = EventLog(tmp_path / "deep" / "events.jsonl", clock=lambda: 12.3456)
-    log.subscribe(heard.append)
-    log.emit("step", step=1, loss=0.5)
+    log.subscribe(heard_by(heard))
+    log.emit(Stepped(step=1, loss=0.5))
     log.close()
-    log.emit("late")
-    assert [json.loads(line) for line in lines(tmp_path / "deep" / "events.jsonl")] == [heard[0]]
-    assert heard[0] == {"t": 12.346, "event": "step", "step": 1, "loss": 0.5}
-    assert heard[1]["event"] == "late"
+    log.emit(NESTED)
+    (line,) = lines(tmp_path / "deep" / "events.jsonl")
+    assert line == '{"t":12.346,"event":"step","step":1,"loss":0.5}'
+    assert heard == [(Stepped(step=1, loss=0.5), 12.346), (NESTED, 12.346)]
+
+
+def test_an_event_comes_back_from_its_line_as_it_was_emitted(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl", clock=lambda: 12.3456)
+    log.emit(NESTED)
+    log.close()
+    (line,) = lines(tmp_path / "events.jsonl")
+    assert line == NESTED_LINE
+    assert read_event(line, Nested) == read_event(line.encode(), Stepped, Nested) == NESTED
+    assert read_event(line, Stepped) is None
+
+
+def test_fields_of_a_newer_version_are_ignored() -> None:
+    assert read_event('{"t":1,"event":"step","step":3,"loss":2,"new":[1]}', Stepped) == Stepped(step=3, loss=2.0)
+    assert read_event('{"t":1,"event":"step","loss":null,"step":3}', Stepped) == Stepped(step=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"event":"step"}', "event 'step', field 'step': is missing"),
+        ('{"event":"step","step":1}', "event 'step', field 'loss': is missing"),
+        ('{"event":"step","step":1.5,"loss":1.0}', "event 'step', field 'step': must be of the type int"),
+        ('{"event":"step","step":true,"loss":1.0}', "event 'step', field 'step': must be of the type int"),
+        ('{"event":"step","step":1,"loss":"1"}', "event 'step', field 'loss': must be of the type float"),
+        (NESTED_LINE.replace('"for"', '"for_"'), "event 'nested', field 'for': is missing"),
+        (
+            NESTED_LINE.replace("0.5", '"half"'),
+            "event 'nested', field 'parts', field 'share': must be of",
+        ),
+        (NESTED_LINE.replace("[]", "{}"), "event 'nested', field 'parts', field 'names': must be of the type tuple"),
+        (
+            NESTED_LINE.replace('{"share":0.5,"names":[]}', "1"),
+            "event 'nested', field 'parts': must be of the type",
+        ),
+        (NESTED_LINE.replace(":7}", ":null}"), "event 'nested', field 'versions': must be of the type int"),
+        (NESTED_LINE.replace("true", "1"), "event 'nested', field 'on': must be of the type bool"),
+    ],
+)
+def test_a_field_that_is_missing_or_ill_typed_is_named(line: str, problem: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        read_event(line, Stepped, Nested)
+    assert str(caught.value).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "x", '{"event":"st', "[1]", "null", "{}", '{"event":["step"]}', b"\xff", b'{"a":"\xff"}']
+)
+def test_a_line_without_an_event_is_none(line: str | bytes) -> None:
+    assert read_event(line, Stepped, Nested) is None
 
 
 def test_a_reopened_log_goes_on_after_what_is_there(tmp_path: Path) -> None:
-    for name in ("first", "second"):
+    for event in (Stepped(step=1), NESTED):
         log = EventLog(tmp_path / "events.jsonl")
-        log.emit(name)
+        log.emit(event)
         log.close()
-    assert [json.loads(line)["event"] for line in lines(tmp_path / "events.jsonl")] == ["first", "second"]
+    assert [json.loads(line)["event"] for line in lines(tmp_path / "events.jsonl")] == ["step", "nested"]
 
 
 def test_events_of_many_threads_do_not_mix(tmp_path: Path) -> None:
@@ -44,7 +138,7 @@ def test_events_of_many_threads_do_not_mix(tmp_path: Path) -> None:
 
     def emit_many() -> None:
         for _ in range(50):
-            log.emit("x", pad="y" * 500)
+            log.emit(replace(NESTED, for_="y" * 500))
 
     threads = [threading.Thread(target=emit_many) for _ in range(4)]
     for thread in threads:
@@ -52,18 +146,18 @@ def test_events_of_many_threads_do_not_mix(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     log.close()
-    assert [json.loads(line)["event"] for line in lines(tmp_path / "events.jsonl")] == ["x"] * 200
+    assert [json.loads(line)["event"] for line in lines(tmp_path / "events.jsonl")] == ["nested"] * 200
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="/dev/full, a disk without room, is Linux's")
 def test_a_full_disk_is_told_once_and_costs_no_more_than_the_lines(caplog: pytest.LogCaptureFixture) -> None:
-    heard: list[Event] = []
+    heard: list[tuple[Event, float]] = []
     log = EventLog(FULL)
-    log.subscribe(heard.append)
+    log.subscribe(heard_by(heard))
     for n in range(3):
-        log.emit("step", step=n)
+        log.emit(Stepped(step=n))
     log.close()
-    assert [event["step"] for event in heard] == [0, 1, 2]
+    assert [event for event, _ in heard] == [Stepped(step=n) for n in range(3)]
     assert len(caplog.records) == 1
     assert "cannot write the event log /dev/full: No space left on device" in caplog.text
 
@@ -71,7 +165,7 @@ def test_a_full_disk_is_told_once_and_costs_no_more_than_the_lines(caplog: pytes
 def test_a_log_with_a_limit_keeps_the_newest_lines_in_two_files(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl", clock=lambda: 1.0, max_bytes=200)
     for step in range(40):
-        log.emit("step", step=step)
+        log.emit(Stepped(step=step))
     log.close()
     newest, before = tmp_path / "events.jsonl", tmp_path / "events.jsonl.previous"
     assert newest.stat().st_size < 200 <= before.stat().st_size < 250

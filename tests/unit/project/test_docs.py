@@ -8,7 +8,6 @@ import importlib
 import re
 import subprocess
 import xml.etree.ElementTree as ET
-from collections import defaultdict
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -17,19 +16,25 @@ import pytest
 
 import run_node
 from common.command_line import HELP_LIMITS, SHARED_FLAGS, help_rows, parse
+from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent, PeerLeaveEvent, PeerStartEvent
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.observer import RunView
 from dht.directory import REFRESH_S
 from dht.record_versions import PERIOD_S
+from node.averaging import events as averaging_events
 from node.data import WIKIPEDIA_ATTRIBUTION
+from node.host import events as host_events
 from node.host.metrics import HostCollector
-from node.trainer.view.report import Summary
+from node.membership import events as membership_events
+from node.trainer import events as trainer_events
+from node.trainer.events import DoneEvent
 from protocol import (
     averaging_pb2,
     contribution_pb2,
     expert_pb2,
     invite_pb2,
     limits,
+    node_events,
     reach_pb2,
     records_pb2,
     relay_pb2,
@@ -50,9 +55,9 @@ from tests.support.docs import (
     spans,
     table,
 )
+from tests.support.events import classes_in, key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
     from types import ModuleType
 
@@ -275,44 +280,46 @@ def test_every_file_that_tells_events_belongs_to_a_role() -> None:
     assert telling == {file for files in EMITTERS.values() for file in files}
 
 
-@pytest.mark.parametrize("role", EMITTERS)
+MADE_ELSEWHERE = {"a trainer": ("node/trainer/step_report.py",), "a host": ("node/host/metrics.py",)}
+"""Files that make events which another one of the role emits."""
+
+EVENTS = {
+    "hosts and trainers": (*classes_in(averaging_events), *classes_in(membership_events)),
+    "a trainer": (*classes_in(node_events), *classes_in(trainer_events)),
+    "a host": classes_in(host_events),
+    "a coordinator": (PeerStartEvent, PeerLeaveEvent),
+    "a lighthouse": (PeerStartEvent, PeerLeaveEvent),
+    "local": (LocalStartEvent, ChildEndedEvent, LocalEndEvent),
+}
+
+
+def test_every_event_belongs_to_a_role() -> None:
+    packages = ("common", "protocol", "dht", "node", "coordinator")
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    defined = [name for path in files for name in re.findall(r"^class (\w+)\(Event\):", path.read_text(), re.MULTILINE)]
+    assert sorted(defined) == sorted({kind.__name__ for kinds in EVENTS.values() for kind in kinds})
+
+
+@pytest.mark.parametrize("role", EVENTS)
+def test_every_event_is_made_by_its_role(role: str) -> None:
+    texts = [(ROOT / file).read_text() for file in (*EMITTERS[role], *MADE_ELSEWHERE.get(role, ()))]
+    made = {name for text in texts for name in re.findall(r"\b(\w+Event)\(", text)}
+    assert made == {kind.__name__ for kind in EVENTS[role]}
+
+
+@pytest.mark.parametrize("role", EVENTS)
 def test_every_event_is_described_with_its_fields(role: str) -> None:
     rows = table(DOCS / "running.md", f"Events of {role}")
     listed = {code_in(row[0])[0]: set(code_in(row[1])) for row in rows}
-    emitted = emitted_by(EMITTERS[role])
+    emitted = {kind.event: {key(field.name) for field in fields(kind)} for kind in EVENTS[role]}
     if role == "a trainer":
-        emitted["step"] |= step_fields()
-        emitted["waiting"] |= {"for"}
-        emitted["done"] |= {"summary.json"}  # its fields have a test of their own
+        emitted["done"] = {"summary.json"}  # its fields have a test of their own
     assert {event: names & emitted.get(event, set()) for event, names in listed.items()} == emitted
-
-
-def emitted_by(files: Iterable[str]) -> dict[str, set[str]]:
-    """Events and the fields that stand in the call itself."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for file in files:
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "emit":
-                name = cast("ast.Constant", node.args[0]).value
-                found[str(name)] |= {keyword.arg for keyword in node.keywords if keyword.arg}
-    return dict(found)
-
-
-def step_fields() -> set[str]:
-    """Of the dictionary that `step_event` returns, and of the one that is unfolded into it."""
-    tree = ast.parse((ROOT / "node/trainer/step_report.py").read_text())
-    return returned_keys(tree, "step_event") | returned_keys(tree, "_replica_fields")
-
-
-def returned_keys(tree: ast.Module, name: str) -> set[str]:
-    function = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
-    returned = next(n.value for n in ast.walk(function) if isinstance(n, ast.Return))
-    return {str(key.value) for key in cast("ast.Dict", returned).keys if isinstance(key, ast.Constant)}
 
 
 def test_every_field_of_the_summary_is_named() -> None:
     named = set(spans(DOCS / "running.md"))
-    assert {field.name for field in fields(Summary)} <= named
+    assert {field.name for field in fields(DoneEvent)} <= named
 
 
 def test_every_metric_is_listed() -> None:

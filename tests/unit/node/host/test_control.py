@@ -34,7 +34,7 @@ state = {"paused": False, "reasons": sys.argv[1:]}
 def pause(*_):
     tell("asked", word="pause", **state)
     state["paused"] = True
-    tell("paused")
+    tell("paused", reasons=["its owner paused it"], stored=3)
 def resume(*_):
     tell("asked", word="resume", **state)
     if not state["reasons"]:

@@ -23,6 +23,7 @@ from protocol.identity import Identity
 from protocol.limits import MAX_PIECE_BYTES
 from protocol.manifest import AveragingConfig, BlockId
 from protocol.verdict import VERDICT_TTL_S, Offered, Verdict, sign_verdict
+from tests.support.events import written_to
 from tests.support.offers import SHAPES, Call, MemoryStream, peer, weights
 from tests.support.swarm_parts import CPU, small_manifest
 
@@ -52,7 +53,7 @@ class Host:
 
     def __post_init__(self) -> None:
         log = EventLog()
-        log.subscribe(self.events.append)
+        log.subscribe(written_to(self.events))
         checker = VerdictChecker(MANIFEST.owner, self.peers, BEGAN_S, clock=lambda: self.now_s)
         self.service = ExpertUploadService(MANIFEST, self.runtime, checker, RateLimits(), log)
 

@@ -12,6 +12,7 @@ from node.trainer.step_report import StepReport, step_event
 from node.trainer.train_step import StepResult
 from node.trainer.trunk_state import TrainingProgress
 from protocol.manifest import BlockId
+from tests.support.events import as_written
 from tests.support.swarm_parts import make_replica, small_manifest
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def event(directory: FakeDirectory, pairs: Counter[str]) -> dict[str, object]:
         step_wire_bytes=4250,
     )
     gate = build_gate(small_manifest().model, torch.Generator().manual_seed(0))
-    return step_event(report, [gate], directory, pairs)  # type: ignore[arg-type]
+    return as_written(step_event(report, [gate], directory, pairs))  # type: ignore[arg-type]
 
 
 def test_the_step_event_has_rates_shares_and_time_left() -> None:

@@ -26,6 +26,7 @@ from protocol import contribution_pb2 as pb
 from protocol.identity import Identity
 from protocol.manifest import AveragingConfig, BlockId
 from protocol.verdict import Offered, open_verdict
+from tests.support.events import written_to
 from tests.support.offers import present, train_one, weights
 from tests.support.swarm_parts import make_replica, small_manifest
 
@@ -71,7 +72,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.identity, log = Identity.generate(), EventLog()
-        log.subscribe(self.events.append)
+        log.subscribe(written_to(self.events))
         self.queue = OfferQueue(lambda: self.now_s)
         parts = EvaluatorParts(
             identity=self.identity,

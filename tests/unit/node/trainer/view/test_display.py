@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -15,17 +15,21 @@ from rich.logging import RichHandler
 
 from common.events import EventLog
 from common.text import bytes_text, clock_text, count_text, printable, short_id, sparkline
+from node.host.events import CheckpointEvent
+from node.trainer.events import RetryEvent, TrunkCheckpointFailedEvent
 from node.trainer.view.display import HISTORY, Display, DisplayState, advance, open_display, render
-from tests.support.trainer_events import done, evaluation, host, start, step, waiting
+from tests.support.trainer_events import T_S, done, evaluation, host, start, step, step_s, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from common.events import Event
 
 SHOW_CURSOR = "\x1b[?25h"
 HIDE_CURSOR = "\x1b[?25l"
 
 
-def after(events: Iterable[dict[str, Any]]) -> DisplayState:
+def after(events: Iterable[Event]) -> DisplayState:
     state = DisplayState()
     for event in events:
         state = advance(state, event)
@@ -97,14 +101,14 @@ def test_waiting_is_visible_until_something_happens() -> None:
 
 
 def test_a_retry_and_a_failed_checkpoint_are_told_until_the_next_step() -> None:
-    state = after([start(), step(1), {"t": 0, "event": "retry", "step": 2, "reason": "layer 1: peers left"}])
+    state = after([start(), step(1), RetryEvent(step=2, reason="layer 1: peers left")])
     assert "step 2 is tried again: layer 1: peers left" in shown(state)
     assert "tried again" not in shown(advance(state, step(2)))
-    assert "disk is full" in shown(advance(state, {"t": 0, "event": "checkpoint_failed", "reason": "disk is full"}))
+    assert "disk is full" in shown(advance(state, TrunkCheckpointFailedEvent(reason="disk is full")))
 
 
 def test_more_hosts_than_lines_are_counted_and_the_busiest_come_first() -> None:
-    rows = [host(i, share=i / 1000) for i in range(40)]
+    rows = tuple(host(i, share=i / 1000) for i in range(40))
     text = shown(after([start(), step(1, hosts=rows)]), height=24)
     assert len(text.splitlines()) <= 24
     assert "…3VdZ39" in text
@@ -113,12 +117,12 @@ def test_more_hosts_than_lines_are_counted_and_the_busiest_come_first() -> None:
 
 
 def test_without_hosts_it_says_so() -> None:
-    assert "no host answers" in shown(after([start(), step(1, hosts=[])]))
+    assert "no host answers" in shown(after([start(), step(1, hosts=())]))
 
 
 def test_unknown_events_change_nothing() -> None:
     state = after([start(), step(1)])
-    assert advance(state, {"t": 0, "event": "checkpoint"}) == state
+    assert advance(state, CheckpointEvent(blocks=1, seconds=0.1)) == state
 
 
 def test_a_peers_words_cannot_reach_the_terminal_as_control_characters() -> None:
@@ -154,11 +158,11 @@ def test_numbers_are_written_for_people() -> None:
 def test_plain_lines_come_every_ten_steps_or_five_seconds_and_at_evaluations() -> None:
     display, file = plain()
     with display:
-        display.on_event(start())
+        display.on_event(start(), T_S)
         for i in range(1, 21):
-            display.on_event(step(i, t=1000.0 + 0.1 * i))
-        display.on_event(evaluation(20, 3.9))
-        display.on_event(step(21, t=1100.0))
+            display.on_event(step(i), T_S + 0.1 * i)
+        display.on_event(evaluation(20, 3.9), step_s(20))
+        display.on_event(step(21), T_S + 100.0)
     assert file.getvalue().splitlines() == [
         "run demo-0123456789ab: 1,024 experts on 4 hosts, 8.40 M parameters in them, 330,000 in the trunk",
         "step 1/400  train 3.400 bits/byte  5,123 tokens/s  1,024/1,024 experts alive  0 calls failed  3:20 left",
@@ -175,9 +179,9 @@ def test_plain_lines_come_every_ten_steps_or_five_seconds_and_at_evaluations() -
 def test_the_last_step_always_has_a_plain_line() -> None:
     display, file = plain()
     with display:
-        display.on_event(step(1, steps=3))
-        display.on_event(step(2, steps=3))
-        display.on_event(step(3, steps=3))
+        display.on_event(step(1, steps=3), step_s(1))
+        display.on_event(step(2, steps=3), step_s(2))
+        display.on_event(step(3, steps=3), step_s(3))
     assert [line.split()[1] for line in file.getvalue().splitlines()] == ["1/3", "3/3"]
 
 
@@ -185,8 +189,8 @@ def test_plain_waiting_is_said_at_once_then_every_five_seconds() -> None:
     display, file = plain()
     with display:
         for t in (0.0, 1.0, 4.9, 5.0, 6.0):
-            display.on_event(waiting(t=1000.0 + t))
-        display.on_event(waiting("hosts: 3 of 32", t=1006.1))
+            display.on_event(waiting(), T_S + t)
+        display.on_event(waiting("hosts: 3 of 32"), T_S + 6.1)
     lines = file.getvalue().splitlines()
     assert len(lines) == 3
     assert lines[-1] == "waiting for hosts: 3 of 32"
@@ -195,7 +199,7 @@ def test_plain_waiting_is_said_at_once_then_every_five_seconds() -> None:
 def test_no_terminal_means_plain_lines() -> None:
     file = io.StringIO()
     with Display(console=Console(file=file, width=80)) as display:
-        display.on_event(start())
+        display.on_event(start(), T_S)
     assert file.getvalue().startswith("run demo-0123456789ab")
     assert "\x1b" not in file.getvalue()
 
@@ -205,8 +209,8 @@ def test_the_terminal_is_given_back_however_the_block_ends(error: type[BaseExcep
     console, file = terminal()
     try:
         with Display(console=console) as display:
-            display.on_event(start())
-            display.on_event(step(1))
+            display.on_event(start(), T_S)
+            display.on_event(step(1), step_s(1))
             if error is not None:
                 raise error
     except (RuntimeError, KeyboardInterrupt):
@@ -236,8 +240,8 @@ def test_log_lines_go_through_the_panels_console_and_back(caplog: pytest.LogCapt
 def test_the_end_is_shown_once_the_panel_is_closed() -> None:
     console, file = terminal()
     with Display(console=console) as display:
-        display.on_event(start())
-        display.on_event(done())
+        display.on_event(start(), T_S)
+        display.on_event(done(), T_S + 200.0)
         assert "8.010" not in file.getvalue()
     assert "8.010 → " in file.getvalue()
 
@@ -245,13 +249,9 @@ def test_the_end_is_shown_once_the_panel_is_closed() -> None:
 def test_events_reach_an_open_display_from_any_thread(capsys: pytest.CaptureFixture[str]) -> None:
     events = EventLog()
     with open_display(events, plain=True):
-        threads = [threading.Thread(target=lambda: events.emit("eval", **evaluation_fields())) for _ in range(8)]
+        threads = [threading.Thread(target=lambda: events.emit(evaluation(0, 8.0))) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert capsys.readouterr().out.count("held-out bits/byte") == 8
-
-
-def evaluation_fields() -> dict[str, Any]:
-    return {name: value for name, value in evaluation(0, 8.0).items() if name not in {"t", "event"}}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,40 +16,33 @@ from node.trainer.view.report import (
     MAX_POINTS,
     Curve,
     Point,
-    Summary,
     centred_mean,
     plot_loss,
     print_end,
     read_curve,
+    report_files,
     thinned,
     write_report,
 )
+from tests.support.events import as_written
 from tests.support.trainer_events import done, evaluation, start, step
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pytest
 
+    from common.events import Event
+    from node.trainer.events import DoneEvent
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
-SUMMARY = Summary(
-    run_id="demo-0123456789ab",
-    experts=1024,
-    hosts=4,
-    trainers=1,
-    steps=3,
-    tokens=12_288,
-    bits_per_byte_start=8.01,
-    bits_per_byte_end=3.05,
-    tokens_per_s=5123.4,
-    calls_failed=0,
-    wall_s=171.0,
-)
+DONE = done(steps=3, tokens=12_288, calls_failed=0, train_s=160.0, sample="Text.", attribution="Wikipedia")
 
 
-def write_events(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_events(path: Path, events: Sequence[Event]) -> Path:
+    path.write_text("".join(json.dumps(as_written(event)) + "\n" for event in events), encoding="utf-8")
     return path
 
 
@@ -70,16 +64,17 @@ def test_steps_taken_again_after_a_resume_count_once_as_taken_last(tmp_path: Pat
 
 def test_lines_that_a_crash_cut_short_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    good = json.dumps(step(2))
+    good = json.dumps(as_written(step(2)))
     path.write_bytes(b'{"t":1,"event":"st\n[1]\n\xff\n{"event":"step"}\n' + good.encode() + b'\n{"event":"ev')
     assert [p.step for p in read_curve(path).train] == [2]
 
 
 def test_write_report_leaves_a_summary_and_a_picture(tmp_path: Path) -> None:
     write_events(tmp_path / "events.jsonl", [evaluation(0, 8.0), step(1), step(2), evaluation(2, 3.05)])
-    fields = write_report(tmp_path, SUMMARY, {"train_s": 160.0}, sample="Text.", attribution="Wikipedia")
+    told = replace(DONE, files=tuple(map(str, report_files(tmp_path))))
+    write_report(tmp_path, told)
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert summary == fields
+    assert {"t": 0.0, "event": "done", **summary} == as_written(told)
     assert list(summary)[:4] == ["run_id", "experts", "hosts", "trainers"]
     assert summary["bits_per_byte_end"] == 3.05
     assert summary["train_s"] == 160.0
@@ -115,7 +110,7 @@ def test_the_smoothed_line_does_not_lag() -> None:
     assert centred_mean([], 10) == []
 
 
-def panel(event: dict[str, Any], width: int) -> str:
+def panel(event: DoneEvent, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
     with console.capture() as capture:
         print_end(console, event)
@@ -136,12 +131,12 @@ def test_the_last_panel_says_how_it_went_and_where_the_files_are() -> None:
         ):
             assert words in text, words
         assert max(map(len, text.splitlines())) <= width
-        assert text.splitlines()[-len(done()["files"]) :] == done()["files"]
+        assert text.splitlines()[-len(done().files) :] == list(done().files)
 
 
 def test_a_path_is_in_one_piece_however_narrow_the_terminal() -> None:
     path = f"/{'long/' * 30}loss.png"
-    assert panel({**done(), "files": [path]}, 60).splitlines()[-1] == path
+    assert panel(done(files=(path,)), 60).splitlines()[-1] == path
 
 
 def test_drawing_uses_no_global_state_of_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

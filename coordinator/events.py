@@ -1,0 +1,56 @@
+"""What a coordinator, a lighthouse and a local swarm tell in their event logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.events import Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerStartEvent(Event):
+    """A coordinator or a lighthouse is up: a first peer of the run, at these addresses."""
+
+    event: ClassVar[str] = "start"
+
+    run_id: str
+    peer_id: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerLeaveEvent(Event):
+    """A coordinator or a lighthouse ends."""
+
+    event: ClassVar[str] = "leave"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalStartEvent(Event):
+    """Every process of a local swarm was started."""
+
+    event: ClassVar[str] = "start"
+
+    run_id: str
+    hosts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildEndedEvent(Event):
+    """A host, the coordinator or a trainer other than the first died."""
+
+    event: ClassVar[str] = "ended"
+
+    name: str
+    exit_code: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalEndEvent(Event):
+    """A local swarm has ended. `dead` has the exit codes of those that died before, `killed` who had to be killed."""
+
+    event: ClassVar[str] = "end"
+
+    dead: dict[str, int]
+    killed: tuple[str, ...]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
 
 from common.errors import UnavailableError
 from coordinator.blocks import block_list_text, split_blocks
 from experiments.live.processes import cpu_seconds_of, wait_until
+from node.averaging.events import ExchangeEvent
+from node.host.events import AnnouncedEvent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +49,7 @@ class Hosts:
         node = self._nodes[index]
         if node.child.ended():
             raise UnavailableError(f"{node.folder.name} ended by itself:\n{node.child.log_tail()}")
-        return len(node.events("announced")) >= self._starts[index]
+        return len(node.told(AnnouncedEvent)) >= self._starts[index]
 
     def replace(self, index: int) -> None:
         """Kill a host, as a power cut would, and start it again with what it has on its disk."""
@@ -64,12 +66,12 @@ class Hosts:
 
     def addresses(self) -> set[tuple[str, str]]:
         """Peer id and endpoint of each, as it announced itself last."""
-        announced = [node.events("announced")[-1] for node in self._nodes]
-        return {(event["peer_id"], event["endpoint"]) for event in announced}
+        announced = [node.told(AnnouncedEvent)[-1] for node in self._nodes]
+        return {(event.peer_id, event.endpoint) for event in announced}
 
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """What all of them have told, one host after the other."""
-        return [event for node in self._nodes for event in node.events(name)]
+    def exchanges(self) -> list[ExchangeEvent]:
+        """What all of them have told of averaging, one host after the other."""
+        return [event for node in self._nodes for event in node.told(ExchangeEvent)]
 
     def _start(self, index: int) -> Node:
         return self._swarm.host(f"host-{index}", self._blocks[index])

@@ -149,7 +149,7 @@ class OverHosts:
         """Calls, bytes, and how far apart gradients and replicas were."""
         dispatcher = self._client.dispatcher
         mean, largest = dispatcher.take_staleness()
-        exchanges = [event for event in self._hosts.events("exchange") if event["blocks"]]
+        exchanges = [event for event in self._hosts.exchanges() if event.blocks]
         return {
             "calls_ok": dispatcher.calls_ok,
             "calls_failed": dispatcher.calls_failed,
@@ -158,10 +158,10 @@ class OverHosts:
             "kills": self._hosts.kills,
             "staleness_mean": mean,
             "staleness_max": largest,
-            "exchanges": sum(event["dialled"] for event in exchanges),
-            "exchanged_bytes": sum(event["bytes"] for event in exchanges if event["dialled"]),
-            "divergence_mean": fmean(e["divergence_mean"] for e in exchanges) if exchanges else 0.0,
-            "divergence_max": max((e["divergence_max"] for e in exchanges), default=0.0),
+            "exchanges": sum(event.dialled for event in exchanges),
+            "exchanged_bytes": sum(event.bytes for event in exchanges if event.dialled),
+            "divergence_mean": fmean(e.divergence_mean for e in exchanges) if exchanges else 0.0,
+            "divergence_max": max((e.divergence_max for e in exchanges), default=0.0),
         }
 
 

@@ -11,12 +11,14 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
 from common.errors import DeadlineError, UnavailableError
+from common.events import Event, read_event
 from coordinator.children import Child, ChildSpec
+from node.host.events import AnnouncedEvent
 from protocol.swarm_file import SwarmFile
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ RUN_NODE = str(Path(__file__).resolve().parents[2] / "run_node.py")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
+
+E = TypeVar("E", bound=Event)
 
 
 def events(path: Path, name: str = "") -> list[dict[str, Any]]:
@@ -65,8 +69,14 @@ class Node:
         )
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
-        """What it has told so far."""
+        """What it has told so far, as it stands in the log."""
         return events(self.folder / "events.jsonl", name)
+
+    def told(self, kind: type[E]) -> list[E]:
+        """What it has told so far of one kind; raises InvalidInputError for an event of another version."""
+        path = self.folder / "events.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [event for line in lines if (event := read_event(line, kind)) is not None]
 
     def wait_for(self, name: str, timeout_s: float = START_TIMEOUT_S, count: int = 1) -> dict[str, Any]:
         """The last event `name`, once there are `count`; fails at once if the process ends before."""
@@ -163,8 +173,9 @@ class ProcessSwarm:
 
     def swarm_file_through(self, node: Node) -> Path:
         """A swarm.toml that names only `node` as initial peer: for joining when the coordinator is gone."""
-        announced = node.wait_for("announced")
-        file = SwarmFile(run_id=announced["run_id"], initial_peers=tuple(announced["addresses"]))
+        node.wait_for(AnnouncedEvent.event)
+        announced = node.told(AnnouncedEvent)[-1]
+        file = SwarmFile(run_id=announced.run_id, initial_peers=announced.addresses)
         path = self.folder / f"through-{node.folder.name}.toml"
         file.write(path)
         return path

@@ -17,7 +17,8 @@ import pytest
 from common.errors import ConfigError, UnavailableError
 from coordinator.children import exit_words
 from coordinator.config import LocalConfig, manifest_of
-from coordinator.local import EXIT_INTERRUPTED, check, run_local
+from coordinator.local import EXIT_INTERRUPTED, LocalSwarm, check, run_local
+from tests.support.fake_swarm import STARTED
 from tests.support.local_swarm import FAKE, ROOT, config_in, pids, rows, run, run_to_the_end, running, told, until
 
 if TYPE_CHECKING:
@@ -40,6 +41,18 @@ async def test_the_trainers_exit_code_is_the_swarms(
     (tmp_path / "go").touch()
     assert await swarm == code
     assert not running(pids(tmp_path).values())
+
+
+def test_training_has_begun_once_the_trainers_log_says_so(tmp_path: Path) -> None:
+    swarm, log = LocalSwarm(config_in(tmp_path), asyncio.Event(), ("unused",)), tmp_path / "events.jsonl"
+    assert not swarm._training_began()
+    log.write_text('{"t":0,"event":"waiting","for":"hosts"}\n{"t":0,"event":"sta', encoding="utf-8")
+    assert not swarm._training_began()
+    log.write_text(json.dumps({"t": 0, **STARTED.to_row()}) + "\n", encoding="utf-8")
+    assert swarm._training_began()
+    log.write_text('{"t":0,"event":"start","run_id":"a"}\n', encoding="utf-8")
+    with pytest.raises(UnavailableError, match=r"events.jsonl: event 'start', field 'experts': is missing; is the"):
+        swarm._training_began()
 
 
 async def test_each_host_is_told_its_own_blocks_and_together_they_have_all(

@@ -30,7 +30,9 @@ import json, signal, sys
 def tell(event, **fields):
     with open("events.jsonl", "a") as log:
         log.write(json.dumps({"event": event, **fields}) + "\\n")
-state = {"paused": False, "reasons": sys.argv[1:]}
+state = {"paused": False, "reasons": sys.argv[2:]}
+if sys.argv[1] == "another":
+    del state["paused"]
 def pause(*_):
     tell("asked", word="pause", **state)
     state["paused"] = True
@@ -58,8 +60,9 @@ while True:
 class FakeHost:
     """A process that answers signals as a host does, and its folder."""
 
-    def __init__(self, folder: Path, *reasons: str) -> None:
-        self.popen = subprocess.Popen((sys.executable, "-c", HOST, *reasons), cwd=folder, stdout=subprocess.PIPE)
+    def __init__(self, folder: Path, *reasons: str, version: str = "this") -> None:
+        argv = (sys.executable, "-c", HOST, version, *reasons)
+        self.popen = subprocess.Popen(argv, cwd=folder, stdout=subprocess.PIPE)
         assert self.popen.stdout
         assert self.popen.stdout.readline() == b"up\n"
         self.config = ControlConfig(state=folder, timeout_s=10.0)
@@ -157,3 +160,12 @@ def test_only_a_node_that_obeys_says_which_process_it_is(tmp_path: Path) -> None
         written = json.loads((tmp_path / "server.json").read_text())
     assert written["pid"] == os.getpid()
     assert written["started_s"] == psutil.Process().create_time()
+
+
+async def test_an_answer_of_another_version_is_a_sentence(tmp_path: Path) -> None:
+    host = FakeHost(tmp_path, version="another")
+    try:
+        with pytest.raises(UnavailableError, match=r"events.jsonl: event 'asked', field 'paused': is missing; is its"):
+            await run_pause(host.config, asyncio.Event())
+    finally:
+        host.close()

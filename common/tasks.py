@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from common.errors import DeadlineError, DrainingError
 
@@ -50,6 +50,20 @@ class Periodic:
             await self._work()
 
 
+async def repeat(
+    work: Callable[[], Awaitable[None]], pause_s: Callable[[], float], *, at_once: bool = False
+) -> NoReturn:
+    """Run `work` until cancelled, with `pause_s()` seconds before each run, before the first too unless `at_once`.
+
+    What `work` raises ends it.
+    """
+    if at_once:
+        await work()
+    while True:
+        await asyncio.sleep(pause_s())
+        await work()
+
+
 @asynccontextmanager
 async def within(seconds: float, what: str) -> AsyncIterator[None]:
     """DeadlineError when the body takes longer."""
@@ -67,6 +81,17 @@ async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, Non
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Run coroutines at once until one of them ends, however it does; the others are cancelled and waited for."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()

@@ -17,6 +17,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
 from common.errors import IdentityError, KilohiveError, UnavailableError
+from common.tasks import until_one_ends
 from common.text import last_line
 from dht.framing import LENGTH_BYTES, PIECE_BYTES, SEND_TIMEOUT_S, length_in, packed
 from protocol.identity import public_key_of
@@ -165,15 +166,11 @@ class Streams:
 async def splice(one: Stream, other: Stream, idle_s: float, moved: Callable[[int], None] | None = None) -> None:
     """Carry bytes both ways until a side ends or nothing has moved for `idle_s`; closes both. `moved` counts bytes."""
     tell = moved or (lambda _: None)
-    ways = [asyncio.create_task(_carry(a, b, idle_s, tell)) for a, b in ((one, other), (other, one))]
     try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        await until_one_ends(_carry(one, other, idle_s, tell), _carry(other, one, idle_s, tell))
     finally:
-        for way in ways:
-            way.cancel()
         one.close()
         other.close()
-        await asyncio.gather(*ways, return_exceptions=True)
 
 
 async def _carry(source: Stream, target: Stream, idle_s: float, moved: Callable[[int], None]) -> None:

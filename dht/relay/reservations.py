@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError, UnavailableError
+from common.tasks import repeat
 from dht.relay.relaying import NOTE_EVERY_S, RELAY_PROTOCOL
 from protocol import relay_pb2 as pb
 from protocol.endpoints import MAX_RELAYS, is_udp_address
@@ -117,12 +118,13 @@ class Reservations:
 
     async def keep(self) -> None:
         """Reserve, and reserve elsewhere when a relay is gone, until cancelled."""
-        while True:
-            if self.wanted:
-                await self.reserve()
-            else:
-                await self.close()
-            await asyncio.sleep(LOOK_EVERY_S)
+        await repeat(self._look, lambda: LOOK_EVERY_S, at_once=True)
+
+    async def _look(self) -> None:
+        if self.wanted:
+            await self.reserve()
+        else:
+            await self.close()
 
     async def reserve(self) -> None:
         """Ask relays once for what is missing; none that refuses or does not answer is an error."""

@@ -13,6 +13,7 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import KilohiveError, UnavailableError
+from common.tasks import until_one_ends
 from dht.relay.relaying import IDLE_S, TUNNEL_PROTOCOL
 from dht.relay.reservations import granted, punch
 from dht.streams import Stream, splice
@@ -199,14 +200,7 @@ class _Relayed:
         self._leaving = asyncio.Event()
 
     async def carry(self) -> None:
-        carrying = asyncio.create_task(splice(self._local, self._far, IDLE_S, self._moved))
-        leaving = asyncio.create_task(self._until_quiet())
-        try:
-            await asyncio.wait({carrying, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            carrying.cancel()
-            leaving.cancel()
-            await asyncio.gather(carrying, leaving, return_exceptions=True)
+        await until_one_ends(splice(self._local, self._far, IDLE_S, self._moved), self._until_quiet())
 
     def end_when_quiet(self) -> None:
         """Nothing has moved for QUIET_S, or MOVE_WITHIN_S are over."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from common.allocator import give_back_memory
 from common.errors import KilohiveError, OverloadedError
 from common.sizes import size_text
+from common.tasks import repeat
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -48,9 +49,7 @@ class MemoryWatch:
 
     async def watch(self) -> None:
         """Look again and again."""
-        while True:
-            await self.look()
-            await asyncio.sleep(LOOK_SELDOM_S if self._limit_bytes is None else LOOK_S)
+        await repeat(self.look, lambda: LOOK_SELDOM_S if self._limit_bytes is None else LOOK_S, at_once=True)
 
     async def look(self) -> None:
         """Measure, and do what has to be done."""

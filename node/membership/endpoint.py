@@ -8,6 +8,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from common.errors import UnavailableError
+from common.tasks import repeat
 from dht.relay.quotas import RelayLimits
 from dht.relay.relay import Relay
 from dht.relay.reservations import Reservations
@@ -80,7 +81,7 @@ class NodeEndpoint:
         self._swarm.dht.on_restart(self._reservations.start_over)
         self._swarm.dht.on_restart(announcer.announce_soon)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._look_forever(), name="reachability")
+            group.create_task(repeat(self._look, self._pause_s), name="reachability")
             group.create_task(self._reservations.keep(), name="relays")
             group.create_task(self._announce_changes(announcer), name="endpoint")
 
@@ -88,10 +89,8 @@ class NodeEndpoint:
         """Leave the relays; safe to call twice."""
         await self._reservations.close()
 
-    async def _look_forever(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_AGAIN_S if self._watch.state == "reached" else LOOK_SOON_S)
-            await self._look()
+    def _pause_s(self) -> float:
+        return LOOK_AGAIN_S if self._watch.state == "reached" else LOOK_SOON_S
 
     async def _look(self) -> None:
         others = [address.split("/")[2] for address in self._swarm.initial_peers]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
+from common.tasks import repeat
 from node.host.metrics import load_event
 
 if TYPE_CHECKING:
@@ -34,11 +34,9 @@ class LoadEvents:
 
     async def emit_forever(self) -> None:
         """Until cancelled."""
-        while True:
-            await asyncio.sleep(LOAD_EVENT_PERIOD_S)
-            self._emit()
+        await repeat(self._emit, lambda: LOAD_EVENT_PERIOD_S)
 
-    def _emit(self) -> None:
+    async def _emit(self) -> None:
         runtime, rate_limits = self._runtime, self._rate_limits
         rate_limits.count_child()
         self._events.emit(load_event(runtime, rate_limits, self._exchanged_bytes(), self._memory.used_bytes))

@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from common.errors import DrainingError, KilohiveError, NoRoomError
-from common.tasks import until_stopped
+from common.tasks import repeat, until_stopped
 from node.host.events import FewerBlocksEvent, PlacementEvent
 
 if TYPE_CHECKING:
@@ -49,15 +49,16 @@ class PlacementController:
 
     async def recheck_forever(self) -> None:
         """Check again and again which blocks the swarm needs, and follow."""
-        while True:
-            await asyncio.sleep(self._planner.check_delay_s())
-            try:
-                if not self._pausing.is_set():
-                    await until_stopped(self.recheck(), self._pausing)
-            except DrainingError:
-                continue
-            except KilohiveError as error:
-                logger.warning("This host's blocks stay as they are for now: %s", error)
+        await repeat(self._recheck_or_log, self._planner.check_delay_s)
+
+    async def _recheck_or_log(self) -> None:
+        try:
+            if not self._pausing.is_set():
+                await until_stopped(self.recheck(), self._pausing)
+        except DrainingError:
+            pass
+        except KilohiveError as error:
+            logger.warning("This host's blocks stay as they are for now: %s", error)
 
     async def recheck(self) -> None:
         """Take what the swarm needs and there is room for; move a block if that is worth the transfer."""

@@ -257,7 +257,13 @@ EMITTERS = {
         "node/membership/reachability.py",
         "node/membership/endpoint.py",
     ),
-    "a trainer": ("node/trainer/trainer.py", "node/trainer/trunk_sharing.py", "node/trainer/evaluator/evaluator.py"),
+    "a trainer": (
+        "node/trainer/trainer.py",
+        "node/trainer/host_wait.py",
+        "node/trainer/training_reports.py",
+        "node/trainer/trunk_sharing.py",
+        "node/trainer/evaluator/evaluator.py",
+    ),
     "a host": (
         "node/host/host.py",
         "node/host/block_manager.py",

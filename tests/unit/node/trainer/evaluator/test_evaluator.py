@@ -17,10 +17,12 @@ from node.model.expert_file import ExpertId
 from node.model.experts.state import block_state
 from node.model.moe import LocalExperts
 from node.trainer.evaluator import evaluator as evaluator_module
-from node.trainer.evaluator.evaluator import Evaluator, EvaluatorParts
+from node.trainer.evaluator.evaluator import Evaluator
 from node.trainer.evaluator.held_out_trial import ALPHA, HeldOutTrial, config_of, refusal
+from node.trainer.evaluator.offer_count import OfferCount
 from node.trainer.evaluator.offers import FORGET_S, Offer, OfferQueue
 from node.trainer.evaluator.sequential_test import Decision
+from node.trainer.evaluator.trial_builder import TrialBuilder
 from node.trainer.train_step import StepConfig, Training, build_model
 from protocol import contribution_pb2 as pb
 from protocol.identity import Identity
@@ -74,16 +76,9 @@ class Trainer:
         self.identity, log = Identity.generate(), EventLog()
         log.subscribe(written_to(self.events))
         self.queue = OfferQueue(lambda: self.now_s)
-        parts = EvaluatorParts(
-            identity=self.identity,
-            training=self.training,
-            experts=self.experts,
-            client=self,
-            replicas=self.replicas,
-            events=log,
-            out=self.out,
-        )
-        self.evaluator = Evaluator(parts, self.queue, clock=lambda: self.now_s)
+        trials = TrialBuilder(self.training, self.experts, self, self.replicas)
+        count = OfferCount(self.out, MANIFEST.run_id)
+        self.evaluator = Evaluator(self.queue, trials, count, self.identity, log, clock=lambda: self.now_s)
 
     def replicas(self, block: BlockId) -> tuple[Replica, ...]:
         return (replace(make_replica(block, "host", "127.0.0.1:1"), version=self.version),)

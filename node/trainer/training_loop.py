@@ -1,0 +1,91 @@
+"""A trainer's loop: evaluate, step by step train, save and evaluate from time to time, sample and report at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from common.errors import CheckpointError
+from node.trainer.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
+from node.trainer.trunk_state import save_trunk
+
+if TYPE_CHECKING:
+    from node.trainer.config import TrainConfig
+    from node.trainer.evaluator.evaluator import Evaluator
+    from node.trainer.progress_tracker import ProgressTracker
+    from node.trainer.train_step import Training
+    from node.trainer.training_reports import TrainingReports
+    from node.trainer.trunk_sharing import TrunkSharing
+
+logger = logging.getLogger(__name__)
+
+FINAL_EVALUATION_FACTOR = 4
+
+
+class TrainingLoop:
+    """Belongs to the event loop, whose thread never computes: steps run on threads of their own."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        training: Training,
+        tracker: ProgressTracker,
+        sharing: TrunkSharing,
+        evaluator: Evaluator,
+        reports: TrainingReports,
+    ) -> None:
+        self._config, self._training, self._tracker = config, training, tracker
+        self._sharing, self._evaluator, self._reports = sharing, evaluator, reports
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """To the last step. Raises DrainingError when `stop` is set."""
+        config, progress = self._config, self._tracker.progress
+        self._tracker.observe_trainers()
+        self._reports.start(config.steps)
+        if progress.bits_per_byte_start is None:
+            progress.bits_per_byte_start = await self._evaluate(FINAL_EVALUATION_FACTOR)
+        while not self._tracker.is_trained:
+            await self._evaluator.after_step(await self._step(), stop)
+            if progress.step % config.save_every == 0:
+                await asyncio.to_thread(self.save)
+            if config.eval_every and progress.step % config.eval_every == 0 and not self._tracker.is_trained:
+                await self._evaluate(1)
+        bits_per_byte = await self._evaluate(FINAL_EVALUATION_FACTOR)
+        text = await asyncio.to_thread(self._sample)
+        self._reports.sample(text)
+        await asyncio.to_thread(self.save)
+        await asyncio.to_thread(self._reports.done, config.out, bits_per_byte, text)
+
+    def save(self) -> None:
+        """A full disk is reported and does not stop the training."""
+        try:
+            with self._training.trunk_lock.turn():
+                save_trunk(self._config.out, self._training, self._tracker.totals())
+        except CheckpointError as error:
+            logger.error("%s", error)  # noqa: TRY400 - the sentence says all, a stack trace would hide it
+            self._reports.checkpoint_failed(error)
+
+    async def _step(self) -> float:
+        """Seconds that it took."""
+        n_trainers = self._tracker.observe_trainers()
+        self._training.rate_scale = self._sharing.rate_scale()
+        wire_bytes = self._reports.wire_bytes
+        result = await asyncio.to_thread(self._training.step)
+        wire_bytes = self._reports.wire_bytes - wire_bytes
+        self._tracker.add(result)
+        self._reports.step(result, n_trainers, wire_bytes)
+        return result.seconds
+
+    async def _evaluate(self, factor: int) -> float:
+        bits_per_byte = await asyncio.to_thread(self._training.evaluate, self._config.eval_bytes * factor)
+        self._reports.evaluation(bits_per_byte)
+        return bits_per_byte
+
+    def _sample(self) -> str:
+        model, seed = self._training.model, self._config.seed
+        with self._training.trunk_lock.turn():
+            model.eval()
+            return self._training.until_enough(
+                lambda prompt: sample_text(model, prompt, SAMPLE_BYTES, 0.8, seed), SAMPLE_PROMPT
+            )

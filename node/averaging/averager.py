@@ -1,4 +1,4 @@
-"""Begins exchanges: every so often one partner is dialled, beside training, and what came of it is counted and told.
+"""Begins exchanges: every so often one partner is dialled, beside training, and the result is counted and reported.
 
 Belongs to the event loop. A partner that fails is left alone by averaging for a while; the directory is not told, as a
 host that cannot average may still answer tokens.
@@ -137,7 +137,7 @@ class Averager:
         return self._history.unreachable()
 
     def on_result(self, result: ExchangeResult) -> None:
-        """Count and tell an exchange, whoever began it."""
+        """Count and report an exchange, whichever side began it."""
         now_s = self._clock()
         self.exchanged_bytes += result.n_bytes
         moved = {block.block: block.divergence for block in result.blocks}

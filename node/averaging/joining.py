@@ -1,4 +1,4 @@
-"""Which state a joiner takes: that of a live replica which another one bears out, a checkpoint, or the run's seed.
+"""Which state a joiner takes: that of a live replica which another one corroborates, a checkpoint, or the run's seed.
 
 A joiner cannot tell a good replica from a forged one by itself, and honest replicas are never bit-equal. So what one of
 them sends is compared with the weights of a second: two that agree within honest drift are believed.
@@ -95,7 +95,7 @@ async def fetch_replica(
     config: JoinConfig,
     rng: random.Random,
 ) -> ReplicaState:
-    """The state of the newest replica whose weights those of another bear out; a lone replica is believed.
+    """The state of the newest replica whose weights those of another corroborate; a lone replica is believed.
 
     Sources that fail or send bytes that do not fit are passed over, and count as not there.
 
@@ -109,7 +109,7 @@ async def fetch_replica(
         if state is None:
             continue
         for earlier in answered:
-            if (whole := await _borne_out(client, earlier, state, wanted, config)) is not None:
+            if (whole := await _corroborated(client, earlier, state, wanted, config)) is not None:
                 return whole
         answered.append(_Answer(source, state))
     if len(answered) == 1:
@@ -124,7 +124,7 @@ class _Answer:
     state: ReplicaState
 
 
-async def _borne_out(
+async def _corroborated(
     client: Downloader, earlier: _Answer, witness: ReplicaState, wanted: Sequence[TensorSchema], config: JoinConfig
 ) -> ReplicaState | None:
     """The whole state of `earlier` if the witness agrees with it."""

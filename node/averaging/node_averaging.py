@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingOptions:
-    """`seed` of this node's choices; `stored` reads the checkpoint of a block; `allowance` is what the owner allows."""
+    """`seed` of this node's choices; `stored` reads a block's checkpoint; `rate_limits` are the owner's."""
 
     seed: int = 0
     stored: Callable[[BlockId], ReplicaState | None] | None = None

@@ -89,7 +89,7 @@ class Pairing:
         self._wire, self._replicas, self._config = wire, replicas, config
 
     async def dial(self, block_ids: Sequence[BlockId]) -> None:
-        """Exchange these blocks, in this order, with whoever answers; returns without a word if none is free.
+        """Exchange these blocks, in this order, with the peer that answers; returns without a word if none is free.
 
         Raises:
             KilohiveError: what broke the exchange; before `tally.agreed`, nothing has happened to any block.
@@ -111,7 +111,7 @@ class Pairing:
             self._replicas.release_all(claim)
 
     async def answer(self, caller: str | None = None) -> None:
-        """Answer whoever dialled, until it closes its side; raises like `dial`.
+        """Answer the peer that dialled, until it closes its side; raises like `dial`.
 
         `caller`: peer id that has signed the call, None where calls are not signed.
         """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FRESH_S = 1.0
 """Who was met just now weighs as if that were so long ago: no candidate's weight is zero.
 
-While another partner is busy, whoever was met that lately is not met again: better wait than hear the same again."""
+While another partner is busy, a partner met that lately is not met again: better wait than hear the same again."""
 
 SETTLED = 1e-4
 """Relative distance that is no news: nobody must be told of it."""

@@ -28,7 +28,7 @@ MOMENTS_EVERY = 8
 exchange of a block with a partner, and then with every eighth."""
 
 MAX_PARTNERS = 128
-"""For each block; with whoever it met longest ago, an exchange counts as their first again."""
+"""For each block; with the partner that it met longest ago, an exchange counts as the first again."""
 
 
 @dataclass(eq=False, kw_only=True)

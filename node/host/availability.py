@@ -74,7 +74,7 @@ class Availability:
     def look(self) -> None:
         """Notice a sleep. To be called often, and before anything is said or answered.
 
-        Whoever is not heard of for so long is forgotten by the others, who have trained on.
+        A host that is not heard of for so long is forgotten by the others, who have trained on.
         """
         now_s = self._clock()
         gap_s, self._looked_s = now_s - self._looked_s, now_s

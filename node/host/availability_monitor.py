@@ -20,7 +20,7 @@ LOOK_S = 1.0
 
 
 class AvailabilityMonitor:
-    """Tells `duty` of the schedule, of others who need the machine, and has it notice a sleep."""
+    """Reports the schedule and others who need the machine to `availability`, and has it notice a sleep."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How many blocks, tokens and kept inputs a host has room for, from its owner's limits and the run's manifest."""
+"""How many blocks, tokens and cached activations a host has room for, from its owner's limits and the manifest."""
 
 from __future__ import annotations
 

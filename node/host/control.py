@@ -122,7 +122,7 @@ class _Talk:
                 yield event
 
     def _new_lines(self) -> list[bytes]:
-        if _size(self._log) < self._offset:  # begun anew
+        if _size(self._log) < self._offset:  # restarted
             self._offset = 0
         with self._log.open("rb") as file:
             file.seek(self._offset)

@@ -3,10 +3,10 @@
 Needs come in this order: blocks without a replica, blocks with fewer than the run's target (fewest first), then, only
 where there is room, the blocks with the longest queues. A host that is full swaps one block at most per check.
 
-Herds. Many hosts see the same need at once. A host leaves a block to others by a throw of dice, so that of all that
-could act about `surge` act for each replica that is missing; and among equally needy blocks it picks at random. Rivals
-are counted in the view: idle hosts (announced, no block yet; so a host announces itself before its first check), and
-holders that could make the same swap. Petals' servers, all drawn to the same best place, moved in circles
+Herds. Many hosts see the same need at once. A host leaves a block to others at random, so that of all that could act
+about `surge` do for each missing replica; and among equally needy blocks it picks at random. Competitors are counted
+in the view: idle hosts (announced, no block yet; so a host announces itself before its first check), and holders that
+could make the same swap. Petals' servers, all drawn to the same best place, moved in circles
 (github.com/bigscience-workshop/petals/issues/389).
 
 Nothing is lost by moving. Holders of a block are ranked by rendezvous hashing (Thaler and Ravishankar 1998), and one
@@ -52,7 +52,7 @@ JITTER = 0.25
 """Checks come this much (a share of `check_s`) sooner or later, so that hosts which started together drift apart."""
 
 MIN_CHANCE = 1 / 32
-"""However many rivals there seem to be: some of them may never act, since their owners fixed their blocks."""
+"""However many competing hosts there seem to be: some of them may never act, since their owners fixed their blocks."""
 
 STORED_WEIGHT = 4.0
 """How much likelier a host acts on a block of which it has a checkpoint."""
@@ -109,7 +109,7 @@ class PlacementView:
         peer_id = self.own_peer_id
         return {block: len(peers) - (peer_id in peers) for block, peers in self.holders.items() if block not in own}
 
-    def paired_experts(self) -> int:
+    def competitors(self) -> int:
         """Other hosts that are about to choose their first blocks."""
         return len(self.idle_hosts) - (self.own_peer_id in self.idle_hosts)
 
@@ -172,7 +172,7 @@ def plan(
         own: Seconds that each block of this host has been there, those that it still joins included.
         stored: Blocks of which this host has a checkpoint; they win ties.
         config: Room and reluctance.
-        rng: Throws the dice against herds.
+        rng: Randomises, against herds.
     """
     free = config.max_blocks - len(own)
     if free > 0:
@@ -267,7 +267,7 @@ class _Swap:
         return len(able)
 
     def _chance(self, lacking: int, able: int) -> float:
-        return _chance(lacking, able + self._view.paired_experts(), self._config)
+        return _chance(lacking, able + self._view.competitors(), self._config)
 
     def _to_any(
         self, wanted: list[BlockId], stored: Collection[BlockId], spare: list[BlockId], chance: float
@@ -290,13 +290,13 @@ def _fill(
     config: PlacementConfig,
     rng: random.Random,
 ) -> list[BlockId]:
-    """Every block that this host lacks, in the order in which it wants them; what the dice leave to rivals is last."""
+    """Every block that this host lacks, in the order in which it wants them; what is left to competitors is last."""
     supply = view.supplies(own)
     claimed, enough, left = [], [], []
     for block, n in supply.items():
         if n >= config.target_replicas:
             enough.append(block)
-        elif block in stored or rng.random() < _chance(config.target_replicas - n, view.paired_experts() + 1, config):
+        elif block in stored or rng.random() < _chance(config.target_replicas - n, view.competitors() + 1, config):
             claimed.append(block)
         else:
             left.append(block)
@@ -312,9 +312,9 @@ def _fill(
     return [*sorted(claimed, key=need), *sorted(enough, key=busy), *sorted(left, key=need)]
 
 
-def _chance(lacking: int, paired_experts: int, config: PlacementConfig) -> float:
-    """Of acting, such that of `rivals` hosts that throw these dice about `surge` act for each replica that lacks."""
-    return max(MIN_CHANCE, min(1.0, config.surge * lacking / max(paired_experts, 1)))
+def _chance(lacking: int, competitors: int, config: PlacementConfig) -> float:
+    """Of acting, such that of `competitors` that draw like this about `surge` act for each replica that lacks."""
+    return max(MIN_CHANCE, min(1.0, config.surge * lacking / max(competitors, 1)))
 
 
 def _joiners(view: DirectoryView) -> Iterator[Joiner]:

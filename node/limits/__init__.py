@@ -1,4 +1,4 @@
-"""What a node may take of the machine that it is a guest on: rates, memory, hours; and what it does take, measured.
+"""What a node may take of the machine that it runs on: rates, memory, hours; and what it does take, measured.
 
 No torch. Imports no other room of `node`.
 """

@@ -1,4 +1,4 @@
-"""How much memory there is for a host's work, and how many blocks, tokens and kept inputs fit: pure arithmetic.
+"""How much memory there is for a host's work, and how many blocks, tokens and cached activations fit: pure arithmetic.
 
 The smaller of the owner's limit and the container's holds. What the node takes before its first block is measured, what
 a block and a token take is known from the manifest.

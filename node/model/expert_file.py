@@ -53,7 +53,7 @@ class ExpertId(NamedTuple):
         return self.expert % model.experts_per_block
 
     def made_live(self, layer: int, live_E: torch.Tensor) -> torch.Tensor:
-        """Experts of `layer` that can be called if this one is computed here, whoever else is up."""
+        """Experts of `layer` that can be called if this one is computed here, whichever peers are up."""
         if layer == self.layer:
             live_E = live_E.clone()
             live_E[self.expert] = True

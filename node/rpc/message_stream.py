@@ -80,7 +80,7 @@ class Inbox:
 class Wire(Inbox):
     """Messages both ways; `n_bytes` counts both.
 
-    Whoever sends or receives gets a DeadlineError after `silence_s` in which nothing has passed in either direction: a
+    The caller gets a DeadlineError after `silence_s` in which nothing has passed in either direction: a
     partner that is frozen, its connection still open, costs no more than that.
     """
 
@@ -90,7 +90,7 @@ class Wire(Inbox):
         self._waiting: set[asyncio.Timeout] = set()
 
     async def send(self, raw: bytes) -> None:
-        """Send one serialised message, then rest as long as the allowance asks for."""
+        """Send one serialised message, then rest as long as the rate limit asks for."""
         self.n_bytes += len(raw)
         async with self._not_silent():
             await self._stream.send(raw)

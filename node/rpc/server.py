@@ -45,7 +45,7 @@ class NodeServer:
     ) -> None:
         security.check_listen(address)
         checker = security.checker()
-        # Whoever is not let in is not counted either.
+        # A caller that is not let in is not counted either.
         in_front = (AuthInterceptor(checker) if checker else None, admission)
         self._server = grpc.aio.server(
             options=OPTIONS,

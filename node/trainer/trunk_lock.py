@@ -21,7 +21,7 @@ R = TypeVar("R")
 class TrunkLock:
     """One at a time: a turn (a step, an evaluation), or a function given to `call`. Safe in any thread.
 
-    Neither starves. Whoever ends a turn, or is about to change what it computed with, runs the functions that came
+    Neither starves. The thread that ends one, or is about to change what it computed with, runs the functions that came
     meanwhile, and a turn that wants to begin waits for at most one function. In an idle training they run on `pool` at
     once. `look` does not wait for a turn: most of a step only reads.
     """

@@ -136,7 +136,7 @@ class TrunkSharing:
                 if left_s <= 0:
                     self._give_up(len(newer), error)
                     return
-                # Whoever crashed a moment ago is still listed; its record expires.
+                # A trainer that crashed a moment ago is still listed; its record expires.
                 self._events.emit(WaitingEvent(for_=f"the trunk from another trainer ({error})"))
                 await self._swarm.directory.wait_for_change(min(left_s, TRY_AGAIN_S))
             else:

@@ -1,6 +1,6 @@
 """The blocks that a host serves now. Changed on the runtime's thread, readable from any, without a lock.
 
-Each change replaces the tables by new ones, so that whoever reads one sees it whole: as it was before, or after.
+Each change replaces the tables by new ones, so that a thread that reads one sees it whole: as it was before, or after.
 """
 
 from __future__ import annotations

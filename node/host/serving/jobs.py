@@ -57,7 +57,7 @@ class ForwardJob:
 class BackwardJob:
     """One Backward request, checked; `inputs` is None unless the caller sent them again.
 
-    `version` is what the forward's answer said. Whoever leaves it out is at version 0: as stale as can be, so that
+    `version` is what the forward's answer said. A caller that omits it is at version 0: as stale as can be, so that
     silence never buys a larger step.
     """
 

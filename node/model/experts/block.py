@@ -82,7 +82,7 @@ class Block:
 
     @torch.no_grad()
     def replace(self, row: int, weights: dict[str, torch.Tensor], version: int) -> None:
-        """Another expert in the place of the one at `row`, its moments begun anew.
+        """Another expert in the place of the one at `row`, its moments restarted.
 
         The block's version goes beyond `version` and its own: what was true of either is not of the block any more.
         """

@@ -1,4 +1,4 @@
-"""A block as named tensors and back: one form for checkpoints, for averaging and for whoever downloads a block.
+"""A block as named tensors and back: one form for checkpoints, for averaging and for peers that download a block.
 
 Shapes: E experts of the block, which are the R rows of its `ReplicaState`.
 """

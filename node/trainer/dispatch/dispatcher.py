@@ -194,7 +194,7 @@ class Dispatcher:
         self._calls.run(self._directory.wait_for_change(timeout_s), timeout_s)
 
     def close(self) -> None:
-        """Cancel what is in flight; compute threads that wait get DrainingError, and so does whoever calls later."""
+        """Cancel what is in flight; compute threads that wait get DrainingError, and so do those that call later."""
         self._calls.close()
 
     def _planner(self, choice: LayerChoice) -> Planner:

@@ -1,7 +1,7 @@
 """Which of a block's replicas is called: two drawn at random, the cheaper one taken. Clock and dice are passed in.
 
 Power of two choices: M. Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 2001. Always
-taking the cheapest of all would send every trainer to the same replica, on figures that are old by the time they act.
+taking the cheapest of all would send every trainer to the same replica, on stats that are old by the time they act.
 
 A peer's cost is what a token costs there, times how busy it is:
 
@@ -41,7 +41,7 @@ class CostConfig:
     load_scale_tokens: int = 1024
     """A peer with so many tokens waiting costs twice its rate."""
     half_life_s: float = 10.0
-    """An estimate halves in this time: with two replicas the dearer one would otherwise never be tried again."""
+    """An estimate halves in this time: with two replicas the costlier one would otherwise never be tried again."""
     queue_fresh_s: float = 5.0
     """For so long a queue reported in an answer is believed, later the one in the directory."""
     optimism: float = 0.5

@@ -1,4 +1,4 @@
-"""The expert that is there now, taken as a joiner takes a block: from one live replica which a second bears out."""
+"""The expert that is there now, taken as a joiner takes a block: from one live replica which a second corroborates."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def config_of(model: ModelConfig, number: int) -> SequentialTestConfig:
 
 
 class HeldOutTrial:
-    """Runs `model` (of `rivals_model`) over a held-out text, `batch` windows at once, each with both experts."""
+    """Runs `model` (of `paired_experts_model`) over held-out text, `batch` windows at once, each with both experts."""
 
     def __init__(self, model: Transformer, dataset: ByteDataset, config: SequentialTestConfig, batch: int) -> None:
         """Raises InvalidInputError if the text has no more windows than the test's pilot."""

@@ -1,6 +1,6 @@
 """Offers that wait on a trainer, and what became of those it has tried. No sockets, no clock of its own.
 
-One waits for each peer, and eight in all: whoever has many keys can fill the line, and no more than that.
+One waits for each peer, and eight in all: a peer with many keys can fill the line, and no more than that.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class TestFreeRoom:
     def test_what_the_directory_still_says_of_this_host_is_not_looked_at(self) -> None:
         view = placement_view(directory({A: [ME], B: ["p"]}, joining=[(B, ME)], idle=[ME]), ME)
         assert plan(view, {}, (), config(), random.Random(0)).take == (A,)
-        assert view.paired_experts() == 0
+        assert view.competitors() == 0
 
     def test_a_lone_host_fills_its_room_on_an_empty_swarm(self) -> None:
         view = placement_view(directory(dict.fromkeys(all_blocks(MODEL), ())), ME)
@@ -195,7 +195,7 @@ class TestHerds:
     def test_a_paused_host_is_no_rival(self) -> None:
         view = directory({A: []}, idle=["working", "resting"])
         resting = tuple(replace(peer, paused=peer.peer_id == "resting") for peer in view.peers)
-        assert placement_view(replace(view, peers=resting), ME).paired_experts() == 1
+        assert placement_view(replace(view, peers=resting), ME).competitors() == 1
 
     def test_invented_idle_hosts_slow_a_claim_down_but_never_to_nothing(self) -> None:
         view = placement_view(directory({A: [], B: ["p", "q"]}, idle=some(100_000, "sybil")), ME)

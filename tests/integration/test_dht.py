@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import socket
 import time
 from dataclasses import replace
@@ -17,7 +15,7 @@ from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.identity import Identity
 from protocol.manifest import BlockId
-from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, entry_by, eventually
+from tests.support.dht_nodes import KEY, MANIFEST, MODEL, RUN, Start, cut_power, entry_by, eventually
 from tests.support.views import live_blocks
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ async def test_a_node_joins_through_another_when_the_first_has_died(start: Start
     second, third = await start(first), await start(first)
     entry = entry_by(Identity.generate())
     await second.store_many([entry])
-    os.kill(first.daemon_pid, signal.SIGKILL)
+    cut_power(first)
     newcomer = await start(first, third)
     assert (await newcomer.get_many([KEY]))[KEY] == {entry.subkey: entry.value}
     another = entry_by(Identity.generate())
@@ -161,7 +159,7 @@ async def test_the_directory_drops_a_host_that_died_without_a_word(start: Start)
     assert directory.replicas(BlockId(0, 0))
     seen = directory.generation
     await announcer.stop()
-    os.kill(host.daemon_pid, signal.SIGKILL)
+    cut_power(host)
     assert await directory.wait_for_change(10.0, since=seen)
     assert live_blocks(directory.snapshot()) == ()
     await directory.stop()

@@ -12,16 +12,24 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
 from common.errors import ConfigError, UnavailableError
-from dht.daemon import FOLDER_PREFIX, STALE_FOLDER_S
+from dht import supervisor
+from dht.daemon import FOLDER_PREFIX, STALE_FOLDER_S, Daemon
 from experiments.live.processes import wait_until
 from protocol.identity import Identity
 from tests.support.dht_nodes import KEY, Start, entry_by, eventually
 from tests.support.leaks import is_running
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dht.node import DhtNode
+    from dht.streams import Stream
 
 
 async def test_no_initial_peer_that_answers_is_one_clear_sentence(start: Start) -> None:
@@ -83,8 +91,12 @@ async def test_a_port_in_use_is_one_clear_sentence(start: Start) -> None:
         await start(port=port)
 
 
-async def test_a_node_without_its_p2pd_says_so(start: Start) -> None:
+async def test_a_node_without_its_p2pd_says_so(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     node = await start()
+    lost = asyncio.Event()
+    node.on_lost(lost.set)
+    monkeypatch.setattr(supervisor, "MAX_STARTS", 1)
+    monkeypatch.setattr(Daemon, "spawn", fails_to_spawn)
     os.kill(node.daemon_pid, signal.SIGKILL)
 
     async def told() -> bool:
@@ -95,8 +107,162 @@ async def test_a_node_without_its_p2pd_says_so(start: Start) -> None:
         return False
 
     await eventually(told)
+    await asyncio.wait_for(lost.wait(), 10.0)
     with pytest.raises(UnavailableError, match="restart this node"):
         await node.store_many([entry_by(Identity.generate())])
+
+
+async def fails_to_spawn(*_: object) -> Daemon:
+    await asyncio.sleep(0.5)
+    raise UnavailableError("p2pd has ended with exit code -9, said the test")
+
+
+async def restarted(node: DhtNode) -> None:
+    """Kill p2pd, and wait until the next one has met the others."""
+    back = asyncio.Event()
+    node.on_restart(back.set)
+    os.kill(node.daemon_pid, signal.SIGKILL)
+    await asyncio.wait_for(back.wait(), 10.0)
+
+
+async def test_p2pd_is_started_again_with_all_that_it_knew(start: Start) -> None:
+    first = await start(refresh_period_s=0.2)
+    second = await start(first, refresh_period_s=0.2)
+    opened = asyncio.Queue[str]()
+
+    async def greet(stream: Stream) -> None:
+        opened.put_nowait(stream.peer_id)
+
+    kept = entry_by(Identity.generate())
+    for node in (first, second):
+        node.keep(kept)
+        await node.streams.serve("greeting", greet)
+    await asyncio.sleep(0.5)  # a refresh
+    for node, other in ((first, second), (second, first)):
+        addresses, pid = node.addresses, node.daemon_pid
+        folder = folder_of(node)
+        await restarted(node)
+        assert node.daemon_pid != pid
+        assert not folder.exists()
+        entry = entry_by(Identity.generate())
+        assert await node.store_many([entry]) == (True,)
+        assert (await other.get_many([KEY]))[KEY].keys() >= {entry.subkey, kept.subkey}
+        assert node.known_peers == other.known_peers == 1
+        (await other.streams.open(node.peer_id, "greeting", 5.0)).close()
+        assert await asyncio.wait_for(opened.get(), 5.0) == other.peer_id
+        newcomer = await start(initial_peers=addresses)
+        assert entry.subkey in (await newcomer.get_many([KEY]))[KEY]
+        await newcomer.stop()
+
+
+async def test_a_call_in_flight_when_p2pd_dies_is_lost_at_once(start: Start) -> None:
+    first = await start()
+    second = await start(first)
+    os.kill(first.daemon_pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: psutil.Process(first.daemon_pid).status() == psutil.STATUS_STOPPED, "it is stopped")
+        call = asyncio.create_task(second.store_many([entry_by(Identity.generate())]))
+        opening = asyncio.create_task(second.streams.open(first.peer_id, "greeting", 60.0))
+        await asyncio.sleep(0.1)
+        assert not call.done()
+        began_s = time.monotonic()
+        os.kill(second.daemon_pid, signal.SIGKILL)
+        for lost in (call, opening):
+            with pytest.raises(UnavailableError):
+                await lost
+        assert time.monotonic() - began_s < 2.0
+    finally:
+        os.kill(first.daemon_pid, signal.SIGCONT)
+
+
+def folder_of(node: DhtNode) -> Path:
+    """Of its p2pd's sockets."""
+    command = psutil.Process(node.daemon_pid).cmdline()
+    return next(Path(part.removeprefix("-id=")).parent for part in command if part.startswith("-id="))
+
+
+async def test_both_sockets_lie_in_a_private_folder_that_goes(start: Start) -> None:
+    shared = hivemind_sockets()
+    node = await start()
+
+    async def ignore(stream: Stream) -> None:
+        stream.close()
+
+    await node.streams.serve("greeting", ignore)
+    folder = folder_of(node)
+    await eventually_true((folder / "client.sock").exists)
+    assert {path.name for path in folder.iterdir()} == {"p2pd.sock", "client.sock"}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    await node.stop()
+    assert not folder.exists()
+    assert hivemind_sockets() <= shared
+
+
+def hivemind_sockets() -> set[Path]:
+    """Where hivemind would put the sockets by itself; a machine may have some of other programs."""
+    return set(Path("/tmp").glob("hivemind-*"))  # noqa: S108 - nothing is made there
+
+
+async def eventually_true(condition: Callable[[], bool]) -> None:
+    async def checked() -> bool:
+        return condition()
+
+    await eventually(checked)
+
+
+SPAWNS_AFTER_GRPC = """
+import asyncio, os, signal, sys, grpc, uvloop
+from dht.node import DhtConfig, DhtNode
+from protocol.identity import Identity
+
+os.register_at_fork(after_in_child=lambda: open(sys.argv[1], "w").close())
+
+async def main():
+    server = grpc.aio.server()
+    echo = grpc.unary_unary_rpc_method_handler(answered)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", {"Say": echo}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        say = channel.unary_unary("/test.Echo/Say")
+        assert await say(b"before", timeout=5) == b"before"
+        node = await DhtNode.start(DhtConfig(identity=Identity.generate()))
+        for _ in range(2):
+            back = asyncio.Event()
+            node.on_restart(back.set)
+            calls = [asyncio.create_task(one(say, n)) for n in range(50)]
+            os.kill(node.daemon_pid, signal.SIGKILL)
+            await asyncio.wait_for(back.wait(), 10)
+            await asyncio.gather(*calls)
+            assert await say(b"after", timeout=5) == b"after"
+        await node.stop()
+    await server.stop(0)
+
+async def one(say, n):
+    await asyncio.sleep(0.01 * n)
+    assert await say(b"%d" % n, timeout=5) == b"%d" % n
+
+async def answered(request, _):
+    return request
+
+with asyncio.Runner(loop_factory=uvloop.new_event_loop if sys.argv[2] == "uvloop" else None) as runner:
+    runner.run(main())
+"""
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_restart_runs_no_python_in_a_forked_child_and_grpc_goes_on(tmp_path: Path, loop: str) -> None:
+    ran = tmp_path / "python ran in a forked child"
+    done = subprocess.run(
+        [sys.executable, "-c", SPAWNS_AFTER_GRPC, str(ran), loop],
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=40.0,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not ran.exists()
 
 
 async def test_a_frozen_peer_delays_a_lookup_and_no_more(start: Start) -> None:
@@ -120,6 +286,7 @@ async def test_stop_leaves_nothing_and_may_be_called_twice(start: Start) -> None
     daemon = psutil.Process(second.daemon_pid)
     folder = next(Path(part.removeprefix("-id=")).parent for part in daemon.cmdline() if part.startswith("-id="))
     assert list(folder.iterdir()) == [folder / "p2pd.sock"]  # the key is there only while p2pd starts
+    assert folder.stat().st_mode & 0o777 == 0o700
     tasks = asyncio.all_tasks()
     began_s = time.monotonic()
     await second.stop()

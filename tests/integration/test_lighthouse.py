@@ -24,7 +24,7 @@ from dht.packing import place_of_peer, wrap
 from experiments.live.processes import RUN_NODE, wait_until
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
-from tests.support.dht_nodes import KEY, RUN, Start, entry_by, eventually
+from tests.support.dht_nodes import KEY, RUN, Start, cut_power, entry_by, eventually
 from tests.support.lighthouse import NOBODY, Light, metric_becomes, needs_libp2p
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ async def test_a_lighthouse_sees_the_run_and_forgets_who_died(light: Light, star
     assert await node.store_many([entry_by(Identity.generate(), ttl_s=60.0)]) == (True,)
     lighthouse = light(initial_peers=node.addresses)
     await metric_becomes(lighthouse, 'kilohive_run_peers{role="host"}', 1)
-    os.kill(node.daemon_pid, signal.SIGKILL)
+    cut_power(node)
     await metric_becomes(lighthouse, "kilohive_lighthouse_members", 0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -43,6 +45,13 @@ async def running_nodes() -> AsyncIterator[Start]:
             return node
 
         yield start_one
+
+
+def cut_power(node: DhtNode) -> None:
+    """End a node as a power cut would: its p2pd dies, and nobody starts it again."""
+    for task in node._tasks:
+        task.cancel()
+    os.kill(node.daemon_pid, signal.SIGKILL)
 
 
 def entry_by(

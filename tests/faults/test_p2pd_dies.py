@@ -1,0 +1,128 @@
+"""`kill -9` of p2pd under a host, a trainer and the coordinator: it comes back, and the swarm goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from dht.record_versions import TTL_S
+from experiments.live.processes import ProcessSwarm, process_swarm, wait_until
+from protocol.swarm_file import SwarmFile
+from tests.support.swarm_parts import small_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from experiments.live.processes import Node
+
+MANIFEST = small_manifest(
+    model={"experts_per_layer": 16, "experts_per_token": 4, "d_model": 32, "expert_hidden": 16, "context": 32},
+    optimizer={"lr": 5e-3, "expert_lr": 5e-3, "total_tokens": 10_000_000, "warmup_tokens": 500},
+)
+ALL_BLOCKS = "0/0-3,1/0-3"
+BACK_WITHIN_S = 10.0
+
+
+class Training(ProcessSwarm):
+    """A host and a trainer that trains until it is stopped."""
+
+    host_node: Node
+    trainer_node: Node
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    folder = tmp_path_factory.mktemp("swarm")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(f"Sentence {n} says that {n} plus {n} is {n + n}." for n in range(3000)))
+    with process_swarm(folder, MANIFEST) as started:
+        started.__class__ = Training
+        assert isinstance(started, Training)
+        started.host_node = started.host("host", ALL_BLOCKS)
+        started.host_node.wait_for("announced")
+        flags = ("--steps", "100000", "--batch", "4", "--eval-every", "0", "--eval-bytes", "2048")
+        started.trainer_node = started.trainer("trainer", "--data", str(text), *flags)
+        started.trainer_node.wait_for("step", count=3)
+        yield started
+
+
+def p2pd_of(node: Node) -> psutil.Process:
+    return next(child for child in psutil.Process(node.child.pid).children() if child.name() == "p2pd")
+
+
+def has_p2pd(node: Node) -> bool:
+    return any(child.name() == "p2pd" for child in psutil.Process(node.child.pid).children())
+
+
+def socket_folder(daemon: psutil.Process) -> Path:
+    return next(Path(part.removeprefix("-id=")).parent for part in daemon.cmdline() if part.startswith("-id="))
+
+
+def listening_port(daemon: psutil.Process) -> int:
+    return min(c.laddr.port for c in daemon.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN)
+
+
+def kill_p2pd(node: Node) -> None:
+    """Kill it; returns when another has taken its place with the same port."""
+    daemon = p2pd_of(node)
+    port, folder = listening_port(daemon), socket_folder(daemon)
+    os.kill(daemon.pid, signal.SIGKILL)
+    began_s = time.monotonic()
+    wait_until(lambda: has_p2pd(node) and p2pd_of(node).pid != daemon.pid, "p2pd runs again", BACK_WITHIN_S)
+    wait_until(lambda: has_listener(p2pd_of(node)), "p2pd listens again", BACK_WITHIN_S)
+    assert listening_port(p2pd_of(node)) == port
+    assert time.monotonic() - began_s < BACK_WITHIN_S
+    wait_until(lambda: not folder.exists(), "the old sockets are gone", 5.0)
+
+
+def has_listener(daemon: psutil.Process) -> bool:
+    return any(c.status == psutil.CONN_LISTEN for c in daemon.net_connections(kind="tcp"))
+
+
+def steps_go_on(swarm: Training, n: int = 5) -> None:
+    swarm.trainer_node.wait_for("step", timeout_s=BACK_WITHIN_S, count=len(swarm.trainer_node.events("step")) + n)
+
+
+def everybody_is_announced(swarm: Training, killed_s: float) -> None:
+    """A reader from outside, who joins through the coordinator, sees the records made after the kill."""
+
+    def fresh() -> bool:
+        status = swarm.status()
+        peers = {peer["role"]: peer for peer in status["peers"]}
+        replicas = [replica for replica in status["replicas"] if replica["expiration_s"] > killed_s + TTL_S]
+        return peers.keys() >= {"host", "trainer", "coordinator"} and len(replicas) == status["blocks"]
+
+    wait_until(fresh, f"fresh records; status: {json.dumps(swarm.status())[-600:]}", BACK_WITHIN_S)
+
+
+@pytest.mark.parametrize("victim", ["host", "trainer", "coordinator"])
+def test_p2pd_comes_back_at_the_same_place_and_the_swarm_goes_on(swarm: Training, victim: str) -> None:
+    node = {"host": swarm.host_node, "trainer": swarm.trainer_node, "coordinator": swarm.coordinator}[victim]
+    killed_s = time.time()
+    kill_p2pd(node)
+    steps_go_on(swarm)
+    everybody_is_announced(swarm, killed_s)
+    assert not node.child.ended()
+    log = (node.folder / "log.txt").read_text()
+    assert log.count("p2pd has ended with exit code -9") == 1
+    assert "Traceback" not in log
+
+
+def test_a_new_host_joins_afterwards_and_whoever_stops_leaves_no_file(swarm: Training) -> None:
+    (address,) = SwarmFile.read(swarm.swarm_file).initial_peers
+    assert f"/tcp/{listening_port(p2pd_of(swarm.coordinator))}/" in address  # the peer id in it is checked by who joins
+    late = swarm.host("late", "0/0")
+    late.wait_for("announced")
+    nodes = (late, swarm.trainer_node, swarm.host_node, swarm.coordinator)
+    folders = [socket_folder(p2pd_of(node)) for node in nodes]
+    kept = [folder.exists() for folder in folders]
+    assert [node.stop() for node in nodes] == [0, 130, 0, 0]
+    assert kept == [True] * len(nodes)
+    assert not any(folder.exists() for folder in folders)

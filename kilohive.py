@@ -15,7 +15,7 @@ from common.errors import (
     TooFewExpertsError,
     UnavailableError,
 )
-from node.membership.config import SwarmConfig
+from node.membership.config import ReachConfig, SwarmConfig
 from node.model.gate import Gate
 from node.model.moe import LocalExperts, LocalMoE, MoE
 from node.trainer.dispatch.dispatcher import DispatchConfig, Dispatcher
@@ -38,6 +38,7 @@ __all__ = [
     "LocalMoE",
     "Manifest",
     "MoE",
+    "ReachConfig",
     "RemoteMoE",
     "SwarmClient",
     "SwarmConfig",

@@ -1,7 +1,7 @@
 """The command `kilohive`: one subcommand per role, and what they share (signals, logging, exit codes).
 
     python run_node.py local --hosts 4 --experts 1024      a whole swarm on this machine
-    python run_node.py host --swarm runs/local/swarm.toml  host experts for a run
+    python run_node.py host --join runs/local/swarm.toml  host experts for a run
 
 Exit codes: 0 done (for host, coordinator and lighthouse: left cleanly), 1 failed, 2 a mistake on the command line or in
 a file, 130 interrupted before its work was done, after a clean stop.
@@ -25,7 +25,15 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from common.command_line import HELP_LIMITS, HelpPage, parse, print_help, print_limits, resolved_text
+from common.command_line import (
+    HELP_LIMITS,
+    HELP_SETTINGS,
+    HelpPage,
+    parse,
+    print_help,
+    print_settings,
+    resolved_text,
+)
 from common.errors import ConfigError, KilohiveError
 from coordinator.config import (
     CoordinatorConfig,
@@ -46,6 +54,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     import trio
+
+    from common.command_line import Parsed
 
     Role = Callable[[Any, Any], Awaitable[int | None]]
 
@@ -95,7 +105,7 @@ COMMANDS = (
         name="host",
         summary="host blocks of experts for a run.",
         config=HostConfig,
-        examples=("host --swarm runs/run/swarm.toml", "host --swarm swarm.toml --blocks 0/0-3,1/7 --state state/b"),
+        examples=("host --join runs/run/swarm.toml", "host --join swarm.toml --blocks 0/0-3,1/7 --state state/b"),
         limits=LimitsConfig,
         entry="node.host.host:run_host",
         endless=True,
@@ -104,7 +114,7 @@ COMMANDS = (
         name="train",
         summary="train a run's trunk over the swarm's experts.",
         config=TrainConfig,
-        examples=("train --swarm runs/run/swarm.toml --steps 500", "train --swarm runs/run/swarm.toml --resume"),
+        examples=("train --join runs/run/swarm.toml --steps 500", "train --join runs/run/swarm.toml --resume"),
         entry="node.trainer.trainer:run_trainer",
     ),
     Command(
@@ -120,7 +130,7 @@ COMMANDS = (
         summary="be a run's first peer, its relay and its observer.",
         config=LighthouseConfig,
         examples=(
-            "lighthouse --swarm runs/run/swarm.toml",
+            "lighthouse --join runs/run/swarm.toml",
             "lighthouse --join invite.txt --port 4001 --max-circuits 8",
         ),
         entry="coordinator.lighthouse.role:run_lighthouse",
@@ -131,7 +141,7 @@ COMMANDS = (
         name="status",
         summary="show a swarm's peers, blocks and load, from its DHT alone.",
         config=StatusConfig,
-        examples=("status --swarm runs/local/swarm.toml", "status --swarm runs/local/swarm.toml --json"),
+        examples=("status --join runs/local/swarm.toml", "status --join runs/local/swarm.toml --json"),
         entry="coordinator.status:run_status",
     ),
     Command(
@@ -166,14 +176,14 @@ COMMANDS = (
         name="evaluate",
         summary="measure held-out bits per byte of a run that is up.",
         config=EvaluateConfig,
-        examples=("evaluate --swarm runs/local/swarm.toml --out runs/local",),
+        examples=("evaluate --join runs/local/swarm.toml --out runs/local",),
         entry="node.trainer.evaluation:run_evaluate",
     ),
     Command(
         name="sample",
         summary="let the model of a run that is up write text.",
         config=SampleConfig,
-        examples=('sample --swarm runs/local/swarm.toml --prompt "The city "',),
+        examples=('sample --join runs/local/swarm.toml --prompt "The city "',),
         entry="node.trainer.evaluation:run_sample",
     ),
     Command(
@@ -236,8 +246,8 @@ def _main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments[1:]):
         print_help(command, Console(), program_name())
         return EXIT_OK
-    if command.limits and HELP_LIMITS in arguments[1:]:
-        print_limits(command, Console(), program_name())
+    if HELP_SETTINGS in arguments[1:] or (command.limits and HELP_LIMITS in arguments[1:]):
+        print_settings(command, Console(), program_name())
         return EXIT_OK
     return _run(command, arguments[1:])
 
@@ -248,53 +258,53 @@ def _run(command: Command, arguments: list[str]) -> int:
     _set_up_logging(parsed.log_level, console)
     if logger.isEnabledFor(logging.INFO):
         console.print(resolved_text(command, parsed), soft_wrap=not console.is_terminal)
-    code, stopped = (_run_on_trio if command.on_trio else _run_on_uvloop)(command, parsed.config)
+    code, stopped = (_run_on_trio if command.on_trio else _run_on_uvloop)(command, parsed)
     signal.signal(signal.SIGINT, _exit_now)
     if code is not None:
         return code
     return EXIT_INTERRUPTED if stopped and not command.endless else EXIT_OK
 
 
-def _run_on_uvloop(command: Command, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - each role has its own
+def _run_on_uvloop(command: Command, parsed: Parsed[Any]) -> tuple[int | None, bool]:
     import uvloop  # noqa: PLC0415 - not needed for help
 
     role = command.load()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_until_done(role, config))
+        return runner.run(_until_done(role, parsed))
 
 
-def _run_on_trio(command: Command, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - each role has its own
+def _run_on_trio(command: Command, parsed: Parsed[Any]) -> tuple[int | None, bool]:
     try:
         import trio  # noqa: PLC0415 - an extra, which hosts and trainers do not need
     except ModuleNotFoundError:
         raise ConfigError(f"{command.name} needs the extra `lighthouse`: run make setup-lighthouse") from None
 
-    result: tuple[int | None, bool] = trio.run(_until_done_on_trio, command.load(), config)
+    result: tuple[int | None, bool] = trio.run(_until_done_on_trio, command.load(), parsed)
     return result
 
 
-async def _until_done(role: Role, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - each role has its own
+async def _until_done(role: Role, parsed: Parsed[Any]) -> tuple[int | None, bool]:
     """Run the role with a `stop` event that signals and, if asked for, the end of standard input set."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, _stop_or_exit, stop)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    if getattr(config, "stop_on_stdin_eof", False):
+    if parsed.stop_on_stdin_eof:
         _start_watching_stdin(lambda: loop.call_soon_threadsafe(stop.set))
-    return await role(config, stop), stop.is_set()
+    return await role(parsed.config, stop), stop.is_set()
 
 
-async def _until_done_on_trio(role: Role, config: Any) -> tuple[int | None, bool]:  # noqa: ANN401 - as above
+async def _until_done_on_trio(role: Role, parsed: Parsed[Any]) -> tuple[int | None, bool]:
     """The same under trio."""
     import trio  # noqa: PLC0415 - see _run_on_trio
 
     stop = trio.Event()
-    if getattr(config, "stop_on_stdin_eof", False):
+    if parsed.stop_on_stdin_eof:
         token = trio.lowlevel.current_trio_token()
         _start_watching_stdin(lambda: token.run_sync_soon(stop.set))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_stop_at_signals, stop)
-        code = await role(config, stop)
+        code = await role(parsed.config, stop)
         nursery.cancel_scope.cancel()
     return code, stop.is_set()
 

@@ -1,7 +1,7 @@
 """From command line and TOML file to a frozen configuration, and from a configuration to a help page of one screen.
 
-tyro parses and converts the flags; this adds `--config FILE` (flags win over file over default) and a help page that
-gives each flag one line, taken from the docstring under its field.
+tyro parses and converts the flags; this adds `--config FILE` (flags win over file over default), settings that only the
+file has (`FileOnly`), and a help page that gives each flag one line, taken from the docstring under its field.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import tomli_w
 import tyro
 from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConfigError
+from common.settings import flag_of, is_file_only, is_hidden
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from _typeshed import DataclassInstance
     from rich.console import Console
@@ -34,10 +36,13 @@ MAX_CONFIG_BYTES = 65_536
 MAX_CHOICES_CHARS = 12
 MAX_SHOWN_INVITE = 40
 LOG_LEVELS = ("debug", "info", "warning", "error")
+HELP_SETTINGS = "--help-settings"
 HELP_LIMITS = "--help-limits"
+"""What HELP_SETTINGS was called when it showed nothing but a host's limits."""
 SHARED_FLAGS = (
-    ("--config FILE", "TOML file with any of these settings; flags win over it"),
-    ("--log-level LEVEL", f"{', '.join(LOG_LEVELS)} [info]"),
+    ("--config FILE", "Read settings from a TOML file; flags win over it"),
+    ("--log-level LEVEL", f"Log at this level: {', '.join(LOG_LEVELS)} [info]"),
+    (HELP_SETTINGS, "Show the settings that this page leaves out"),
 )
 
 
@@ -45,7 +50,7 @@ SHARED_FLAGS = (
 class HelpPage(Generic[C]):
     """One subcommand as a person meets it: its name, a sentence, examples and the class of its configuration.
 
-    `limits`: the base class of `config` whose flags have a page of their own, if one has; see HELP_LIMITS.
+    `limits`: the base class of `config` whose flags the page of HELP_SETTINGS shows, if one has.
     """
 
     name: str
@@ -57,34 +62,93 @@ class HelpPage(Generic[C]):
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed(Generic[C]):
-    """What the command line and the file said. `given`: names of the fields that differ from their defaults."""
+    """What the command line and the file said.
+
+    `given`: names of the fields that differ from their defaults. `stop_on_stdin_eof`: the process belongs to a parent
+    and leaves when its standard input ends.
+    """
 
     config: C
     log_level: str
     given: frozenset[str]
+    stop_on_stdin_eof: bool
 
 
 def parse(page: HelpPage[C], arguments: Sequence[str], program: str) -> Parsed[C]:
     """Read flags and the optional file. Raises ConfigError for the file, SystemExit(2) for a flag, after a sentence."""
-    shared = argparse.ArgumentParser(prog=f"{program} {page.name}", add_help=False, allow_abbrev=False)
-    shared.add_argument("--config", type=Path)
-    shared.add_argument("--log-level", choices=LOG_LEVELS, default="info")
-    known, rest = shared.parse_known_args(list(arguments))
+    known, rest = _shared_flags(f"{program} {page.name}").parse_known_args(list(arguments))
+    _refuse_settings_of_the_file(page.config, rest)
     _check_choices(page.config, rest)
     from_file = read_config_file(page.config, known.config) if known.config is not None else {}
     config = tyro.cli(
         page.config,
         prog=f"{program} {page.name}",
         args=rest,
-        default=page.config(**from_file),
+        default=page.config(**{**from_file, **_read_assignments(page.config, known.settings)}),
         add_help=False,
     )
-    return Parsed(config=config, log_level=known.log_level, given=_given(config, page.config()))
+    return Parsed(
+        config=config,
+        log_level=known.log_level,
+        given=_given(config, page.config()),
+        stop_on_stdin_eof=known.stop_on_stdin_eof,
+    )
+
+
+def _shared_flags(prog: str) -> argparse.ArgumentParser:
+    """The flags of every command. The last two are for programs that start nodes, and in no help page."""
+    shared = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    shared.add_argument("--config", type=Path)
+    shared.add_argument("--log-level", choices=LOG_LEVELS, default="info")
+    shared.add_argument("--set", dest="settings", action="append", default=[])
+    shared.add_argument("--stop-on-stdin-eof", action="store_true")
+    return shared
+
+
+def arguments_for(values: Mapping[str, object], cls: type | None = None) -> list[str]:
+    """Arguments with which a program gives a command its settings; None leaves one out.
+
+    `cls` is the command's configuration, needed where a setting can be one that only the file has.
+    """
+    hints = get_type_hints(cls, include_extras=True) if cls else {}
+    words: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        words += ["--set", _toml_line(name, value)] if is_file_only(hints.get(name)) else [flag_of(name), str(value)]
+    return words
+
+
+def _toml_line(name: str, value: object) -> str:
+    """NAME = VALUE as a TOML file has it, on one line."""
+    if isinstance(value, tuple):
+        items = (_toml_line(name, item).removeprefix(f"{name} = ") for item in value)
+        return f"{name} = [{', '.join(items)}]"
+    return tomli_w.dumps({name: str(value) if isinstance(value, Path) else value}).strip()
+
+
+def _refuse_settings_of_the_file(cls: type, arguments: Sequence[str]) -> None:
+    hints = get_type_hints(cls, include_extras=True)
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and is_file_only(hints.get(name)):
+            raise ConfigError(
+                f"{flag}: {name} is a setting of the config file, not a flag: write a line such as "
+                f"{_toml_line(name, _example(getattr(cls(), name), hints[name]))} into a TOML file and name it with "
+                "--config FILE"
+            )
+
+
+def _example(default: object, hint: Any) -> object:  # noqa: ANN401 - see _converted
+    """A value that shows how a setting is written: the default or, where that says nothing, another one."""
+    hint = get_args(hint)[0] if get_args(hint) else hint
+    return default or {bool: True, str: "..."}.get(hint, ["..."] if get_origin(hint) is tuple else default)
 
 
 def _check_choices(cls: type, arguments: Sequence[str]) -> None:
     """Tyro refuses a wrong choice too, but cuts its list of the right ones short on a narrow terminal."""
-    hints = {f"--{name.replace('_', '-')}": hint for name, hint in get_type_hints(cls).items()}
+    hints = {flag_of(name): hint for name, hint in get_type_hints(cls).items()}
     for flag, value in pairwise(arguments):
         if get_origin(hints.get(flag)) is Literal:
             _converted(flag, value, hints[flag])
@@ -104,12 +168,33 @@ def read_config_file(cls: type, path: Path) -> dict[str, object]:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not TOML: {error}") from None
+    return _checked(cls, table, f"--config {path}: ")
+
+
+def _read_assignments(cls: type, assignments: Sequence[str]) -> dict[str, object]:
+    """The same from NAME=VALUE, whose value is TOML or else a text."""
+    return _checked(cls, dict(map(_split_assignment, assignments)), "--set ")
+
+
+def _split_assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text[:80]}: must be NAME=VALUE")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value
+
+
+def _checked(cls: type, table: Mapping[str, object], source: str) -> dict[str, object]:
     hints = get_type_hints(cls)
     values = {key.replace("-", "_"): value for key, value in table.items()}
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
-        raise ConfigError(f"--config {path}: {unknown[0]}: unknown setting; see --help for those of this command")
-    return {key: _converted(f"--config {path}: {key}", value, hints[key]) for key, value in values.items()}
+        raise ConfigError(
+            f"{source}{unknown[0]}: unknown setting; see --help and {HELP_SETTINGS} for those of this command"
+        )
+    return {key: _converted(f"{source}{key}", value, hints[key]) for key, value in values.items()}
 
 
 def _converted(name: str, value: object, hint: Any) -> object:  # noqa: ANN401 - a type's annotation can be anything
@@ -139,23 +224,36 @@ def _type_words(hint: Any) -> str:  # noqa: ANN401 - see _converted
 
 
 def print_help(page: HelpPage[C], console: Console, program: str) -> None:
-    """One line per flag where it fits: flag, meaning, default. Limits are left to `print_limits`."""
+    """One line per flag where it fits: flag, meaning, default. What it leaves out is left to `print_settings`."""
     console.print(Text.assemble((f"{program} {page.name}", "bold"), f": {page.summary}"))
     for example in page.examples:
         console.print(Text(f"  {program} {example}", style="cyan"), soft_wrap=True)
     console.print()
-    apart = {flag for flag, _ in help_rows(page.limits)} if page.limits else set()
+    apart = {flag for flag, _ in _limits_of(page)}
     rows = [(flag, meaning) for flag, meaning in help_rows(page.config) if flag not in apart]
+    shared = [(flag, Text(words)) for flag, words in SHARED_FLAGS]
     if page.limits:
-        rows.append((HELP_LIMITS, Text("flags that limit what it takes of this machine, and when")))
-    _print_rows([*rows, *((flag, Text(words)) for flag, words in SHARED_FLAGS)], console)
+        shared[-1] = (HELP_SETTINGS, Text("Show its limits of memory, bandwidth and hours, and the file's settings"))
+    _print_rows([*rows, *shared], console)
 
 
-def print_limits(page: HelpPage[C], console: Console, program: str) -> None:
-    """The flags that `print_help` leaves out; none for a page without limits."""
-    console.print(Text.assemble((f"{program} {page.name}", "bold"), ": what it may take of this machine, and when."))
-    console.print()
-    _print_rows(list(help_rows(page.limits)) if page.limits else [], console)
+def print_settings(page: HelpPage[C], console: Console, program: str) -> None:
+    """What `print_help` leaves out: flags of limits, and settings that only the file has."""
+    name, limits, settings = f"{program} {page.name}", _limits_of(page), list(setting_rows(page.config))
+    if limits:
+        console.print(Text.assemble((name, "bold"), ": what it may take of this machine, and when.\n"))
+        _print_rows([*limits, *([("", Text())] * bool(settings))], console)
+    if settings:
+        console.print(
+            Text.assemble((name, "bold"), ": settings for the TOML file of --config, as they are if not set.\n")
+        )
+        _print_rows(settings, console)
+    if not limits and not settings:
+        console.print(Text.assemble((name, "bold"), ": its help page shows all of its settings."))
+
+
+def _limits_of(page: HelpPage[C]) -> list[tuple[str, Text]]:
+    return list(help_rows(page.limits)) if page.limits else []
 
 
 def _print_rows(rows: Sequence[tuple[str, Text]], console: Console) -> None:
@@ -169,20 +267,29 @@ def _print_rows(rows: Sequence[tuple[str, Text]], console: Console) -> None:
 
 def help_rows(cls: type) -> Iterator[tuple[str, Text]]:
     """(flag with its value's name, meaning with its default) per field; those of `cls` itself before inherited ones."""
-    hints, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
-    default = cls()
+    hints, annotated, default = get_type_hints(cls), get_type_hints(cls, include_extras=True), cls()
+    for name, doc in _documented(cls):
+        if is_file_only(annotated[name]) or is_hidden(annotated[name]):
+            continue
+        value_name, choices = _value_name(hints[name])
+        flag = name.upper() if _is_positional(annotated[name]) else f"{flag_of(name)} {value_name}".strip()
+        yield flag, Text.assemble(_first_sentence(doc) + choices, (_default_text(getattr(default, name)), "dim"))
+
+
+def setting_rows(cls: type) -> Iterator[tuple[str, Text]]:
+    """(line of the config file with the default, meaning) per setting that only the file has."""
+    hints, annotated, default = get_type_hints(cls), get_type_hints(cls, include_extras=True), cls()
+    for name, doc in _documented(cls):
+        if is_file_only(annotated[name]):
+            _, choices = _value_name(hints[name])
+            yield _toml_line(name, getattr(default, name)), Text(_first_sentence(doc) + choices)
+
+
+def _documented(cls: type) -> Iterator[tuple[str, str]]:
+    """Name and docstring of each field, those of `cls` itself before inherited ones."""
     docs = {name: doc for owner in reversed(cls.__mro__) for name, doc in field_docs(owner).items()}
-    seen: set[str] = set()
-    for owner in cls.__mro__:
-        own = [name for name in vars(owner).get("__annotations__", {}) if name not in seen]
-        seen.update(own)
-        for name in own:
-            value_name, choices = _value_name(hints[name])
-            flag = f"--{name.replace('_', '-')} {value_name}".strip()
-            if _is_positional(annotated[name]):
-                flag = name.upper()
-            meaning = _first_sentence(docs.get(name, "")) + choices
-            yield flag, Text.assemble(meaning, (_default_text(getattr(default, name)), "dim"))
+    names = dict.fromkeys(name for owner in cls.__mro__ for name in vars(owner).get("__annotations__", {}))
+    return ((name, docs.get(name, "")) for name in names)
 
 
 def _is_positional(hint: Any) -> bool:  # noqa: ANN401 - see _converted

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common.errors import ConfigError, ManifestError, RecordError
+from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from dht.swarm_config import SwarmChoice
 from protocol.announcements import PeerRecord
 from protocol.manifest import (
@@ -33,43 +34,43 @@ class RunConfig:
     """What a new run trains. A run that exists keeps what its manifest says."""
 
     name: str = "local"
-    """Name of the run: letters, digits, - or _."""
+    """Name the run with letters, digits, - or _."""
     seed: int = 0
-    """Seed of the weights, and of a local trainer's data."""
+    """Draw the weights from this seed. A local trainer's data are drawn from it too."""
     layers: int = ModelConfig.n_layers
-    """Transformer layers, each with its own experts."""
+    """Build this many transformer layers. Each has experts of its own."""
     experts: int = ModelConfig.n_layers * ModelConfig.experts_per_layer
-    """Experts in all layers together."""
+    """Build this many experts, counted over all layers."""
     experts_per_block: int = ModelConfig.experts_per_block
-    """Experts that are hosted together."""
+    """Host this many experts together, as a block."""
     experts_per_token: int = ModelConfig.experts_per_token
-    """Experts that each token uses in each layer."""
+    """Send each token to this many experts in each layer."""
     expert_hidden: int = ModelConfig.expert_hidden
-    """Hidden width of an expert."""
+    """Give each expert this hidden width."""
     d_model: int = ModelConfig.d_model
-    """Width of the model."""
+    """Give the model this width."""
     heads: int = ModelConfig.n_heads
-    """Attention heads."""
+    """Give each layer this many attention heads."""
     context: int = ModelConfig.context
-    """Bytes of text in one sequence."""
+    """Read this many bytes of text as one sequence."""
     gate: GateKind = ModelConfig.gate
-    """How experts are chosen."""
-    capacity_factor: float = ModelConfig.capacity_factor
-    """Tokens per expert over the mean; 0: no limit."""
+    """Choose experts by this gate."""
+    capacity_factor: FileOnly[float] = ModelConfig.capacity_factor
+    """Cap an expert's tokens at this multiple of the mean; 0 sets no limit."""
     codec: Codec = Manifest.codec
-    """On the wire."""
+    """Send tokens and gradients in this format."""
     lr: float = OptimizerConfig.lr
-    """Peak learning rate of the trunk."""
-    expert_lr: float = OptimizerConfig.expert_lr
-    """Peak learning rate of the experts."""
-    warmup_tokens: int = OptimizerConfig.warmup_tokens
-    """Tokens until the peak rate."""
+    """Train the trunk at this peak learning rate."""
+    expert_lr: FileOnly[float] = OptimizerConfig.expert_lr
+    """Train the experts at this peak learning rate."""
+    warmup_tokens: FileOnly[int] = OptimizerConfig.warmup_tokens
+    """Raise both learning rates to their peaks over this many tokens."""
     replicas: int = AveragingConfig.target_replicas
-    """Replicas of each block that hosts aim for."""
-    averaging_codec: AveragingCodec = AveragingConfig.codec
-    """Of what replicas exchange."""
-    averaging_period_s: float = AveragingConfig.period_s
-    """Seconds between the exchanges that a node begins."""
+    """Aim for this many replicas of each block."""
+    averaging_codec: FileOnly[AveragingCodec] = AveragingConfig.codec
+    """Exchange the weights of replicas in this format."""
+    averaging_period_s: FileOnly[float] = AveragingConfig.period_s
+    """Have each node begin an exchange of replicas this often, in seconds."""
 
     def averaging(self) -> AveragingConfig:
         """How the run's replicas are kept in sync."""
@@ -83,39 +84,37 @@ class CoordinatorConfig(RunConfig):
     """Create a run, or open it again, and be its first peer."""
 
     name: str = "run"
-    """Name of the run: letters, digits, - or _."""
+    """Name the run with letters, digits, - or _."""
     out: Path = Path("runs/run")
-    """Folder for manifest, swarm.toml, owner.key."""
+    """Keep the run and its key in this folder."""
     manifest: Path | None = None
-    """TOML file that describes the run, instead of flags."""
+    """Take the run from this TOML file instead of flags."""
     total_tokens: int = OptimizerConfig.total_tokens
-    """Tokens over which the learning rate decays."""
+    """Decay the learning rate over so many tokens."""
     listen: str = "127.0.0.1"
-    """Address to listen on; auto: this machine's."""
+    """Listen on this address; auto finds one."""
     announce: str = ""
-    """Address that others dial, if it is another: a router's."""
+    """Have others dial this address, such as a router's."""
     dht_port: int = 0
-    """Port of the DHT node; 0: last time's, or a free one."""
+    """Use this port for the DHT node; 0 takes last time's, or a free one."""
     initial_peers: tuple[str, ...] = ()
-    """Peers of a swarm that already runs."""
+    """Join these peers of a swarm that already runs."""
     relay_circuits: int = 64
-    """Most calls carried for peers behind a NAT; 0: none."""
+    """Carry this many calls for peers behind a NAT. With 0 it is no relay."""
     admission: Flag = False
     """Let nobody take part who does not have the invite."""
     invite_days: float = 0.0
-    """Days for which the invite holds; 0: for ever."""
+    """Let the invite hold for this many days; 0 lets it hold forever."""
     invite_file: Path | None = None
-    """Where to write the invite too, for other nodes."""
+    """Write the invite to this file too, for other nodes."""
     evaluators: tuple[str, ...] = ()
-    """Peer ids of trainers whose word replaces an expert."""
-    clip_radius: float = AveragingConfig.clip_radius
-    """Largest move of an exchange, relative to the norm."""
-    max_rate_scale: float = AveragingConfig.max_rate_scale
-    """Most that trainers raise the trunk's rate; 1: not."""
-    max_staleness: int = AveragingConfig.max_staleness
-    """Most steps from forward to backward; 0: no limit."""
-    stop_on_stdin_eof: Flag = False
-    """Leave when standard input ends. For a parent process that starts this one."""
+    """Trust these trainers' peer ids to replace experts."""
+    clip_radius: FileOnly[float] = AveragingConfig.clip_radius
+    """Let an exchange move weights by at most this share of their norm."""
+    max_rate_scale: FileOnly[float] = AveragingConfig.max_rate_scale
+    """Let trainers raise the trunk's rate by at most this factor; 1 keeps it."""
+    max_staleness: FileOnly[int] = AveragingConfig.max_staleness
+    """Count a gradient in full up to this many steps after its forward; 0 sets no limit."""
 
     def averaging(self) -> AveragingConfig:
         """With what only a run that others join needs to set."""
@@ -132,33 +131,31 @@ class LocalConfig(RunConfig):
     """Train a whole swarm on this machine: a coordinator, hosts and trainers, each a process of its own."""
 
     hosts: int = 4
-    """Host processes."""
+    """Start this many host processes."""
     replicas: int = 1
-    """Hosts that hold each block, and average it."""
+    """Have this many hosts hold each block, and average it."""
     trainers: int = 1
-    """Trainer processes, each with its share of the text."""
+    """Start this many trainers, which share the text."""
     steps: int = 400
-    """Optimizer steps of all trainers together."""
+    """Train this many steps, counted over all trainers."""
     batch: int = 8
-    """Sequences per micro-batch."""
+    """Put this many sequences into a micro-batch."""
     micro_batches: int = 2
-    """Micro-batches per step."""
+    """Put this many micro-batches into a step."""
     out: Path | None = None
-    """Folder of the run [runs/NAME]."""
+    """Write the run to this folder [runs/NAME]."""
     data: Path | None = None
-    """Text, JSON-lines or folder of them; else Wikipedia."""
+    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
     resume: Flag = False
     """Go on with the run in --out."""
     plain: Flag = False
     """Print lines instead of the live display."""
     eval_every: int = 50
-    """Steps between held-out evaluations."""
+    """Evaluate on held-out text after so many steps."""
     device: str = "auto"
-    """Of hosts and trainers: auto, cpu, cuda:N or mps."""
+    """Compute on this device: auto, cpu, cuda:N or mps."""
     threads: int = 1
-    """CPU threads of each process."""
-    stop_on_stdin_eof: Flag = False
-    """Stop when standard input ends."""
+    """Give each process this many CPU threads."""
 
     @property
     def folder(self) -> Path:
@@ -172,10 +169,10 @@ class StatusConfig(SwarmChoice):
 
     json: Flag = False
     """Print JSON, for programs."""
-    listen: str = "auto"
-    """Address of its DHT node; auto: it reaches the swarm."""
+    listen: FileOnly[str] = "auto"
+    """Listen on this address; auto takes the one that reaches the swarm."""
     timeout_s: float = 15.0
-    """Seconds to wait for the swarm."""
+    """Wait this many seconds for the swarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,29 +180,27 @@ class LighthouseConfig(SwarmChoice):
     """Be a peer that others join a run through and are reached through, and watch the run."""
 
     state: Path = Path("state/lighthouse")
-    """Folder for key, swarm.toml, event log."""
+    """Keep key, swarm.toml and event log in this folder."""
     listen: str = "auto"
-    """Address to listen on; auto: it reaches the swarm."""
+    """Listen on this address; auto takes the one that reaches the swarm."""
     port: int = 0
-    """TCP port; 0: last time's, or a free one."""
+    """Use this TCP port; 0 takes last time's, or a free one."""
     announce: str = ""
-    """Address to tell others, where it is another one."""
-    max_connections: int = 512
-    """Connections at a time."""
+    """Have others dial this address, such as a router's."""
+    max_connections: FileOnly[int] = 512
+    """Hold at most this many connections at a time."""
     max_reservations: int = 128
-    """Peers that can be reached through this relay; 0: none."""
+    """Make this many peers reachable through this relay; 0 offers no relay."""
     max_circuits: int = 64
-    """Circuits that are relayed at a time."""
-    max_circuit_mb: int = 4096
-    """Megabytes that one circuit may carry, both ways together."""
-    max_circuit_s: float = 3600.0
-    """Seconds that one circuit may last."""
+    """Relay at most this many circuits at a time."""
+    max_circuit_mb: FileOnly[int] = 4096
+    """Let one circuit carry this many megabytes, both ways together."""
+    max_circuit_s: FileOnly[float] = 3600.0
+    """Let one circuit last this many seconds."""
     metrics_port: int = 0
-    """Port for Prometheus metrics; 0 turns them off."""
+    """Serve Prometheus metrics at this port; 0 serves none."""
     metrics_listen: str = "127.0.0.1"
-    """Address for Prometheus metrics."""
-    stop_on_stdin_eof: Flag = False
-    """Leave when standard input ends. For a parent process that starts this one."""
+    """Serve Prometheus metrics on this address."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,23 +208,23 @@ class ExperimentConfig:
     """Put one of the claims about tiny experts to the test."""
 
     name: tyro.conf.Positional[str] = ""
-    """Which one; without a name they are listed."""
+    """Run this experiment; without a name they are listed."""
     preset: Literal["quick", "full"] = "quick"
-    """Quick shows that it runs, full is what the pages report."""
+    """Choose quick to see that it runs, or full for what the pages report."""
     out: Path = Path("runs/experiments")
-    """Folder for what an interrupted run goes on from."""
+    """Keep what an interrupted run goes on from in this folder."""
     results: Path | None = None
-    """Folder for page, plots and JSON; else docs/results, or for quick the folder of --out."""
+    """Write page, plots and JSON to this folder. Otherwise docs/results or, for quick, the folder of --out."""
     jobs: int = 0
-    """Trials at once, each a process; 0: one for each core."""
+    """Run this many trials at once, each a process; 0 runs one for each core."""
     threads: int = 1
-    """CPU threads of a trial."""
+    """Give a trial this many CPU threads."""
     device: str = "cpu"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
     only: str = ""
     """Run only trials whose names hold this text."""
     report: Flag = False
-    """Run nothing; write the page from the results that there are."""
+    """Run nothing and write the page from the results that there are."""
 
 
 def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest:

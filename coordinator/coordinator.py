@@ -171,12 +171,12 @@ def how_to_join(path: Path, swarm: SwarmFile, invite: str) -> Text:
     """What to type, here and on another machine."""
     text = Text.assemble("run ", (swarm.run_id, "bold"), " is up\n\n")
     for purpose, command in (
-        ("host experts", f"host --swarm {path} --state state/host"),
-        ("train", f"train --swarm {path} --out runs/train"),
-        ("look at it", f"status --swarm {path}"),
+        ("host experts", f"host --join {path} --state state/host"),
+        ("train", f"train --join {path} --out runs/train"),
+        ("look at it", f"status --join {path}"),
     ):
         text.append(f"  {purpose:<14}").append(f"{program_name()} {command}\n", style="cyan")
     where = path.with_name("invite.txt")
-    text.append(f"\nelsewhere, the same with this invite in place of --swarm; it is in {where}:\n\n")
+    text.append(f"\nelsewhere, the same with --join and this invite; it is in {where}:\n\n")
     text.append(f"{program_name()} host --join {invite}\n", style="cyan")
     return text

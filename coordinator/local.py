@@ -18,12 +18,21 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from common.command_line import arguments_for
 from common.errors import ConfigError, InvalidInputError, UnavailableError
 from common.events import EventLog, read_event
 from common.settings import check_minimums
 from coordinator.blocks import block_list_text, split_blocks
 from coordinator.children import Child, ChildSpec, end_all, exit_words
-from coordinator.config import LocalConfig, RunConfig, check_same_run, manifest_of, program_name, read_manifest
+from coordinator.config import (
+    CoordinatorConfig,
+    LocalConfig,
+    RunConfig,
+    check_same_run,
+    manifest_of,
+    program_name,
+    read_manifest,
+)
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent
 from protocol.announcements import MAX_EVALUATORS
 from protocol.identity import Identity
@@ -154,7 +163,7 @@ class LocalSwarm:
             return EXIT_INTERRUPTED
         manifest = read_manifest(self._out / "manifest.toml")
         logger.info("Run %s is up in %s with %d hosts", manifest.run_id, self._out, self._config.hosts)
-        logger.info("See it from outside: %s status --swarm %s", program_name(), self._out / "swarm.toml")
+        logger.info("See it from outside: %s status --join %s", program_name(), self._out / "swarm.toml")
         self._tell_length(manifest)
         shares = _shares(self._config, manifest)
         hosts = [self._spawn(self._host_spec(i, blocks)) for i, blocks in enumerate(shares)]
@@ -260,11 +269,11 @@ class LocalSwarm:
 
     def _coordinator_spec(self) -> ChildSpec:
         config = self._config
-        flags = _flags({"out": self._out})
+        flags = arguments_for({"out": self._out})
         flags += ["--evaluators", *self._evaluators()]
         if not config.resume:  # a run that exists keeps its manifest; `check` has compared the flags with it
-            flags += _flags({field.name: getattr(config, field.name) for field in fields(RunConfig)})
-            flags += _flags({"total_tokens": total_tokens(config)})
+            values = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+            flags += arguments_for({**values, "total_tokens": total_tokens(config)}, CoordinatorConfig)
         return self._spec("coordinator", "coordinator", *flags, log=self._out / "coordinator" / "log.txt")
 
     def _evaluators(self) -> list[str]:
@@ -277,9 +286,9 @@ class LocalSwarm:
 
     def _host_spec(self, index: int, blocks: list[BlockId]) -> ChildSpec:
         config, state = self._config, self._out / f"host-{index}"
-        flags = _flags(
+        flags = arguments_for(
             {
-                "swarm": self._out / "swarm.toml",
+                "join": self._out / "swarm.toml",
                 "state": state,
                 "blocks": block_list_text(blocks),
                 "device": config.device,
@@ -294,10 +303,10 @@ class LocalSwarm:
         out = self._trainer_folder(index)
         name = TRAINER if first else out.name
         names = ("batch", "micro_batches", "eval_every", "device", "threads", "seed", "data")
-        flags = _flags({"swarm": self._out / "swarm.toml", "out": out})
-        flags += _flags({name: getattr(config, name) for name in names})
-        flags += _flags({"steps": config.steps if config.trainers == 1 else 0})  # 0: to the run's last token
-        flags += _flags({"shard": index, "n_shards": config.trainers})
+        flags = arguments_for({"join": self._out / "swarm.toml", "out": out})
+        flags += arguments_for({name: getattr(config, name) for name in names})
+        flags += arguments_for({"steps": config.steps if config.trainers == 1 else 0})  # 0: to the run's last token
+        flags += arguments_for({"shard": index, "n_shards": config.trainers})
         flags += ["--resume"] * config.resume + ["--plain"] * (config.plain or not first)
         # The first one's own settings were shown with ours already.
         flags += ["--log-level", "warning"] * first
@@ -311,9 +320,3 @@ def _is_trainer(child: Child) -> bool:
 def _reached_the_end(child: Child) -> bool:
     """Return whether an ended child is a trainer whose work was done, perhaps before the first trainer's was."""
     return _is_trainer(child) and child.reap() == 0
-
-
-def _flags(values: dict[str, object]) -> list[str]:
-    """Command-line flags for the settings that are not None."""
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None]
-    return [word for pair in pairs for word in pair]

@@ -1,4 +1,4 @@
-"""Which swarm a person meant: an invite, a file, or flags that win over either."""
+"""Which swarm a person meant: an invite, a file, or a run and its peers, which win over either."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path  # noqa: TC003 - tyro reads the annotation
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
+from common.settings import FileOnly, Hidden  # noqa: TC001 - tyro reads the annotation
 from protocol.admission import Admission
-from protocol.invite import read_invite
+from protocol.invite import read_join
 from protocol.swarm_file import HOW_TO_NAME_A_SWARM, SwarmFile, checked_peers, checked_run_id
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ class SwarmChoice:
     """The part of a command's configuration that says which swarm: an invite, a file, or the run and its peers."""
 
     join: str = ""
-    """Invite that the run's owner gave, or a file with one."""
-    swarm: Path | None = None
-    """File swarm.toml that the coordinator wrote."""
-    run_id: str = ""
-    """Run, as the coordinator printed it."""
-    initial_peers: tuple[str, ...] = ()
-    """Multiaddresses of peers in the swarm, parted by blanks."""
+    """Join the swarm of this invite, invite file or swarm.toml."""
+    swarm: Hidden[Path | None] = None
+    """File swarm.toml that the coordinator wrote. An older name for what `join` takes, kept for one version."""
+    run_id: FileOnly[str] = ""
+    """Join this run, as the coordinator printed it, through the initial peers."""
+    initial_peers: FileOnly[tuple[str, ...]] = ()
+    """Join through the peers at these multiaddresses."""
 
 
 def resolve(choice: SwarmChoice, clock: Callable[[], float] = time.time) -> tuple[Admission, tuple[str, ...]]:
@@ -48,7 +49,7 @@ def resolve(choice: SwarmChoice, clock: Callable[[], float] = time.time) -> tupl
 
 def _told(choice: SwarmChoice, clock: Callable[[], float]) -> Invite | SwarmFile | None:
     if choice.join:
-        return read_invite(choice.join, clock())
+        return read_join(choice.join, clock())
     if choice.swarm is not None and not (choice.run_id and choice.initial_peers):
         return SwarmFile.read(choice.swarm)
     return None

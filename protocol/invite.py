@@ -19,13 +19,18 @@ from protocol import invite_pb2
 from protocol.admission import checked_token
 from protocol.identity import peer_id_of, public_key_of
 from protocol.parsing import parse_or_raise
-from protocol.swarm_file import checked_peers, checked_run_id
+from protocol.swarm_file import MAX_FILE_BYTES, SwarmFile, checked_peers, checked_run_id
 from protocol.version import VERSION
 
 FORMAT = 1
 MAX_CHARS = 8192
 """Twice what 64 addresses of ordinary length come to."""
 
+SHOWN_CHARS = 40
+"""Of what may be an invite with a mistake in it: its end may be a token."""
+
+_INVITE_START = re.compile(rb"\s*kh[1-9]")
+_RUN_ID_LINE = re.compile(rb"^\s*run_id\s*=", re.MULTILINE)
 _SHAPE = re.compile(r"kh(?P<format>[1-9])(?P<body>[1-9A-HJ-NP-Za-km-z]+)", re.ASCII)
 
 
@@ -70,22 +75,39 @@ class Invite:
         return invite
 
 
-def read_invite(text: str, now_s: float) -> Invite:
-    """The invite that a person gave, or the one in the file that they named; raises ConfigError."""
-    text = _joined(text)
-    return Invite.decode(text if _SHAPE.fullmatch(text) else _file_content(text), now_s)
+def read_join(text: str, now_s: float) -> Invite | SwarmFile:
+    """The invite that a person gave, or what the file that they named holds: an invite, or what swarm.toml has.
+
+    Raises ConfigError that says what is wrong with it.
+    """
+    if _SHAPE.fullmatch(_joined(text)):
+        return Invite.decode(text, now_s)
+    data = _file_content(text)
+    if _INVITE_START.match(data):
+        return Invite.decode(data.decode("ascii", errors="replace"), now_s)
+    if not _RUN_ID_LINE.search(data):
+        raise ConfigError(f"{text}: holds neither an invite, which begins with kh{FORMAT}, nor what a swarm.toml has")
+    return SwarmFile.parse(data, text)
 
 
-def _file_content(name: str) -> str:
+def _file_content(name: str) -> bytes:
+    """Not more than a swarm file may have, so that it is bounded before it is read as one."""
     try:
-        with Path(name).open(encoding="utf-8") as file:
-            return file.read(MAX_CHARS + 1)
+        with Path(name).open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        data[:MAX_FILE_BYTES].decode(errors="strict" if len(data) <= MAX_FILE_BYTES else "ignore")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
+        shown = name[:SHOWN_CHARS]
         raise ConfigError(
-            f"invite: {name[:40]!r} is neither an invite, which is kh{FORMAT} and letters and digits, nor a file "
-            f"with one ({reason})"
+            f"invite: {shown!r} is neither an invite, which is kh{FORMAT} and letters and digits, nor a file "
+            f"with one or a swarm.toml ({reason})"
         ) from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"{name}: is longer than {MAX_FILE_BYTES} bytes, so it is neither a file with an invite nor a swarm.toml"
+        )
+    return data
 
 
 def _payload(text: str) -> bytes:

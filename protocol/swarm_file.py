@@ -20,7 +20,8 @@ MAX_FILE_BYTES = 65_536
 MAX_INITIAL_PEERS = 64
 MAX_ADDRESS_CHARS = 512
 HOW_TO_NAME_A_SWARM = (
-    "name the swarm with --join INVITE or --swarm FILE, from its coordinator, or with --run-id and --initial-peers"
+    "name the swarm with --join INVITE or --join FILE, from its coordinator, or with run_id and initial_peers in the "
+    "file of --config"
 )
 
 
@@ -43,13 +44,18 @@ class SwarmFile:
     @classmethod
     def read(cls, path: Path) -> SwarmFile:
         """Read and check every field; raises ConfigError naming the file and what is wrong with it."""
-        table = _read_table(path)
+        return cls.parse(_read(path), str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> SwarmFile:
+        """The same of what the file `where` holds, not more than MAX_FILE_BYTES; raises ConfigError."""
+        table = _table(data, where)
         unknown = sorted(table.keys() - {"run_id", "initial_peers", "owner", "admission"})
         if unknown:
-            raise ConfigError(f"{path}: {unknown[0]}: unknown field; this swarm may need a newer kilohive")
+            raise ConfigError(f"{where}: {unknown[0]}: unknown field; this swarm may need a newer kilohive")
         owner = table.get("owner", "")
         if not isinstance(owner, str) or len(owner) > MAX_ADDRESS_CHARS:
-            raise ConfigError(f"{path}: owner: must be a peer id")
+            raise ConfigError(f"{where}: owner: must be a peer id")
         try:
             return cls(
                 run_id=checked_run_id(table.get("run_id")),
@@ -58,7 +64,7 @@ class SwarmFile:
                 admission=token_from_hex(table.get("admission", "")),
             )
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise ConfigError(f"{where}: {error}") from None
 
 
 def last_port(path: Path) -> int:
@@ -71,18 +77,21 @@ def last_port(path: Path) -> int:
     return int(port) if port.isascii() and port.isdigit() else 0
 
 
-def _read_table(path: Path) -> dict[str, object]:
+def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; {HOW_TO_NAME_A_SWARM}") from None
+
+
+def _table(data: bytes, where: str) -> dict[str, object]:
     if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: is longer than {MAX_FILE_BYTES} bytes, so it is not a swarm file")
+        raise ConfigError(f"{where}: is longer than {MAX_FILE_BYTES} bytes, so it is not a swarm file")
     try:
         return tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a swarm file: {error}") from None
+        raise ConfigError(f"{where}: not a swarm file: {error}") from None
 
 
 def checked_run_id(value: object) -> str:

@@ -145,7 +145,7 @@ def _tell(config: LighthouseConfig, admission: Admission, address: str, initial_
     SwarmFile(run_id=run_id, initial_peers=initial_peers, admission=admission.token).write(path)
     text = Text.assemble("lighthouse of run ", (run_id, "bold"), f" is up at {address}\n\n")
     for purpose, command in (
-        ("join through it", f"host --swarm {path} --state state/host"),
+        ("join through it", f"host --join {path} --state state/host"),
         ("put it in the invite", f"coordinator --initial-peers {address}"),
     ):
         text.append(f"  {purpose:<22}").append(f"{program_name()} {command}\n", style="cyan")

@@ -163,13 +163,13 @@ class ProcessSwarm:
 
     def host(self, name: str, blocks: str, swarm: Path | None = None, *, threads: int = 1) -> Node:
         """Start a host; returns before it is announced."""
-        place = ("--swarm", str(swarm or self.swarm_file), "--state", str(self.folder / name))
+        place = ("--join", str(swarm or self.swarm_file), "--state", str(self.folder / name))
         return self.start(name, "host", *place, "--blocks", blocks, "--threads", str(threads))
 
     def trainer(self, name: str, *arguments: str) -> Node:
         """Start a trainer with `--plain`."""
         out = self.folder / name
-        return self.start(name, "train", "--swarm", str(self.swarm_file), "--out", str(out), "--plain", *arguments)
+        return self.start(name, "train", "--join", str(self.swarm_file), "--out", str(out), "--plain", *arguments)
 
     def swarm_file_through(self, node: Node) -> Path:
         """A swarm.toml that names only `node` as initial peer: for joining when the coordinator is gone."""
@@ -182,7 +182,7 @@ class ProcessSwarm:
 
     def status(self) -> dict[str, Any]:
         """What `run_node.py status --json` says."""
-        command = [sys.executable, RUN_NODE, "status", "--swarm", str(self.swarm_file), "--json"]
+        command = [sys.executable, RUN_NODE, "status", "--join", str(self.swarm_file), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=True)
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer

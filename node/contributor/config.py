@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from node.membership.config import SwarmConfig
 
 
@@ -16,26 +17,26 @@ class ContributeConfig(SwarmConfig):
     """Fetch an expert to train at home, and offer what came of it to the run."""
 
     file: tyro.conf.Positional[Path] = Path("expert.safetensors")
-    """The expert, as a safetensors file."""
+    """Read the expert from this safetensors file, or write it there."""
     layer: int = 0
-    """Its layer, from 0."""
+    """Name the expert's layer, counted from 0."""
     expert: int = 0
-    """Its index within the layer, from 0."""
+    """Name the expert's index in its layer, counted from 0."""
     fetch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write the present expert into the file; offer nothing."""
+    """Write the run's present expert into the file and offer nothing."""
     train: int = 0
-    """Train the file's expert, or the present one, for so many steps; offer nothing."""
+    """Train the file's expert, or the present one, for so many steps and offer nothing."""
     data: Path | None = None
-    """Text to train it on, a file or folder; else the default corpus."""
-    batch: int = 16
-    """Windows of text in one of those steps."""
+    """Train on this text, a file or a folder; otherwise on Wikipedia."""
+    batch: FileOnly[int] = 16
+    """Train on this many windows of text in a step."""
     lr: float = 0.0
-    """First learning rate, which falls to 0; 0: the run's own of now."""
-    seed: int = 0
-    """Of the order in which text is read."""
+    """Start at this learning rate, which falls to 0; 0 starts at the run's present one."""
+    seed: FileOnly[int] = 0
+    """Draw the order in which text is read with this seed."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps: where the trunk computes."""
+    """Compute the trunk on this device: auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
-    """CPU threads."""
-    timeout_s: float = 3600.0
-    """Seconds to wait until it is evaluated and taken in."""
+    """Use this many CPU threads."""
+    timeout_s: FileOnly[float] = 3600.0
+    """Wait this many seconds until the offer is evaluated and taken in."""

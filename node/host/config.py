@@ -5,40 +5,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from node.limits.config import LimitsConfig
-from node.membership.config import SwarmConfig
+from node.membership.config import ReachConfig, SwarmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostConfig(LimitsConfig, SwarmConfig):
+class HostConfig(LimitsConfig, ReachConfig, SwarmConfig):
     """Host blocks of experts for a run."""
 
     state: Path = Path("state/host")
-    """Folder for key, checkpoints, event log."""
+    """Keep key, checkpoints and event log in this folder."""
     blocks: str = "auto"
-    """Blocks to host, such as 0/0-3,1/7 (layer/block); auto takes those that the swarm needs most."""
+    """Host these blocks, such as 0/0-3,1/7; auto takes those most needed. Each is layer/block."""
     max_blocks: int = 8
-    """Most blocks to take with --blocks auto."""
-    recheck_s: float = 10.0
-    """Seconds between looks at which blocks to take, to move or to try again; 0: never."""
+    """Take at most this many blocks with --blocks auto."""
+    recheck_s: FileOnly[float] = 10.0
+    """Look this often, in seconds, at which blocks to take, to move or to try again; 0 never does."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
-    """CPU threads for the experts' arithmetic."""
+    """Use this many CPU threads for the experts' arithmetic."""
     port: int = 0
-    """Port of the gRPC server; 0 takes a free one."""
+    """Use this port for the gRPC server; 0 takes a free one."""
     relay_circuits: int = 16
-    """Most calls to carry at once for peers behind a NAT, if others can dial this host; 0: none."""
+    """Carry this many calls at once for peers behind a NAT. It does so if others can dial it, and not with 0."""
     metrics_port: int = 0
-    """Port for Prometheus metrics; 0 turns them off."""
-    max_queue_tokens: int = 65_536
-    """Tokens that may wait for this host; more are refused with a retry delay."""
-    keep_inputs_mb: int = 256
-    """Memory for the inputs kept between a forward and its backward, in MB."""
-    keep_inputs_s: float = 120.0
-    """Seconds for which a forward's inputs are kept."""
-    checkpoint_every_s: float = 60.0
-    """Seconds between checkpoints."""
+    """Serve Prometheus metrics at this port; 0 serves none."""
+    max_queue_tokens: FileOnly[int] = 65_536
+    """Let this many tokens wait for this host; more are refused with a retry delay."""
+    keep_inputs_mb: FileOnly[int] = 256
+    """Keep the inputs between a forward and its backward in this much memory, in MB."""
+    keep_inputs_s: FileOnly[float] = 120.0
+    """Keep a forward's inputs for this many seconds."""
+    checkpoint_every_s: FileOnly[float] = 60.0
+    """Save the blocks this often, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,6 @@ class ControlConfig:
     """Tell the host of a folder on this machine what its owner wants."""
 
     state: Path = Path("state/host")
-    """The host's folder."""
+    """Speak to the host of this folder."""
     timeout_s: float = 60.0
-    """Seconds to wait until it has done so."""
+    """Wait this many seconds until it has done so."""

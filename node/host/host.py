@@ -103,7 +103,7 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     prepare_folder(config.state)
     identity = Identity.load_or_create(config.state / "identity.key")
     events = EventLog(config.state / "events.jsonl", max_bytes=events_bytes(limits))
-    swarm = Swarm(config, identity)
+    swarm = Swarm(config, identity, reach=config)
     try:
         await until_stopped(swarm.join(), stop)
         swarm.dht.on_lost(stop.set)

@@ -10,21 +10,21 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """What a host may take of the machine that it is a guest on, and when. Shown by `host --help-limits`."""
+    """What a host may take of the machine that it is a guest on, and when. Shown by `host --help-settings`."""
 
     max_memory: str = ""
-    """Memory for the node and its child process, such as 600MB. A container's own limit counts too, if it is lower."""
+    """Take at most this much memory, with p2pd, such as 600MB. A container's own limit counts too, if it is lower."""
     max_gpu_memory: str = ""
-    """Memory on the GPU, such as 4GB."""
+    """Take at most this much memory on the GPU, such as 4GB."""
     max_bandwidth_up: str = ""
-    """Mean rate of what it sends, such as 2MB/s; at least 0.5MB/s."""
+    """Send at most this much on average, such as 2MB/s; at least 0.5MB/s."""
     max_bandwidth_down: str = ""
-    """Mean rate of what it receives, such as 2MB/s; at least 0.5MB/s."""
+    """Receive at most this much on average, such as 2MB/s; at least 0.5MB/s."""
     max_cpu_percent: float = 0.0
-    """Mean share of one core, in percent; 400 is four cores, 0 no limit."""
+    """Use at most this share of one core on average, in percent; 400 is four cores, 0 sets no limit."""
     max_disk: str = ""
-    """Size of the folder --state, such as 2GB."""
+    """Let the folder --state grow to at most this size, such as 2GB."""
     schedule: str = ""
-    """Hours of the day at which to work, such as 22:00-07:00, or several parted by commas; by this machine's clock."""
+    """Work at these hours by this machine's clock, such as 22:00-07:00, or several separated by commas."""
     only_when_idle: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Work only while nobody else needs the machine."""

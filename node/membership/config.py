@@ -1,28 +1,30 @@
-"""How a node joins a run. Light: no torch and no hivemind here, so that `--help` is quick."""
+"""How a node joins a run, and how it is reached. Light: no torch and no hivemind here, so that `--help` is quick."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-import tyro
-
+from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from dht.swarm_config import SwarmChoice
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwarmConfig(SwarmChoice):
-    """Which swarm to join, and how this node takes part in its DHT."""
+    """Which swarm to join, and on what terms."""
+
+    join_timeout_s: FileOnly[float] = 60.0
+    """Wait this many seconds for the swarm at the start."""
+    insecure_local: FileOnly[bool] = False
+    """Neither encrypt nor sign calls; on this machine only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReachConfig:
+    """How others reach this node. The defaults find what fits, for a node that nobody needs to call first."""
 
     listen: str = "auto"
-    """Address to listen on; auto: it reaches the swarm."""
+    """Listen on this address; auto takes the one that reaches the swarm."""
     announce: str = ""
-    """Address that others call, if it is another: a router's."""
+    """Have others call this address instead, such as a router's."""
     dht_port: int = 0
-    """Port of the DHT node; 0 takes a free one."""
-    join_timeout_s: float = 60.0
-    """Seconds to wait for the swarm at the start."""
-    insecure_local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Neither encrypt nor sign calls; on this machine only."""
-    stop_on_stdin_eof: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Leave when standard input ends. For a parent process that starts this one."""
+    """Use this port for the DHT node; 0 takes a free one."""

@@ -15,6 +15,7 @@ from dht.node import DhtConfig, DhtNode
 from dht.relay.reservations import RelayLinks, RelayOffer
 from dht.relay.tunnel import Tunnels
 from dht.swarm_config import resolve
+from node.membership.config import ReachConfig
 from node.rpc.security import Security
 from protocol.admission import NOT_INVITED, Admission
 from protocol.endpoints import announced_endpoint, announced_host
@@ -30,13 +31,16 @@ STOP_TIMEOUT_S = 5.0
 
 
 class Swarm:
-    """Everything a node needs to find its peers, and what it proves itself to them with."""
+    """Everything a node needs to find its peers, and what it proves itself to them with.
 
-    def __init__(self, config: SwarmConfig, identity: Identity) -> None:
-        self._config, self.identity = config, identity
+    Without `reach` it finds by itself how it can be reached, as suits who only calls others.
+    """
+
+    def __init__(self, config: SwarmConfig, identity: Identity, reach: ReachConfig | None = None) -> None:
+        self._config, self._reach, self.identity = config, reach or ReachConfig(), identity
         self.security = Security(identity, config.insecure_local)
         self._stack = AsyncExitStack()
-        self.announce = config.announce
+        self.announce = self._reach.announce
         self.listen: str
         self.relay_links: RelayLinks
         self.admission: Admission
@@ -52,7 +56,7 @@ class Swarm:
         """
         self.admission, initial_peers = resolve(self._config)
         run_id, self.initial_peers = self.admission.run_id, initial_peers
-        self.listen = listen_host(self._config.listen, initial_peers)
+        self.listen = listen_host(self._reach.listen, initial_peers)
         self.security.check_listen(self.listen)
         announced_endpoint(self.announce, f"{self.listen}:1")  # a mistake in it is told before anything is started
         self.dht = await DhtNode.start(
@@ -60,8 +64,8 @@ class Swarm:
                 identity=self.identity,
                 initial_peers=initial_peers,
                 host=self.listen,
-                port=self._config.dht_port,
-                announce=announced_host(self._config.announce) if self._config.dht_port else "",
+                port=self._reach.dht_port,
+                announce=announced_host(self._reach.announce) if self._reach.dht_port else "",
                 admission=self.admission,
             )
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
+from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +13,8 @@ class HealthConfig:
     """Ask the node of a folder on this machine whether it serves."""
 
     state: Path = Path("state/host")
-    """The node's folder: a host's --state, a trainer's or a coordinator's --out."""
+    """Ask the node of this folder: a host's --state, a trainer's or a coordinator's --out."""
     timeout_s: float = 3.0
-    """Seconds to wait for its answer."""
-    insecure_local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The node was started with --insecure-local."""
+    """Wait this many seconds for its answer."""
+    insecure_local: FileOnly[bool] = False
+    """Call without encryption, as a node with insecure_local expects it."""

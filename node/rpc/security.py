@@ -64,7 +64,7 @@ class Security:
     def check_listen(self, address: str) -> None:
         """Raise ConfigError for an address that a node without encryption must not listen on."""
         if self.insecure_local and not is_loopback(address):
-            raise ConfigError(f"--insecure-local: only with --listen 127.0.0.1 or ::1, is {address}")
+            raise ConfigError(f"insecure_local: only with --listen 127.0.0.1 or ::1, is {address}")
 
     def caller(self) -> Caller:
         """Return what opens channels and signs calls for this node."""
@@ -122,7 +122,7 @@ class Caller:
 
 def _plain_channel(address: Address) -> grpc.aio.Channel:
     if is_relayed(address.endpoint) or not is_loopback(_host_and_port(address.endpoint)[0]):
-        raise NotConnectedError(f"{address.endpoint}: --insecure-local calls this machine only")
+        raise NotConnectedError(f"{address.endpoint}: insecure_local calls this machine only")
     return grpc.aio.insecure_channel(address.endpoint, options=OPTIONS)
 
 

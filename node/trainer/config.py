@@ -8,53 +8,54 @@ from typing import Annotated
 
 import tyro
 
-from node.membership.config import SwarmConfig
+from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from node.membership.config import ReachConfig, SwarmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(SwarmConfig):
+class TrainConfig(ReachConfig, SwarmConfig):
     """Train the run's trunk and gate over the swarm's experts."""
 
     out: Path = Path("runs/train")
-    """Folder for checkpoint, event log, summary, plot."""
+    """Write checkpoint, event log, summary and plot to this folder."""
     data: Path | None = None
-    """Text, JSON-lines or folder of them; else Wikipedia."""
+    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
     steps: int = 0
-    """Steps to train to; 0: until the run's last token."""
+    """Train to this step; 0 trains to the run's last token."""
     batch: int = 8
-    """Sequences per micro-batch."""
+    """Put this many sequences into a micro-batch."""
     micro_batches: int = 2
-    """Micro-batches per step; more hide a slow network."""
-    in_flight: int = 0
-    """Micro-batches at once; 0: as few as is no slower."""
+    """Put this many micro-batches into a step; more hide a slow network."""
+    in_flight: FileOnly[int] = 0
+    """Have this many micro-batches under way at once; 0 takes as few as is no slower."""
     shard: int = 0
-    """Shard of the corpus to read, from 0."""
+    """Read this shard of the corpus, counted from 0."""
     n_shards: int = 1
-    """Number of shards: one per trainer."""
+    """Split the corpus into this many shards, one for each trainer."""
     wait_for_blocks_s: float = 15.0
-    """Seconds to wait at the start for every block."""
-    k_min: int = 1
-    """Fewest experts that must answer for each token."""
-    call_timeout_s: float = 20.0
-    """Deadline of one call to a host."""
+    """Wait this many seconds at the start for every block."""
+    k_min: FileOnly[int] = 1
+    """Require answers from at least this many experts for each token."""
+    call_timeout_s: FileOnly[float] = 20.0
+    """Give one call to a host this many seconds."""
     hedge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Ask a second replica too when a call is late."""
     port: int = 0
-    """Port of the trunk's gRPC server; 0 takes a free one."""
+    """Use this port for the trunk's gRPC server; 0 takes a free one."""
     eval_every: int = 50
-    """Steps between held-out evaluations; 0: only at the start and the end."""
-    eval_bytes: int = 16_384
-    """Held-out bytes per evaluation on the way; start and end use four times as many."""
+    """Evaluate after so many steps; 0 only at start and end."""
+    eval_bytes: FileOnly[int] = 16_384
+    """Evaluate on this many held-out bytes on the way, and on four times as many at start and end."""
     save_every: int = 100
-    """Steps between checkpoints of the trunk."""
+    """Save the trunk after so many steps."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on from the trunk's checkpoint in --out."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
-    """CPU threads for the trunk's arithmetic."""
+    """Use this many CPU threads for the trunk's arithmetic."""
     seed: int = 0
-    """Seed of the order of the data and of the sample."""
+    """Draw the order of the data and the sample with this seed."""
     plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print lines instead of the live display."""
 
@@ -64,17 +65,17 @@ class EvaluateConfig(SwarmConfig):
     """Measure held-out bits per byte of a run, with the trunk from a checkpoint and the swarm's experts."""
 
     out: Path = Path("runs/local")
-    """Folder with the trunk's checkpoint."""
+    """Take the trunk's checkpoint from this folder."""
     data: Path | None = None
-    """Text, JSON-lines or folder of them; else Wikipedia."""
+    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
     n_bytes: int = 65_536
-    """Held-out bytes to score."""
+    """Score this many held-out bytes."""
     batch: int = 16
-    """Sequences at once."""
+    """Score this many sequences at once."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
-    """CPU threads for the trunk."""
+    """Use this many CPU threads for the trunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +83,16 @@ class SampleConfig(SwarmConfig):
     """Let a run's model write text, with the trunk from a checkpoint and the swarm's experts."""
 
     out: Path = Path("runs/local")
-    """Folder with the trunk's checkpoint."""
+    """Take the trunk's checkpoint from this folder."""
     prompt: str = "The "
-    """Text to go on from."""
+    """Go on from this text."""
     n_bytes: int = 256
-    """Bytes to write."""
+    """Write this many bytes."""
     temperature: float = 0.8
-    """0 always takes the likeliest byte; higher is wilder."""
+    """Write more freely with a higher value; 0 always takes the likeliest byte."""
     seed: int = 0
-    """Seed of the draws."""
+    """Draw the bytes with this seed."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
-    """CPU threads for the trunk."""
+    """Use this many CPU threads for the trunk."""

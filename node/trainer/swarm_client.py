@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from dht.directory import Directory
-    from node.membership.config import SwarmConfig
+    from node.membership.config import ReachConfig, SwarmConfig
     from node.rpc.security import Caller
     from protocol.manifest import Manifest
 
@@ -32,7 +32,7 @@ R = TypeVar("R")
 class SwarmClient:
     """A swarm for synchronous code: `with SwarmClient(config) as swarm: layer = swarm.moe_layer(0, generator)`.
 
-    `make_client` makes what carries the calls: a test's may lose some.
+    `make_client` makes what carries the calls: a test's may lose some. Without `reach` it finds an address by itself.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class SwarmClient:
         dispatch: DispatchConfig | None = None,
         identity: Identity | None = None,
         make_client: Callable[[Caller], ExpertClient] = ExpertClient,
+        reach: ReachConfig | None = None,
     ) -> None:
         self._config, self._dispatch = config, dispatch or DispatchConfig()
         self._identity = identity or Identity.generate()
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kilohive-swarm-client", daemon=True)
-        self._swarm = Swarm(config, self._identity)
+        self._swarm = Swarm(config, self._identity, reach)
         self._make_client = make_client
         self._dispatcher: Dispatcher
 

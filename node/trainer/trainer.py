@@ -77,7 +77,7 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
     prepare_folder(config.out)
     identity = Identity.load_or_create(config.out / "identity.key")
     events = EventLog(config.out / "events.jsonl")
-    swarm = Swarm(config, identity)
+    swarm = Swarm(config, identity, reach=config)
     try:
         await until_stopped(swarm.join(), stop)
         swarm.dht.on_lost(stop.set)

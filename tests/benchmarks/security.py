@@ -1,7 +1,7 @@
 """python -m tests.benchmarks.security --json runs/bench/security.json
 
 What TLS and signatures cost a call: two nodes in one process over loopback, calls of 64 bytes and of 1 MB that are sent
-back, encrypted and signed against `--insecure-local`, which is neither. Medians of runs that take turns.
+back, encrypted and signed against `insecure_local`, which is neither. Medians of runs that take turns.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ MANIFEST = small_manifest(
     optimizer={"lr": 5e-3, "expert_lr": 5e-3, "total_tokens": 60 * 8 * 32, "warmup_tokens": 500},
 )
 HOSTS = {"host-0": "0/0-2,1/0-1", "host-1": "0/3-5,1/2-4", "host-2": "0/6-7,1/5-7"}
-FLAGS = ("--batch", "4", "--eval-every", "0", "--eval-bytes", "2048", "--save-every", "1000")
+FLAGS = ("--batch", "4", "--eval-every", "0", "--set", "eval_bytes=2048", "--save-every", "1000")
 TRAIN = ("--steps", "60", *FLAGS)
 UNTIL_STOPPED = ("--steps", "100000", *FLAGS)
 
@@ -82,8 +82,8 @@ def test_a_host_killed_at_step_20_of_60_costs_its_experts_and_nothing_else(swarm
 
 def start_host_with_checkpoints(swarm: ProcessSwarm, name: str, blocks: str) -> Node:
     host = swarm.start(
-        name, "host", "--swarm", str(swarm.swarm_file), "--state", str(swarm.folder / name),
-        "--blocks", blocks, "--checkpoint-every-s", "0.2",
+        name, "host", "--join", str(swarm.swarm_file), "--state", str(swarm.folder / name),
+        "--blocks", blocks, "--set", "checkpoint_every_s=0.2",
     )  # fmt: skip
     host.wait_for("announced")
     return host

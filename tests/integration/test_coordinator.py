@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from common.command_line import arguments_for
 from common.errors import ConfigError, UnavailableError
 from coordinator.config import CoordinatorConfig, StatusConfig, read_manifest
 from coordinator.coordinator import open_run
@@ -62,13 +63,18 @@ def status(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PROGRAM, "status", *flags], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
+def named(swarm: SwarmFile) -> list[str]:
+    """How to name a swarm without an invite or a file of its coordinator."""
+    return arguments_for({"run_id": swarm.run_id, "initial_peers": swarm.initial_peers[:1]}, StatusConfig)
+
+
 def test_status_shows_a_run_that_has_no_host_and_the_coordinator_leaves_cleanly(tmp_path: Path) -> None:
     with coordinator(tmp_path, "--name", "demo", "--experts", "8", "--experts-per-block", "2") as process:
         swarm = SwarmFile.read(tmp_path / "swarm.toml")
         shown = status("--swarm", str(tmp_path / "swarm.toml"))
         invite = (tmp_path / "invite.txt").read_text(encoding="utf-8").strip()
         invited = status("--join", invite, "--json")
-        by_hand = status("--run-id", swarm.run_id, "--initial-peers", swarm.initial_peers[0], "--json")
+        by_hand = status(*named(swarm), "--json")
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=PATIENCE_S)
@@ -142,11 +148,10 @@ def test_only_the_invited_take_part_in_a_closed_run(tmp_path: Path) -> None:
         swarm = SwarmFile.read(run / "swarm.toml")
         private = [run / name for name in ("admission.token", "swarm.toml", "invite.txt")]
         assert [path.stat().st_mode & 0o777 for path in private] == [0o600] * 3
-        for flag, told in (("--swarm", "swarm.toml"), ("--join", "invite.txt")):
+        for flag, told in (("--swarm", "swarm.toml"), ("--join", "swarm.toml"), ("--join", "invite.txt")):
             shown = json.loads(status(flag, str(run / told), "--json").stdout)
             assert [peer["role"] for peer in shown["peers"]] == ["coordinator"]
-        by_hand = ("--run-id", swarm.run_id, "--initial-peers", swarm.initial_peers[0])
-        arguments = [*PROGRAM, "host", *by_hand, "--state", str(tmp_path / "host")]
+        arguments = [*PROGRAM, "host", *named(swarm), "--state", str(tmp_path / "host")]
         uninvited = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert uninvited.returncode == 2
     assert "this run admits only those with its invite: join with it" in uninvited.stderr

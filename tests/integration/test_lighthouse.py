@@ -20,6 +20,8 @@ import pytest
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
+from common.command_line import arguments_for
+from coordinator.config import LighthouseConfig
 from dht.packing import place_of_peer, wrap
 from experiments.live.processes import RUN_NODE, wait_until
 from protocol.identity import Identity
@@ -185,15 +187,18 @@ def test_ctrl_c_ends_it_in_three_seconds_with_exit_code_0(light: Light) -> None:
     ("flags", "words"),
     [
         (("--port", "99999"), "error: --port: must be from 0 (any) to 65535, is 99999"),
-        (("--max-circuit-mb", "0"), "error: --max-circuit-mb: must be 1 or more, is 0"),
+        (("--set", "max_circuit_mb=0"), "error: max_circuit_mb: must be 1 or more, is 0"),
         (("--listen", "0.0.0.0"), "error: --listen: others cannot call 0.0.0.0"),  # noqa: S104
         (("--listen", "home"), "error: --listen: must be an IP address"),
         (("--metrics-listen", "192.0.2.1", "--metrics-port", "9464"), "error: --metrics-port: cannot listen on"),
-        (("--initial-peers", "/ip4/127.0.0.1/tcp/9/p2p/nobody"), "error: initial peer '/ip4/127.0.0.1/tcp/9/p2p/nob"),
+        (
+            ("--set", "initial_peers=['/ip4/127.0.0.1/tcp/9/p2p/nobody']"),
+            "error: initial peer '/ip4/127.0.0.1/tcp/9/p2p/nob",
+        ),
     ],
 )
 def test_a_mistake_is_a_sentence_and_exit_code_2(flags: tuple[str, ...], words: str, tmp_path: Path) -> None:
-    where = ("--run-id", RUN, "--initial-peers", NOBODY)
+    where = arguments_for({"run_id": RUN, "initial_peers": (NOBODY,)}, LighthouseConfig)
     command = [sys.executable, RUN_NODE, "lighthouse", *where, *flags]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
     assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
@@ -201,7 +206,7 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(flags: tuple[str, ...], words: 
 
 
 async def test_who_has_left_makes_room_for_others(light: Light, start: Start) -> None:
-    lighthouse = light("--max-connections", "3")
+    lighthouse = light("--set", "max_connections=3")
     host, port = lighthouse.address.split("/")[2], int(lighthouse.address.split("/")[4])
 
     async def three_of_four_get_in() -> bool:

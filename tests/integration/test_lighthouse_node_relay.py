@@ -154,7 +154,7 @@ async def test_a_lighthouse_grants_no_more_than_its_flags_say(light: Light, star
 
 
 async def test_a_circuit_is_cut_at_its_bytes_and_its_time(light: Light, start: Start) -> None:
-    lighthouse = light("--max-circuit-mb", "1", "--max-circuit-s", "3")
+    lighthouse = light("--set", "max_circuit_mb=1", "--set", "max_circuit_s=3")
     hidden, caller = await node_at(start, lighthouse), await node_at(start, lighthouse)
     kept = reservations_of(hidden, offer(lighthouse))
     await kept.reserve()

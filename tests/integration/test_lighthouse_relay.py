@@ -192,7 +192,7 @@ async def test_when_the_lighthouse_in_use_is_killed_another_relays(
 
 
 async def test_a_circuit_is_cut_at_its_bytes(light: Light, monkeypatch: pytest.MonkeyPatch) -> None:
-    lighthouse = light("--max-circuit-mb", "1")
+    lighthouse = light("--set", "max_circuit_mb=1")
     async with (
         hidden_peer_of(lighthouse, monkeypatch=monkeypatch) as hidden,
         peer_of(lighthouse) as caller,
@@ -206,7 +206,7 @@ async def test_a_circuit_is_cut_at_its_bytes(light: Light, monkeypatch: pytest.M
 
 
 async def test_a_circuit_is_cut_when_its_time_is_up(light: Light, monkeypatch: pytest.MonkeyPatch) -> None:
-    lighthouse = light("--max-circuit-s", "2")
+    lighthouse = light("--set", "max_circuit_s=2")
     async with (
         hidden_peer_of(lighthouse, monkeypatch=monkeypatch) as hidden,
         peer_of(lighthouse) as caller,

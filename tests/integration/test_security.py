@@ -211,7 +211,7 @@ async def test_a_port_that_says_nothing_costs_no_more_than_the_deadline() -> Non
 
 async def test_plain_calls_stay_on_this_machine() -> None:
     plain = Security(HOST.identity, insecure_local=True)
-    with pytest.raises(ConfigError, match="--insecure-local: only with --listen 127"):
+    with pytest.raises(ConfigError, match="insecure_local: only with --listen 127"):
         NodeServer((), (), "192.0.2.1", 0, plain)
     with pytest.raises(NotConnectedError, match="calls this machine only"):
         await plain.caller().open(Address(HOST.identity.peer_id, "192.0.2.1:4000"), WAIT_S)

@@ -34,7 +34,7 @@ MANIFEST = small_manifest(
     optimizer={"lr": 3e-3, "expert_lr": 3e-3}, averaging=AveragingConfig(target_replicas=2, period_s=1.0)
 )
 ALL_BLOCKS = "0/0-3,1/0-3"
-TRAIN = ("--plain", "--eval-every", "0", "--eval-bytes", "2048", "--wait-for-blocks-s", "60")
+TRAIN = ("--plain", "--eval-every", "0", "--set", "eval_bytes=2048", "--wait-for-blocks-s", "60")
 HOMES = ("home-a", "home-b")
 STEPS = 60
 CALLS_S = 5.0
@@ -66,20 +66,20 @@ class Lab:
     def lighthouse(self, name: str) -> Node:
         """Returns when it listens."""
         self.net.public(name)
-        where = ("--swarm", str(self.swarm_file), "--state", str(self.folder / name))
+        where = ("--join", str(self.swarm_file), "--state", str(self.folder / name))
         node = self._start(name, name, "lighthouse", *where)
         node.wait_for("start")
         return node
 
     def host(self, name: str, place: str, blocks: str = ALL_BLOCKS, *flags: str) -> Node:
         """Returns when it is announced."""
-        state = ("--swarm", str(self.swarm_file), "--state", str(self.folder / name), "--blocks", blocks)
+        state = ("--join", str(self.swarm_file), "--state", str(self.folder / name), "--blocks", blocks)
         node = self._start(name, place, "host", *state, *flags)
         node.wait_for("announced")
         return node
 
     def trainer(self, name: str, place: str, *flags: str, swarm: Path | None = None) -> Node:
-        where = ("--swarm", str(swarm or self.swarm_file), "--out", str(self.folder / name))
+        where = ("--join", str(swarm or self.swarm_file), "--out", str(self.folder / name))
         return self._start(name, place, "train", *where, *TRAIN, *flags)
 
     @contextmanager

@@ -68,7 +68,7 @@ class Churn:
     def start_host(self) -> Node:
         """Start one more; returns before it is announced."""
         state = self._swarm.folder / f"host-{len(self.hosts)}"
-        flags = ("--swarm", str(self._swarm.swarm_file), "--state", str(state), *self._host_arguments)
+        flags = ("--join", str(self._swarm.swarm_file), "--state", str(state), *self._host_arguments)
         host = self._swarm.start(state.name, "host", *flags)
         self.hosts.append(host)
         return host

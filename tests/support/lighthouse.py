@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 from hivemind.p2p import PeerID
 
+from common.command_line import arguments_for
+from coordinator.config import LighthouseConfig
 from experiments.live.processes import Node, events
 from protocol.identity import Identity
 from tests.support.dht_nodes import RUN, eventually
@@ -36,7 +38,7 @@ class Lighthouse(Node):
         earlier = len(events(folder / "events.jsonl", "start"))
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.metrics_port = free.getsockname()[1]
-        where = ("--run-id", RUN, "--initial-peers", *initial_peers, "--state", str(folder))
+        where = arguments_for({"run_id": RUN, "initial_peers": initial_peers, "state": folder}, LighthouseConfig)
         super().__init__(folder, ("lighthouse", *where, "--metrics-port", str(self.metrics_port), *flags))
         started = self.wait_for("start", count=earlier + 1)
         self.address = str(started["addresses"][0])

@@ -48,9 +48,9 @@ MANIFEST = small_manifest(
     },
     averaging=AveragingConfig(target_replicas=3, period_s=4.0),
 )
-AUTO = ("--blocks", "auto", "--max-blocks", str(MAX_BLOCKS), "--recheck-s", "2")
+AUTO = ("--blocks", "auto", "--max-blocks", str(MAX_BLOCKS), "--set", "recheck_s=2")
 TRAIN = (
-    "--batch", "16", "--micro-batches", "1", "--n-shards", "2", "--eval-every", "25", "--eval-bytes", "8192",
+    "--batch", "16", "--micro-batches", "1", "--n-shards", "2", "--eval-every", "25", "--set", "eval_bytes=8192",
     "--save-every", "100000",
 )  # fmt: skip
 TOLERANCE = 0.02

@@ -24,8 +24,8 @@ MANIFEST = small_manifest(
     optimizer={"total_tokens": 1_000_000_000}, averaging=AveragingConfig(target_replicas=2, period_s=1.0)
 )
 N_BLOCKS = 8
-AUTO = ("--blocks", "auto", "--max-blocks", str(N_BLOCKS), "--recheck-s", "2", "--threads", "1")
-TRAIN = ("--steps", "100000", "--batch", "2", "--micro-batches", "1", "--eval-every", "0", "--eval-bytes", "256")
+AUTO = ("--blocks", "auto", "--max-blocks", str(N_BLOCKS), "--set", "recheck_s=2", "--threads", "1")
+TRAIN = ("--steps", "100000", "--batch", "2", "--micro-batches", "1", "--eval-every", "0", "--set", "eval_bytes=256")
 LEAVE_S = 20.0
 TIMEOUT_S = 60.0
 
@@ -37,7 +37,7 @@ def swarm(tmp_path: Path) -> Iterator[ProcessSwarm]:
 
 
 def host(swarm: ProcessSwarm, name: str, *flags: str) -> Node:
-    place = ("--swarm", str(swarm.swarm_file), "--state", str(swarm.folder / name))
+    place = ("--join", str(swarm.swarm_file), "--state", str(swarm.folder / name))
     node = swarm.start(name, "host", *place, *AUTO, *flags)
     node.wait_for("announced")
     return node

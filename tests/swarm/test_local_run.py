@@ -30,7 +30,7 @@ SUMMARY_FIELDS = {
 }
 SMALL = (
     "--hosts", "2", "--experts", "32", "--experts-per-block", "4", "--d-model", "32", "--heads", "2", "--context", "32",
-    "--expert-hidden", "16", "--batch", "4", "--warmup-tokens", "500", "--eval-every", "20", "--plain",
+    "--expert-hidden", "16", "--batch", "4", "--set", "warmup_tokens=500", "--eval-every", "20", "--plain",
 )  # fmt: skip
 TIMEOUT_S = 90.0
 
@@ -75,7 +75,7 @@ def test_a_local_swarm_trains_to_the_end_and_leaves_its_files(tmp_path: Path, te
 @pytest.mark.slow  # what `local` adds to tests of averaging, a minute on a slow machine
 def test_two_replicas_of_each_block_and_two_trainers_make_one_run(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "run"
-    shape = ("--replicas", "2", "--trainers", "2", "--averaging-period-s", "0.2", "--steps", "120")
+    shape = ("--replicas", "2", "--trainers", "2", "--set", "averaging_period_s=0.2", "--steps", "120")
     arguments = ("local", *SMALL, *shape, "--out", str(out), "--data", str(text))
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr

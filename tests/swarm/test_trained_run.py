@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[Pr
 
 
 def run(swarm: ProcessSwarm, *arguments: str) -> str:
-    command = [sys.executable, RUN_NODE, *arguments, "--swarm", str(swarm.swarm_file)]
+    command = [sys.executable, RUN_NODE, *arguments, "--join", str(swarm.swarm_file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -31,7 +31,7 @@ def test_the_defaults_pass() -> None:
     ("run", "config", "problem"),
     [
         (run_host, HostConfig(swarm=NOWHERE, threads=0), "--threads: must be 1 or more, is 0"),
-        (run_host, HostConfig(swarm=NOWHERE, checkpoint_every_s=float("nan")), "--checkpoint-every-s: must be 0.1"),
+        (run_host, HostConfig(swarm=NOWHERE, checkpoint_every_s=float("nan")), "checkpoint_every_s: must be 0.1"),
         (run_trainer, TrainConfig(swarm=NOWHERE, micro_batches=0), "--micro-batches: must be 1 or more, is 0"),
         (run_trainer, TrainConfig(swarm=NOWHERE, save_every=0), "--save-every: must be 1 or more"),
         (run_trainer, TrainConfig(swarm=NOWHERE, shard=2, n_shards=2), "--shard: must be below --n-shards 2, is 2"),

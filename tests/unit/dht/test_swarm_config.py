@@ -45,7 +45,9 @@ def test_flags_alone_are_enough() -> None:
 
 @pytest.mark.parametrize("choice", [SwarmChoice(), SwarmChoice(run_id="demo"), SwarmChoice(initial_peers=(PEER,))])
 def test_a_configuration_without_a_swarm_says_how_to_name_one(choice: SwarmChoice) -> None:
-    with pytest.raises(ConfigError, match=r"--join INVITE or --swarm FILE.* --run-id and --initial-peers"):
+    with pytest.raises(
+        ConfigError, match=r"--join INVITE or --join FILE.* run_id and initial_peers in the file of --config"
+    ):
         resolve(choice)
 
 

@@ -33,8 +33,8 @@ MAX_HELP_LINES = 40
 class Base:
     where: Path | None = None
     """Where it is. Not shown."""
-    stop_on_stdin_eof: bool = False
-    """Leave at the end."""
+    until_noon: bool = False
+    """Leave at noon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +165,9 @@ def parsed(tmp_path: Path, toml: str, *arguments: str) -> Config:
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
-    toml = "steps = 5\nrate = 2\npeers = ['a', 'b']\nplain = true\nwhere = 'x/y'\nstop-on-stdin-eof = true"
+    toml = "steps = 5\nrate = 2\npeers = ['a', 'b']\nplain = true\nwhere = 'x/y'\nuntil-noon = true"
     config = parsed(tmp_path, toml, "--steps", "7")
-    assert config == Config(steps=7, rate=2.0, peers=("a", "b"), plain=True, where=Path("x/y"), stop_on_stdin_eof=True)
+    assert config == Config(steps=7, rate=2.0, peers=("a", "b"), plain=True, where=Path("x/y"), until_noon=True)
 
 
 def test_without_a_file_the_defaults_hold() -> None:
@@ -244,9 +244,7 @@ def test_a_field_is_explained_by_the_text_under_it() -> None:
 
 def test_the_resolved_configuration_holds_every_setting() -> None:
     text = resolved_text(PAGE, parse(PAGE, ["--steps", "9"], "kilohive"))
-    assert text.plain.strip() == (
-        "demo where=None stop_on_stdin_eof=False steps=9 rate=0.5 codec=fp32 peers=- plain=False"
-    )
+    assert text.plain.strip() == ("demo where=None until_noon=False steps=9 rate=0.5 codec=fp32 peers=- plain=False")
 
 
 def test_an_invite_is_not_shown_whole_since_its_end_may_be_a_secret() -> None:

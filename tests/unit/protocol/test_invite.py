@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.errors import ConfigError
 from protocol import invite_pb2
 from protocol.identity import peer_id_of, public_key_of
-from protocol.invite import MAX_CHARS, Invite, read_invite
+from protocol.invite import MAX_CHARS, Invite, read_join
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ def test_line_breaks_and_blanks_are_forgiven() -> None:
 def test_a_file_with_an_invite_is_as_good(tmp_path: Path) -> None:
     path = tmp_path / "invite.txt"
     path.write_text(INVITE.encode() + "\n", encoding="utf-8")
-    assert read_invite(str(path), NOW_S) == read_invite(INVITE.encode(), NOW_S) == INVITE
+    assert read_join(str(path), NOW_S) == read_join(INVITE.encode(), NOW_S) == INVITE
 
 
 @given(st.data())
@@ -104,10 +104,10 @@ def test_a_bad_invite_is_told_plainly(text: str, sentence: str) -> None:
 
 def test_what_is_neither_an_invite_nor_a_file_is_told_plainly(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"neither an invite, which is kh1 .* \(No such file or directory\)"):
-        read_invite(str(tmp_path / "none.txt"), NOW_S)
+        read_join(str(tmp_path / "none.txt"), NOW_S)
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"\(not text\)"):
-        read_invite(str(tmp_path / "binary"), NOW_S)
+        read_join(str(tmp_path / "binary"), NOW_S)
 
 
 def test_a_closed_runs_invite_carries_its_token_and_does_not_show_it() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import run_node
-from common.command_line import HELP_LIMITS, SHARED_FLAGS, help_rows, parse
+from common.command_line import HELP_LIMITS, SHARED_FLAGS, help_rows, parse, setting_rows
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent, PeerLeaveEvent, PeerStartEvent
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.observer import RunView
@@ -147,15 +147,28 @@ def check_docker(words: list[str]) -> None:
         check_command(["python", "run_node.py", *words[words.index("kilohive") + 1 :]])
 
 
+OF_PROGRAMS = {"--set", "--stop-on-stdin-eof"}
+"""Flags for programs that start nodes, which no help page shows."""
+
+
 @every_page
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     known = {row[0].split()[0] for command in run_node.COMMANDS for row in help_rows(command.config)}
-    known |= {flag.split()[0] for flag, _ in SHARED_FLAGS} | {"--help", "--version", HELP_LIMITS}
+    known |= {flag.split()[0] for flag, _ in SHARED_FLAGS} | {"--help", "--version", HELP_LIMITS, *OF_PROGRAMS}
     for span in spans(page):
         if span.startswith(("python -m", "docker ")):
             continue
         unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)) - known
         assert not unknown, f"{name_of(page)}: `{span}`"
+
+
+def test_every_setting_that_only_the_file_has_is_listed_with_its_commands() -> None:
+    listed = {code_in(row[0])[0]: set(code_in(row[1])) for row in table(DOCS / "running.md", "Configuration file")}
+    expected: dict[str, set[str]] = {}
+    for command in run_node.COMMANDS:
+        for row in setting_rows(command.config):
+            expected.setdefault(row[0], set()).add(command.name)
+    assert listed == expected
 
 
 GROUPED = {"evaluate", "sample", "pause", "resume", "leave"}

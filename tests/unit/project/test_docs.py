@@ -147,8 +147,8 @@ def check_docker(words: list[str]) -> None:
         check_command(["python", "run_node.py", *words[words.index("kilohive") + 1 :]])
 
 
-OF_PROGRAMS = {"--set", "--stop-on-stdin-eof"}
-"""Flags for programs that start nodes, which no help page shows."""
+OF_PROGRAMS = {"--set", "--stop-on-stdin-eof", "--swarm"}
+"""Flags that no help page shows: two for programs that start nodes, and what --join was called."""
 
 
 @every_page

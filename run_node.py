@@ -295,7 +295,7 @@ async def _until_done(role: Role, parsed: Parsed[Any]) -> tuple[int | None, bool
 
 
 async def _until_done_on_trio(role: Role, parsed: Parsed[Any]) -> tuple[int | None, bool]:
-    """The same under trio."""
+    """Run the role as `_until_done` does, under trio."""
     import trio  # noqa: PLC0415 - see _run_on_trio
 
     stop = trio.Event()

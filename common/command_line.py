@@ -172,7 +172,7 @@ def read_config_file(cls: type, path: Path) -> dict[str, object]:
 
 
 def _read_assignments(cls: type, assignments: Sequence[str]) -> dict[str, object]:
-    """The same from NAME=VALUE, whose value is TOML or else a text."""
+    """Read values from NAME=VALUE, where a value is TOML or else a text."""
     return _checked(cls, dict(map(_split_assignment, assignments)), "--set ")
 
 

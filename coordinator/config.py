@@ -117,7 +117,7 @@ class CoordinatorConfig(RunConfig):
     """Count a gradient in full up to this many steps after its forward; 0 sets no limit."""
 
     def averaging(self) -> AveragingConfig:
-        """With what only a run that others join needs to set."""
+        """Return the settings of averaging, with those that only a run that others join needs."""
         return replace(
             super().averaging(),
             clip_radius=self.clip_radius,

@@ -38,7 +38,7 @@ FOLDER_PREFIX = "kilohive-p2pd-"
 STALE_FOLDER_S = 60.0
 
 MAX_SOCKET_PATH_BYTES = 103
-"""For a unix socket: 108 with the final zero on Linux, 104 on macOS."""
+"""The longest path of a unix socket: 108 with the final zero on Linux, 104 on macOS."""
 
 SHORT_FOLDER = Path("/tmp")  # noqa: S108 - only for a folder of mode 0700 with a random name
 """Where the folder goes when the path of the folder for temporary files (TMPDIR) is too long for a socket."""
@@ -168,7 +168,7 @@ class DaemonAddresses(NamedTuple):
     udp: str = ""
 
     def with_port_of(self, address: str) -> DaemonAddresses:
-        """The same with the TCP port of `address`, if any port was asked for: where to listen after a restart."""
+        """Return these with the TCP port of `address`, where a restart is to listen, if any port was asked for."""
         if not self.listen[0].endswith("/tcp/0"):
             return self
         return self._replace(listen=(address.partition("/p2p/")[0], *self.listen[1:]))
@@ -199,7 +199,7 @@ def announced_address(announce: str, port: int) -> str:
 
 
 def udp_address(tcp: str) -> str:
-    """The same address and port for QUIC."""
+    """Return the same address and port for QUIC."""
     return tcp.replace("/tcp/", "/udp/") + "/quic-v1"
 
 

@@ -48,13 +48,13 @@ N_ASKED = 8
 """Peers that are asked for each key: more than store it, since peers come and go between a store and a lookup."""
 
 CALL_TIMEOUT_S = 3.0
-"""For one call to one peer."""
+"""How long one call to one peer may take."""
 
 STEP_TIMEOUT_S = 1.5
-"""For one step of starting or stopping that waits for p2pd on this machine only."""
+"""How long one step of starting or stopping may take that waits for p2pd on this machine only."""
 
 REJOIN_TIMEOUT_S = 8.0
-"""For meeting the others again after a restart of p2pd."""
+"""How long meeting the others again may take after a restart of p2pd."""
 
 MAX_KEPT = 64
 
@@ -172,7 +172,7 @@ class DhtNode:
         return self._config.clock()
 
     def serve_only(self, manifest: Manifest) -> None:
-        """From now on store only records of this run, so that strangers' runs cannot fill this node."""
+        """Store only records of this run from now on, so that strangers' runs cannot fill this node."""
         self._parts.validator.serve_only(manifest)
 
     async def store(self, key: str, value_raw: bytes, expiration_s: float, subkey: str) -> bool:

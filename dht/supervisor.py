@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.5
 MAX_PAUSE_S = 8.0
 MAX_STARTS = 8
-"""In a row, of which none lasted: together they take about half a minute."""
+"""The most starts in a row of which none lasted: together they take about half a minute."""
 
 STEADY_S = 60.0
 """A p2pd that lived for so long was well: its death is the first of a new row."""

@@ -27,7 +27,7 @@ MAX_CHARS = 8192
 """Twice what 64 addresses of ordinary length come to."""
 
 SHOWN_CHARS = 40
-"""Of what may be an invite with a mistake in it: its end may be a token."""
+"""How much is shown of what may be an invite with a mistake in it: its end may be a token."""
 
 _INVITE_START = re.compile(rb"\s*kh[1-9]")
 _RUN_ID_LINE = re.compile(rb"^\s*run_id\s*=", re.MULTILINE)

@@ -48,7 +48,7 @@ class SwarmFile:
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> SwarmFile:
-        """The same of what the file `where` holds, not more than MAX_FILE_BYTES; raises ConfigError."""
+        """Check what the file `where` holds, not more than MAX_FILE_BYTES; raises ConfigError."""
         table = _table(data, where)
         unknown = sorted(table.keys() - {"run_id", "initial_peers", "owner", "admission"})
         if unknown:

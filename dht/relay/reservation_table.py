@@ -22,7 +22,7 @@ class NodeStream(Protocol):
 
     @property
     def peer_id(self) -> str:
-        """Of the node at its other end."""
+        """The peer id of the node at its other end."""
 
 
 S = TypeVar("S", bound=NodeStream)

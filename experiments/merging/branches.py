@@ -228,12 +228,12 @@ class InTrunk:
         self.n_bytes = sum(len(ids) for ids in self._windows) * course.context
 
     def chosen_on(self, weights: Weights) -> float:
-        """As Measure."""
+        """Measure the weights; see `Measure`."""
         self._trunk.load_state_dict(weights)
         return -float(log_likelihood(self._trunk, self._windows).mean())
 
     def log_likelihood(self, weights: Weights) -> torch.Tensor:
-        """As Measure."""
+        """Measure the weights; see `Measure`."""
         self._trunk.load_state_dict(weights)
         course = self._course
         windows = self.texts.figures.held_out_batches(course.batch, course.context, course.final_eval_bytes)

@@ -40,7 +40,7 @@ class MergeEvaluator:
     """Where models of one shape are measured, one after the other."""
 
     def __init__(self, measure: Measure, evaluations: int, progress: Callable[[float, float, str], None]) -> None:
-        """Of each search so many `evaluations`."""
+        """Each search may take this many `evaluations`."""
         self.log_likelihood = measure.log_likelihood
         self._measure, self._evaluations, self._progress = measure, evaluations, progress
         self._done = 0

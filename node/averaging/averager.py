@@ -128,7 +128,7 @@ class Averager:
         return self._divergence.get(block_id, 0.0)
 
     def works(self, block_id: BlockId, own_version: int) -> tuple[float, ...]:
-        """Of this replica, which is 1, and of each partner it was averaged with of late, relative to it."""
+        """Return the work of this replica, which is 1, and of each late partner relative to it."""
         shares = (min(share, MAX_SHARE) for share in self._history.shares(block_id, own_version))
         return (1.0, *(share / (1 - share) for share in shares))
 

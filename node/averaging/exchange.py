@@ -61,7 +61,7 @@ class ExchangeConfig:
     window_pieces: int = 8
 
     def transfer_timeout_s(self, state: ReplicaState) -> float:
-        """For a replica to cross the slowest connection, both ways one after the other."""
+        """Return how long a replica takes over the slowest connection, both ways one after the other."""
         n_bytes = sum(t.numel() * t.itemsize for t in state.named().values())
         return self.block_timeout_s + 2 * n_bytes / self.slowest_bytes_per_s
 

@@ -188,7 +188,7 @@ class History:
         return self.avoids(peer_id, now_s) and self._partners[peer_id].busy > 0
 
     def busy_for_s(self, now_s: float) -> float:
-        """Until the first partner that is busy may be dialled again; infinite if none is."""
+        """Return the seconds until the first busy partner may be dialled again; infinite if none is busy."""
         waits_s = (p.avoided_until_s - now_s for p in self._partners.values() if p.busy and p.avoided_until_s > now_s)
         return min(waits_s, default=math.inf)
 
@@ -222,7 +222,7 @@ class History:
         return max(0.0, now_s - (meeting.at_s if meeting else self._begun_s))
 
     def latency_s(self, peer_id: str) -> float:
-        """Of one block's exchange with a partner; 0 if never measured."""
+        """Return the latency of one block's exchange with a partner; 0 if never measured."""
         return self._partners.get(peer_id, _Partner()).latency_s
 
 

@@ -28,7 +28,7 @@ MOMENTS_EVERY = 8
 exchange of a block with a partner, and then with every eighth."""
 
 MAX_PARTNERS = 128
-"""For each block; with the partner that it met longest ago, an exchange counts as the first again."""
+"""The most partners remembered for each block; the one met longest ago then counts as never met."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -83,7 +83,7 @@ class ReplicaSet:
         return tuple(sorted(self._held))
 
     async def schema_hashes(self, block_ids: Iterable[BlockId]) -> dict[BlockId, bytes]:
-        """Of each block's tensors, which never change; empty for one that is not here. DrainingError when leaving."""
+        """Return the hash of each block's schema, which never changes; empty for a block that is not here."""
         wanted = list(block_ids)
         return dict(zip(wanted, await asyncio.gather(*map(self._schema_hash, wanted)), strict=True))
 

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Averaging"].full_name
 MAX_ANSWERED = 1
 MAX_DOWNLOADS = 2
-"""At once: each holds a copy of a block."""
+"""The most downloads at once: each holds a copy of a block."""
 
 RETRY_AFTER_S = 0.2
 MAX_DEBT_S = 1.0

@@ -77,7 +77,7 @@ async def _downloads(swarm: Swarm) -> AsyncIterator[Downloader]:
 
 
 async def _present(swarm: Swarm, downloads: Downloader, place: ExpertId) -> tuple[Weights, dict[str, str]]:
-    """As a joiner takes a block: its weights, and what a file says of them."""
+    """Fetch the present expert as a joiner fetches a block: its weights, and what a file says of them."""
     manifest = swarm.manifest
     replicas = swarm.directory.replicas(place.block(manifest.model))
     weights, version = await fetch_expert(downloads, replicas, place, manifest)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ASK_EVERY_S = 0.5
 FIND_S = 15.0
-"""For records that are still on their way to this node."""
+"""How long to wait for records that are still on their way to this node."""
 
 DELIVERIES = 3
 RETRY_S = 1.0
@@ -76,7 +76,7 @@ class Contribution:
             return await self._deliver(answers)
 
     async def _evaluators(self) -> Sequence[str]:
-        """As many as a host wants verdicts of, of those that are up."""
+        """Return as many evaluators that are up as a host wants verdicts from."""
         named: Sequence[str] = ()
         live: list[str] = []
         for _ in range(round(FIND_S / ASK_EVERY_S)):

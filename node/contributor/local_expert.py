@@ -45,7 +45,7 @@ class ExpertsWithOneLocal:
         return {name: tensor[0].clone() for name, tensor in self._block.params.items()}
 
     def live_experts(self, layer: int) -> torch.Tensor:
-        """Those of the run, and the one that is here."""
+        """Return the live experts of the run, and the one that is here."""
         return self._place.made_live(layer, self._experts.live_experts(layer))
 
     def forward(

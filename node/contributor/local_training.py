@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 TRUNK_EVERY_S = 10.0
 BLOCKS_S = 30.0
-"""For every block of the run to have a host."""
+"""How long to wait for every block of the run to have a host."""
 
 WAIT_FOR_CHANGE_S = 1.0
 GAIN_WINDOWS = 256
@@ -134,7 +134,7 @@ class LocalTraining:
         return loss
 
     def _first_rate(self) -> float:
-        """As --lr says, or what the run's hosts take now."""
+        """Return the rate of --lr, or the one that the run's hosts use now."""
         optimizer = self._swarm.manifest.optimizer
         run_tokens = max((p.run_tokens for p in self._swarm.directory.peers() if p.role == "trainer"), default=0)
         return self._config.lr or optimizer.expert_lr * learning_rate_factor(optimizer, run_tokens)
@@ -168,6 +168,6 @@ class LocalTraining:
         return Gain(float(np.mean(gains)), float(NORMAL_95 * spread / np.sqrt(len(gains))), len(gains))
 
     def _wait_for_experts(self, error: TooFewExpertsError) -> None:
-        """On a compute thread: return when it is worth trying again, raise DrainingError when leaving."""
+        """Wait on a compute thread until it is worth trying again; raises DrainingError when leaving."""
         logger.info("Waiting for hosts: %s", error)
         self._dispatcher.wait_for_change(WAIT_FOR_CHANGE_S)

@@ -38,7 +38,7 @@ class HostAnnouncement:
     exchanged_bytes: Callable[[], int]
 
     def describe(self) -> Announcement:
-        """As it is now. What was held before a sleep is not said to be served."""
+        """Describe the host as it is now. What was held before a sleep is not said to be served."""
         self.availability.look()
         runtime, serving = self.runtime, self._serving()
         peer = PeerRecord(

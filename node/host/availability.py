@@ -50,7 +50,7 @@ class Availability:
         self.pausing, self.working, self.leave = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.working.set()
         self.away = False
-        """Set once the blocks are given up, until they are back."""
+        """True from when the blocks are given up until they are back."""
         self.holding = True
         """Whether blocks may be here, whole or on their way."""
 

@@ -42,13 +42,13 @@ class AvailabilityMonitor:
         self.look()
 
     async def watch(self) -> None:
-        """Until cancelled."""
+        """Check the conditions again and again, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
             self.look()
 
     def look(self) -> None:
-        """Once."""
+        """Check the conditions once."""
         self._availability.look()
         if self._schedule is not None:
             self._availability.tell(Reason.SCHEDULE, holds=not self._schedule.allows(self._local_time()))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from protocol.manifest import BlockId, Manifest
 
 MAX_DOWNLOADS = 2
-"""At once: each holds a block in memory that is not served yet."""
+"""The most downloads at once: each holds a block in memory that is not served yet."""
 
 
 def source_of(block_id: BlockId, view: DirectoryView, own_id: str, stored: Mapping[BlockId, int]) -> Source:

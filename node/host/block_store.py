@@ -97,7 +97,7 @@ class BlockStore:
         return self._files(block_id)[0].stat().st_mtime
 
     def _block_ids(self) -> set[BlockId]:
-        """Of every checkpoint. A host that was killed between two renames has left the previous one alone."""
+        """Return the blocks of all checkpoints. A host killed between two renames left only the previous one."""
         names = {path.name.replace(PREVIOUS_SUFFIX, SUFFIX) for path in (self._state / "blocks").glob(f"*{SUFFIX}")}
         return {block_id for name in names if (block_id := _block_of(name)) is not None}
 

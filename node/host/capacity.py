@@ -23,7 +23,7 @@ FILES_PER_BLOCK = 3
 """A block's checkpoint, the one before, and the next while it is written."""
 
 EVENTS_SHARE = 0.05
-"""Of the disk, for each of the two files of the event log."""
+"""The share of the disk for each of the two files of the event log."""
 
 WIDE_TENSORS, NARROW_TENSORS = 6, 3
 """Rows that a backward holds for each pair at once: of the tokens' width, and of the experts'."""
@@ -46,7 +46,7 @@ def need_of(manifest: Manifest) -> Need:
 
 
 def block_bytes(manifest: Manifest) -> int:
-    """Of one block's weights and moments, in memory as in its checkpoint."""
+    """Return the bytes of one block's weights and moments, in memory as in its checkpoint."""
     model = manifest.model
     per_expert = sum(math.prod(shape) for shape in expert_kind(model.expert_kind).shapes(model).values())
     return WEIGHTS_AND_MOMENTS * per_expert * model.experts_per_block * DTYPES[manifest.dtype].itemsize
@@ -74,7 +74,7 @@ def capacity_for(
 
 
 def events_bytes(limits: Limits) -> int | None:
-    """For one file of the event log; None without a limit."""
+    """Return the bytes for one file of the event log; None without a limit."""
     return None if limits.disk_bytes is None else int(limits.disk_bytes * EVENTS_SHARE)
 
 

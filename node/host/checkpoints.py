@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Of the blocks that changed since they were last written. Belongs to the event loop."""
+    """Writes checkpoints of the blocks that changed since they were last written. Belongs to the event loop."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Checkpoints:
         self._saved: dict[BlockId, int] = {}
 
     async def save_every(self, seconds: float) -> None:
-        """Until cancelled."""
+        """Save every `seconds` seconds, until cancelled."""
         while True:
             await asyncio.sleep(seconds)
             await self.save()

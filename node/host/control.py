@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.1
 CLOCK_SLACK_S = 60.0
-"""Between two readings of when a process began: the machine's clock may have been set meanwhile."""
+"""How far two readings of when a process began may differ: the machine's clock may have been set meanwhile."""
 
 MAX_NEW_BYTES = 1 << 20
 
@@ -83,7 +83,7 @@ async def _talk(config: ControlConfig, word: str) -> AsyncIterator[_Talk]:
 
 
 class _Talk:
-    """With the host of a folder."""
+    """A talk with the host of a folder."""
 
     def __init__(self, state: Path) -> None:
         self._state = state

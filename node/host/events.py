@@ -53,7 +53,7 @@ class PausedEvent(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumedEvent(Event):
-    """So many blocks are served again."""
+    """The host works again, and serves this many blocks."""
 
     event: ClassVar[str] = "resumed"
 
@@ -62,7 +62,7 @@ class ResumedEvent(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class LeavingEvent(Event):
-    """So many blocks are about to be handed over."""
+    """The host is about to hand over this many blocks."""
 
     event: ClassVar[str] = "leaving"
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_UPLOADS = 1
-"""At once."""
+"""The most uploads at once."""
 
 RETRY_AFTER_S = 1.0
 
@@ -158,7 +158,7 @@ class ExpertUploadService:
                 raise InvalidInputError("verdict.version", problem)
 
     def _replace(self, offered: Offered, weights: Weights, tested: tuple[int, ...]) -> int:
-        """On the thread that owns the weights: it may have stepped meanwhile."""
+        """Replace the expert, on the thread that owns the weights: it may have stepped meanwhile."""
         place = ExpertId(offered.layer, offered.expert)
         self._check_versions(place, tested)
         block = self._runtime.blocks[place.block(self._manifest.model)]

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 EXCHANGE_S = 4.0
 HAND_OVER_S = 15.0
-"""After so long a leaving host no longer waits for others to take its last replicas: it is to be gone within 20 s."""
+"""How long a leaving host waits for others to take its last replicas: it is to be gone within 20 s."""
 
 CHECK_S = 1.0
 
@@ -54,7 +54,7 @@ class HandOver:
             logger.warning("Nobody has taken %s: they come back with this host's folder", ", ".join(map(str, left)))
 
     async def _until_served_elsewhere(self, blocks: Sequence[BlockId], until_s: float) -> list[BlockId]:
-        """Those that nobody else serves in the end. Without other hosts there is nobody to wait for."""
+        """Wait, and return the blocks that nobody else serves in the end. Without other hosts it does not wait."""
         loop = asyncio.get_running_loop()
         while True:
             left = [block_id for block_id in blocks if not self._others(block_id)]

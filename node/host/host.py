@@ -279,7 +279,7 @@ class Host:
                 await asyncio.to_thread(self._runtime.stop, RUNTIME_STOP_S)
 
     async def _work(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set, or the owner asks this host to leave and it has handed its blocks over."""
+        """Work until `stop` is set, or until the owner asks this host to leave and it has handed its blocks over."""
         config = self._config
         collector = HostCollector(self._runtime, self._service, self._exchanged_bytes)
         metrics = serve_metrics(collector, self._swarm.listen, config.metrics_port)

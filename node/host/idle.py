@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 SAMPLE_S = 5.0
 BUSY_SHARE = 0.25
-"""Of all processors, taken by others. Programs of low priority (`nice`) do not count: they are guests too."""
+"""The share of all processors, taken by others, from which a machine is busy. Programs of low priority (`nice`)
+do not count."""
 
 BUSY_SAMPLES = 2
-"""In a row: a page that loads is no reason."""
+"""Busy samples in a row that make a machine busy: a page that loads is no reason."""
 
 INPUT_S = 180.0
 """A person who typed so lately is still there."""

@@ -33,7 +33,7 @@ class LoadEvents:
         self._exchanged_bytes, self._events = exchanged_bytes, events
 
     async def emit_forever(self) -> None:
-        """Until cancelled."""
+        """Emit the event again and again, until cancelled."""
         await repeat(self._emit, lambda: LOAD_EVENT_PERIOD_S)
 
     async def _emit(self) -> None:

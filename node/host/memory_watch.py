@@ -28,7 +28,7 @@ LOOK_SELDOM_S = 30.0
 
 REFUSE_ABOVE = 0.97
 OVER_FOR_LOOKS = 5
-"""In a row over the limit before a block is given up: an exchange comes and goes."""
+"""How many checks in a row must be over the limit before a block is given up: an exchange comes and goes."""
 
 RETRY_AFTER_S = 1.0
 DEVICE_CHECK_S = 2.0
@@ -68,7 +68,7 @@ class MemoryWatch:
 
 
 async def watch_device_memory(runtime: Runtime, give_up_one: Callable[[str], Awaitable[None]]) -> None:
-    """Until cancelled: a device without memory for a batch holds too many blocks, so one of them is given up."""
+    """Give a block up whenever the device had no memory for a batch, until cancelled."""
     seen = 0
     while True:
         await asyncio.sleep(DEVICE_CHECK_S)

@@ -313,7 +313,7 @@ def _fill(
 
 
 def _chance(lacking: int, competitors: int, config: PlacementConfig) -> float:
-    """Of acting, such that of `competitors` that draw like this about `surge` act for each replica that lacks."""
+    """Return the chance of acting with which about `surge` of the `competitors` act for each missing replica."""
     return max(MIN_CHANCE, min(1.0, config.surge * lacking / max(competitors, 1)))
 
 

@@ -99,7 +99,7 @@ class PlacementController:
             self._hold_at_most(len(self._held.blocks), str(error))
 
     def _hold_at_most(self, n_blocks: int, reason: str) -> None:
-        """From now on; raises NoRoomError if that is none."""
+        """Hold at most this many blocks from now on; raises NoRoomError if that is none."""
         if n_blocks < 1:
             raise NoRoomError(f"there is no room for a single block: {reason}")
         self._planner.hold_at_most(n_blocks)

@@ -71,7 +71,7 @@ class ProcessUse:
         return total
 
     def child_io(self) -> ChildIo:
-        """Of the child that runs now; zeros where the platform does not tell."""
+        """Return the bytes of the child that runs now; zeros where the platform does not tell."""
         with contextlib.suppress(psutil.Error, AttributeError):
             if self._child is not None:
                 io = self._child.io_counters()

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 600.0
 LOOK_SOON_S = 15.0
-"""After a look that found nobody to ask, or nobody who could call."""
+"""The pause after a check that found nobody to ask, or nobody who could call."""
 
 
 class NodeEndpoint:

@@ -168,7 +168,7 @@ def verdict(heard: Sequence[pb.DialBackResponse], endpoint: str) -> Reachability
 
 
 def how_to_be_reached(endpoint: str, observed: str, problem: str) -> str:
-    """For the node's owner."""
+    """Tell the node's owner how it can be reached."""
     host, _, port = endpoint.rpartition(":")
     if observed != host:
         return (
@@ -193,7 +193,7 @@ def observed_host(peer: str) -> str:
 
 
 def _is_private(host: str) -> bool:
-    """Of one network among many alike; False for a name, whose address is not looked up."""
+    """Return whether the address is private; False for a name, whose address is not looked up."""
     try:
         address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 NO_EXPERT = -1
-"""In place of an expert's index, where a token has none."""
+"""Stands in place of an expert's index where a token has none."""
 
 
 class Pairs(NamedTuple):

@@ -11,13 +11,13 @@ ROUND_STEPS = 3
 """Steps with the same number, of which the mean speed counts: single steps differ by chance."""
 
 FEWEST = 2
-"""With one, nothing is computed while it waits."""
+"""The fewest in flight: with one, nothing is computed while it waits."""
 
 NO_LOSS, GAIN = 0.99, 1.03
 """Relative speed from which fewer, or more, are kept."""
 
 FIRST_REST_ROUNDS = 8
-"""Before the first try: hosts and caches are still warming up, and memory is not short yet."""
+"""Rounds before the first try: hosts and caches are still warming up, and memory is not short yet."""
 
 MOST_REST_ROUNDS = 16
 """Longest rest after a try that changed nothing; a rest doubles each time."""

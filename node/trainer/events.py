@@ -55,7 +55,7 @@ class VersionRange:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientStaleness:
-    """Of this step's gradients, in optimizer steps of the experts."""
+    """The staleness of this step's gradients, in optimizer steps of the experts."""
 
     mean: float
     max: int
@@ -63,7 +63,7 @@ class GradientStaleness:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergences:
-    """Of the trunk at its last exchange, and the largest that is announced of the blocks."""
+    """The trunk's divergence at its last exchange, and the largest that is announced of the blocks."""
 
     trunk: float
     blocks: float

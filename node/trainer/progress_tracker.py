@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ProgressTracker:
-    """Of trainer `own_id`, which trains to `steps`; with 0 until the run's last token."""
+    """The progress of trainer `own_id`, which trains to `steps`; with 0 until the run's last token."""
 
     def __init__(
         self, training: Training, dispatcher: Dispatcher, directory: Directory, own_id: str, steps: int
@@ -55,7 +55,7 @@ class ProgressTracker:
         progress.train_seconds += result.seconds
 
     def expected_steps(self, n_trainers: int) -> int:
-        """Of this trainer, in all, if every trainer goes on as fast as this one."""
+        """Return this trainer's steps in all, if every trainer goes on as fast as this one."""
         if self._steps:
             return self._steps
         left = max(0, self._total_tokens - self.progress.run_tokens)

@@ -42,7 +42,7 @@ class TokenCounter:
 
     @property
     def others(self) -> dict[str, int]:
-        """The same of every other trainer that was ever seen."""
+        """Tokens of every other trainer that was ever seen."""
         return {peer_id: tokens for peer_id, tokens in self._tokens.items() if peer_id != self._own_id}
 
     @property
@@ -52,7 +52,7 @@ class TokenCounter:
 
     @property
     def total(self) -> int:
-        """At most MAX_RUN_TOKENS, which no peer accepts more than."""
+        """Tokens of all trainers, at most MAX_RUN_TOKENS: no peer accepts more."""
         since_floor = sum(self._tokens[peer_id] - held for peer_id, held in self._held_by_floor.items())
         return min(MAX_RUN_TOKENS, max(sum(self._tokens.values()), self._floor + since_floor))
 

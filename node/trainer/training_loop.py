@@ -39,7 +39,7 @@ class TrainingLoop:
         self._sharing, self._evaluator, self._reports = sharing, evaluator, reports
 
     async def run(self, stop: asyncio.Event) -> None:
-        """To the last step. Raises DrainingError when `stop` is set."""
+        """Train to the last step. Raises DrainingError when `stop` is set."""
         config, progress = self._config, self._tracker.progress
         self._tracker.observe_trainers()
         self._reports.start(config.steps)

@@ -65,5 +65,5 @@ class HostedBlocks:
 
 
 def not_hosted(block_id: BlockId) -> NotHostedError:
-    """For a block that is gone, or was never here."""
+    """Make the error for a block that is gone, or was never here."""
     return NotHostedError("block", f"{block_id} is not hosted here")

@@ -98,7 +98,7 @@ class BackwardWork:
         return BackwardCall(part, message, before.origin)
 
     def again(self, request: BackwardCall, error: KilohiveError) -> BackwardCall | None:
-        """With the inputs, if the peer no longer keeps them."""
+        """Make the request anew, with the inputs if the peer no longer keeps them."""
         if not isinstance(error, UnknownRequestError) or request.message.HasField("inputs"):
             return None
         message = pb.BackwardRequest()

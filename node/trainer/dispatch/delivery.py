@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from node.trainer.dispatch.plan import Part, Planner
 
 MIN_CALL_S = 0.05
-"""With less than this left before the deadline no call is started."""
+"""The least time before the deadline with which a call is still started."""
 
 
 class DispatchRequest(Protocol):

@@ -48,7 +48,7 @@ class DispatchConfig:
     call_timeout_s: float = 20.0
     k_min: int = 1
     avoid_failed_s: float = 5.0
-    """After a peer's first failure; doubled by each further one in a row."""
+    """How long a peer is avoided after its first failure; doubled by each further one in a row."""
     hedge: bool = False
     """Send a forward that is later than 95 % of the latest ones to other replicas as well."""
     teach: bool = True
@@ -73,7 +73,7 @@ class StalenessSum:
     largest: int = 0
 
     def plus(self, steps: int) -> StalenessSum:
-        """With one more."""
+        """Return the sum with one more answer."""
         return StalenessSum(self.n_answers + 1, self.total + steps, max(self.largest, steps))
 
 
@@ -118,7 +118,7 @@ class Dispatcher:
 
     @property
     def hedges_won(self) -> int:
-        """Those of them that were answered elsewhere first."""
+        """Hedged calls that another replica answered first."""
         return self._peers.hedges_won
 
     @property

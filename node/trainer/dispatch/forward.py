@@ -50,7 +50,7 @@ class SentPart:
 
     @classmethod
     def of(cls, call: ForwardCall, answer: ForwardAnswer) -> SentPart:
-        """From a call and its answer."""
+        """Make the sent part from a call and its answer."""
         return cls(call.part, call.message.request_id, call.message.inputs, answer.version)
 
 

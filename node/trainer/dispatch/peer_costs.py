@@ -43,7 +43,7 @@ class CostConfig:
     half_life_s: float = 10.0
     """An estimate halves in this time: with two replicas the costlier one would otherwise never be tried again."""
     queue_fresh_s: float = 5.0
-    """For so long a queue reported in an answer is believed, later the one in the directory."""
+    """How long a queue that an answer reported is believed; after that the directory's is."""
     optimism: float = 0.5
     """A peer that nothing is known of is taken to be this much as slow as the fastest that is known."""
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_DOUBLINGS = 6
 LOST_IN_A_ROW = 3
-"""So many losses without an answer between them are no longer the network's chance, but the peer's state."""
+"""From this many losses without an answer between them on, the peer is at fault and not the network."""
 
 
 class ReplicaSource(Protocol):
@@ -132,7 +132,7 @@ class Peers:
             self._costs.outlasted(peer_id, seconds, n_tokens, self._clock())
 
     def late_after_s(self) -> float | None:
-        """From when on a forward is late; None while too few are known to say."""
+        """Return the seconds after which a forward is late; None while too few are known to say."""
         with self._lock:
             return self._latencies.late_after_s()
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Evaluation"].full_name
 MAX_UPLOADS = 2
-"""At once."""
+"""The most uploads at once."""
 
 RETRY_AFTER_S = 1.0
 

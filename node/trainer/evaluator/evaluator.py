@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARE = 0.1
-"""Of the trainer's time, at most."""
+"""The largest share of the trainer's time that evaluating may take."""
 
 MAX_EVALUATION_S = 60.0
-"""After which an offer that has not shown its gain is refused: the trainer does not train meanwhile."""
+"""How long an offer may take to show its gain before it is refused: the trainer does not train meanwhile."""
 
 
 class Evaluator:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from protocol.manifest import ModelConfig
 
 MAX_WINDOWS = 1024
-"""Of those that are held out: an offer that does not show its gain in so many is refused."""
+"""The most held-out windows: an offer that does not show its gain within them is refused."""
 
 WORTH_OF_LAYER = 3e-3
 """Nats per byte that a layer would gain if each of its experts brought what is just worth having."""
@@ -27,7 +27,7 @@ ALPHA = 0.05
 
 
 def config_of(model: ModelConfig, number: int) -> SequentialTestConfig:
-    """For the `number`-th offer, from 1. The shares of ALPHA add up to it, however many there will be."""
+    """Return the test of offer `number`, from 1. The shares of ALPHA add up to it, however many there will be."""
     share = 6.0 / (np.pi * number) ** 2
     return SequentialTestConfig(alpha=ALPHA * share, worth=WORTH_OF_LAYER / model.experts_per_layer)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_WAITING = 8
 MAX_KNOWN = 64
-"""With those that are settled, so that their peers can still ask."""
+"""The most offers that are known, the settled ones included, so that their peers can still ask."""
 
 FORGET_S = 60.0
 """Who has not asked for so long has left."""
@@ -61,7 +61,7 @@ class OfferQueue:
         self._known: dict[tuple[str, Offered], Offer] = {}
 
     def known(self, caller: str, offered: Offered) -> Offer | None:
-        """The same file of the same peer, if there is an answer to it; it counts as asked for."""
+        """Return the same peer's offer of the same file, if there is one; that counts as asking for it."""
         offer = self._known.get((caller, offered))
         if offer is None or offer.state == pb.NOT_TESTED:
             return None
@@ -121,7 +121,7 @@ class OfferQueue:
         )
 
     def _forget(self) -> None:
-        """Those that wait for nobody. What is being evaluated ends by itself."""
+        """Forget the offers that nobody waits for. What is being evaluated ends by itself."""
         self._known = {
             name: offer
             for name, offer in self._known.items()

@@ -43,7 +43,7 @@ class PairedExperts:
         self._weights_2 = {name: torch.stack((present[name], offered[name])) for name in offered}
 
     def live_experts(self, layer: int) -> torch.Tensor:
-        """Those of the run, and the one that is computed here."""
+        """Return the live experts of the run, and the one that is computed here."""
         return self._place.made_live(layer, self._experts.live_experts(layer))
 
     def forward(
@@ -86,7 +86,7 @@ def paired_experts_model(
 
 @torch.no_grad()
 def window_gains(model: Transformer, ids: torch.Tensor) -> list[float]:
-    """For each window [B, T + 1] the loss with the present expert less that with the offered one, nats per byte."""
+    """Return each window's [B, T + 1] gain: the present expert's loss less the offered one's, nats per byte."""
     twice = torch.cat((ids, ids)).to(model.embedding_VD.device)
     logits_NV = model(twice[:, :-1]).flatten(0, 1)
     losses_N = functional.cross_entropy(logits_NV, twice[:, 1:].flatten(), reduction="none")

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 Verdict = Literal["accept", "reject", "undecided"]
 
 FRACTIONS_F = 0.9 * 2.0 ** -np.arange(9.0)
-"""Of the capital, lost when a window is as bad as the bound allows."""
+"""The fractions of the capital that are lost when a window is as bad as the bound allows."""
 MAX_NATS = 1e6
 """Per byte; no model that can be trained is so wrong."""
 TINY = 1e-300
 HALVINGS = 40
-"""Of twice the bound, to find an end of the interval."""
+"""How often twice the bound is halved to find an end of the interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class SequentialTest:
 
 
 class _Capital:
-    """Of a gambler who bets that the mean gain lies beyond `mean`; `best`, the logarithm of the most it has been.
+    """A gambler's capital, bet on a mean gain beyond `mean`; `best` is the logarithm of the most it has been.
 
     `sign` 1: above it; -1: below it.
     """
@@ -196,7 +196,7 @@ class _Capital:
         self._log_F = np.zeros(len(FRACTIONS_F))
 
     def bet(self, difference: float, left: float, bound: float) -> None:
-        """Before `difference` was known, on its being beyond `left`; it is within `bound`.
+        """Bet that `difference`, which is within `bound`, lies beyond `left`, as if it were not known yet.
 
         Where less than nothing can be lost, the mean has become impossible: no windows left can bring it about.
         """

@@ -129,7 +129,7 @@ def centred_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def thinned(points: Sequence[Point], limit: int) -> list[Point]:
-    """At most `limit` points, each the mean of equally many neighbours (the last of them names step and tokens)."""
+    """Reduce to `limit` points: means of equally many neighbours, the last of which names step and tokens."""
     size = -(-len(points) // limit) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [
@@ -163,7 +163,7 @@ def print_end(console: Console, done: DoneEvent) -> None:
 
 
 def final_panel(done: DoneEvent) -> Panel:
-    """Before and after, a text sample, whose text it read."""
+    """Draw the panel at the end: figures before and after, a text sample, and whose text was read."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")

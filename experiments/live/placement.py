@@ -195,7 +195,7 @@ def experts_at(place: Placement, manifest: Manifest, steps: int, folder: Path) -
         faults = Faults(delay_mean_s=place.delay_mean_s, fail=place.fail, seed=manifest.seed)
         with (
             SwarmClient(
-                SwarmConfig(swarm=swarm.swarm_file),
+                SwarmConfig(join=str(swarm.swarm_file)),
                 DispatchConfig(seed=manifest.seed),
                 make_client=partial(FaultyClient, faults),
             ) as client,

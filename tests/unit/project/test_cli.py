@@ -6,20 +6,32 @@ import asyncio
 import importlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import pytest
 import tyro
 from rich.console import Console
 
 import run_node
-from common.command_line import HelpPage, field_docs, help_rows, parse, print_help, read_config_file, resolved_text
+from common.command_line import (
+    HelpPage,
+    arguments_for,
+    field_docs,
+    help_rows,
+    parse,
+    print_help,
+    print_settings,
+    read_config_file,
+    resolved_text,
+)
 from common.errors import ConfigError, DataError, UnavailableError
+from common.settings import is_file_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +39,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[3]
 FROZEN_FLAGS = Path(__file__).with_name("cli_flags.txt")
 MAX_HELP_LINES = 40
+MAX_FLAGS = 150
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +113,75 @@ def test_the_flags_are_those_that_were_frozen() -> None:
     assert actual == frozen, "the command line changed: say so in CHANGELOG, then write the new list to cli_flags.txt"
 
 
+def test_the_command_line_stays_small() -> None:
+    assert len(FROZEN_FLAGS.read_text(encoding="utf-8").splitlines()) <= MAX_FLAGS
+
+
+def test_every_setting_is_explained_by_a_whole_sentence() -> None:
+    for command in run_node.COMMANDS:
+        docs = {name: doc for owner in command.config.__mro__ for name, doc in field_docs(owner).items()}
+        for field in fields(command.config):
+            assert re.match(r"[A-Z][a-z]+ .*\.$", " ".join(docs[field.name].split())), f"{command.name} {field.name}"
+
+
+FILE_SETTINGS = [
+    (command, name)
+    for command in run_node.COMMANDS
+    for name, hint in get_type_hints(command.config, include_extras=True).items()
+    if is_file_only(hint)
+]
+
+
+@pytest.mark.parametrize(("command", "name"), FILE_SETTINGS, ids=lambda value: getattr(value, "name", value))
+def test_a_setting_of_the_file_is_refused_as_a_flag_and_shown_with_the_line_to_write(
+    command: run_node.Command, name: str
+) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    for arguments in ([flag, "1"], [f"{flag}=1"]):
+        with pytest.raises(ConfigError) as caught:
+            parse(command, arguments, "kilohive")
+        assert f"{flag}: {name} is a setting of the config file, not a flag: write a line such as {name} = " in str(
+            caught.value
+        )
+    console = Console(width=100, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        print_settings(command, console, "kilohive")
+    assert f"\n{name} = " in capture.get()
+
+
+def test_a_program_sets_what_only_the_file_has_with_the_checks_of_the_file() -> None:
+    page = next(command for command in run_node.COMMANDS if command.name == "coordinator")
+    values = {"out": Path("a b"), "averaging_codec": "bf16", "warmup_tokens": 5, "manifest": None}
+    arguments = arguments_for(values, page.config)
+    assert arguments == ["--out", "a b", "--set", 'averaging_codec = "bf16"', "--set", "warmup_tokens = 5"]
+    config = parse(page, arguments, "kilohive").config
+    assert (config.out, config.averaging_codec, config.warmup_tokens) == (Path("a b"), "bf16", 5)
+    for wrong, words in (
+        ("warmup_tokens=many", "--set warmup_tokens: must be a whole number, is 'many'"),
+        ("averaging_codec=fp8", "--set averaging_codec: is 'fp8', must be one of"),
+        ("warmup=1", "--set warmup: unknown setting"),
+        ("warmup_tokens", "--set warmup_tokens: must be NAME=VALUE"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            parse(page, ["--set", wrong], "kilohive")
+
+
+def test_the_older_name_of_join_is_accepted_and_in_no_help_page() -> None:
+    for command in run_node.COMMANDS:
+        if "swarm" in {field.name for field in fields(command.config)}:
+            assert parse(command, ["--swarm", "x.toml"], "kilohive").config.swarm == Path("x.toml")
+        assert not any(flag.startswith("--swarm") for flag, _ in help_rows(command.config))
+
+
+def test_the_limits_of_a_host_are_shown_by_both_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for flag in ("--help-limits", "--help-settings"):
+        assert exit_code("host", flag) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "--max-memory TEXT" in shown[0]
+
+
 def test_every_flag_says_what_it_is_for() -> None:
     for command in run_node.COMMANDS:
         for flag, meaning in help_rows(command.config):
@@ -147,6 +229,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("host",), "error: name the swarm with --join INVITE"),
         (("host", "--join", "kh1oops"), "error: invite: is damaged or cut short; copy it again, whole"),
         (("train", "--swarm", "none.toml"), "error: none.toml: cannot be read: No such file"),
+        (("train", "--join", "none.toml"), "error: invite: 'none.toml' is neither an invite"),
+        (("train", "--k-min", "2"), "error: --k-min: k_min is a setting of the config file"),
         (("lighthouse",), "error: "),
     ],
 )

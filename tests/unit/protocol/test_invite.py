@@ -14,6 +14,7 @@ from common.errors import ConfigError
 from protocol import invite_pb2
 from protocol.identity import peer_id_of, public_key_of
 from protocol.invite import MAX_CHARS, Invite, read_join
+from protocol.swarm_file import MAX_FILE_BYTES, SwarmFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,6 +109,32 @@ def test_what_is_neither_an_invite_nor_a_file_is_told_plainly(tmp_path: Path) ->
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"\(not text\)"):
         read_join(str(tmp_path / "binary"), NOW_S)
+
+
+def test_a_swarm_file_is_told_from_an_invite_by_its_content(tmp_path: Path) -> None:
+    path, file = tmp_path / "any name", SwarmFile(run_id="demo", initial_peers=PEERS, owner=OWNER)
+    file.write(path)
+    assert read_join(str(path), NOW_S) == file
+    path.write_text(" \n" + INVITE.encode(), encoding="utf-8")
+    assert read_join(str(path), NOW_S) == INVITE
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "holds neither an invite, which begins with kh1, nor what a swarm.toml has"),
+        (b"hello = 1", "holds neither an invite"),
+        (b"run_id = ", "not a swarm file"),
+        (b"run_id = 'demo'\nowned = 1", "owned: unknown field"),
+        (b"kh1oops", "invite: is damaged or cut short"),
+        (b"run_id = 'x'\n" + b"#" * MAX_FILE_BYTES, f"is longer than {MAX_FILE_BYTES} bytes, so it is neither"),
+    ],
+)
+def test_a_file_that_is_neither_is_told_plainly(tmp_path: Path, content: bytes, sentence: str) -> None:
+    path = tmp_path / "told"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=sentence):
+        read_join(str(path), NOW_S)
 
 
 def test_a_closed_runs_invite_carries_its_token_and_does_not_show_it() -> None:

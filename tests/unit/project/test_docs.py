@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import run_node
-from common.command_line import HELP_LIMITS, SHARED_FLAGS, help_rows, parse, setting_rows
+from common.command_line import HELP_LIMITS, HELP_SETTINGS, SHARED_FLAGS, help_rows, parse, setting_rows
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent, PeerLeaveEvent, PeerStartEvent
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.observer import RunView
@@ -111,7 +111,7 @@ def check_command(words: list[str]) -> None:
         case ["python", "run_node.py", name, *flags]:
             command = next((command for command in run_node.COMMANDS if command.name == name), None)
             assert command is not None, words
-            if flags not in (["--help"], [HELP_LIMITS]):
+            if flags not in (["--help"], [HELP_LIMITS], [HELP_SETTINGS]):
                 parse(command, flags, "docs")
         case ["python", "-m", "pytest", path, *_]:
             assert (ROOT / path.partition("::")[0]).exists(), words

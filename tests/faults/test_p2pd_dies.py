@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,28 +30,29 @@ MANIFEST = small_manifest(
 ALL_BLOCKS = "0/0-3,1/0-3"
 BACK_WITHIN_S = 10.0
 
+pytestmark = pytest.mark.leaks_checked_per_module
 
-class Training(ProcessSwarm):
-    """A host and a trainer that trains until it is stopped."""
 
-    host_node: Node
-    trainer_node: Node
+@dataclass(frozen=True)
+class Training:
+    """A swarm with a host, and a trainer that trains until it is stopped."""
+
+    swarm: ProcessSwarm
+    host: Node
+    trainer: Node
 
 
 @pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
     folder = tmp_path_factory.mktemp("swarm")
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Sentence {n} says that {n} plus {n} is {n + n}." for n in range(3000)))
     with process_swarm(folder, MANIFEST) as started:
-        started.__class__ = Training
-        assert isinstance(started, Training)
-        started.host_node = started.host("host", ALL_BLOCKS)
-        started.host_node.wait_for("announced")
-        flags = ("--steps", "100000", "--batch", "4", "--eval-every", "0", "--eval-bytes", "2048")
-        started.trainer_node = started.trainer("trainer", "--data", str(text), *flags)
-        started.trainer_node.wait_for("step", count=3)
-        yield started
+        host = started.host("host", ALL_BLOCKS)
+        flags = ("--steps", "100000", "--batch", "4", "--eval-every", "0", "--set", "eval_bytes=2048")
+        trainer = started.trainer("trainer", "--data", str(text), *flags)
+        trainer.wait_for("step", count=3)
+        yield Training(started, host, trainer)
 
 
 def p2pd_of(node: Node) -> psutil.Process:
@@ -86,11 +88,11 @@ def has_listener(daemon: psutil.Process) -> bool:
     return any(c.status == psutil.CONN_LISTEN for c in daemon.net_connections(kind="tcp"))
 
 
-def steps_go_on(swarm: Training, n: int = 5) -> None:
-    swarm.trainer_node.wait_for("step", timeout_s=BACK_WITHIN_S, count=len(swarm.trainer_node.events("step")) + n)
+def steps_go_on(training: Training, n: int = 5) -> None:
+    training.trainer.wait_for("step", timeout_s=BACK_WITHIN_S, count=len(training.trainer.events("step")) + n)
 
 
-def everybody_is_announced(swarm: Training, killed_s: float) -> None:
+def everybody_is_announced(swarm: ProcessSwarm, killed_s: float) -> None:
     """A reader from outside, who joins through the coordinator, sees the records made after the kill."""
 
     def fresh() -> bool:
@@ -103,24 +105,25 @@ def everybody_is_announced(swarm: Training, killed_s: float) -> None:
 
 
 @pytest.mark.parametrize("victim", ["host", "trainer", "coordinator"])
-def test_p2pd_comes_back_at_the_same_place_and_the_swarm_goes_on(swarm: Training, victim: str) -> None:
-    node = {"host": swarm.host_node, "trainer": swarm.trainer_node, "coordinator": swarm.coordinator}[victim]
+def test_p2pd_comes_back_at_the_same_place_and_the_swarm_goes_on(training: Training, victim: str) -> None:
+    node = {"host": training.host, "trainer": training.trainer, "coordinator": training.swarm.coordinator}[victim]
     killed_s = time.time()
     kill_p2pd(node)
-    steps_go_on(swarm)
-    everybody_is_announced(swarm, killed_s)
+    steps_go_on(training)
+    everybody_is_announced(training.swarm, killed_s)
     assert not node.child.ended()
     log = (node.folder / "log.txt").read_text()
     assert log.count("p2pd has ended with exit code -9") == 1
     assert "Traceback" not in log
 
 
-def test_a_new_host_joins_afterwards_and_whoever_stops_leaves_no_file(swarm: Training) -> None:
+def test_a_new_host_joins_afterwards_and_whoever_stops_leaves_no_file(training: Training) -> None:
+    swarm = training.swarm
     (address,) = SwarmFile.read(swarm.swarm_file).initial_peers
     assert f"/tcp/{listening_port(p2pd_of(swarm.coordinator))}/" in address  # the peer id in it is checked by who joins
     late = swarm.host("late", "0/0")
     late.wait_for("announced")
-    nodes = (late, swarm.trainer_node, swarm.host_node, swarm.coordinator)
+    nodes = (late, training.trainer, training.host, swarm.coordinator)
     folders = [socket_folder(p2pd_of(node)) for node in nodes]
     kept = [folder.exists() for folder in folders]
     assert [node.stop() for node in nodes] == [0, 130, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -42,10 +43,11 @@ def tunnels_apart(caller: DhtNode, hidden: str, *offers: RelayOffer) -> Tunnels:
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Until the other side ends."""
-    while piece := await reader.read(1 << 16):
-        writer.write(piece)
-        await writer.drain()
+    """Until the other side ends, or the connection is cut."""
+    with contextlib.suppress(ConnectionError):
+        while piece := await reader.read(1 << 16):
+            writer.write(piece)
+            await writer.drain()
     writer.close()
 
 

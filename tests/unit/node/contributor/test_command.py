@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,22 +24,32 @@ MANIFEST = small_manifest(dtype="fp64", codec="fp64")
 PLACE = ExpertId(1, 7)
 
 
-async def test_a_file_that_is_not_there_or_too_long_is_told_before_the_swarm_is_looked_for(
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, r"expert\.safetensors: is not there; --fetch writes the present expert"),
+        ({"fetch": True, "train": 3}, "--fetch, --train: give one of them"),
+        ({"device": "gpu"}, "--device: 'gpu' is not a device"),
+        ({"layer": -1}, r"--layer: must be 0 or more, is -1"),
+    ],
+    ids=["no file", "fetch and train", "device", "layer"],
+)
+async def test_a_mistake_is_told_before_the_swarm_is_looked_for(
+    tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    config = ContributeConfig(file=tmp_path / "expert.safetensors", join=str(tmp_path / "no-swarm.toml"))
+    with pytest.raises(ConfigError, match=problem):
+        await run_contribute(replace(config, **changes), asyncio.Event())
+
+
+async def test_a_file_that_is_too_long_is_told_before_the_swarm_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ContributeConfig(file=tmp_path / "none.safetensors", swarm=tmp_path / "swarm.toml")
-    with pytest.raises(ConfigError, match=r"none\.safetensors: is not there; --fetch writes the present expert"):
-        await run_contribute(config, asyncio.Event())
+    config = ContributeConfig(file=tmp_path / "expert.safetensors", join=str(tmp_path / "no-swarm.toml"))
     config.file.write_bytes(bytes(11))
     monkeypatch.setattr(command, "MAX_FILE_BYTES", 10)
     with pytest.raises(ConfigError, match="is longer than 10 bytes"):
         await run_contribute(config, asyncio.Event())
-    with pytest.raises(ConfigError, match="--fetch, --train: give one of them"):
-        await run_contribute(ContributeConfig(fetch=True, train=3), asyncio.Event())
-    with pytest.raises(ConfigError, match="--device: 'gpu' is not a device"):
-        await run_contribute(ContributeConfig(device="gpu"), asyncio.Event())
-    with pytest.raises(ConfigError, match=r"--layer: must be 0 or more, is -1"):
-        await run_contribute(ContributeConfig(layer=-1), asyncio.Event())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from common.errors import DeadlineError
+from node.rpc.security import NotConnectedError
 
 if TYPE_CHECKING:
     import grpc
@@ -39,6 +40,12 @@ class Channels:
                 return await asyncio.shield(opening)
         except TimeoutError:
             raise DeadlineError(f"no connection to {address.endpoint} in {timeout_s:.1f} s") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not opening.cancelled() or (task is not None and task.cancelling()):
+                raise
+            # Another call to the peer has failed and dropped the channel; this caller was not told to stop.
+            raise NotConnectedError(f"the connection to {address.endpoint} was given up while it was opened") from None
 
     def drop(self, address: Address) -> None:
         """Close the channel to `address`, if there is one: the peer may have a new certificate."""

@@ -10,6 +10,7 @@ import pytest
 from common.errors import DeadlineError, UnavailableError
 from node.rpc import channels
 from node.rpc.channels import Channels
+from node.rpc.security import NotConnectedError
 from protocol.endpoints import Address
 
 ONE, TWO = (Address(f"peer-{i}", f"192.0.2.{i}:4000") for i in (1, 2))
@@ -104,3 +105,30 @@ async def test_who_gives_up_leaves_the_opening_to_others() -> None:
     caller.goes_on.set()
     assert await patient
     await kept.close()
+
+
+class NeverOpens:
+    async def open(self, _address: Address, _timeout_s: float) -> Channel:
+        opened: Channel = await asyncio.get_running_loop().create_future()
+        return opened
+
+
+async def test_who_waits_for_a_channel_that_another_call_drops_is_told_and_not_cancelled() -> None:
+    node = channels_of(NeverOpens())
+    waiting = asyncio.create_task(node.get(ONE, SOON_S))
+    await asyncio.sleep(0)
+    node.drop(ONE)
+    with pytest.raises(NotConnectedError, match="was given up while it was opened"):
+        await waiting
+    await node.close()
+
+
+async def test_who_is_cancelled_while_it_waits_for_a_channel_stays_cancelled() -> None:
+    node = channels_of(NeverOpens())
+    waiting = asyncio.create_task(node.get(ONE, SOON_S))
+    await asyncio.sleep(0)
+    node.drop(ONE)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await node.close()

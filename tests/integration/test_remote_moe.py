@@ -194,7 +194,7 @@ def test_closing_the_dispatcher_releases_a_thread_that_waits() -> None:
             release.wait(10)
 
         host.runtime.call(hold)
-        entered.wait(10)
+        assert entered.wait(10)
         layer = RemoteMoE(swarm.dispatcher, 0, seeded())
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(layer, tokens(4, torch.float32))

@@ -201,7 +201,7 @@ def test_an_expired_deadline_is_a_status_and_steps_nothing(swarm: TestSwarm, cha
     runtime = swarm.hosts[0].runtime
     release, entered = threading.Event(), threading.Event()
     runtime.call(lambda: hold(entered, release))
-    entered.wait(TIMEOUT_S)
+    assert entered.wait(TIMEOUT_S)
     before = {block_id: block.version for block_id, block in runtime.blocks.items()}
     raw = backward(request_id=b"too late 1234567").SerializeToString()
     with pytest.raises(grpc.RpcError) as caught:

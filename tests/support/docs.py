@@ -87,6 +87,8 @@ def table(page: Path, heading: str) -> list[list[str]]:
     if found is None:
         raise AssertionError(f"{name_of(page)} has no heading {heading!r}")
     lines = [line for line in found[1].splitlines() if line.startswith("|")]
+    if len(lines) < 3:
+        raise AssertionError(f"{name_of(page)} has no table under {heading!r}")
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 

@@ -93,6 +93,12 @@ def test_every_path_and_test_that_is_named_exists(page: Path) -> None:
             assert re.search(rf"^(async )?def {re.escape(test)}\(", (ROOT / path).read_text(), re.MULTILINE), span
 
 
+def test_pages_hold_links_paths_and_commands_to_check() -> None:
+    assert any(re.findall(r"\]\(([^)\s]+)\)", prose(page)) for page in PAGES)
+    assert any(span.startswith("tests/") and "::" in span for page in PAGES for span in spans(page))
+    assert len([words for page in PAGES for words in commands(page)]) > 20
+
+
 @every_page
 def test_every_command_that_is_told_can_be_typed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for fence in fences(page):

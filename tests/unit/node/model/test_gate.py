@@ -207,11 +207,14 @@ def test_capacity_keeps_each_experts_heaviest_pairs_and_renormalises_the_rest(ki
     kept_load = torch.bincount(limited.expert_ids_TK[limited.expert_ids_TK >= 0], minlength=16)
     assert kept_load.tolist() == free.load_E.clamp(max=capacity).tolist()
     assert limited.overflow == int((free.load_E - kept_load).sum()) > 0
+    n_cut = 0
     for expert in range(16):
         mine = free.expert_ids_TK == expert
         kept = mine & (limited.expert_ids_TK == expert)
-        if kept.any() and (mine & ~kept).any():
+        if (mine & ~kept).any():
+            n_cut += 1
             assert free.weights_TK[kept].min() >= free.weights_TK[mine & ~kept].max()
+    assert n_cut == int((free.load_E > capacity).sum()) > 0
     any_left = (limited.expert_ids_TK >= 0).any(1)
     torch.testing.assert_close(limited.weights_TK.sum(1), any_left.float())
 

@@ -31,7 +31,10 @@ def listen_host(listen: str, initial_peers: Iterable[str]) -> str:
         found = _source_towards(address)
         if found is not None:
             return found
-    raise ConfigError("--listen: cannot tell which address of this machine the others reach; give one")
+    raise ConfigError(
+        "--listen: cannot tell which address of this machine the others reach; give one, or listen in the file of "
+        "--config where a command has no such flag"
+    )
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> UnavailableError:

@@ -21,6 +21,7 @@ from node.contributor.contribution import Contribution
 from node.contributor.local_training import LocalExpert, LocalTraining
 from node.contributor.progress import steps_shown, words_shown
 from node.data import open_dataset
+from node.membership.config import ReachConfig
 from node.membership.swarm import Swarm
 from node.model.devices import pick_device
 from node.model.expert_file import MAX_FILE_BYTES, ExpertId, expert_file, metadata_of, read_expert
@@ -45,7 +46,8 @@ async def run_contribute(config: ContributeConfig, stop: asyncio.Event) -> int:
     """Fetch the expert into the file, train that of the file, or offer it: 1 if it is not taken in."""
     _check_config(config)
     data = await asyncio.to_thread(_read, config)
-    place, swarm = ExpertId(config.layer, config.expert), Swarm(config, Identity.generate())
+    place = ExpertId(config.layer, config.expert)
+    swarm = Swarm(config, Identity.generate(), ReachConfig(listen=config.listen))
     try:
         await until_stopped(swarm.join(), stop)
         _check_place(place, swarm.manifest)

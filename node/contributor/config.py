@@ -9,11 +9,11 @@ from typing import Annotated
 import tyro
 
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
-from node.membership.config import SwarmConfig
+from node.membership.config import CallerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContributeConfig(SwarmConfig):
+class ContributeConfig(CallerConfig):
     """Fetch an expert to train at home, and offer what came of it to the run."""
 
     file: tyro.conf.Positional[Path] = Path("expert.safetensors")

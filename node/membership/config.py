@@ -19,6 +19,14 @@ class SwarmConfig(SwarmChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CallerConfig(SwarmConfig):
+    """Which swarm to join, for a command that only calls others and that nobody needs to call."""
+
+    listen: FileOnly[str] = "auto"
+    """Listen on this address; auto takes the one that reaches the swarm."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReachConfig:
     """How others reach this node. The defaults find what fits, for a node that nobody needs to call first."""
 

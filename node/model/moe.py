@@ -1,6 +1,6 @@
 """The MoE layer as a torch module: gate, dispatch, experts, combine.
 
-`RemoteMoE` calls peers, `LocalMoE` holds its blocks.
+`LocalMoE` holds its blocks; `RemoteMoE`, in `node/trainer/remote_moe.py`, calls the peers that hold them.
 
 A researcher's own model uses either like any feed-forward layer; see `docs/architecture.md`.
 Shapes: T tokens, K experts per token, D model width, E experts.

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
-from node.membership.config import ReachConfig, SwarmConfig
+from node.membership.config import CallerConfig, ReachConfig, SwarmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class TrainConfig(ReachConfig, SwarmConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SwarmConfig):
+class EvaluateConfig(CallerConfig):
     """Measure held-out bits per byte of a run, with the trunk from a checkpoint and the swarm's experts."""
 
     out: Path = Path("runs/local")
@@ -79,7 +79,7 @@ class EvaluateConfig(SwarmConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SwarmConfig):
+class SampleConfig(CallerConfig):
     """Let a run's model write text, with the trunk from a checkpoint and the swarm's experts."""
 
     out: Path = Path("runs/local")

@@ -16,6 +16,7 @@ from common.settings import check_minimums
 from common.tasks import until_stopped
 from common.text import printable
 from node.data import open_dataset
+from node.membership.config import ReachConfig
 from node.membership.swarm import Swarm
 from node.model.devices import pick_device
 from node.model.transformer import bits_per_byte
@@ -75,7 +76,7 @@ def print_result(text: str) -> None:
 async def _trained_model(config: EvaluateConfig | SampleConfig, stop: asyncio.Event) -> AsyncIterator[TrainedModel]:
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    swarm = Swarm(config, Identity.generate())
+    swarm = Swarm(config, Identity.generate(), ReachConfig(listen=config.listen))
     try:
         await until_stopped(swarm.join(), stop)
         dispatcher = dispatch_over(swarm, DispatchConfig())

@@ -1,4 +1,4 @@
-"""Expert kinds: what one expert computes. Adding a kind is one class here and its name in `protocol/manifest.py`.
+"""Expert kinds: what one expert computes. A new one is a class here, its row in `_KINDS`, its name in the manifest.
 
 A kind brings its own gradients: they are fewer products than autograd's, and none is kept that nobody asks for.
 Shapes: P pairs sorted by expert, G experts, D model width, H expert width.

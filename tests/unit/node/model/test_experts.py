@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from node.model.experts.state import (
     restore_block,
 )
 from node.model.pairs import Pairs
-from protocol.manifest import BlockId
+from protocol.manifest import BlockId, ExpertKindName
 from tests.support.swarm_parts import CPU, small_manifest
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def stacked(blocks: list[Block]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([b.params[name] for b in blocks]).clone().requires_grad_() for name in blocks[0].params}
 
 
-@pytest.mark.parametrize("kind", ["ffn", "lora"])
+@pytest.mark.parametrize("kind", get_args(ExpertKindName))
 @pytest.mark.parametrize("model", [{}, {"experts_per_layer": 64, "experts_per_block": 32}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-12), ("fp32", 2e-5)])
 def test_a_layer_computes_and_differentiates_like_a_loop_over_experts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 import torch
@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from common.errors import InvalidInputError, ManifestError
 from node.model.gate import Gate, GateStats, LoadWindow, build_gate, product_key
 from node.model.gate.base import allot, normalised_weights, within_capacity
-from protocol.manifest import ModelConfig
+from protocol.manifest import GateKind, ModelConfig
 
 if TYPE_CHECKING:
     from node.model.gate import GateOutput
-    from protocol.manifest import GateKind
 
-KINDS: tuple[GateKind, ...] = ("topk", "product_key")
+KINDS: tuple[GateKind, ...] = get_args(GateKind)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 

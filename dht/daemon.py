@@ -102,10 +102,13 @@ class Daemon:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         try:
-            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes just as the process ends.
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._process.wait()
         except TimeoutError:
             self._process.kill()
-            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._process.wait()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
         if self._log_task is not None:

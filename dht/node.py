@@ -50,6 +50,7 @@ N_ASKED = 8
 CALL_TIMEOUT_S = 3.0
 """How long one call to one peer may take."""
 
+CANCEL_TRIES = 2
 STEP_TIMEOUT_S = 1.5
 """How long one step of starting or stopping may take that waits for p2pd on this machine only."""
 
@@ -219,9 +220,11 @@ class DhtNode:
         if self._stopped:
             return
         self._stopped = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        left = set(self._tasks)
+        for _ in range(CANCEL_TRIES):  # a library may swallow a cancellation
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=STEP_TIMEOUT_S) if left else (left, left)
         await self.streams.close()
         self._parts.node.is_alive = False
         await self._parts.transport.close()
@@ -248,7 +251,7 @@ class DhtNode:
 
     async def _keep_daemon_alive(self) -> None:
         try:
-            while True:
+            while not self._stopped:
                 await self._supervisor.restarted()
                 await self._resume()
         except UnavailableError as error:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from common.errors import UnavailableError
+from dht.daemon import Daemon
 from dht.supervisor import MAX_PAUSE_S, MAX_STARTS, STEADY_S, DaemonSupervisor, RestartBackoff
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass
@@ -136,3 +141,27 @@ async def test_a_p2pd_that_never_starts_again_is_one_sentence_that_says_why() ->
     with pytest.raises(UnavailableError, match="cannot be started again: the port is taken; this was the last of 8"):
         await machine.death()
     assert sum(machine.pauses) < 60.0
+
+
+class EndingProcess:
+    """A process that ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def terminate(self) -> None:
+        pass
+
+    async def wait(self) -> int:
+        return await self.ended
+
+
+async def test_a_stop_that_is_cancelled_just_as_the_process_ends_is_cancelled(tmp_path: Path) -> None:
+    process: Any = EndingProcess()
+    stopping = asyncio.create_task(Daemon(process, tmp_path / "sockets").stop())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    process.ended.set_result(-9)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping

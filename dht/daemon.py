@@ -35,6 +35,7 @@ IDLE_TIMEOUT_S = 10
 """p2pd ends by itself if no node takes control of it within this time."""
 
 FOLDER_PREFIX = "kilohive-p2pd-"
+CONTROL_SOCKET = "p2pd.sock"
 STALE_FOLDER_S = 60.0
 
 MAX_SOCKET_PATH_BYTES = 103
@@ -284,7 +285,8 @@ def _remove_stale_folders() -> None:
 
 def _remove_if_dead(folder: Path) -> None:
     """Raises OSError for a folder that holds anything but dead sockets."""
-    sockets = list(folder.iterdir())
+    # p2pd's own first, and the node's only if that is dead: a node takes every connection there for a call of p2pd's.
+    sockets = sorted(folder.iterdir(), key=lambda path: path.name != CONTROL_SOCKET)
     if all(map(_is_dead_socket, sockets)):
         for path in sockets:
             path.unlink()
@@ -306,7 +308,7 @@ def _is_dead_socket(path: Path) -> bool:
 
 
 def _control_socket(folder: Path) -> str:
-    return f"/unix{folder / 'p2pd.sock'}"
+    return f"/unix{folder / CONTROL_SOCKET}"
 
 
 def _key_file(folder: Path) -> Path:

@@ -60,3 +60,18 @@ def test_dead_sockets_go_and_live_ones_and_other_files_stay(temporary: Path) -> 
             path.unlink()
         folder.rmdir()
     temporary.rmdir()
+
+
+def test_a_node_that_runs_is_not_called_by_one_that_starts(temporary: Path) -> None:
+    folder = temporary / f"{daemon.FOLDER_PREFIX}live"
+    folder.mkdir(mode=0o700)
+    with listening(folder / "p2pd.sock"), listening(folder / "client.sock") as of_the_node:
+        of_the_node.setblocking(False)  # noqa: FBT003 - the name of socket's method
+        aged(folder)
+        daemon._remove_stale_folders()
+        with pytest.raises(BlockingIOError):
+            of_the_node.accept()
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    temporary.rmdir()

@@ -16,6 +16,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
 
+import hypothesis  # noqa: F401  it looks for who holds the generators of others, which it cannot see once frozen
 import pytest
 import pytest_asyncio
 import torch
@@ -33,6 +34,12 @@ def pytest_configure() -> None:
     """Sees orphans of killed nodes as this process's children, and shares the machine with them: one torch thread."""
     leaks.adopt_orphans()
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what was imported, for good: after every async test the collector looks for tasks that died unheard."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_asyncio_loop_factories(

@@ -81,6 +81,12 @@ class Tally:
         )
 
 
+async def receive_offer(wire: Wire, config: ExchangeConfig) -> bytes | None:
+    """The dialler's first message, unchecked; None if it closes its side without one. DeadlineError if it is late."""
+    async with within(config.offer_timeout_s, "the offer"):
+        return await wire.receive_or_end()
+
+
 class Pairing:
     """One exchange, from either side. `tally` is true at any moment, also after an error."""
 
@@ -110,17 +116,13 @@ class Pairing:
         finally:
             self._replicas.release_all(claim)
 
-    async def answer(self, caller: str | None = None) -> None:
-        """Answer the peer that dialled, until it closes its side; raises like `dial`.
+    async def answer(self, raw_offer: bytes, caller: str | None = None) -> None:
+        """Answer the peer that dialled with this offer, until it closes its side; raises like `dial`.
 
         `caller`: peer id that has signed the call, None where calls are not signed.
         """
         config = self._config
-        async with within(config.offer_timeout_s, "the offer"):
-            raw = await self._wire.receive_or_end()
-        if raw is None:
-            return
-        offer = checked_offer(raw, config)
+        offer = checked_offer(raw_offer, config)
         if offer.peer_id == config.peer_id:
             raise InvalidInputError("peer_id", "is this node's own")
         if caller is not None and offer.peer_id != caller:

@@ -12,7 +12,7 @@ import grpc
 from common.errors import InvalidInputError, KilohiveError, NotHostedError, OverloadedError, UnknownRunError
 from common.tasks import within
 from node.averaging.download import send_state
-from node.averaging.pairing import Pairing, Tally
+from node.averaging.pairing import Pairing, Tally, receive_offer
 from node.limits.rate_limits import RateLimits
 from node.model.replica_state import ReplicaState
 from node.rpc.handlers import ServerStream, streaming, timeout_s
@@ -77,10 +77,15 @@ class AveragingService:
         caller = caller_of(context.invocation_metadata() or ())
         loop = asyncio.get_running_loop()
         started_s = loop.time()
+        # The offer is read before a refusal: a call that ends while the dialler still sends loses the status, in gRPC.
+        # Nor can a peer that dials and then says nothing keep others out.
+        raw_offer = await receive_offer(wire, self._config)
+        if raw_offer is None:
+            return
         with self._slot("exchange", MAX_ANSWERED):
             try:
                 async with within(timeout_s(context), "the exchange"):
-                    await Pairing(wire, self._replicas, self._config, tally).answer(caller)
+                    await Pairing(wire, self._replicas, self._config, tally).answer(raw_offer, caller)
             except KilohiveError as error:
                 tally.problem = str(error)
                 raise

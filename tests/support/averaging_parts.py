@@ -20,7 +20,7 @@ from common.errors import KilohiveError, UnavailableError
 from node.averaging.client import AveragingClient
 from node.averaging.exchange import ExchangeConfig, ExchangeResult
 from node.averaging.gossip import GossipLimits
-from node.averaging.pairing import Pairing, Tally
+from node.averaging.pairing import Pairing, Tally, receive_offer
 from node.averaging.replica_set import ReplicaSet
 from node.averaging.service import AveragingService
 from node.model.replica_state import ReplicaState
@@ -256,9 +256,15 @@ async def exchange_in_memory(
     near = Wire(CableEnd(cable, "dialler", "answerer"), dialler[1].silence_s)
     far = Wire(CableEnd(cable, "answerer", "dialler"), answerer[1].silence_s)
     dial = Pairing(near, *dialler, dialled).dial(block_ids)
-    answer = Pairing(far, *answerer, answered).answer()
+    answer = _answer(far, answerer, answered)
     errors = await asyncio.gather(_run(dial, cable, "dialler"), _run(answer, cable, "answerer"))
     return Outcome(dialled, answered, *errors)
+
+
+async def _answer(wire: Wire, answerer: tuple[ReplicaSet, ExchangeConfig], tally: Tally) -> None:
+    raw_offer = await receive_offer(wire, answerer[1])
+    if raw_offer is not None:
+        await Pairing(wire, *answerer, tally).answer(raw_offer)
 
 
 async def _run(side: Awaitable[None], cable: Cable, name: str) -> KilohiveError | None:

@@ -83,11 +83,11 @@ clean: ## remove caches and build outputs (not .venv, not runs/)
 		'debian-paketmanagement-buch; unpack those below .venv/seed.'; fi
 	@touch .venv/.seed
 
-# Tests inside one process two at a time; those that start swarms of processes fill two cores, and go one by one.
+# Two files at a time. Those that start swarms of processes come first and go one by one (tests/conftest.py), so that
+# while one of their nodes waits for a timeout, tests inside one process compute.
 define tests
-$(if $(strip $(PYTEST_FLAGS)),$(BIN)/python -m pytest $(1) $(PYTEST_FLAGS),failed=0; \
-$(BIN)/python -m pytest $(1) -n 2 --dist loadfile tests/unit tests/integration || failed=$$?; \
-$(BIN)/python -m pytest $(1) tests/faults tests/swarm || failed=$$?; exit $$failed)
+$(BIN)/python -m pytest $(1) $(if $(strip $(PYTEST_FLAGS)),$(PYTEST_FLAGS),-n 2 --no-loadscope-reorder \
+tests/faults tests/swarm tests/integration tests/unit)
 endef
 
 # A dot every two seconds, because pip is silent while it unpacks torch; pip's errors are shown, its warnings are not.

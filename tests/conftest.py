@@ -21,12 +21,16 @@ import pytest
 import pytest_asyncio
 import torch
 import uvloop
+from xdist.scheduler import LoadFileScheduling
 
 from tests.support import leaks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
+    from xdist.remote import Producer
+
+_SWARMS = ("tests/faults/", "tests/swarm/")
 _DEFERRED = "leaks_checked_per_module"
 
 
@@ -34,6 +38,18 @@ def pytest_configure() -> None:
     """Sees orphans of killed nodes as this process's children, and shares the machine with them: one torch thread."""
     leaks.adopt_orphans()
     torch.set_num_threads(1)
+
+
+class _OneSwarmAtATime(LoadFileScheduling):  # type: ignore[misc]  # xdist is not annotated
+    """Files to whichever worker is free, but all that start a swarm of processes to one: two swarms are too many."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "swarms" if nodeid.startswith(_SWARMS) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """How tests are shared among the workers of `-n`."""
+    return _OneSwarmAtATime(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -44,10 +44,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def start_hosts(swarm: ProcessSwarm) -> dict[str, Node]:
-    hosts = {name: swarm.host(name, blocks) for name, blocks in HOSTS.items()}
-    for host in hosts.values():
-        host.wait_for("announced")
-    return hosts
+    """Returns before they are announced: trainers wait for them."""
+    return {name: swarm.host(name, blocks) for name, blocks in HOSTS.items()}
 
 
 def finish(trainer: Node) -> dict[str, Any]:
@@ -81,17 +79,15 @@ def test_a_host_killed_at_step_20_of_60_costs_its_experts_and_nothing_else(swarm
 
 
 def start_host_with_checkpoints(swarm: ProcessSwarm, name: str, blocks: str) -> Node:
-    host = swarm.start(
+    return swarm.start(
         name, "host", "--join", str(swarm.swarm_file), "--state", str(swarm.folder / name),
         "--blocks", blocks, "--set", "checkpoint_every_s=0.2",
     )  # fmt: skip
-    host.wait_for("announced")
-    return host
 
 
 def test_a_killed_host_started_again_resumes_its_blocks_versions(swarm: ProcessSwarm, text: Path) -> None:
     for name in ("host-0", "host-1"):
-        swarm.host(name, HOSTS[name]).wait_for("announced")
+        swarm.host(name, HOSTS[name])
     host = start_host_with_checkpoints(swarm, "host-again", HOSTS["host-2"])
     trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
     trainer.wait_for("step", count=5)
@@ -144,12 +140,17 @@ def test_training_goes_on_without_the_coordinator_and_a_new_host_joins_through_a
     assert late.stop() == 0
 
 
-def test_without_any_host_the_trainer_waits_says_so_and_goes_on_when_one_appears(
+def test_without_any_host_trainers_wait_say_so_leave_at_once_when_asked_and_go_on_when_hosts_appear(
     swarm: ProcessSwarm, text: Path
 ) -> None:
     trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
+    other = swarm.trainer("other", "--data", str(text), *TRAIN)
     waiting = trainer.wait_for("waiting")
     assert "16 of 16 blocks have no live replica" in waiting["for"]
+    other.wait_for("waiting")
+    asked = time.monotonic()
+    assert other.stop() == 130
+    assert time.monotonic() - asked < 3
     assert not trainer.events("step")
     hosts = start_hosts(swarm)
     trainer.wait_for("step", count=10)
@@ -161,11 +162,3 @@ def test_without_any_host_the_trainer_waits_says_so_and_goes_on_when_one_appears
         swarm.host(name, blocks)
     done = finish(trainer)
     assert done["steps"] == 60
-
-
-def test_a_trainer_that_waits_for_hosts_leaves_at_once_when_asked(swarm: ProcessSwarm, text: Path) -> None:
-    trainer = swarm.trainer("trainer", "--data", str(text), *TRAIN)
-    trainer.wait_for("waiting")
-    asked = time.monotonic()
-    assert trainer.stop() == 130
-    assert time.monotonic() - asked < 3

@@ -199,26 +199,31 @@ async def test_a_node_that_leaves_says_so() -> None:
 
 async def test_a_peer_that_dials_and_offers_nothing_keeps_nobody_out() -> None:
     a, b = two_replicas()
-    async with averaging_node("peer-a", a) as node_a, averaging_node("peer-b", b) as node_b:
-        async with grpc.aio.insecure_channel(node_b.endpoint) as channel:
-            silent = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S)
-            await silent.wait_for_connection()
-            assert [m.block for m in (await node_a.exchange_with(node_b)).blocks] == [BLOCK]
-            assert not silent.done()
+    async with (
+        averaging_node("peer-a", a) as node_a,
+        averaging_node("peer-b", b) as node_b,
+        grpc.aio.insecure_channel(node_b.endpoint) as channel,
+    ):
+        silent: Any = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S)
+        await silent.wait_for_connection()
+        assert [m.block for m in (await node_a.exchange_with(node_b)).blocks] == [BLOCK]
+        assert not silent.done()
 
 
 async def test_a_refusal_waits_for_the_offer_so_that_it_reaches_the_dialler_whole() -> None:
     _, b = two_replicas()
     rate_limits = RateLimits(Limits(up_bytes_per_s=500_000, down_bytes_per_s=500_000))
     rate_limits.sent(2_000_000)
-    async with averaging_node("peer-b", b, rate_limits=rate_limits) as node_b:
-        async with grpc.aio.insecure_channel(node_b.endpoint) as channel:
-            call = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S)
-            reading = asyncio.create_task(call.read())
-            assert not (await asyncio.wait({reading}, timeout=0.5))[0], "refused before there was an offer"
-            await call.write(offer().SerializeToString())
-            with pytest.raises(grpc.aio.AioRpcError, match="owner limits it"):
-                await asyncio.wait_for(reading, WAIT_S)
+    async with (
+        averaging_node("peer-b", b, rate_limits=rate_limits) as node_b,
+        grpc.aio.insecure_channel(node_b.endpoint) as channel,
+    ):
+        call: Any = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S)
+        reading = asyncio.create_task(call.read())
+        assert not (await asyncio.wait({reading}, timeout=0.5))[0], "refused before there was an offer"
+        await call.write(offer().SerializeToString())
+        with pytest.raises(grpc.aio.AioRpcError, match="owner limits it"):
+            await asyncio.wait_for(reading, WAIT_S)
 
 
 async def test_a_client_that_is_closed_ends_its_exchange() -> None:

@@ -18,7 +18,6 @@ from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 MANIFEST = small_manifest(
     optimizer={"total_tokens": 1_000_000_000}, averaging=AveragingConfig(target_replicas=2, period_s=1.0)
@@ -30,10 +29,19 @@ LEAVE_S = 20.0
 TIMEOUT_S = 60.0
 
 
-@pytest.fixture
-def swarm(tmp_path: Path) -> Iterator[ProcessSwarm]:
-    with process_swarm(tmp_path / "swarm", MANIFEST) as running:
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessSwarm]:
+    with process_swarm(tmp_path_factory.mktemp("guest") / "swarm", MANIFEST) as running:
         yield running
+
+
+@pytest.fixture
+def swarm(running: ProcessSwarm) -> Iterator[ProcessSwarm]:
+    """The coordinator of all these tests, and nobody else: each test's hosts and trainers leave with it."""
+    yield running
+    for node in [node for node in reversed(running.nodes) if node is not running.coordinator]:
+        assert node.stop(LEAVE_S) in {0, 130}, node.child.log_tail()
+        running.nodes.remove(node)
 
 
 def host(swarm: ProcessSwarm, name: str, *flags: str) -> Node:
@@ -96,10 +104,10 @@ def test_a_host_pauses_comes_back_and_leaves_while_a_trainer_trains_on(swarm: Pr
 @pytest.mark.slow  # what `leave` says and does is tested before
 @pytest.mark.timeout(240)
 def test_the_last_replicas_go_to_whoever_takes_them_before_their_host_is_gone(swarm: ProcessSwarm) -> None:
-    other = host(swarm, "other")
+    other = host(swarm, "heir")
     tell("pause", other)
-    guest = host(swarm, "guest")
-    trainer = swarm.trainer("trainer", *TRAIN)
+    guest = host(swarm, "last")
+    trainer = swarm.trainer("trainer-of-last", *TRAIN)
     trainer.wait_for("step", TIMEOUT_S, count=5)
     trainer.stop()
     before = len(other.events("joined"))
@@ -118,7 +126,7 @@ def test_the_last_replicas_go_to_whoever_takes_them_before_their_host_is_gone(sw
 def test_outside_its_schedule_a_host_waits_with_what_it_has(swarm: ProcessSwarm) -> None:
     now = time.localtime()
     hour = (now.tm_hour + 12) % 24
-    guest = host(swarm, "guest", "--schedule", f"{hour:02}:00-{hour:02}:30")
+    guest = host(swarm, "scheduled", "--schedule", f"{hour:02}:00-{hour:02}:30")
     assert guest.wait_for("paused")["reasons"] == ["it is outside its schedule"]
     assert guest.events("announced")[-1]["versions"] == {}
     assert tell("resume", guest) == "no longer paused by its owner, but it is outside its schedule\n"
@@ -133,8 +141,8 @@ def test_outside_its_schedule_a_host_waits_with_what_it_has(swarm: ProcessSwarm)
 @pytest.mark.slow  # half a minute of sleep
 @pytest.mark.timeout(240)
 def test_a_host_that_slept_fetches_its_blocks_before_it_serves_them(swarm: ProcessSwarm) -> None:
-    guest, _ = host(swarm, "guest"), host(swarm, "other")
-    trainer = swarm.trainer("trainer", *TRAIN)
+    guest, _ = host(swarm, "sleeper"), host(swarm, "awake")
+    trainer = swarm.trainer("trainer-of-awake", *TRAIN)
     trainer.wait_for("step", TIMEOUT_S, count=5)
     os.kill(guest.child.pid, signal.SIGSTOP)
     try:

@@ -98,7 +98,7 @@ def test_two_replicas_of_each_block_and_two_trainers_make_one_run(tmp_path: Path
 
 def test_ctrl_c_ends_everything_within_three_seconds_and_resume_goes_on(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "run"
-    arguments = ("local", *SMALL, "--steps", "120", "--out", str(out), "--data", str(text))
+    arguments = ("local", *SMALL, "--steps", "60", "--out", str(out), "--data", str(text))
     with subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: len(events(out / "events.jsonl", "step")) >= 15, "15 steps")
         pressed = time.monotonic()
@@ -110,12 +110,12 @@ def test_ctrl_c_ends_everything_within_three_seconds_and_resume_goes_on(tmp_path
     again = run(*arguments, "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
     steps = [event["step"] for event in events(out / "events.jsonl", "step")]
-    assert steps == list(range(1, stopped_at + 1)) + list(range(stopped_at + 1, 121))
+    assert steps == list(range(1, stopped_at + 1)) + list(range(stopped_at + 1, 61))
     for host in ("host-0", "host-1"):
         announced = events(out / host / "events.jsonl", "announced")
         assert sum(announced[0]["versions"].values()) == 0
         assert sum(announced[-1]["versions"].values()) > 0
-    assert summary(out)["steps"] == 120
+    assert summary(out)["steps"] == 60
 
 
 def test_without_resume_a_finished_run_is_not_overwritten(tmp_path: Path, text: Path) -> None:

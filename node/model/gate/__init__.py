@@ -15,13 +15,15 @@ from node.model.gate.stats import GateStats, LoadWindow
 from node.model.gate.topk import TopKGate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from protocol.manifest import ModelConfig
 
 __all__ = ["Gate", "GateOutput", "GateStats", "LoadWindow", "ProductKeyGate", "TopKGate", "build_gate"]
 
-_KINDS: dict[str, type[TopKGate | ProductKeyGate]] = {"topk": TopKGate, "product_key": ProductKeyGate}
+_KINDS: dict[str, Callable[[ModelConfig, torch.Generator], Gate]] = {"topk": TopKGate, "product_key": ProductKeyGate}
 
 
 def build_gate(model: ModelConfig, generator: torch.Generator) -> Gate:

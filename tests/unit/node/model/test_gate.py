@@ -139,15 +139,15 @@ def test_no_tokens_is_a_valid_batch(kind: GateKind) -> None:
 @each_kind
 def test_weights_pass_gradcheck_for_tokens_and_every_parameter(kind: GateKind) -> None:
     gate, x = make_gate(kind, experts=16, k=3).double().eval(), tokens(5).double().requires_grad_()
-    names, values = zip(*gate.named_parameters(), strict=True)
+    parameters = dict(gate.named_parameters())
 
-    def weights(x_TD: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        named = dict(zip(names, parameters, strict=True))
+    def weights(x_TD: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(parameters, values, strict=True))
         output: GateOutput = torch.func.functional_call(gate, named, (x_TD, None))
         # By expert, not by rank: a step of the check may swap two nearly equal scores.
         return torch.zeros(5, 16, dtype=torch.float64).scatter(1, output.expert_ids_TK, output.weights_TK)
 
-    assert torch.autograd.gradcheck(weights, (x, *values))
+    assert torch.autograd.gradcheck(weights, (x, *parameters.values()))
 
 
 @each_kind

@@ -24,8 +24,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import ConfigError, UnavailableError
 from dht.addresses import cannot_listen
+from dht.child_process import ChildProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from protocol.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,22 @@ STOP_TIMEOUT_S = 1.5
 MAX_LOG_LINE_CHARS = 500
 
 
+class DaemonOutput:
+    """What p2pd says: `ready` is set once it takes orders, `last_line` tells why it does not."""
+
+    def __init__(self) -> None:
+        self.ready = asyncio.Event()
+        self.last_line = ""
+
+    def hear(self, line: str) -> None:
+        """Take one line."""
+        if line.startswith(READY_LINE):
+            self.ready.set()
+        if line:
+            self.last_line = line[:MAX_LOG_LINE_CHARS]
+            logger.debug("p2pd: %s", self.last_line)
+
+
 class Daemon:
     """A running p2pd, made by `spawn`.
 
@@ -55,11 +74,8 @@ class Daemon:
     streams that peers open.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
-        self._process = process
-        self._folder = folder
-        self._last_line = ""
-        self._log_task: asyncio.Task[None] | None = None
+    def __init__(self, process: ChildProcess, folder: Path, output: DaemonOutput) -> None:
+        self._process, self._folder, self._output = process, folder, output
         self.control_socket = _control_socket(folder)
         self.client_socket = f"/unix{folder / 'client.sock'}"
 
@@ -73,8 +89,9 @@ class Daemon:
         _remove_stale_folders()
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_of_folders()))  # mode 0700
         try:
-            daemon = cls(await _launch(identity, place, folder), folder)
-        except BaseException:  # cancelled, too: no folder stays
+            output = DaemonOutput()
+            daemon = cls(_launch(identity, place, folder, output.hear), folder, output)
+        except BaseException:  # no folder stays
             shutil.rmtree(folder, ignore_errors=True)
             raise
         try:
@@ -92,7 +109,7 @@ class Daemon:
     @property
     def exit_code(self) -> int | None:
         """None while p2pd runs."""
-        return self._process.returncode
+        return self._process.exit_code
 
     async def ended(self) -> int:
         """Wait until p2pd has ended, by itself or not; its exit code."""
@@ -100,8 +117,7 @@ class Daemon:
 
     async def stop(self) -> None:
         """End p2pd, by force if it has to be; bounded by twice STOP_TIMEOUT_S. Safe to call twice."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        self._process.terminate()
         try:
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes just as the process ends.
             async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -112,31 +128,18 @@ class Daemon:
                 await self._process.wait()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
-        if self._log_task is not None:
-            await asyncio.wait({self._log_task}, timeout=STOP_TIMEOUT_S)
 
     async def _wait_until_ready(self, timeout_s: float) -> None:
-        ready = asyncio.Event()
-        self._log_task = asyncio.create_task(self._follow_output(ready), name="p2pd output")
         ended = asyncio.create_task(self._process.wait())
-        started = asyncio.create_task(ready.wait())
+        started = asyncio.create_task(self._output.ready.wait())
         try:
             await asyncio.wait({ended, started}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
             started.cancel()
             _key_file(self._folder).unlink(missing_ok=True)  # read by now, or never
-        if not ready.is_set():
-            await asyncio.wait({self._log_task}, timeout=0.2)  # its last words
-            raise UnavailableError(f"p2pd did not start: {self._last_line or f'no answer in {timeout_s} s'}")
-
-    async def _follow_output(self, ready: asyncio.Event) -> None:
-        stdout = self._process.stdout
-        while stdout is not None and (line := await _read_line(stdout)):
-            if line.startswith(READY_LINE):
-                ready.set()
-            self._last_line = line
-            logger.debug("p2pd: %s", line)
+        if not self._output.ready.is_set():
+            raise UnavailableError(f"p2pd did not start: {self._output.last_line or f'no answer in {timeout_s} s'}")
 
 
 def listen_address(host: str, port: int) -> str:
@@ -230,19 +233,13 @@ def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
             raise cannot_listen(host, port, error) from None
 
 
-async def _launch(identity: Identity, place: DaemonAddresses, folder: Path) -> asyncio.subprocess.Process:
+def _launch(identity: Identity, place: DaemonAddresses, folder: Path, heard: Callable[[str], None]) -> ChildProcess:
     key_file = _key_file(folder)
     key_file.touch(mode=0o600)
     key_file.write_bytes(identity.private_key_protobuf)
+    environment = {**os.environ, "GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")}
     try:
-        return await asyncio.create_subprocess_exec(
-            *_arguments(place, folder),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, "GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")},
-            start_new_session=True,
-        )
+        return ChildProcess(_arguments(place, folder), environment, heard)
     except OSError as error:
         raise UnavailableError(f"p2pd cannot be started: {error}; reinstall hivemind, which brings it") from error
 
@@ -313,15 +310,3 @@ def _control_socket(folder: Path) -> str:
 
 def _key_file(folder: Path) -> Path:
     return folder / "identity.key"
-
-
-async def _read_line(stdout: asyncio.StreamReader) -> str:
-    """The next line that says something; empty at the end of the output."""
-    while True:
-        try:
-            line = await stdout.readline()
-        except ValueError:  # longer than the reader's buffer, which drops it
-            continue
-        text = line.decode(errors="replace").strip()[:MAX_LOG_LINE_CHARS]
-        if text or not line:
-            return text

@@ -273,8 +273,25 @@ def test_grpc_goes_on_while_p2pd_is_started_again(tmp_path: Path, loop: str) -> 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # uvloop runs the hooks of os.register_at_fork in the child, before it becomes p2pd; asyncio runs no Python there.
-    assert ran.exists() == (loop == "uvloop")
+    assert not ran.exists()
+
+
+async def test_the_end_of_p2pd_is_seen_where_the_program_handles_sigchld_itself(start: Start) -> None:
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch's DataLoader does with its first worker
+    try:
+        node = await start()
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        restarted = asyncio.Event()
+        node.on_restart(restarted.set)
+        os.kill(node.daemon_pid, signal.SIGKILL)
+        await asyncio.wait_for(restarted.wait(), 10.0)
+        daemon = psutil.Process(node.daemon_pid)
+        began_s = time.monotonic()
+        await node.stop()
+        assert time.monotonic() - began_s < 3.0
+        assert not daemon.is_running()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 async def test_a_frozen_peer_delays_a_lookup_and_no_more(start: Start) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from common.errors import UnavailableError
-from dht.daemon import Daemon
+from dht.daemon import Daemon, DaemonOutput
 from dht.supervisor import MAX_PAUSE_S, MAX_STARTS, STEADY_S, DaemonSupervisor, RestartBackoff
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class EndingProcess:
 
 async def test_a_stop_that_is_cancelled_just_as_the_process_ends_is_cancelled(tmp_path: Path) -> None:
     process: Any = EndingProcess()
-    stopping = asyncio.create_task(Daemon(process, tmp_path / "sockets").stop())
+    stopping = asyncio.create_task(Daemon(process, tmp_path / "sockets", DaemonOutput()).stop())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     process.ended.set_result(-9)

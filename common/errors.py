@@ -13,6 +13,8 @@
     ├── UnauthenticatedError     a call that its caller has not signed, or not for this node, or not now
     ├── NoRoomError              a device without memory for one more block or batch
     ├── InternalError            a peer failed in a way it did not name
+    ├── RefusedError             a peer finds that what it was sent cannot be right
+    ├── DivergedError            a training whose loss is no longer a finite number
     ├── TooFewExpertsError       fewer than `k_min` experts answered for some token
     ├── RecordError              a DHT record that is malformed, forged or expired
     ├── IdentityError            a key that is missing, damaged or readable by others
@@ -31,6 +33,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DeadlineError",
+    "DivergedError",
     "DrainingError",
     "IdentityError",
     "InternalError",
@@ -42,6 +45,7 @@ __all__ = [
     "NotHostedError",
     "OverloadedError",
     "RecordError",
+    "RefusedError",
     "TooFewExpertsError",
     "UnauthenticatedError",
     "UnavailableError",
@@ -67,8 +71,8 @@ class InvalidInputError(KilohiveError):
 class LimitExceededError(InvalidInputError):
     """A value over a named limit."""
 
-    def __init__(self, field: str, value: float, limit: float) -> None:
-        super().__init__(field, f"is {value}, but the limit is {limit}")
+    def __init__(self, field: str, value: float, limit: float, why: str = "") -> None:
+        super().__init__(field, f"is {value}, but the limit is {limit}{why and f': {why}'}")
 
 
 class UnknownRunError(InvalidInputError):
@@ -113,6 +117,14 @@ class NoRoomError(KilohiveError):
 
 class InternalError(KilohiveError):
     """A peer failed in a way that it did not name."""
+
+
+class RefusedError(KilohiveError):
+    """A peer finds that what it was sent cannot be right: the caller's fault, or a peer of another version."""
+
+
+class DivergedError(KilohiveError):
+    """A training whose loss is no longer a finite number: nothing can be learnt from here on."""
 
 
 class TooFewExpertsError(KilohiveError):

@@ -8,6 +8,7 @@ Shapes: B sequences, T positions, V vocabulary, E experts of a layer.
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch.nn import functional
 
-from common.errors import TooFewExpertsError
+from common.errors import DivergedError, InvalidInputError, TooFewExpertsError
 from node.model.gate import build_gate
 from node.model.learning_rate import learning_rate_factor
 from node.model.moe import MoE
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from node.data import ByteDataset
     from node.model.moe import Experts
     from protocol.manifest import Manifest
+
+MAX_STEPS_LEFT_OUT = 10
+"""In a row, for a gradient that is not finite: one may be bad luck, ten are a training that stands still."""
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -104,14 +108,20 @@ class Training:
         self.run_tokens = 0
         self.own_tokens = 0
         self.rate_scale = 1.0
+        self._left_out = 0
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one step, all micro-batches together."""
         return self.config.batch * self.config.micro_batches * self.manifest.model.context
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether every parameter is finite."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters)
+
     def step(self) -> StepResult:
-        """Train on the next micro-batches."""
+        """Train on the next micro-batches. Raises DivergedError when nothing can be learnt any more."""
         with self.trunk_lock.turn():
             return self._step()
 
@@ -199,14 +209,23 @@ class Training:
             context=self.manifest.model.context,
             seed=config.seed,
         )
-        loss = next_byte_loss(self.model, ids, self.device)
+        loss = self._finite_loss(ids)
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return float(loss.detach()), gradients
 
     @torch.no_grad()
     def _held_out(self, ids: torch.Tensor) -> tuple[float, int]:
         n_bytes = ids[:, 1:].numel()
-        return float(next_byte_loss(self.model, ids, self.device)) * n_bytes, n_bytes
+        return float(self._finite_loss(ids)) * n_bytes, n_bytes
+
+    def _finite_loss(self, ids: torch.Tensor) -> torch.Tensor:
+        try:
+            loss = next_byte_loss(self.model, ids, self.device)
+        except InvalidInputError as error:  # nothing but the trunk makes what goes to the experts
+            raise DivergedError(f"the trunk computes what no host would take ({error})") from None
+        if not math.isfinite(float(loss.detach())):
+            raise DivergedError(f"the loss is not finite, it is {float(loss.detach())}")
+        return loss
 
     def _apply(self, per_micro_batch: Sequence[Sequence[torch.Tensor | None]]) -> tuple[float, float]:
         for index, parameter in enumerate(self.parameters):
@@ -221,7 +240,12 @@ class Training:
         if bool(torch.isfinite(norm)):
             self.optimizer.step()
             self.version += 1
+            self._left_out = 0
+        else:
+            self._left_out += 1
         self.optimizer.zero_grad(set_to_none=True)
+        if self._left_out >= MAX_STEPS_LEFT_OUT:
+            raise DivergedError(f"the gradient is not finite for the {self._left_out}th step in a row")
         return float(norm), lr
 
     def _balance(self) -> int:

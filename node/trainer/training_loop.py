@@ -6,9 +6,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, DivergedError
 from node.trainer.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
-from node.trainer.trunk_state import save_trunk
+from node.trainer.trunk_state import FILE_NAME, save_trunk, stored_step
 
 if TYPE_CHECKING:
     from node.trainer.config import TrainConfig
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FINAL_EVALUATION_FACTOR = 4
+NOT_STORED = "no state of before could be stored"
+REMEDY = (
+    "The usual remedy is a lower learning rate, which is optimizer.lr and optimizer.expert_lr in the run's manifest"
+)
 
 
 class TrainingLoop:
@@ -39,7 +43,18 @@ class TrainingLoop:
         self._sharing, self._evaluator, self._reports = sharing, evaluator, reports
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Train to the last step. Raises DrainingError when `stop` is set."""
+        """Train to the last step.
+
+        Raises:
+            DrainingError: `stop` is set.
+            DivergedError: the loss is no longer finite; a trunk of before is stored.
+        """
+        try:
+            await self._run(stop)
+        except DivergedError as error:
+            raise DivergedError(await asyncio.to_thread(self._after_divergence, error)) from None
+
+    async def _run(self, stop: asyncio.Event) -> None:
         config, progress = self._config, self._tracker.progress
         self._tracker.observe_trainers()
         self._reports.start(config.steps)
@@ -56,6 +71,14 @@ class TrainingLoop:
         self._reports.sample(text)
         await asyncio.to_thread(self.save)
         await asyncio.to_thread(self._reports.done, config.out, bits_per_byte, text)
+
+    def _after_divergence(self, error: DivergedError) -> str:
+        """What to tell; a trunk that was stored before is better than today's, which leads to no finite loss."""
+        if stored_step(self._config.out) is None and self._training.is_sound:
+            self.save()
+        step = stored_step(self._config.out)
+        stored = f"the state after step {step} is in {self._config.out / FILE_NAME}" if step is not None else NOT_STORED
+        return f"the training has diverged at step {self._tracker.progress.step + 1}: {error}; {stored}. {REMEDY}"
 
     def save(self) -> None:
         """A full disk is reported and does not stop the training."""

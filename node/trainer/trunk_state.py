@@ -51,6 +51,15 @@ def save_trunk(folder: Path, training: Training, progress: TrainingProgress) -> 
     write_checkpoint(folder / FILE_NAME, tensors, metadata)
 
 
+def stored_step(folder: Path) -> int | None:
+    """The step after which the trunk in `folder` was stored; None if there is none, or none that can be read."""
+    try:
+        stored = read_checkpoint(folder / FILE_NAME)
+        return None if stored is None else int(json.loads(stored[1]["progress"])["step"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None
+
+
 def load_trunk(folder: Path, training: Training) -> TrainingProgress | None:
     """Restore what `save_trunk` wrote; None if there is none. CheckpointError for another run's or a damaged one."""
     stored = read_checkpoint(folder / FILE_NAME)

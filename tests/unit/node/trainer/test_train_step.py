@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from common.errors import CheckpointError, TooFewExpertsError
+from common.errors import CheckpointError, DivergedError, TooFewExpertsError
 from node.data import open_dataset
 from node.model.moe import LocalExperts
-from node.trainer.train_step import StepConfig, Training, build_model
+from node.trainer.train_step import MAX_STEPS_LEFT_OUT, StepConfig, Training, build_model
 from node.trainer.trunk_state import FILE_NAME, TrainingProgress, load_trunk, load_trunk_weights, save_trunk
 from tests.support.swarm_parts import small_manifest
 
@@ -126,6 +126,41 @@ def test_no_more_micro_batches_run_than_are_told_and_the_next_starts_when_one_ha
         assert bench.training.step().in_flight == 2
     finally:
         bench.training.close()
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_before_anything_steps(bench: Bench) -> None:
+    bench.losses(1)
+    head = bench.training.parameters[-1]
+    with torch.no_grad():
+        head[0] = torch.nan
+    versions = [block.version for blocks in bench.experts.blocks.values() for block in blocks]
+    with pytest.raises(DivergedError, match="the loss is not finite, it is nan"):
+        bench.training.step()
+    assert not bench.training.is_sound
+    assert bench.training.steps_done == 1
+    assert [block.version for blocks in bench.experts.blocks.values() for block in blocks] == versions
+    with pytest.raises(DivergedError):
+        bench.training.evaluate(2000)
+
+
+def test_one_gradient_that_is_not_finite_is_left_out_and_ten_in_a_row_end_the_training(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.losses(1)
+    before = [p.detach().clone() for p in bench.training.parameters]
+
+    def infinite(_loss: torch.Tensor, parameters: list[torch.Tensor], **_: object) -> list[torch.Tensor]:
+        return [torch.full_like(p, torch.inf) for p in parameters]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", infinite)
+        bench.losses(MAX_STEPS_LEFT_OUT - 1)
+    assert all(torch.equal(p, q) for p, q in zip(bench.training.parameters, before, strict=True))
+    bench.losses(1)
+    monkeypatch.setattr(torch.autograd, "grad", infinite)
+    with pytest.raises(DivergedError, match="not finite for the 10th step in a row"):
+        bench.losses(MAX_STEPS_LEFT_OUT)
+    assert bench.training.is_sound
 
 
 def test_a_resumed_training_goes_on_exactly(dataset: ByteDataset, bench: Bench, other: Bench, tmp_path: Path) -> None:

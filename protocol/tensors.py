@@ -38,6 +38,8 @@ _STORED_AS: dict[pb.Codec, torch.dtype] = {
     pb.CODEC_INT8: torch.int8,
     pb.CODEC_INT32: torch.int32,
 }
+INDEX_BYTES = torch.int32.itemsize
+SCALE_BYTES = torch.float32.itemsize
 _FLOATS = frozenset(CODECS.values())
 _INT8_MAX = 127
 _FP16_MAX = torch.finfo(torch.float16).max
@@ -50,6 +52,27 @@ class TensorSpec:
     field: str
     shape: tuple[int | None, ...]
     max_elements: int = MAX_TENSOR_ELEMENTS
+
+
+def bytes_per_value(codec: Codec) -> int:
+    """Of one entry of a tensor; `int8` adds SCALE_BYTES for each row."""
+    return _STORED_AS[CODECS[codec]].itemsize
+
+
+def magnitude(x: torch.Tensor) -> float:
+    """The largest absolute value of any entry, 0 without entries; NaN or infinity if an entry is that."""
+    # One pass: NaN and infinities propagate into the extremes.
+    low, high = (float(v) for v in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
+    return max(-low, high)
+
+
+def check_range(x: torch.Tensor, field: str) -> None:
+    """Raise InvalidInputError unless every entry is what a peer would take: finite, and MAX_VALUE at most."""
+    largest = magnitude(x)
+    if not math.isfinite(largest):
+        raise InvalidInputError(field, "holds NaN or infinity; every entry must be finite")
+    if largest > MAX_VALUE:
+        raise LimitExceededError(f"{field} magnitude", largest, MAX_VALUE, "the square of an entry must be finite")
 
 
 def encode(x: torch.Tensor, codec: Codec) -> pb.Tensor:
@@ -95,7 +118,7 @@ def decode(message: pb.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Te
     if message.codec == pb.CODEC_INT8:
         return _dequantised(message, stored, spec).to(dtype)
     x = stored.to(dtype)
-    _check_values(x, spec.field)
+    check_range(x, spec.field)
     return x
 
 
@@ -129,17 +152,6 @@ def _checked_shape(message: pb.Tensor, n_bytes: int, spec: TensorSpec) -> tuple[
     return shape
 
 
-def _check_values(x: torch.Tensor, field: str) -> None:
-    if not x.numel():
-        return
-    # One pass: NaN and infinities propagate into the extremes.
-    low, high = (float(v) for v in torch.aminmax(x))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise InvalidInputError(field, "holds NaN or infinity")
-    if max(-low, high) > MAX_VALUE:
-        raise LimitExceededError(f"{field} magnitude", max(-low, high), MAX_VALUE)
-
-
 def _quantise_rows(x_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not x_RN.numel():
         return x_RN.to(torch.int8), x_RN.new_zeros(len(x_RN))
@@ -152,15 +164,15 @@ def _quantise_rows(x_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _dequantised(message: pb.Tensor, q: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     rows = math.prod(q.shape[:-1])
-    expected = rows * torch.float32.itemsize
+    expected = rows * SCALE_BYTES
     if len(message.scales) != expected:
         raise InvalidInputError(spec.field, f"has {len(message.scales)} bytes of scales, its shape needs {expected}")
     scale_R = _from_bytes(message.scales, torch.float32)
-    _check_values(scale_R, f"{spec.field} scales")
+    check_range(scale_R, f"{spec.field} scales")
     x = q.to(torch.float32).mul_(scale_R.view(*q.shape[:-1], 1))  # q times the scale would make a copy twice
     # Scales bound the values: only where that does not do must these be looked at.
     if rows and float(scale_R.abs().max()) > MAX_VALUE / (_INT8_MAX + 1):
-        _check_values(x, spec.field)
+        check_range(x, spec.field)
     return x
 
 

@@ -8,7 +8,6 @@ Shapes: T tokens, K experts per token, D model width, E experts.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,12 +15,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from common.errors import TooFewExpertsError
+from common.locks import CopyableLock
 from node.model.experts.block import Block, new_block
 from node.model.experts.layer import layer_backward, layer_forward
 from node.model.gate import build_gate
 from node.model.learning_rate import learning_rate_factor
 from node.model.pairs import Combined, Pairs, flat_pairs
 from protocol.manifest import BlockId
+from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
     from node.model.experts.block import BlockGradients
@@ -54,12 +55,27 @@ class MoE(nn.Module):
         self.gate = gate
         self.layer = layer
         self._experts = experts
-        self._lock = threading.Lock()
+        self._lock = CopyableLock()
         self._load_E: torch.Tensor | None = None
         self._overflow = 0
 
+    # There is nothing to compile in calls to other machines: a compiled model is left and entered again here.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]. Raises TooFewExpertsError when no expert is live or too few answer."""
+        """[..., D] -> [..., D], of the input's type, or under autocast of that of autocast, as `nn.Linear` does.
+
+        Raises:
+            InvalidInputError: the input has another width, or holds NaN, infinity or what is nearly that.
+            TooFewExpertsError: no expert is live, or too few answer.
+        """
+        device = x_TD.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
+        # The gate and the experts have types of their own; scores in half precision would choose other experts.
+        with torch.autocast(device, enabled=False):
+            return self._combined(x_TD.to(self.gate.dtype)).to(dtype)
+
+    def _combined(self, x_TD: torch.Tensor) -> torch.Tensor:
         shape = x_TD.shape
         x_TD = x_TD.reshape(-1, shape[-1])
         live_E = self._experts.live_experts(self.layer)
@@ -108,7 +124,7 @@ class LocalExperts:
             for layer in range(model.n_layers)
         }
         self._all_live_E = torch.ones(model.experts_per_layer, dtype=torch.bool)
-        self._lock = threading.Lock()
+        self._lock = CopyableLock()
 
     def live_experts(self, layer: int) -> torch.Tensor:  # noqa: ARG002 - one interface with Dispatcher
         """All experts are live here."""
@@ -126,9 +142,9 @@ class LocalExperts:
         pairs = Pairs(
             token_P=flat // expert_ids_TK.shape[1],
             expert_P=expert_ids_TK.reshape(-1)[flat],
-            weight_P=weights_TK.detach().reshape(-1)[flat],
+            weight_P=weights_TK.detach().reshape(-1)[flat].to(DTYPES[self.manifest.dtype]),
         )
-        x_TD = x_TD.detach()
+        x_TD = x_TD.detach().to(DTYPES[self.manifest.dtype])
         with self._lock:
             blocks = self.blocks_for_call(layer)
             combined_TD = layer_forward(blocks, x_TD, pairs)
@@ -137,6 +153,7 @@ class LocalExperts:
     def backward(self, ticket: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
         """Gradients; steps the touched experts."""
         blocks, x_TD, pairs, flat = ticket
+        grad_TD = grad_TD.to(x_TD.dtype)
         optimizer = self.manifest.optimizer
         lr = optimizer.expert_lr * learning_rate_factor(optimizer, self.run_tokens)
         with self._lock:

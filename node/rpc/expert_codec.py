@@ -10,24 +10,51 @@ from typing import TYPE_CHECKING
 from common.errors import InvalidInputError, LimitExceededError
 from node.model.pairs import Inputs, Pairs
 from protocol import expert_pb2 as pb
-from protocol.limits import MAX_PAIRS, MAX_TENSOR_ELEMENTS, MAX_TOKENS
-from protocol.tensors import DTYPES, TensorSpec, decode, decode_indices, encode, encode_indices
+from protocol.limits import MAX_MESSAGE_BYTES, MAX_PAIRS, MAX_TENSOR_ELEMENTS, MAX_TOKENS
+from protocol.tensors import (
+    DTYPES,
+    INDEX_BYTES,
+    SCALE_BYTES,
+    TensorSpec,
+    bytes_per_value,
+    decode,
+    decode_indices,
+    encode,
+    encode_indices,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from protocol.manifest import Codec, Manifest
 
+MAX_HEADER_BYTES = 4096
+"""Of a message: all that is no tensor's data, and the lengths and shapes of those."""
+
+
+def weight_codec(codec: Codec) -> Codec:
+    """The codec of weights and of their gradients: full precision, since each is one number for D."""
+    return "fp64" if codec == "fp64" else "fp32"
+
+
+def max_tokens_per_call(manifest: Manifest) -> int:
+    """The most tokens of one call: a backward that brings its inputs along is the largest message."""
+    model = manifest.model
+    token_bytes = 2 * (model.d_model * bytes_per_value(manifest.codec) + SCALE_BYTES)
+    pair_bytes = model.experts_per_token * (2 * INDEX_BYTES + bytes_per_value(weight_codec(manifest.codec)))
+    by_bytes = (MAX_MESSAGE_BYTES - MAX_HEADER_BYTES) // (token_bytes + pair_bytes)
+    by_pairs, by_elements = MAX_PAIRS // model.experts_per_token, MAX_TENSOR_ELEMENTS // model.d_model
+    return max(1, min(MAX_TOKENS, by_pairs, by_elements, by_bytes))
+
 
 def encode_inputs(x_TD: torch.Tensor, pairs: Pairs, codec: Codec) -> pb.Inputs:
-    """Tokens in the run's codec; weights in full precision, since each is one number for D."""
-    weight_codec: Codec = "fp64" if codec == "fp64" else "fp32"
+    """Tokens in the run's codec, weights in theirs."""
     return pb.Inputs(
         tokens_TD=encode(x_TD, codec),
         pairs=pb.Pairs(
             token_P=encode_indices(pairs.token_P),
             expert_P=encode_indices(pairs.expert_P),
-            weight_P=encode(pairs.weight_P, weight_codec),
+            weight_P=encode(pairs.weight_P, weight_codec(codec)),
         ),
     )
 

@@ -17,7 +17,7 @@ from common.errors import DeadlineError, InvalidInputError, NotHostedError, Unkn
 from node.host.serving.activation_cache import CheckedInputs, RequestKey
 from node.host.serving.jobs import BackwardJob, ForwardJob
 from node.model.experts.layer import check_hosted
-from node.rpc.expert_codec import decode_inputs, decode_rows
+from node.rpc.expert_codec import decode_inputs, decode_rows, weight_codec
 from node.rpc.handlers import CallCounts, unary
 from protocol import expert_pb2 as pb
 from protocol.limits import MAX_RUN_TOKENS, REQUEST_ID_BYTES
@@ -98,7 +98,7 @@ class ExpertService:
         result = await _result(job.future, timeout_s)
         return pb.BackwardResponse(
             grad_tokens_TD=encode(result.tokens_TD, self._manifest.codec),
-            grad_weight_P=encode(result.weight_P, "fp64" if self._manifest.codec == "fp64" else "fp32"),
+            grad_weight_P=encode(result.weight_P, weight_codec(self._manifest.codec)),
             stepped=result.stepped,
             staleness=result.staleness,
         )

@@ -22,6 +22,9 @@ from node.model.gate.stats import GateStats, LoadWindow
 from node.model.pairs import NO_EXPERT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Self
+
     from protocol.manifest import ModelConfig
 
 MATRIX_DIMS = 2
@@ -63,6 +66,19 @@ class Gate(nn.Module, ABC):
         self.register_buffer("bias_E", torch.zeros(self.n_experts))
         self._window = LoadWindow(self.n_experts)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it computes with: that of its parameters, or of its biases if it has none."""
+        return next(self.parameters(), self.bias_E).dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Of `to`, `half` and the like. Biases stay float32 at least: a step of balance would be lost in bfloat16."""
+        before_E = self.bias_E
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if torch.finfo(self.bias_E.dtype).bits < torch.finfo(torch.float32).bits:
+            self.bias_E = before_E.to(self.bias_E.device)
+        return self
+
     def forward(self, x_TD: Tensor, live_E: Tensor | None = None) -> GateOutput:
         """Choose among the experts where the bool mask `live_E` is true (None: all).
 
@@ -72,7 +88,7 @@ class Gate(nn.Module, ABC):
         self._check(x_TD, live_E)
         live_E = None if live_E is None else live_E.to(x_TD.device)
         ids_TK, logits_TK = self.choose(x_TD, live_E)
-        return allot(ids_TK, logits_TK, self.n_experts, self._capacity(x_TD.shape[0], live_E))
+        return allot(ids_TK, logits_TK.to(self.bias_E.dtype), self.n_experts, self._capacity(x_TD.shape[0], live_E))
 
     @abstractmethod
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:

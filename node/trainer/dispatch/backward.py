@@ -19,6 +19,7 @@ from common.errors import (
     DrainingError,
     NotHostedError,
     OverloadedError,
+    RefusedError,
     UnknownRequestError,
     UnknownRunError,
 )
@@ -40,6 +41,7 @@ NOTHING_STEPPED = (
     NotConnectedError,
     NotHostedError,
     OverloadedError,
+    RefusedError,
     UnknownRequestError,
     UnknownRunError,
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from common.errors import OverloadedError
+from common.errors import InvalidInputError, NotHostedError, OverloadedError, RefusedError, UnknownRunError
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import Channels
 from node.rpc.security import NotConnectedError
@@ -16,6 +16,7 @@ from protocol import expert_pb2 as pb
 from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
+    from common.errors import KilohiveError
     from node.rpc.security import Caller
     from protocol.endpoints import Address
 
@@ -80,6 +81,13 @@ class ExpertClient:
             if isinstance(rebuilt, NotConnectedError):
                 # A peer that was started again has another certificate: the next call fetches it.
                 self._channels.drop(address)
-            raise rebuilt from None
+            raise _as_refusal(rebuilt) from None
         self.wire_bytes += len(raw) + len(answer)
         return answer
+
+
+def _as_refusal(error: KilohiveError) -> KilohiveError:
+    """An InvalidInputError from here on means that the peer's answer is off; one that the peer gives is a refusal."""
+    if isinstance(error, InvalidInputError) and not isinstance(error, (NotHostedError, UnknownRunError)):
+        return RefusedError(str(error))
+    return error

@@ -10,28 +10,34 @@ Shapes: T tokens, K experts per token, D model width, E experts of a layer.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import random
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from common.errors import TooFewExpertsError
 from node.model.pairs import Combined, flat_pairs
+from node.rpc.expert_codec import max_tokens_per_call
 from node.trainer.dispatch.backward import BackwardBatch, BackwardWork
 from node.trainer.dispatch.client import ExpertClient
 from node.trainer.dispatch.delivery import Delivery, DeliveryLimits
 from node.trainer.dispatch.forward import ForwardBatch, ForwardWork, SentPart
 from node.trainer.dispatch.loop_bridge import LoopBridge
 from node.trainer.dispatch.peers import Peers
-from node.trainer.dispatch.plan import LayerChoice, Planner
+from node.trainer.dispatch.plan import LayerChoice, Planner, SplitLimits
+from protocol.limits import MAX_VALUE
 from protocol.manifest import BlockId
+from protocol.tensors import DTYPES, check_range, magnitude
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from node.membership.swarm import Swarm
     from node.rpc.security import Caller
@@ -39,6 +45,8 @@ if TYPE_CHECKING:
     from node.trainer.dispatch.forward import ForwardAnswer, ForwardCall
     from node.trainer.dispatch.peers import ReplicaSource
     from protocol.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +104,15 @@ class Dispatcher:
         self._directory, self.client, self._config = directory, client, config
         self._peers = Peers(directory, config.avoid_failed_s, random.Random(config.seed))
         self._calls = LoopBridge(loop)
+        self._dtype = DTYPES[manifest.dtype]
+        self._split_limits = SplitLimits(
+            experts_per_block=manifest.model.experts_per_block, max_tokens=max_tokens_per_call(manifest)
+        )
         self._live: dict[int, tuple[int, torch.Tensor]] = {}
         self._lock = threading.Lock()
         self._pairs_by_peer: Counter[str] = Counter()
         self._staleness = StalenessSum()
+        self._invalid_at: set[int] = set()
 
     @property
     def calls_ok(self) -> int:
@@ -146,10 +159,15 @@ class Dispatcher:
     ) -> Combined:
         """Combine over the peers; `keep` says that a backward will follow.
 
-        Raises TooFewExpertsError if some token's experts answered fewer than `k_min` times, DrainingError once closed.
+        Raises:
+            InvalidInputError: the tokens or weights hold what no peer would take; none was asked.
+            TooFewExpertsError: some token's experts answered fewer than `k_min` times.
+            DrainingError: the dispatcher is closed.
         """
         choice = LayerChoice(layer, expert_ids_TK.cpu(), weights_TK.detach().cpu())
-        planner, x_TD = self._planner(choice), x_TD.detach().cpu()
+        planner, x_TD = self._planner(choice), x_TD.detach().cpu().to(self._dtype)
+        check_range(x_TD, f"x of MoE layer {layer}")
+        check_range(choice.weights_TK, f"gate weights of MoE layer {layer}")
         answers = self._forward(planner, ForwardBatch(layer, x_TD, keep))
         combined_TD = torch.zeros_like(x_TD)
         answered = torch.zeros(choice.expert_ids_TK.numel(), dtype=torch.bool)
@@ -157,16 +175,19 @@ class Dispatcher:
             combined_TD.index_add_(0, call.part.tokens, answer.sums_TD)
             answered[call.part.flat] = True
         answered_TK = answered.view(choice.expert_ids_TK.shape)
-        self._check_enough(choice, answered_TK, planner.failed_peers)
+        self._check_enough(choice, answered_TK, planner)
         sent = [SentPart.of(call, answer) for call, answer in answers]
         return Combined(combined_TD, answered_TK, Ticket(choice, sent))
 
     def backward(self, ticket: Ticket, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients for the tokens [T, D] and, flattened, for every choice [T * K]; zero where no peer answered.
 
-        Raises DrainingError once closed.
+        Where `grad_TD` holds what no peer would take, no expert steps and all gradients are NaN: whoever scales a loss
+        (`torch.amp.GradScaler`) looks for that and leaves the step out. Raises DrainingError once closed.
         """
-        grad_TD, choice = grad_TD.detach().cpu(), ticket.choice
+        grad_TD, choice = grad_TD.detach().cpu().to(self._dtype), ticket.choice
+        if not self._is_valid(grad_TD, choice.layer):
+            return torch.full_like(grad_TD, math.nan), grad_TD.new_full((choice.expert_ids_TK.numel(),), math.nan)
         work = BackwardWork(self.manifest, self.client, self._batch(choice.layer, grad_TD))
         delivery = Delivery(self._planner(choice), work, self._peers, self._calls, self._limits())
         grad_x_TD = torch.zeros_like(grad_TD)
@@ -193,12 +214,19 @@ class Dispatcher:
         """Return when the live replicas change, at the latest after `timeout_s`; raises DrainingError when closed."""
         self._calls.run(self._directory.wait_for_change(timeout_s), timeout_s)
 
+    def __deepcopy__(self, memo: object) -> Self:
+        """A copy of a model calls the same swarm."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle a Dispatcher, which is connected to a swarm: save the model's state_dict()")
+
     def close(self) -> None:
         """Cancel what is in flight; compute threads that wait get DrainingError, and so do those that call later."""
         self._calls.close()
 
     def _planner(self, choice: LayerChoice) -> Planner:
-        return Planner(choice, self._peers, self.manifest.model.experts_per_block)
+        return Planner(choice, self._peers, self._split_limits)
 
     def _limits(self, hedge_after_s: float | None = None) -> DeliveryLimits:
         return DeliveryLimits(deadline=time.monotonic() + self._config.call_timeout_s, hedge_after_s=hedge_after_s)
@@ -216,19 +244,28 @@ class Dispatcher:
                 self._pairs_by_peer[call.part.replica.peer_id] += len(call.part.flat)
         return answers
 
+    def _is_valid(self, grad_TD: torch.Tensor, layer: int) -> bool:
+        valid = magnitude(grad_TD) <= MAX_VALUE
+        if not valid and layer not in self._invalid_at:  # once, and again after a good one
+            logger.warning("The gradient of MoE layer %d is not finite or beyond %g: no expert steps", layer, MAX_VALUE)
+        (self._invalid_at.discard if valid else self._invalid_at.add)(layer)
+        return valid
+
     def _count_staleness(self, answer: BackwardAnswer) -> None:
         if answer.staleness is not None:
             with self._lock:
                 self._staleness = self._staleness.plus(answer.staleness)
 
-    def _check_enough(self, choice: LayerChoice, answered_TK: torch.Tensor, failed_peers: set[str]) -> None:
+    def _check_enough(self, choice: LayerChoice, answered_TK: torch.Tensor, planner: Planner) -> None:
         chosen_T = (choice.expert_ids_TK >= 0).sum(1)
         short_T = answered_TK.sum(1) < chosen_T.clamp(max=self._config.k_min)
         if bool(short_T.any()):
+            failed_peers = tuple(sorted(planner.failed_peers))
+            refusals = f"; refused by hosts: {'; '.join(sorted(planner.refusals))}" if planner.refusals else ""
             raise TooFewExpertsError(
                 f"layer {choice.layer}: fewer than {self._config.k_min} experts answered for {int(short_T.sum())} of "
-                f"{len(short_T)} tokens; peers that failed: {', '.join(sorted(failed_peers)) or 'none'}",
-                failed_peers=tuple(sorted(failed_peers)),
+                f"{len(short_T)} tokens; peers that failed: {', '.join(failed_peers) or 'none'}{refusals}",
+                failed_peers=failed_peers,
             )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from common.backoff import backoff_s
-from common.errors import NotHostedError, OverloadedError
+from common.errors import NotHostedError, OverloadedError, RefusedError
 from dht.directory import MAX_AVOID_S
 from node.rpc.call_errors import is_lost
 from node.trainer.dispatch.peer_costs import LatencyWindow, PeerCosts, choose
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_DOUBLINGS = 6
+_REFUSED = "Peer %s at %s refuses what it was sent, which has passed the checks of this node: %s"
 LOST_IN_A_ROW = 3
 """From this many losses without an answer between them on, the peer is at fault and not the network."""
 
@@ -57,7 +58,7 @@ class Peers:
     lost, from the third in a row on, or a network that loses one in ten would empty the swarm. Calls that were on their
     way already when it came to be avoided are no further failures, or one death would count for each of them. One that
     says that it does not hold a block is only left alone for that block: it has given it up, and its record has yet to
-    say so.
+    say so. One that refuses what it was sent is not held responsible: the mistake may be this node's.
     """
 
     def __init__(
@@ -144,9 +145,14 @@ class Peers:
 
     def failed(self, replica: Replica, blocks: Sequence[BlockId], error: KilohiveError) -> None:
         """A call for `blocks` failed."""
-        logger.info("Peer %s at %s failed: %s", replica.peer_id, replica.endpoint, error)
+        if isinstance(error, RefusedError):
+            logger.warning(_REFUSED, replica.peer_id, replica.endpoint, error)
+        else:
+            logger.info("Peer %s at %s failed: %s", replica.peer_id, replica.endpoint, error)
         with self._lock:
             self.calls_failed += 1
+            if isinstance(error, RefusedError):
+                return
             if isinstance(error, NotHostedError):
                 self._give_up(replica.peer_id, blocks)
                 return

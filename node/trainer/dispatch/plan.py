@@ -9,25 +9,26 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.errors import NotHostedError
+import torch
+
+from common.errors import NotHostedError, RefusedError
+from node.model.pairs import NO_EXPERT, Pairs
 from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator, Mapping
 
     from common.errors import KilohiveError
     from dht.view import Replica
     from node.trainer.dispatch.peers import Peers
-from typing import TYPE_CHECKING
 
-import torch
 
-from node.model.pairs import NO_EXPERT, Pairs
+@dataclass(frozen=True, kw_only=True)
+class SplitLimits:
+    """Experts of one block, and the most tokens that one request may carry."""
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from dht.view import Replica
+    experts_per_block: int
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ def split_by_peer(
     weights_TK: torch.Tensor,
     flat: torch.Tensor,
     replicas: Mapping[int, Replica],
-    experts_per_block: int,
+    limits: SplitLimits,
 ) -> tuple[list[Part], torch.Tensor]:
-    """Parts, one per peer in the order of peer ids, and the positions in `flat` whose block has no replica.
+    """Parts in the order of peer ids, and the positions in `flat` whose block has no replica.
 
-    `replicas` holds the chosen replica of each block of this layer that has one.
+    A peer gets one part, or several where the limit on tokens asks for it. `replicas` holds the chosen replica of each
+    block of this layer that has one.
     """
+    experts_per_block, k = limits.experts_per_block, expert_ids_TK.shape[1]
     peers = sorted({replica.peer_id: replica for replica in replicas.values()}.items())
     index_of = {peer_id: index for index, (peer_id, _) in enumerate(peers)}
     expert_P = expert_ids_TK.reshape(-1)[flat]
@@ -67,11 +70,20 @@ def split_by_peer(
     peer_P = peer_of_B[expert_P // experts_per_block] if len(flat) else flat
     parts = []
     for index, (_, replica) in enumerate(peers):
-        mine = torch.nonzero(peer_P == index)[:, 0]
-        if len(mine):
+        for mine in _by_tokens(torch.nonzero(peer_P == index)[:, 0], flat // k, limits.max_tokens):
             blocks = tuple(torch.unique(expert_P[mine] // experts_per_block).tolist())
             parts.append(_part(replica, blocks, flat[mine], expert_P[mine], weights_TK))
     return parts, flat[peer_P == NO_EXPERT]
+
+
+def _by_tokens(pairs: torch.Tensor, token_P: torch.Tensor, max_tokens: int) -> Iterator[torch.Tensor]:
+    """Split ascending indices of pairs so that each piece touches `max_tokens` tokens at most."""
+    if len(pairs) <= max_tokens:
+        if len(pairs):
+            yield pairs
+        return
+    _, rank_P = torch.unique_consecutive(token_P[pairs], return_inverse=True)
+    yield from pairs.split(torch.bincount(rank_P // max_tokens).tolist())
 
 
 def pairs_by_block(expert_ids_TK: torch.Tensor, flat: torch.Tensor, experts_per_block: int) -> dict[int, torch.Tensor]:
@@ -101,16 +113,17 @@ class LayerChoice:
 class Planner:
     """Splits pairs over the replicas of their blocks. Both ways through a layer, and every retry, are planned here."""
 
-    def __init__(self, choice: LayerChoice, peers: Peers, experts_per_block: int) -> None:
+    def __init__(self, choice: LayerChoice, peers: Peers, limits: SplitLimits) -> None:
         self.choice = choice
         self.failed_peers: set[str] = set()
-        self._peers, self._experts_per_block = peers, experts_per_block
+        self.refusals: set[str] = set()
+        self._peers, self._limits = peers, limits
         self._left_out: set[str] = set()
         self._given_up: set[tuple[str, int]] = set()
 
     def plan(self, flat: torch.Tensor, without: str = "") -> tuple[list[Part], torch.Tensor]:
         """Parts for the pairs at `flat`, none of them at peer `without`; and the pairs that no replica is left for."""
-        by_block = pairs_by_block(self.choice.expert_ids_TK, flat, self._experts_per_block)
+        by_block = pairs_by_block(self.choice.expert_ids_TK, flat, self._limits.experts_per_block)
         planned: Counter[str] = Counter()
         chosen = {}
         for block, pairs in by_block.items():
@@ -119,7 +132,7 @@ class Planner:
                 chosen[block] = self._peers.choose(replicas, planned)
                 planned[chosen[block].peer_id] += len(pairs)
         choice = self.choice
-        return split_by_peer(choice.expert_ids_TK, choice.weights_TK, flat, chosen, self._experts_per_block)
+        return split_by_peer(choice.expert_ids_TK, choice.weights_TK, flat, chosen, self._limits)
 
     def has_others(self, part: Part) -> bool:
         """Whether every block of a part has a replica at another peer."""
@@ -129,13 +142,16 @@ class Planner:
         """Leave out what failed; the part's pairs in the groups in which they are to be planned again."""
         peer_id = part.replica.peer_id
         self._peers.failed(part.replica, [BlockId(self.choice.layer, block) for block in part.blocks], error)
-        self.failed_peers.add(peer_id)
+        if isinstance(error, RefusedError):
+            self.refusals.add(str(error))
+        else:
+            self.failed_peers.add(peer_id)
         if not isinstance(error, NotHostedError):
             self._left_out.add(peer_id)
             return [part.flat]
         if len(part.blocks) > 1:
             # It still holds some of them, perhaps as the only one: ask for each alone.
-            return list(pairs_by_block(self.choice.expert_ids_TK, part.flat, self._experts_per_block).values())
+            return list(pairs_by_block(self.choice.expert_ids_TK, part.flat, self._limits.experts_per_block).values())
         self._given_up.add((peer_id, part.blocks[0]))
         return [part.flat]
 

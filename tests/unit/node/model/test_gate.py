@@ -353,3 +353,16 @@ def test_the_gate_reports_what_the_trainer_observed() -> None:
     gate.observe(torch.full((64,), 2), overflow=32)
     assert gate.stats().overflow_fraction == pytest.approx(0.25)
     assert gate.stats().load_entropy_bits == pytest.approx(6.0)
+
+
+@each_kind
+def test_biases_stay_precise_in_a_model_of_half_precision(kind: GateKind) -> None:
+    gate = make_gate(kind).to(torch.bfloat16)
+    assert gate.dtype == torch.bfloat16
+    gate.bias_E += 0.3
+    before = gate.bias_E.clone()
+    gate.update_balance(torch.arange(gate.n_experts))
+    assert gate.bias_E.dtype == torch.float32
+    assert bool((gate.bias_E != before).any()), "a move of a thousandth is lost in bfloat16"
+    assert choose(gate, tokens().bfloat16()).weights_TK.dtype == torch.float32
+    assert gate.double().bias_E.dtype == torch.float64

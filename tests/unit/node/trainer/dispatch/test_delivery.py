@@ -13,21 +13,28 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from common.errors import DeadlineError, KilohiveError, NotHostedError, OverloadedError, UnavailableError
+from common.errors import (
+    DeadlineError,
+    KilohiveError,
+    NotHostedError,
+    OverloadedError,
+    RefusedError,
+    UnavailableError,
+)
 from node.model.pairs import flat_pairs
 from node.rpc.security import NotConnectedError
 from node.trainer.dispatch import delivery
 from node.trainer.dispatch.delivery import Delivery, DeliveryLimits
 from node.trainer.dispatch.loop_bridge import LoopBridge
 from node.trainer.dispatch.peers import Peers
-from node.trainer.dispatch.plan import LayerChoice, Part, Planner, split_by_peer
+from node.trainer.dispatch.plan import LayerChoice, Part, Planner, SplitLimits, split_by_peer
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import FakeDirectory, LoopThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-EXPERTS_PER_BLOCK = 4
+LIMITS = SplitLimits(experts_per_block=4, max_tokens=65_536)
 IDS_TK = torch.tensor([[0, 4], [5, 1], [2, -1], [-1, 7]])
 BLOCK_OF_FLAT = {0: 0, 1: 1, 2: 1, 3: 0, 4: 0, 7: 1}
 
@@ -95,7 +102,7 @@ class Swarm:
             self.directory.add(peer_id, "h:1", [BlockId(0, block) for block in held])
         self.peers = Peers(self.directory, 5.0, random.Random(0))
         choice = LayerChoice(0, IDS_TK, torch.ones(IDS_TK.shape))
-        self.planner = Planner(choice, self.peers, EXPERTS_PER_BLOCK)
+        self.planner = Planner(choice, self.peers, LIMITS)
         self.calls = LoopBridge(loop.loop)
 
     def gate(self, peer_id: str) -> Future[None]:
@@ -104,7 +111,7 @@ class Swarm:
     def run(self, first: str, timeout_s: float = 20.0, hedge_after_s: float | None = None) -> dict[str, list[int]]:
         """Who answered which pairs, when all of them are first sent to `first`."""
         replicas = {b: r for b in (0, 1) for r in self.directory.replicas(BlockId(0, b)) if r.peer_id == first}
-        parts, orphans = split_by_peer(IDS_TK, torch.ones(IDS_TK.shape), flat_pairs(IDS_TK), replicas, 4)
+        parts, orphans = split_by_peer(IDS_TK, torch.ones(IDS_TK.shape), flat_pairs(IDS_TK), replicas, LIMITS)
         assert not len(orphans)
         limits = DeliveryLimits(deadline=time.monotonic() + timeout_s, hedge_after_s=hedge_after_s)
         answers = Delivery(self.planner, self.work, self.peers, self.calls, limits).run(map(Asked, parts))
@@ -138,6 +145,23 @@ def test_pairs_of_a_peer_that_fails_are_split_over_the_others(loop: LoopThread) 
     swarm.work.errors["first"] = NotConnectedError("gone")
     assert swarm.run("first") == {"a": flat_of(0), "b": flat_of(1)}
     assert swarm.directory.failures == ["first"]
+
+
+def test_a_peer_that_refuses_its_input_is_not_held_responsible(
+    loop: LoopThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    swarm = Swarm(loop, first=(0, 1), other=(0, 1))
+    swarm.work.errors["first"] = RefusedError("inputs.tokens_TD: holds NaN or infinity")
+    for _ in range(3):
+        assert swarm.run("first") == {"other": flat_of(0, 1)}
+        swarm.planner = Planner(swarm.planner.choice, swarm.peers, LIMITS)
+    assert swarm.directory.failures == []
+    assert swarm.peers.calls_failed == 3
+    assert "first at h:1 refuses what it was sent" in caplog.text
+    swarm.work.errors["other"] = RefusedError("inputs.tokens_TD: holds NaN or infinity")
+    assert swarm.run("first") == {}
+    assert swarm.planner.failed_peers == set()
+    assert swarm.planner.refusals == {"inputs.tokens_TD: holds NaN or infinity"}
 
 
 def test_a_call_that_got_lost_is_repeated_once_at_the_same_peer(loop: LoopThread) -> None:
@@ -254,7 +278,7 @@ def test_there_is_no_hedge_when_some_block_has_no_other_replica(loop: LoopThread
             slow.set_result(None)
             return super().plan(flat, without)
 
-    swarm.planner = WatchedPlanner(swarm.planner.choice, swarm.peers, EXPERTS_PER_BLOCK)
+    swarm.planner = WatchedPlanner(swarm.planner.choice, swarm.peers, LIMITS)
     assert swarm.run("slow", hedge_after_s=0.0) == {"slow": flat_of(0, 1)}
     assert planned_without == ["slow"]
     assert swarm.peers.hedges_sent == 0

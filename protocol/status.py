@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 ERROR_KEY = "kilohive-error"
 FIELD_KEY = "kilohive-field"
 RETRY_KEY = "kilohive-retry-after-ms"
+REASON_KEY = "kilohive-reason"
+"""Why a node's health is what it is."""
+
 MAX_MESSAGE_CHARS = 500
 MAX_RETRY_AFTER_S = 60.0
 

@@ -29,6 +29,7 @@ class Reason(StrEnum):
     SCHEDULE = "it is outside its schedule"
     IN_USE = "somebody else needs the machine"
     SLEPT = "the machine slept"
+    DEVICE = "its device fails"
 
 
 def clock_with_sleep() -> float:

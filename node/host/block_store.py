@@ -15,6 +15,7 @@ from node.model.checkpoint import (
     read_metadata,
     write_checkpoint,
 )
+from node.model.devices import first_line
 from node.model.experts.block import new_block
 from node.model.experts.state import block_metadata, block_state, block_tensors, restore_block
 from protocol.manifest import BlockId
@@ -67,8 +68,14 @@ class BlockStore:
         return None if block is None else block_state(block)
 
     def copy(self, block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `write` takes; call it where the block's weights may be touched."""
-        return block_tensors(block), block_metadata(block, self._manifest.run_id)
+        """What `write` takes; call it where the block's weights may be touched.
+
+        Raises CheckpointError if the device does not give them: the checkpoint on disk is the newest then.
+        """
+        try:
+            return block_tensors(block), block_metadata(block, self._manifest.run_id)
+        except RuntimeError as error:
+            raise CheckpointError(f"block {block.id}: its device does not give it back: {first_line(error)}") from None
 
     def write(self, block_id: BlockId, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         """Replace the block's checkpoint; raises CheckpointError, and the old one stays."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
+from common.errors import CheckpointError
 from node.host.serving.block_replica import BlockReplica
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from node.host.serving.runtime import Runtime
     from node.model.experts.block import Block
     from protocol.manifest import BlockId
+
+logger = logging.getLogger(__name__)
 
 CATCH_UP_TRIES = 3
 
@@ -83,6 +87,9 @@ class HeldBlocks:
     async def _let_go(self, block_id: BlockId) -> None:
         self._averaging.replicas.remove(block_id)
         removed = await asyncio.wrap_future(self._runtime.remove_block(block_id))
-        await asyncio.to_thread(self._store.write, block_id, *self._store.copy(removed))
-        self.stored[block_id] = removed.version
         self._since.pop(block_id, None)
+        try:
+            await asyncio.to_thread(self._store.write, block_id, *self._store.copy(removed))
+            self.stored[block_id] = removed.version
+        except CheckpointError as error:
+            logger.error("%s; what it learnt since its last checkpoint is lost here", error)  # noqa: TRY400

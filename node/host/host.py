@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from common.allocator import keep_freed_memory, keep_little_memory
-from common.errors import DrainingError
+from common.errors import DrainingError, NoRoomError
 from common.events import EventLog
 from common.folders import prepare_folder
 from common.metrics import serve_metrics
@@ -30,6 +30,7 @@ from node.host.block_manager import BlockManager
 from node.host.block_store import BlockStore
 from node.host.capacity import capacity_for, events_bytes, wanted_capacity
 from node.host.checkpoints import Checkpoints
+from node.host.device_watch import DeviceWatch
 from node.host.events import AnnouncedEvent, AskedEvent, HostLeaveEvent, LimitsEvent
 from node.host.expert_upload_service import ExpertUploadService, VerdictChecker
 from node.host.hand_over import HandOver
@@ -41,6 +42,7 @@ from node.host.pause import Pause
 from node.host.placement import PlacementConfig, parse_blocks
 from node.host.placement_controller import PlacementController
 from node.host.placement_planner import PlacementPlanner
+from node.host.serving.batch_runner import try_forward
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.host.serving.service import SERVICE_NAME, ExpertService
 from node.host.signals import signals_heard
@@ -52,7 +54,8 @@ from node.membership import reachability
 from node.membership.endpoint import NodeEndpoint
 from node.membership.reachability import DialBackService
 from node.membership.swarm import Swarm
-from node.model.devices import limit_device_memory, pick_device
+from node.model.devices import first_line, limit_device_memory, pick_device
+from node.model.experts.block import new_block
 from node.rpc.health import server_told
 from node.rpc.rate_limit_interceptor import RateLimitInterceptor
 from node.rpc.server import NodeServer
@@ -60,6 +63,7 @@ from node.rpc.upload import INTAKE
 from protocol import expert_pb2 as pb
 from protocol.endpoints import Address, endpoint_text
 from protocol.identity import Identity
+from protocol.manifest import BlockId
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -67,7 +71,6 @@ if TYPE_CHECKING:
 
     from node.host.config import HostConfig
     from node.limits.memory import Capacity
-    from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
 
@@ -324,8 +327,17 @@ class Host:
             self._node_endpoint.watch(self._announcer),
             self._monitor.watch(),
             self._pause.follow(),
+            DeviceWatch(self._runtime, self._availability, self._try_device, self._server.report).watch(),
         ]
         return [*work, self._placement.recheck_forever()] if self._config.recheck_s else work
+
+    def _try_device(self) -> str:
+        manifest = self._swarm.manifest
+        try:
+            block = new_block(manifest, BlockId(0, 0), self._device)
+        except (RuntimeError, NoRoomError) as error:
+            return first_line(error)
+        return try_forward(block, manifest.model.d_model, self._device)
 
     async def _leave(self) -> None:
         """Withdraw the records while running calls end, then save what they changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,16 @@ from common.errors import ConfigError, NoRoomError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+logger = logging.getLogger(__name__)
+
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")
 KINDS = "use auto, cpu, cuda, cuda:N or mps"
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA if there is any; raises ConfigError saying what this machine has."""
+    """`auto` takes CUDA if there is any that computes; raises ConfigError saying what this machine has."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _automatic_device()
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -30,7 +33,35 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"--device: {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"--device: {name!r}, but this machine has no GPU of Apple's; use cpu")
+    if problem := device_problem(device):
+        raise ConfigError(f"--device: {name!r} is there and does not compute ({problem}); mend its driver, or use cpu")
     return device
+
+
+def _automatic_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if problem := device_problem(torch.device("cuda")):
+        logger.warning("There is a GPU, but it does not compute (%s): this node uses the CPU", problem)
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def device_problem(device: torch.device) -> str:
+    """Why a device that is there does not compute: a GPU that this torch has no kernels for, one in use, a driver.
+
+    Empty if a small product comes out right.
+    """
+    try:
+        ones = torch.ones(8, 8, device=device)
+        return "" if float((ones @ ones).sum()) == 8.0**3 else "it computes a wrong product"
+    except RuntimeError as error:
+        return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of torch's says, in one line: some go on for twenty."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def knows_float64(device: torch.device) -> bool:
@@ -69,5 +100,4 @@ def no_capacity_is_an_error() -> Iterator[None]:
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NoRoomError(f"the device has no memory left: {said[:120]}") from None
+        raise NoRoomError(f"the device has no memory left: {first_line(error)[:120]}") from None

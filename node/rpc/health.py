@@ -21,10 +21,12 @@ from grpc_health.v1 import health_pb2
 from common.atomic_file import write_atomically
 from common.errors import ConfigError, IdentityError, UnavailableError
 from common.settings import check_minimums
+from common.text import peer_words
 from node.rpc.security import Security
 from protocol.admission import OPEN, Admission, token_from_hex
 from protocol.endpoints import Address
 from protocol.identity import Identity, public_key_of
+from protocol.status import MAX_MESSAGE_CHARS, REASON_KEY
 from protocol.swarm_file import SwarmFile, checked_run_id
 
 if TYPE_CHECKING:
@@ -135,13 +137,15 @@ async def _ask_server(address: Address, admission: Admission, config: HealthConf
     async with await caller.open(address, config.timeout_s) as channel:
         try:
             check: Check = channel.unary_unary(CHECK)
-            raw = await check(b"", metadata=caller.metadata(address, CHECK), timeout=config.timeout_s)
+            call = check(b"", metadata=caller.metadata(address, CHECK), timeout=config.timeout_s)
+            raw, trailing = await call, await call.trailing_metadata()
         except grpc.aio.AioRpcError as error:
             raise UnavailableError(f"{address.endpoint}: {error.details()}") from None
     answer = health_pb2.HealthCheckResponse.FromString(raw)
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        raise UnavailableError(f"{address.endpoint}: is {status}")
+        why = peer_words(str(dict(trailing or ()).get(REASON_KEY, "it is leaving")), MAX_MESSAGE_CHARS)
+        raise UnavailableError(f"{address.endpoint}: is {status}: {why}")
     return f"{address.peer_id} at {address.endpoint}: {status}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -12,12 +12,15 @@ from common.errors import ConfigError
 from node.rpc.auth_interceptor import AuthInterceptor
 from node.rpc.security import KEEPALIVE_MS
 from protocol.limits import MAX_MESSAGE_BYTES
+from protocol.status import REASON_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from node.rpc.rate_limit_interceptor import RateLimitInterceptor
     from node.rpc.security import Security
+
+    Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_CONCURRENT_CALLS = 64
 """gRPC holds a whole message before we see it: this many times MAX_MESSAGE_BYTES is the most that callers can take."""
@@ -29,6 +32,18 @@ OPTIONS = (
     # Callers ask whether this node is there while they wait for it; more often than this is too often.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
 )
+
+
+class HealthWithReason(health.aio.HealthServicer):
+    """Standard health; an answer that is not SERVING brings along why, which the protocol has no field for."""
+
+    problem = ""
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:  # noqa: N802 - gRPC's name
+        """Answer, with the reason in the trailing metadata."""
+        if self.problem:
+            context.set_trailing_metadata(((REASON_KEY, self.problem.encode("ascii", "replace").decode()),))
+        return await super().Check(request, context)
 
 
 class NodeServer:
@@ -53,7 +68,7 @@ class NodeServer:
             interceptors=[one for one in in_front if one is not None],
         )
         self._credentials = security.server_credentials()
-        self._health = health.aio.HealthServicer()
+        self._health = HealthWithReason()
         self._server.add_generic_rpc_handlers(tuple(handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._names = tuple(service_names)
@@ -76,8 +91,14 @@ class NodeServer:
             ) from None
         await self._server.start()
         self.endpoint = f"{_bracketed(self._address)}:{port}"
+        await self.report("")
+
+    async def report(self, problem: str) -> None:
+        """Say NOT_SERVING and why, or SERVING if `problem` is empty."""
+        self._health.problem = problem
+        status = health_pb2.HealthCheckResponse
         for name in ("", *self._names):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._health.set(name, status.NOT_SERVING if problem else status.SERVING)
 
     async def drain(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse new calls, give the running ones `grace_s` seconds."""

@@ -52,6 +52,17 @@ async def test_a_node_that_serves_is_healthy(tmp_path: Path, capsys: pytest.Capt
         assert capsys.readouterr().out == f"{HOST.identity.peer_id} at {server.endpoint}: SERVING\n"
 
 
+async def test_a_node_that_cannot_serve_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with serving() as server:
+        with server_told(tmp_path, at(server)):
+            await server.report("CUDA error: no kernel image is \u201cavailable\u201d")
+            with pytest.raises(UnavailableError, match=r"is NOT_SERVING: CUDA error: no kernel image is \?available\?"):
+                await ask(tmp_path)
+            await server.report("")
+            await ask(tmp_path)
+    assert "SERVING" in capsys.readouterr().out
+
+
 async def test_a_node_without_encryption_is_asked_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with serving(Security(HOST.identity, insecure_local=True)) as server:
         with server_told(tmp_path, at(server)):

@@ -30,9 +30,10 @@ from common.errors import DeadlineError, KilohiveError, NoRoomError, UnknownRequ
 from node.host.serving.activation_cache import ActivationCache, SteppedIds
 from node.host.serving.hosted_blocks import HostedBlocks
 from node.host.serving.jobs import BackwardJob, BackwardResult, ForwardJob, ForwardResult, Job, merged_inputs
-from node.model.devices import is_out_of_memory
+from node.model.devices import first_line, is_out_of_memory
 from node.model.experts.layer import LayerGradients, layer_backward, layer_forward
 from node.model.learning_rate import learning_rate_factor
+from node.model.pairs import Pairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,6 +73,7 @@ class BatchRunner:
         self.tokens_total = 0
         self.steps_refused = 0
         self.out_of_memory = 0
+        self.failed_in_a_row = 0
         self._optimizer, self._averaging = manifest.optimizer, manifest.averaging
         self._kept, self._clock = kept, clock
         self._stepped = SteppedIds()
@@ -113,8 +115,12 @@ class BatchRunner:
         if is_out_of_memory(error):
             self.out_of_memory += 1
             return NoRoomError("this host's device had no memory for the batch: choose another replica")
-        logger.error("A batch failed", exc_info=error)
-        return error if isinstance(error, KilohiveError) else KilohiveError("the host failed on this batch")
+        if isinstance(error, KilohiveError):
+            return error
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row == 1:  # the next ones are told together, by `node/host/device_watch.py`
+            logger.error("A batch failed", exc_info=error)
+        return KilohiveError("the host failed on this batch")
 
     def _joins(self, job: Job, effect: _Effect) -> bool:
         return effect is not _Effect.STALE and self._effect(job) is effect
@@ -139,6 +145,7 @@ class BatchRunner:
         for job in jobs:
             if job.keep:
                 self._kept.put(job.key, job.inputs)
+        self.failed_in_a_row = 0
         self.tokens_total += len(y_TD)
         self.rate.add(len(y_TD))
         for job, part_TD in zip(jobs, y_TD.split([job.n_tokens for job in jobs]), strict=True):
@@ -197,6 +204,7 @@ class BatchRunner:
         return lambda block, gradients: block.step(gradients, lr, self._optimizer)
 
     def _answer(self, ready: list[_Ready], gradients: LayerGradients, *, stepped: bool) -> None:
+        self.failed_in_a_row = 0
         tokens = gradients.tokens_TD.split([one.job.n_tokens for one in ready])
         weights = gradients.weight_P.split([len(one.inputs.pairs.weight_P) for one in ready])
         for one, part_TD, part_P in zip(ready, tokens, weights, strict=True):
@@ -205,6 +213,18 @@ class BatchRunner:
             one.job.future.set_result(
                 BackwardResult(tokens_TD=part_TD, weight_P=part_P, stepped=stepped, staleness=one.staleness)
             )
+
+
+def try_forward(block: Block, d_model: int, device: torch.device) -> str:
+    """What goes wrong when one token of zeros passes a block's first expert; empty if nothing does."""
+    token_P = torch.zeros(1, dtype=torch.int64, device=device)
+    x_TD = torch.zeros(1, d_model, dtype=next(iter(block.params.values())).dtype, device=device)
+    try:
+        with torch.no_grad():
+            y_TD = layer_forward([block], x_TD, Pairs(token_P, token_P + block.experts.start, x_TD[:, 0] + 1))
+        return "" if bool(torch.isfinite(y_TD).all()) else "what it computes is not finite"
+    except RuntimeError as error:
+        return first_line(error)
 
 
 def _no_step(_block: Block, _gradients: BlockGradients) -> None:

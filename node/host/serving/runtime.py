@@ -101,6 +101,11 @@ class Runtime:
         """Batches for which the device had no memory."""
         return self._worker.out_of_memory
 
+    @property
+    def failed_in_a_row(self) -> int:
+        """Batches that failed since the last one that did not; those without memory are not counted."""
+        return self._worker.failed_in_a_row
+
     def layer_blocks(self, layer: int) -> Sequence[Block]:
         """Hosted blocks of `layer` now, in order."""
         return self._worker.blocks.layer(layer)

@@ -7,15 +7,22 @@ import torch
 
 from common.errors import ConfigError, NoRoomError
 from node.model import devices
-from node.model.devices import is_out_of_memory, limit_device_memory, no_capacity_is_an_error, pick_device
+from node.model.devices import (
+    device_problem,
+    is_out_of_memory,
+    limit_device_memory,
+    no_capacity_is_an_error,
+    pick_device,
+)
 
 CUDA, MPS, CPU = torch.device("cuda"), torch.device("mps"), torch.device("cpu")
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, *, n_cuda: int = 0, mps: bool = False) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, *, n_cuda: int = 0, mps: bool = False, problem: str = "") -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: n_cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(devices, "device_problem", lambda _: problem)
 
 
 def test_auto_takes_cuda_where_there_is_any_and_mps_only_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +45,23 @@ def test_a_device_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatc
     machine(monkeypatch, n_cuda=2)
     with pytest.raises(ConfigError, match=f"--device: .*{problem}"):
         pick_device(name)
+
+
+def test_a_gpu_that_is_there_and_does_not_compute_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine(monkeypatch, n_cuda=1, problem="no kernel image is available")
+    assert pick_device("auto") == CPU
+    assert "does not compute (no kernel image is available): this node uses the CPU" in caplog.text
+    with pytest.raises(ConfigError, match=r"--device: 'cuda' is there and does not compute \(no kernel image"):
+        pick_device("cuda")
+
+
+def test_a_device_is_tried_with_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_problem(CPU) == ""
+    assert "meta" in device_problem(torch.device("meta"))
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(8, 8))
+    assert device_problem(CPU) == "it computes a wrong product"
 
 
 def test_a_gpu_is_told_its_limit_as_a_share(monkeypatch: pytest.MonkeyPatch) -> None:

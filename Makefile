@@ -5,7 +5,10 @@ SHELL := bash
 .PHONY: help setup setup-dev setup-lighthouse setup-bench setup-seed swarm test test-all lint rooms format proto bench compose-test \
 	nat-test lock clean
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 \
+	|| echo python3)
+TORCH ?= auto#     make setup TORCH=cuda: PyPI's build, with NVIDIA's libraries; cpu: for processors alone
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 SWARM_FLAGS ?=#    make swarm SWARM_FLAGS=--resume
 PYTEST_FLAGS ?=#   make test PYTEST_FLAGS="tests/unit -x"
@@ -41,7 +44,7 @@ bench: setup-bench ## run the benchmarks, an hour and a half for all (flags: BEN
 	@$(BIN)/python -m tests.benchmarks.suite $(BENCH_FLAGS)
 setup-seed: .venv/.seed ## the same as setup, and the seed model that experiments put adapters around, with its texts
 compose-test: setup-dev ## build the image, run docker/compose.yaml on a Docker engine and break things
-	@$(BIN)/python -m pytest tests/compose $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest tests/compose -s $(PYTEST_FLAGS)
 nat-test: setup-dev ## reach hosts behind NATs, in network namespaces (root, ip, iptables)
 	@$(BIN)/python -m pytest tests/nat -s $(PYTEST_FLAGS)
 lock: setup-dev ## bring the lock files up to date with pyproject.toml
@@ -53,8 +56,9 @@ clean: ## remove caches and build outputs (not .venv, not runs/)
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/bin/pip:
-	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else \
-		f"Kilohive needs Python 3.11 or newer; $(PYTHON) is {v}. Install one, then: make setup PYTHON=/path/to/it")'
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else \
+		f"Kilohive needs Python 3.11, 3.12 or 3.13 (uvloop 0.21 has no wheel for a newer one); $(PYTHON) is {v}. " \
+		"Install one, then: make setup PYTHON=/path/to/it")'
 	@echo "Making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 .venv/.runtime: requirements.lock | .venv/bin/pip
@@ -90,8 +94,19 @@ $(BIN)/python -m pytest $(1) $(if $(strip $(PYTEST_FLAGS)),$(PYTEST_FLAGS),-n 2 
 tests/faults tests/swarm tests/integration tests/unit)
 endef
 
+# PyPI's torch for Linux brings NVIDIA's libraries, 3 GB, which a machine without such a GPU has no use for.
+define cpu_torch
+if [ "$(TORCH)" != cuda ] && [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import torch' 2>/dev/null \
+	&& { [ "$(TORCH)" = cpu ] || ! nvidia-smi -L >/dev/null 2>&1; }; then \
+	if $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null; then \
+		echo 'No NVIDIA GPU: fetching torch for processors alone, about 200 MB (TORCH=cuda fetches the other, 3 GB)'; \
+		$(BIN)/pip install -q --disable-pip-version-check --no-deps --index-url $(CPU_INDEX) \
+			"$$(grep -o '^torch==[0-9.]*' requirements.lock)"; \
+	else echo 'No NVIDIA GPU, and $(CPU_INDEX) does not answer: torch comes from where pip finds it'; fi; fi
+endef
 # A dot every two seconds, because pip is silent while it unpacks torch; pip's errors are shown, its warnings are not.
 define install
+$(cpu_torch); \
 printf 'Installing %s packages into .venv (a minute or more) ' "$$(grep -c == $(1))"; \
 (while sleep 2; do printf .; done) & dots=$$!; trap "kill $$dots 2>/dev/null; echo" EXIT; \
 $(BIN)/pip install -qq --disable-pip-version-check -r $(1); printf done

@@ -54,7 +54,7 @@ def swarm() -> Iterator[Compose]:
         pytest.fail(missing, pytrace=False)
     swarm = Compose(f"kilohive-test-{os.getpid()}", {"KILOHIVE_IMAGE": IMAGE, "TOTAL_TOKENS": "100000000"})
     started = time.monotonic()
-    swarm.run("build", "coordinator", timeout_s=1500)
+    swarm.build("coordinator", timeout_s=1500)
     FIGURES["build_s"] = time.monotonic() - started
     FIGURES["image_mb"] = int(docker("image", "inspect", "--format", "{{.Size}}", IMAGE)) / 1e6
     try:

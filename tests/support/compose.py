@@ -65,6 +65,17 @@ class Compose:
         assert done.returncode == 0, f"docker {' '.join(every)}: {done.stderr[-3000:]}"
         return done.stdout.strip()
 
+    def build(self, service: str, timeout_s: float) -> None:
+        """Build the image of a service; what docker says goes to the terminal, since it takes minutes."""
+        words = ("compose", "--progress", "plain", "--project-name", self.name, "--file", str(FILE), "build", service)
+        done = subprocess.run(
+            [shutil.which("docker") or "docker", *words],
+            check=False,
+            timeout=timeout_s,
+            env={**os.environ, **self._env},
+        )
+        assert done.returncode == 0, f"docker {' '.join(words)}: see above"
+
     def containers(self, service: str = "", *, running: bool = True) -> list[str]:
         """Names, in order."""
         label = f"label=com.docker.compose.service={service}" if service else f"name={self.name}"

@@ -28,17 +28,23 @@ PUBLIC = "11.9.0"
 COMMAND_TIMEOUT_S = 10.0
 
 
+PACKAGES = {"ip": "iproute2", "tc": "iproute2", "iptables": "iptables"}
+"""Programs that the tests run, and Debian's packages of them."""
+
+
 def missing() -> str:
-    """Why no namespaces can be made here; empty if they can."""
+    """Why no namespaces can be made here, in one sentence that says what to do; empty if they can."""
     if os.name != "posix" or os.geteuid() != 0:
-        return "network namespaces need root"
-    absent = [program for program in ("ip", "iptables", "tc") if shutil.which(program) is None]
+        return "make nat-test makes network namespaces, which needs root: run it with sudo"
+    absent = [program for program in PACKAGES if shutil.which(program) is None]
     if absent:
-        return f"{', '.join(absent)}: not installed"
+        packages = " ".join(sorted({PACKAGES[program] for program in absent}))
+        return f"make nat-test needs {', '.join(absent)}: install {packages} (Debian: apt-get install {packages})"
     probe = f"kh{os.getpid()}p"
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
     _ip("netns", "delete", probe, check=False)
-    return f"ip netns add: {made.stderr.strip()}" if made.returncode else ""
+    why = made.stderr.strip()
+    return f"make nat-test cannot make a network namespace here (ip netns add: {why})" if made.returncode else ""
 
 
 class Network:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from common.errors import InvalidInputError, NotHostedError, OverloadedError, RefusedError, UnknownRunError
+from common.errors import (
+    InvalidInputError,
+    NotHostedError,
+    OverloadedError,
+    RefusedError,
+    UnauthenticatedError,
+    UnknownRunError,
+)
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import Channels
 from node.rpc.security import NotConnectedError
@@ -87,7 +94,7 @@ class ExpertClient:
 
 
 def _as_refusal(error: KilohiveError) -> KilohiveError:
-    """An InvalidInputError from here on means that the peer's answer is off; one that the peer gives is a refusal."""
-    if isinstance(error, InvalidInputError) and not isinstance(error, (NotHostedError, UnknownRunError)):
-        return RefusedError(str(error))
-    return error
+    """What a peer finds wrong with this node or its request; from here on an InvalidInputError is about the answer."""
+    if isinstance(error, (NotHostedError, UnknownRunError)):
+        return error
+    return RefusedError(str(error)) if isinstance(error, (InvalidInputError, UnauthenticatedError)) else error

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import tyro
 
+from common.config import EventLogConfig
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from node.membership.config import CallerConfig, ReachConfig, SwarmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ReachConfig, SwarmConfig):
+class TrainConfig(EventLogConfig, ReachConfig, SwarmConfig):
     """Train the run's trunk and gate over the swarm's experts."""
 
     out: Path = Path("runs/train")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from common.allocator import keep_freed_memory
+from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, DrainingError
 from common.events import EventLog
 from common.folders import data_cache, prepare_folder
@@ -37,6 +39,7 @@ from node.trainer.training_reports import TrainingReports
 from node.trainer.trunk_sharing import TrunkSharing
 from node.trainer.trunk_state import load_trunk
 from node.trainer.view.display import open_display
+from node.trainer.view.report import keep_curve
 from protocol.announcements import PeerRecord
 from protocol.endpoints import Address
 from protocol.identity import Identity
@@ -64,6 +67,7 @@ MINIMUMS = {
     "save_every": 1,
     "threads": 1,
     "join_timeout_s": 0.1,
+    **EVENT_LOG_MINIMUMS,
 }
 
 
@@ -76,7 +80,7 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
     keep_freed_memory()
     prepare_folder(config.out)
     identity = Identity.load_or_create(config.out / "identity.key")
-    events = EventLog(config.out / "events.jsonl")
+    events = _open_log(config)
     swarm = Swarm(config, identity, reach=config)
     try:
         await until_stopped(swarm.join(), stop)
@@ -89,6 +93,16 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
     finally:
         await swarm.leave()
         events.close()
+
+
+def _open_log(config: TrainConfig) -> EventLog:
+    path = config.out / "events.jsonl"
+    return EventLog(
+        path,
+        max_bytes=config.event_log_bytes,
+        n_files=config.event_log_files,
+        before_drop=partial(keep_curve, path),
+    )
 
 
 def _open_data(config: TrainConfig, seed: int) -> ByteDataset:

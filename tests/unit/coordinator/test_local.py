@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from common.errors import ConfigError, UnavailableError
+from common.events import EventLog
+from common.log_files import end_of_log
 from coordinator.children import exit_words
 from coordinator.config import LocalConfig, manifest_of
 from coordinator.local import EXIT_INTERRUPTED, LocalSwarm, check, run_local
@@ -53,6 +55,18 @@ def test_training_has_begun_once_the_trainers_log_says_so(tmp_path: Path) -> Non
     log.write_text('{"t":0,"event":"start","run_id":"a"}\n', encoding="utf-8")
     with pytest.raises(UnavailableError, match=r"events.jsonl: event 'start', field 'experts': is missing; is the"):
         swarm._training_began()
+
+
+def test_training_has_begun_also_where_the_trainers_log_was_rotated_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"t":0,"event":"waiting","for":"hosts"}\n' * 9, encoding="utf-8")
+    swarm = LocalSwarm(config_in(tmp_path), asyncio.Event(), ("unused",))
+    swarm._trainer_log_end = end_of_log(path)
+    log = EventLog(path, max_bytes=400, n_files=3)
+    log.emit(STARTED)
+    assert path.stat().st_size < 400
+    assert swarm._training_began()
+    log.close()
 
 
 async def test_each_host_is_told_its_own_blocks_and_together_they_have_all(

@@ -147,6 +147,8 @@ class LocalConfig(RunConfig, EventLogConfig):
     """Write the run to this folder [runs/NAME]."""
     data: Path | None = None
     """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    strict: Flag = False
+    """Refuse text with a bad row instead of skipping that."""
     resume: Flag = False
     """Go on with the run in --out."""
     plain: Flag = False

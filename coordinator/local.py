@@ -309,7 +309,7 @@ class LocalSwarm:
         flags += arguments_for({name: getattr(config, name) for name in names})
         flags += arguments_for({"steps": config.steps if config.trainers == 1 else 0})  # 0: to the run's last token
         flags += arguments_for({"shard": index, "n_shards": config.trainers})
-        flags += ["--resume"] * config.resume + ["--plain"] * (config.plain or not first)
+        flags += ["--resume"] * config.resume + ["--strict"] * config.strict + ["--plain"] * (config.plain or not first)
         # The first one's own settings were shown with ours already.
         flags += ["--log-level", "warning"] * first
         return self._spec(name, "train", *flags, log=None if first else out / "log.txt")

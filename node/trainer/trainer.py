@@ -30,7 +30,7 @@ from node.trainer.evaluator.evaluator import Evaluator
 from node.trainer.evaluator.offer_count import OfferCount
 from node.trainer.evaluator.offers import OfferQueue
 from node.trainer.evaluator.trial_builder import TrialBuilder
-from node.trainer.events import StoppedEvent
+from node.trainer.events import LeftOutEvent, StoppedEvent
 from node.trainer.host_wait import HostWait
 from node.trainer.progress_tracker import ProgressTracker
 from node.trainer.train_step import StepConfig, Training, build_model
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from node.trainer.config import TrainConfig
 
 logger = logging.getLogger(__name__)
+
+MAX_NAMES_TOLD = 100
 
 MINIMUMS = {
     "steps": 0,
@@ -86,6 +88,7 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
         await until_stopped(swarm.join(), stop)
         swarm.dht.on_lost(stop.set)
         dataset = await asyncio.to_thread(_open_data, config, swarm.manifest.seed)
+        _tell_left_out(dataset, events)
         with open_display(events, plain=config.plain):
             trainer = Trainer(config, swarm, dataset, events)
             await trainer.run(stop)
@@ -106,7 +109,15 @@ def _open_log(config: TrainConfig) -> EventLog:
 
 
 def _open_data(config: TrainConfig, seed: int) -> ByteDataset:
-    return open_dataset(config.data, cache_dir=data_cache(), seed=seed)
+    return open_dataset(config.data, cache_dir=data_cache(), seed=seed, strict=config.strict)
+
+
+def _tell_left_out(dataset: ByteDataset, events: EventLog) -> None:
+    files, index = dataset.corpus.left_out, dataset.index
+    if files or index.skipped_rows:
+        names = tuple(map(str, files[:MAX_NAMES_TOLD]))
+        rows, first = index.skipped_rows, index.first_skipped_row
+        events.emit(LeftOutEvent(files=len(files), names=names, rows=rows, first_row=first))
 
 
 class Trainer:

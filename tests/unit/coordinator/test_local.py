@@ -82,6 +82,17 @@ async def test_each_host_is_told_its_own_blocks_and_together_they_have_all(
     assert all("--stop-on-stdin-eof" in flags for flags in hosts)
 
 
+async def test_its_nodes_are_told_how_to_read_and_how_long_logs_may_be(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"trainer": "begin exit 0"})
+    assert await run_to_the_end(tmp_path, 4, strict=True, event_log_mb=3.0) == 0
+    for name in ("coordinator", "host-0", "trainer"):
+        words = json.loads((tmp_path / f"{name}.argv").read_text(encoding="utf-8"))
+        assert "event_log_mb = 3.0" in words
+        assert ("--strict" in words) == (name == "trainer")
+
+
 async def test_replicas_of_a_block_go_to_different_hosts_also_when_the_run_is_resumed(
     tmp_path: Path, behave: Callable[[dict[str, str]], None]
 ) -> None:

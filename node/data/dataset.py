@@ -96,8 +96,9 @@ class ByteDataset:
         index, left_out = self.index, self.corpus.left_out_text()
         problems = [left_out] if left_out else []
         if index.skipped_rows:
+            rows = "row" if index.skipped_rows == 1 else "rows"
             problems.append(
-                f"skipped {index.skipped_rows:,} rows of {self.corpus.title} that cannot be read, the first: "
+                f"skipped {index.skipped_rows:,} {rows} of {self.corpus.title} that cannot be read, the first: "
                 f"{index.first_skipped_row}"
             )
         if index.not_utf8:

@@ -47,7 +47,7 @@ from node.contributor.config import ContributeConfig
 from node.host.config import ControlConfig, HostConfig
 from node.limits.config import LimitsConfig
 from node.rpc.config import HealthConfig
-from node.trainer.config import EvaluateConfig, SampleConfig, TrainConfig
+from node.trainer.config import CacheConfig, EvaluateConfig, SampleConfig, TrainConfig
 from protocol.version import VERSION
 
 if TYPE_CHECKING:
@@ -195,6 +195,13 @@ COMMANDS = (
             "contribute --layer 1 --expert 7 --join invite.txt",
         ),
         entry="node.contributor.command:run_contribute",
+    ),
+    Command(
+        name="cache",
+        summary="show or empty the cache of prepared text on this machine.",
+        config=CacheConfig,
+        examples=("cache", "cache --clear"),
+        entry="node.trainer.cache_command:run_cache",
     ),
     Command(
         name="experiment",

@@ -17,11 +17,15 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from common.errors import InvalidInputError
+from common.log_files import rotate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
+
+MAX_LOG_BYTES = 10_000_000
+LOG_FILES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +108,20 @@ def _key(name: str) -> str:
 class EventLog:
     """Appends events to `path` (or only tells subscribers, if None). Thread-safe.
 
-    A file of `max_bytes` becomes `NAME.previous`, in place of the one before, and a new one is begun.
+    A file of `max_bytes` becomes NAME.1, what that was becomes NAME.2, and a new one is begun; `n_files` are kept. A
+    file that goes is shown to `before_drop` first. With `max_bytes` of 0 there is one file without end.
     """
 
     def __init__(
-        self, path: Path | None = None, clock: Callable[[], float] = time.time, max_bytes: int | None = None
+        self,
+        path: Path | None = None,
+        clock: Callable[[], float] = time.time,
+        max_bytes: int = MAX_LOG_BYTES,
+        n_files: int = LOG_FILES,
+        before_drop: Callable[[Path], None] = lambda _path: None,
     ) -> None:
-        self._max_bytes = max_bytes
+        self._rotate_at, self._max_bytes, self._n_files = max_bytes, max_bytes, n_files
+        self._before_drop = before_drop
         self._lock = threading.Lock()
         self._clock = clock
         self._subscribers: list[Callable[[Event, float], None]] = []
@@ -146,16 +157,18 @@ class EventLog:
         if not complete and not self._lost_lines:
             logger.error("cannot write the event log %s: %s; going on without it", self._file.name, reason)
         self._lost_lines = 0 if complete else self._lost_lines + 1
-        if self._max_bytes is not None and self._file.tell() >= self._max_bytes:
+        if self._max_bytes and self._file.tell() >= self._rotate_at:
             self._begin_anew(Path(self._file.name))
 
     def _begin_anew(self, path: Path) -> None:
         try:
-            path.replace(path.with_name(f"{path.name}.previous"))
+            rotate(path, self._n_files, self._before_drop)
             self._file, full = path.open("ab", buffering=0), self._file
         except OSError as error:
             logger.warning("the event log %s cannot be begun anew: %s", path, error.strerror)
+            self._rotate_at += self._max_bytes  # not to be tried again, and told, at every line
             return
+        self._rotate_at = self._max_bytes
         if full is not None:
             full.close()
 

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
+from common.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+MAX_SIZE_VARIABLE = "KILOHIVE_CACHE_MAX_SIZE"
+DATA_CACHE_BYTES = 10_000_000_000
 
 
 def data_cache() -> Path:
@@ -19,6 +24,12 @@ def data_cache() -> Path:
     if named := os.environ.get("KILOHIVE_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kilohive"
+
+
+def data_cache_bytes() -> int:
+    """How large that cache may grow, 0 for no bound: `$KILOHIVE_CACHE_MAX_SIZE`, else 10 GB. Raises ConfigError."""
+    text = os.environ.get(MAX_SIZE_VARIABLE, "").strip()
+    return 0 if text == "0" else parse_size(MAX_SIZE_VARIABLE, text) or DATA_CACHE_BYTES
 
 
 def prepare_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from common.config import EventLogConfig
 from common.errors import ConfigError, ManifestError, RecordError
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from dht.swarm_config import SwarmChoice
@@ -80,7 +81,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinatorConfig(RunConfig):
+class CoordinatorConfig(RunConfig, EventLogConfig):
     """Create a run, or open it again, and be its first peer."""
 
     name: str = "run"
@@ -127,7 +128,7 @@ class CoordinatorConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalConfig(RunConfig):
+class LocalConfig(RunConfig, EventLogConfig):
     """Train a whole swarm on this machine: a coordinator, hosts and trainers, each a process of its own."""
 
     hosts: int = 4
@@ -146,6 +147,8 @@ class LocalConfig(RunConfig):
     """Write the run to this folder [runs/NAME]."""
     data: Path | None = None
     """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    strict: Flag = False
+    """Refuse text with a bad row instead of skipping that."""
     resume: Flag = False
     """Go on with the run in --out."""
     plain: Flag = False
@@ -176,7 +179,7 @@ class StatusConfig(SwarmChoice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LighthouseConfig(SwarmChoice):
+class LighthouseConfig(SwarmChoice, EventLogConfig):
     """Be a peer that others join a run through and are reached through, and watch the run."""
 
     state: Path = Path("state/lighthouse")

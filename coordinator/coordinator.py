@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from common.atomic_file import write_atomically
+from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, UnavailableError
 from common.events import EventLog
 from common.settings import check_minimums
@@ -59,14 +60,15 @@ PUBLISH_PERIOD_S = DAY_S
 
 async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> None:
     """Open the run and be its first peer until `stop`. Raises a KilohiveError if that cannot start."""
-    check_minimums(config, {"invite_days": 0, "relay_circuits": 0})
+    check_minimums(config, {"invite_days": 0, "relay_circuits": 0, **EVENT_LOG_MINIMUMS})
     check_evaluators(config.evaluators)
     config.out.mkdir(parents=True, exist_ok=True)
     identity = Identity.load_or_create(config.out / "owner.key")
     manifest = open_run(config, identity.peer_id)
     admission = Admission(manifest.run_id, owners_token(config.out / "admission.token", create=config.admission))
     async with AsyncExitStack() as stack:
-        events = EventLog(config.out / "coordinator" / "events.jsonl")
+        log, max_bytes = config.out / "coordinator" / "events.jsonl", config.event_log_bytes
+        events = EventLog(log, max_bytes=max_bytes, n_files=config.event_log_files)
         stack.callback(events.close)
         dht = await _start_dht(config, identity, admission)
         stack.push_async_callback(dht.stop)

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from common.command_line import arguments_for
+from common.config import EVENT_LOG_MINIMUMS, EventLogConfig
 from common.errors import ConfigError, InvalidInputError, UnavailableError
 from common.events import EventLog, read_event
+from common.log_files import LogPlace, LogReader, end_of_log
 from common.settings import check_minimums
 from coordinator.blocks import block_list_text, split_blocks
 from coordinator.children import Child, ChildSpec, end_all, exit_words
@@ -74,7 +76,7 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 def check(config: LocalConfig) -> None:
     """Find every mistake that can be found before a process is started; raises ConfigError."""
     whole = ("hosts", "replicas", "trainers", "steps", "batch", "micro_batches", "threads")
-    check_minimums(config, dict.fromkeys(whole, 1))
+    check_minimums(config, dict.fromkeys(whole, 1) | EVENT_LOG_MINIMUMS)
     if config.eval_every < 0:
         raise ConfigError(f"--eval-every: must be 0 (only at the start and the end) or more, is {config.eval_every}")
     stored = config.folder / "manifest.toml"
@@ -140,11 +142,13 @@ class LocalSwarm:
         self._out = config.folder
         self._children: list[Child] = []
         self._dead: dict[str, int] = {}
-        self._trainer_log_start = 0
+        self._trainer_log_end = LogPlace(inode=0, offset=0)  # as another run of the trainer left it
+        self._began = False
 
     async def run(self) -> int:
         """Start all, watch until the trainers have ended or `stop`, end all. Raises UnavailableError, OSError."""
-        self._events = EventLog(self._out / "local.jsonl")
+        log, config = self._out / "local.jsonl", self._config
+        self._events = EventLog(log, max_bytes=config.event_log_bytes, n_files=config.event_log_files)
         try:
             code = await self._start_and_watch()
         finally:
@@ -167,8 +171,7 @@ class LocalSwarm:
         self._tell_length(manifest)
         shares = _shares(self._config, manifest)
         hosts = [self._spawn(self._host_spec(i, blocks)) for i, blocks in enumerate(shares)]
-        events = self._out / "events.jsonl"
-        self._trainer_log_start = events.stat().st_size if events.exists() else 0
+        self._trainer_log_end = end_of_log(self._out / "events.jsonl")
         trainers = [self._spawn(self._trainer_spec(i)) for i in range(self._config.trainers)]
         self._events.emit(LocalStartEvent(run_id=manifest.run_id, hosts=len(hosts)))
         return await self._watch(coordinator, hosts, trainers)
@@ -202,6 +205,7 @@ class LocalSwarm:
         while not self._stop.is_set():
             if first.ended():
                 return await self._after_first(first, others)
+            self._began = self._began or self._training_began()  # a log that is rotated forgets it in the end
             self._notice_deaths([coordinator, *hosts, *others])
             if all(host.name in self._dead for host in hosts):
                 raise self._death("every host, the last one", hosts[-1], "so that no expert is left")
@@ -226,21 +230,18 @@ class LocalSwarm:
             if child.name in self._dead or not child.ended() or _reached_the_end(child):
                 continue
             # What ends another trainer so early ends the first as well, in better words; or concerns it alone.
-            if not _is_trainer(child) and not self._training_began():
+            if not _is_trainer(child) and not (self._began or self._training_began()):
                 raise self._death(child.name, child, "before training began")
             self._dead[child.name] = child.reap()
             self._events.emit(ChildEndedEvent(name=child.name, exit_code=self._dead[child.name]))
 
     def _training_began(self) -> bool:
         events = self._out / "events.jsonl"
-        if not events.exists():
-            return False
-        with events.open("rb") as file:
-            file.seek(self._trainer_log_start)
-            try:
-                return any(read_event(line, TrainingStartEvent) for line in file)
-            except InvalidInputError as error:
-                raise UnavailableError(f"{events}: {error}; is the trainer of another version?") from None
+        reader = LogReader(events, self._trainer_log_end)
+        try:
+            return any(read_event(line, TrainingStartEvent) for lines in iter(reader.new_lines, []) for line in lines)
+        except InvalidInputError as error:
+            raise UnavailableError(f"{events}: {error}; is the trainer of another version?") from None
 
     @staticmethod
     def _death(who: str, child: Child, when: str) -> UnavailableError:
@@ -260,9 +261,10 @@ class LocalSwarm:
 
     def _spec(self, name: str, *arguments: str, log: Path | None) -> ChildSpec:
         threads = str(self._config.threads)
+        settings = {field.name: getattr(self._config, field.name) for field in fields(EventLogConfig)}
         return ChildSpec(
             name=name,
-            argv=(*self._program, *arguments, "--stop-on-stdin-eof"),
+            argv=(*self._program, *arguments, *arguments_for(settings, EventLogConfig), "--stop-on-stdin-eof"),
             log=log,
             environment={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
         )
@@ -307,7 +309,7 @@ class LocalSwarm:
         flags += arguments_for({name: getattr(config, name) for name in names})
         flags += arguments_for({"steps": config.steps if config.trainers == 1 else 0})  # 0: to the run's last token
         flags += arguments_for({"shard": index, "n_shards": config.trainers})
-        flags += ["--resume"] * config.resume + ["--plain"] * (config.plain or not first)
+        flags += ["--resume"] * config.resume + ["--strict"] * config.strict + ["--plain"] * (config.plain or not first)
         # The first one's own settings were shown with ours already.
         flags += ["--log-level", "warning"] * first
         return self._spec(name, "train", *flags, log=None if first else out / "log.txt")

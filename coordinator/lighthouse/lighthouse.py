@@ -15,6 +15,7 @@ import trio
 from rich.console import Console
 from rich.text import Text
 
+from common.config import EVENT_LOG_MINIMUMS
 from common.events import EventLog
 from common.metrics import serve_metrics
 from common.settings import check_minimums
@@ -53,6 +54,7 @@ MINIMUMS = {
     "max_circuit_mb": 1,
     "max_circuit_s": 1,
     "metrics_port": 0,
+    **EVENT_LOG_MINIMUMS,
 }
 MEGABYTE = 1 << 20
 
@@ -124,7 +126,8 @@ async def serve(config: LighthouseConfig, stop: trio.Event) -> None:
     collector = LighthouseCollector(lighthouse.figures)
     with ExitStack() as stack:
         stack.enter_context(serve_metrics(collector, config.metrics_listen, config.metrics_port))
-        events = EventLog(config.state / "events.jsonl")
+        log, max_bytes = config.state / "events.jsonl", config.event_log_bytes
+        events = EventLog(log, max_bytes=max_bytes, n_files=config.event_log_files)
         stack.callback(events.close)
         async with lighthouse.transport.running([listener]):
             async with trio.open_nursery() as nursery:

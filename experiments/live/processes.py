@@ -17,6 +17,7 @@ import psutil
 
 from common.errors import DeadlineError, UnavailableError
 from common.events import Event, read_event
+from common.log_files import log_files
 from coordinator.children import Child, ChildSpec
 from node.host.events import AnnouncedEvent
 from protocol.swarm_file import SwarmFile
@@ -36,9 +37,8 @@ E = TypeVar("E", bound=Event)
 
 def events(path: Path, name: str = "") -> list[dict[str, Any]]:
     """Events in a log so far, only those called `name` if given; a line that is still being written is left out."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for file in log_files(path) for line in file.read_text().splitlines(keepends=True)]
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [row for row in rows if not name or row["event"] == name]
 
 
@@ -74,8 +74,8 @@ class Node:
 
     def told(self, kind: type[E]) -> list[E]:
         """What it has told so far of one kind; raises InvalidInputError for an event of another version."""
-        path = self.folder / "events.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        files = log_files(self.folder / "events.jsonl")
+        lines = [line for file in files for line in file.read_bytes().splitlines()]
         return [event for line in lines if (event := read_event(line, kind)) is not None]
 
     def wait_for(self, name: str, timeout_s: float = START_TIMEOUT_S, count: int = 1) -> dict[str, Any]:

@@ -6,33 +6,41 @@ Before the path of a step. A corpus has one folder in the cache:
     NAME-HASH.lock                                     held while building, so that two trainers do not build at once
 
 The folder appears by one rename, after an fsync: a reader sees a whole cache or none. A crash leaves
-NAME-HASH.building, which the next build removes.
+NAME-HASH.building, which the next build removes. Whoever maps a corpus holds a shared lock on its train.bin, by which
+`eviction` knows what is in use; the time of index.json is that of its last use.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
+
+import numpy as np
 
 from common.atomic_file import sync_folder
 from common.errors import DataError
 from common.folders import locked
+from node.data.bad_rows import BadRows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from node.data.sources import Corpus
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 SEPARATOR: Final = b"\n\n"  # ends every document in the files
 HASH_BITS: Final = 64
+CONTENT_BYTES: Final = 16
 TRAIN_FILE, HELD_OUT_FILE, INDEX_FILE = "train.bin", "held_out.bin", "index.json"
 
 
@@ -46,26 +54,78 @@ class SplitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """What a cache folder holds; separators count as bytes."""
+    """What a cache folder holds; separators count as bytes.
+
+    `fingerprint` tells whether its source is as it was, `content` is a hash of all documents. The rest is what was
+    wrong in the source.
+    """
 
     fingerprint: str
+    content: str
     train_documents: int
     train_bytes: int
     held_out_documents: int
     held_out_bytes: int
+    skipped_rows: int = 0
+    first_skipped_row: str = ""
+    not_utf8: int = 0
+    first_not_utf8: str = ""
+
+
+class Documents(Protocol):
+    """Reads the corpus from its beginning and tells what is wrong in it."""
+
+    def __call__(self, bad_rows: BadRows, /) -> Iterable[bytes]:
+        """Return the documents."""
+
+
+class _Source:
+    """A corpus that can be read more than once, each time from its beginning."""
+
+    def __init__(self, documents: Documents, *, strict: bool) -> None:
+        self._documents, self._strict = documents, strict
+
+    def read(self) -> tuple[Iterable[bytes], BadRows]:
+        """The documents and, filled while they are read, what was wrong."""
+        bad_rows = BadRows(strict=self._strict)
+        return self._documents(bad_rows), bad_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappedCorpus:
+    """A corpus of the cache, which is kept there for as long as its two parts are mapped."""
+
+    index: Index
+    train: NDArray[np.uint8]
+    held_out: NDArray[np.uint8]
 
 
 def cached_corpus(
-    cache_dir: Path, corpus: Corpus, split: SplitConfig, documents: Callable[[], Iterable[bytes]]
-) -> tuple[Path, Index]:
-    """The folder of `corpus` in the cache, built from `documents()` unless it is there and as new as its source."""
+    cache_dir: Path, corpus: Corpus, split: SplitConfig, documents: Documents, *, strict: bool = False
+) -> MappedCorpus:
+    """`corpus` from the cache, built from `documents` unless it is there and as new as its source.
+
+    With `strict` a corpus with a bad row is refused. Raises DataError.
+    """
     folder = cache_dir / _folder_name(corpus, split)
     fingerprint = _fingerprint(corpus, split)
     with _naming_write_errors(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{folder.name}.lock")):
             index = _read_index(folder, fingerprint)
-            return folder, index or _build(folder, fingerprint, split, documents)
+            if strict and index is not None and (index.first_skipped_row or index.first_not_utf8):
+                raise DataError(index.first_skipped_row or index.first_not_utf8)
+            index = index or _build(folder, fingerprint, split, _Source(documents, strict=strict))
+            with suppress(PermissionError):  # another user's: the time of its last use is not ours to set
+                os.utime(folder / INDEX_FILE)
+            train, held_out = _map(folder / TRAIN_FILE), _map(folder / HELD_OUT_FILE)
+            return MappedCorpus(index=index, train=train, held_out=held_out)
+
+
+def _map(path: Path) -> NDArray[np.uint8]:
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # lasts as long as the mapping, which keeps the open file
+        return np.memmap(file, dtype=np.uint8, mode="r")
 
 
 def held_out_hash(document: bytes, seed: int) -> int:
@@ -98,12 +158,12 @@ def _read_index(folder: Path, fingerprint: str) -> Index | None:
     return index if whole else None
 
 
-def _build(folder: Path, fingerprint: str, split: SplitConfig, documents: Callable[[], Iterable[bytes]]) -> Index:
+def _build(folder: Path, fingerprint: str, split: SplitConfig, source: _Source) -> Index:
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
-        index = _write_parts(building, fingerprint, split, documents)
+        index = _write_parts(building, fingerprint, split, source)
         with _synced(building / INDEX_FILE) as file:
             file.write(json.dumps(asdict(index)).encode())
         # A trainer that still maps the old files keeps them until it ends.
@@ -115,12 +175,16 @@ def _build(folder: Path, fingerprint: str, split: SplitConfig, documents: Callab
     return index
 
 
-def _write_parts(
-    building: Path, fingerprint: str, split: SplitConfig, documents: Callable[[], Iterable[bytes]]
-) -> Index:
+def _write_parts(building: Path, fingerprint: str, split: SplitConfig, source: _Source) -> Index:
     parts = _Parts(building, split.seed, limit=int(split.fraction * 2**HASH_BITS))
-    parts.write(documents())
+    documents, bad_rows = source.read()
+    parts.write(documents)
     if parts.lowest >= parts.highest:
+        if bad_rows.skipped:
+            raise DataError(
+                f"The corpus has fewer than two different documents that can be read; {bad_rows.skipped:,} cannot, the "
+                f"first is {bad_rows.first_skipped}"
+            )
         raise DataError(
             "The corpus has fewer than two different documents, so none can be held out: give more text, separate "
             "documents by blank lines, or give a folder of files."
@@ -129,13 +193,18 @@ def _write_parts(
         # So few documents that the fraction left one side empty: that side gets the one document nearest to it.
         limit = parts.highest if parts.n_documents[HELD_OUT_FILE] else parts.lowest + 1
         parts = _Parts(building, split.seed, limit=limit)
-        parts.write(documents())
+        parts.write(source.read()[0])
     return Index(
         fingerprint=fingerprint,
         train_documents=parts.n_documents[TRAIN_FILE],
         train_bytes=parts.n_bytes[TRAIN_FILE],
         held_out_documents=parts.n_documents[HELD_OUT_FILE],
         held_out_bytes=parts.n_bytes[HELD_OUT_FILE],
+        content=parts.content(),
+        skipped_rows=bad_rows.skipped,
+        first_skipped_row=bad_rows.first_skipped,
+        not_utf8=bad_rows.not_utf8,
+        first_not_utf8=bad_rows.first_not_utf8,
     )
 
 
@@ -147,6 +216,11 @@ class _Parts:
         self.n_documents = {TRAIN_FILE: 0, HELD_OUT_FILE: 0}
         self.n_bytes = {TRAIN_FILE: 0, HELD_OUT_FILE: 0}
         self.lowest, self.highest = 2**HASH_BITS, -1
+        self._content = hashlib.blake2b(digest_size=CONTENT_BYTES)
+
+    def content(self) -> str:
+        """A hash of all documents that were written, in their order."""
+        return self._content.hexdigest()
 
     def write(self, documents: Iterable[bytes]) -> None:
         with ExitStack() as stack:
@@ -156,7 +230,9 @@ class _Parts:
                 self.lowest, self.highest = min(self.lowest, place), max(self.highest, place)
                 name = HELD_OUT_FILE if place < self._limit else TRAIN_FILE
                 self.n_documents[name] += 1
-                self.n_bytes[name] += files[name].write(document + SEPARATOR)
+                piece = document + SEPARATOR
+                self._content.update(piece)
+                self.n_bytes[name] += files[name].write(piece)
 
 
 @contextmanager

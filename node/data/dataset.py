@@ -8,14 +8,18 @@ trainer reads on exactly where it stopped, and any number of threads may read at
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from common.errors import ConfigError, DataError, InvalidInputError
-from node.data.cache import HELD_OUT_FILE, TRAIN_FILE, SplitConfig, cached_corpus
+from common.folders import data_cache_bytes
+from node.data.cache import SplitConfig, cached_corpus
+from node.data.eviction import trim
 from node.data.shuffle import keys_of, shuffled
 from node.data.sources import find_corpus, read_documents
 
@@ -28,29 +32,45 @@ if TYPE_CHECKING:
     from node.data.cache import Index
     from node.data.sources import Corpus
 
+logger = logging.getLogger(__name__)
+
 HELD_OUT_FRACTION = 0.05
 
 
 def open_dataset(
-    path: Path | None, *, cache_dir: Path, held_out_fraction: float = HELD_OUT_FRACTION, seed: int = 0
+    path: Path | None,
+    *,
+    cache_dir: Path,
+    held_out_fraction: float = HELD_OUT_FRACTION,
+    seed: int = 0,
+    strict: bool = False,
 ) -> ByteDataset:
     """The corpus at `path` (None: the default corpus), read into `cache_dir` on first use and mapped from there.
 
     `path` is a text file (cut into documents of about 2 KiB at blank lines), a JSON-lines or JSON file with a field
     named text, extract or content, or a folder of such files. About `held_out_fraction` of the documents, chosen by
-    content and `seed`, are held out. Raises DataError, or ConfigError for the fraction.
+    content and `seed`, are held out. Files and rows that cannot be read are left out and told; with `strict` such a
+    row is refused. Raises DataError, or ConfigError for the fraction and the cache's bound.
     """
     if not 0.0 < held_out_fraction < 1.0:
         raise ConfigError(f"held_out_fraction: is {held_out_fraction}, must lie between 0 and 1; 0.05 is usual.")
+    max_bytes = data_cache_bytes()
     corpus = find_corpus(path, exclude=cache_dir)
     split = SplitConfig(fraction=held_out_fraction, seed=seed)
-    folder, index = cached_corpus(cache_dir, corpus, split, lambda: read_documents(corpus))
-    return ByteDataset(
-        corpus=corpus,
-        index=index,
-        train=np.memmap(folder / TRAIN_FILE, dtype=np.uint8, mode="r"),
-        held_out=np.memmap(folder / HELD_OUT_FILE, dtype=np.uint8, mode="r"),
-    )
+    mapped = cached_corpus(cache_dir, corpus, split, partial(read_documents, corpus), strict=strict)
+    dataset = ByteDataset(corpus=corpus, index=mapped.index, train=mapped.train, held_out=mapped.held_out)
+    for problem in dataset.problems():
+        logger.warning("%s", problem)
+    if max_bytes:
+        _trim(cache_dir, max_bytes)
+    return dataset
+
+
+def _trim(cache_dir: Path, max_bytes: int) -> None:
+    try:
+        trim(cache_dir, max_bytes)
+    except OSError as error:
+        logger.warning("The data cache in %s cannot be kept below its bound: %s", cache_dir, error.strerror or error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +90,23 @@ class ByteDataset:
             f"{index.held_out_documents:,} documents, {index.held_out_bytes / 1e6:.2f} MB held out"
             + (f"; {skipped:,} files that are not text left out" if skipped else "")
         )
+
+    def problems(self) -> list[str]:
+        """One line each for files that are not read, rows that are skipped, and text that is not UTF-8."""
+        index, left_out = self.index, self.corpus.left_out_text()
+        problems = [left_out] if left_out else []
+        if index.skipped_rows:
+            rows = "row" if index.skipped_rows == 1 else "rows"
+            problems.append(
+                f"skipped {index.skipped_rows:,} {rows} of {self.corpus.title} that cannot be read, the first: "
+                f"{index.first_skipped_row}"
+            )
+        if index.not_utf8:
+            problems.append(
+                f"{self.corpus.title} has {index.not_utf8:,} pieces of text that are not UTF-8, read as the bytes that "
+                f"they are, the first: {index.first_not_utf8}"
+            )
+        return problems
 
     def train_batch(self, step: int, *, shard: int, n_shards: int, batch: int, context: int, seed: int) -> torch.Tensor:
         """Batch number `step` of a shard: int64 [B, T + 1].

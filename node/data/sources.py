@@ -10,14 +10,16 @@ import importlib.metadata
 import json
 import os
 import stat
+from codecs import getincrementaldecoder
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from common.errors import DataError
+from node.data.bad_rows import BadRows
+from node.data.formats import BINARY, EMPTY, LINKED_FOLDER, NO_FILE, Format, LeftOutFile, format_of, left_out_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -39,7 +41,6 @@ MIN_DOCUMENT_BYTES: Final = 2 * 1024
 MAX_DOCUMENT_BYTES: Final = 64 * 1024
 MAX_JSON_LINE_BYTES: Final = 64 * 1024 * 1024
 MAX_JSON_BYTES: Final = 256 * 1024 * 1024
-BINARY_PROBE_BYTES: Final = 8 * 1024
 
 TEXT_FIELDS: Final = ("text", "extract", "content")
 JSON_LINES_SUFFIXES: Final = frozenset({".jsonl", ".ndjson"})
@@ -51,7 +52,7 @@ EXPECTED: Final = f"a document is a string, or an object with a string field nam
 class Corpus:
     """Files to read, in order, and the (name, size, mtime in ns) that tells whether they are still the same.
 
-    `skipped_files` counts those of a folder that are not text.
+    `left_out` are the files of a folder that are not read, but for hidden ones.
     """
 
     title: str
@@ -59,8 +60,20 @@ class Corpus:
     files: tuple[Path, ...]
     file_stamps: tuple[tuple[str, int, int], ...]
     in_folder: bool = False
-    skipped_files: int = 0
+    left_out: tuple[LeftOutFile, ...] = ()
     attribution: str | None = None
+
+    @property
+    def skipped_files(self) -> int:
+        """How many files of the folder are left out."""
+        return len(self.left_out)
+
+    def left_out_text(self) -> str:
+        """One line for a person that names them and says why; empty if there are none."""
+        if not self.left_out:
+            return ""
+        n_found = len(self.files) + len(self.left_out)
+        return f"left out {len(self.left_out):,} of {n_found:,} files of {self.root}: {left_out_text(self.left_out)}"
 
 
 def find_corpus(path: Path | None, exclude: Path | None = None) -> Corpus:
@@ -74,16 +87,16 @@ def find_corpus(path: Path | None, exclude: Path | None = None) -> Corpus:
             return _folder_corpus(path, exclude and exclude.resolve())
         if not stat.S_ISREG(mode):
             raise DataError(f"{path} is neither a file nor a folder: give a text file, a JSON-lines file or a folder.")
-        if _is_binary(path):
-            raise DataError(f"{path} is not text (it holds zero bytes): give text, JSON lines or a folder of them.")
+        _check_text(path)
         return _corpus(path.name, path, (path,))
 
 
-def read_documents(corpus: Corpus) -> Iterator[bytes]:
-    """Every document that is not blank, without the newlines around it."""
+def read_documents(corpus: Corpus, bad_rows: BadRows | None = None) -> Iterator[bytes]:
+    """Every document that is not blank, without the newlines around it. What cannot be read goes to `bad_rows`."""
+    rows = bad_rows if bad_rows is not None else BadRows()
     for path in corpus.files:
         with _naming_read_errors(path), path.open("rb") as file:
-            for document in _read_file(path, file, or_as_text=corpus.in_folder):
+            for document in _read_file(path, file, rows, or_as_text=corpus.in_folder):
                 trimmed = document.strip(b"\r\n")
                 if trimmed.strip():
                     yield trimmed
@@ -110,49 +123,81 @@ def _wikipedia_file() -> Path:
 
 
 def _folder_corpus(root: Path, exclude: Path | None) -> Corpus:
-    found = sorted(_regular_files(root, exclude), key=lambda file: file.relative_to(root).as_posix())
-    files = tuple(file for file in found if not _is_binary(file))
+    files, left_out = list[Path](), list[LeftOutFile]()
+    found = sorted(_entries(root, exclude), key=lambda entry: entry[0].relative_to(root).as_posix())
+    for path, known in found:
+        with _naming_read_errors(path):
+            form = known or format_of(path)
+        if form is None:
+            files.append(path)
+        else:
+            left_out.append(LeftOutFile(name=path.relative_to(root).as_posix(), format=form))
     if not files:
-        raise DataError(f"{root} holds no text file (looked at {len(found)} files, hidden ones left out).")
-    corpus = _corpus(root.resolve().name, root, files)
-    return replace(corpus, in_folder=True, skipped_files=len(found) - len(files))
+        why = f": left out {left_out_text(left_out)}" if left_out else ""
+        raise DataError(f"{root} holds no text file (looked at {len(found)} files, hidden ones left out){why}.")
+    return replace(_corpus(root.resolve().name, root, tuple(files)), in_folder=True, left_out=tuple(left_out))
 
 
-def _regular_files(root: Path, exclude: Path | None) -> Iterator[Path]:
+def _entries(root: Path, exclude: Path | None) -> Iterator[tuple[Path, Format | None]]:
+    """Every file below `root` that is not hidden, and why it cannot be read where that is clear at once."""
     for folder, subfolders, names in os.walk(root, onerror=_raise):
         here = Path(folder)
         subfolders[:] = [n for n in subfolders if not n.startswith(".") and (here / n).resolve() != exclude]
+        for name in subfolders:  # a link is not followed: it may lead out of the folder, or round in a circle
+            if (here / name).is_symlink():
+                yield here / name, LINKED_FOLDER
         for name in names:
-            if not name.startswith(".") and (here / name).is_file():
-                yield here / name
+            if not name.startswith("."):
+                yield here / name, None if (here / name).is_file() else NO_FILE
 
 
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_binary(path: Path) -> bool:
-    with _naming_read_errors(path), path.open("rb") as file:
-        return b"\0" in file.read(BINARY_PROBE_BYTES)
+def _check_text(path: Path) -> None:
+    """Raise DataError for a file that is not text, with what to do about it."""
+    form = format_of(path)
+    if form is BINARY:
+        raise DataError(f"{path} is not text (it holds zero bytes): give text, JSON lines or a folder of them.")
+    if form is not None and form is not EMPTY:
+        raise DataError(f"{path} is not text ({form.kind}): {form.remedy}.")
 
 
-def _read_file(path: Path, file: BinaryIO, *, or_as_text: bool) -> Iterable[bytes]:
+def _read_file(path: Path, file: BinaryIO, bad_rows: BadRows, *, or_as_text: bool) -> Iterable[bytes]:
     suffix = path.suffix.lower()
     if suffix in JSON_LINES_SUFFIXES or (suffix == JSON_SUFFIX and _holds_json_lines(file)):
-        return _json_lines(path, file)
+        return _json_lines(path, file, bad_rows)
     if suffix != JSON_SUFFIX:
-        return _text(file)
+        return _text(path, file, bad_rows)
     try:
-        return _whole_json(path, file)
+        return _whole_json(path, file, bad_rows)
     except DataError:
         if not or_as_text:
             raise
         # A folder of code has JSON files that are settings, not a corpus: they are text like any other file there.
         file.seek(0)
-        return _text(file)
+        return _text(path, file, bad_rows)
 
 
-def _text(file: BinaryIO) -> Iterator[bytes]:
+def _text(path: Path, file: BinaryIO, bad_rows: BadRows) -> Iterator[bytes]:
+    """Groups of paragraphs without zero bytes, each looked at for what is not UTF-8."""
+    decoder = getincrementaldecoder("utf-8")()  # a group may end within a character
+    place = 0
+    for group in _groups(file):
+        where, place = f"{path}, byte {place}", place + len(group)
+        try:
+            decoder.decode(group)
+        except UnicodeDecodeError:
+            decoder.reset()
+            bad_rows.keep(DataError(f"{where}: text that is not UTF-8; convert it to UTF-8."))
+        if b"\0" in group:
+            bad_rows.skip(DataError(f"{where}: holds zero bytes, so it is not text."))
+        else:
+            yield group
+
+
+def _groups(file: BinaryIO) -> Iterator[bytes]:
     """Groups of paragraphs. Reads at most one document at a time, whatever the length of lines."""
     group = bytearray()
     for line in iter(partial(file.readline, MAX_DOCUMENT_BYTES), b""):
@@ -174,17 +219,28 @@ def _holds_json_lines(file: BinaryIO) -> bool:
         return False
 
 
-def _json_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _json_lines(path: Path, file: BinaryIO, bad_rows: BadRows) -> Iterator[bytes]:
     lines = iter(partial(file.readline, MAX_JSON_LINE_BYTES + 1), b"")
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         if len(line) > MAX_JSON_LINE_BYTES:
-            raise DataError(f"{path}, line {number}: longer than {MAX_JSON_LINE_BYTES} bytes; split the document.")
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield _text_of(_parse_json(line, where), where)
+            bad_rows.skip(DataError(f"{where}: longer than {MAX_JSON_LINE_BYTES} bytes; split the document."))
+            _read_to_line_end(line, file)
+        elif line.strip():
+            try:
+                document = _text_of(_parse_json(line, where), where)
+            except DataError as error:
+                bad_rows.skip(error)
+            else:
+                yield document
 
 
-def _whole_json(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _read_to_line_end(line: bytes, file: BinaryIO) -> None:
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_JSON_LINE_BYTES)
+
+
+def _whole_json(path: Path, file: BinaryIO, bad_rows: BadRows) -> Iterator[bytes]:
     """One record; a list of them; or a mapping of names to them. Parsed before the first document is given."""
     data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
@@ -192,9 +248,20 @@ def _whole_json(path: Path, file: BinaryIO) -> Iterator[bytes]:
     records = list(_records(_parse_json(data, str(path))))
     if not records:
         raise DataError(f"{path}: holds no records; {EXPECTED}")
-    # The first record is checked at once, so that a caller can still turn to reading the file as plain text.
-    first = _text_of(records[0][1], f"{path}, entry {records[0][0]}")
-    return chain([first], (_text_of(record, f"{path}, entry {name}") for name, record in records[1:]))
+    # Looked for at once, so that a caller can still turn to reading the file as plain text.
+    if not any(_text_field(record) is not None for _, record in records):
+        raise _without_text(f"{path}, entry {records[0][0]}")
+    return _texts(path, records, bad_rows)
+
+
+def _texts(path: Path, records: list[tuple[object, object]], bad_rows: BadRows) -> Iterator[bytes]:
+    for name, record in records:
+        try:
+            document = _text_of(record, f"{path}, entry {name}")
+        except DataError as error:
+            bad_rows.skip(error)
+        else:
+            yield document
 
 
 def _records(value: object) -> Iterator[tuple[object, object]]:
@@ -204,16 +271,25 @@ def _records(value: object) -> Iterator[tuple[object, object]]:
         return iter(())
     if any(isinstance(value.get(field), str) for field in TEXT_FIELDS):
         return iter([(0, value)])
-    return ((name, record) for name, record in value.items() if isinstance(record, dict))
+    return ((name, record) for name, record in value.items() if isinstance(record, dict) or record is None)
 
 
 def _text_of(record: object, where: str) -> bytes:
-    fields = [record] if isinstance(record, str) else []
-    if isinstance(record, dict):
-        fields = [record[name] for name in TEXT_FIELDS if isinstance(record.get(name), str)]
-    if not fields:
-        raise DataError(f"{where}: has no text; {EXPECTED}")
-    return fields[0].encode("utf-8", errors="replace")  # JSON can spell half of a surrogate pair; UTF-8 cannot
+    text = _text_field(record)
+    if text is None:
+        raise _without_text(where)
+    return text.encode("utf-8", errors="replace")  # JSON can spell half of a surrogate pair; UTF-8 cannot
+
+
+def _text_field(record: object) -> str | None:
+    if isinstance(record, str):
+        return record
+    fields = [record[name] for name in TEXT_FIELDS if name in record] if isinstance(record, dict) else []
+    return next((field for field in fields if isinstance(field, str)), None)
+
+
+def _without_text(where: str) -> DataError:
+    return DataError(f"{where}: has no text; {EXPECTED}")
 
 
 def _parse_json(data: bytes, where: str) -> object:

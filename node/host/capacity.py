@@ -22,8 +22,8 @@ WEIGHTS_AND_MOMENTS = 3
 FILES_PER_BLOCK = 3
 """A block's checkpoint, the one before, and the next while it is written."""
 
-EVENTS_SHARE = 0.05
-"""The share of the disk for each of the two files of the event log."""
+EVENTS_SHARE = 0.1
+"""The share of the disk for all files of the event log."""
 
 WIDE_TENSORS, NARROW_TENSORS = 6, 3
 """Rows that a backward holds for each pair at once: of the tokens' width, and of the experts'."""
@@ -73,16 +73,19 @@ def capacity_for(
     return _on_disk(capacity, limits.disk_bytes, manifest)
 
 
-def events_bytes(limits: Limits) -> int | None:
-    """Return the bytes for one file of the event log; None without a limit."""
-    return None if limits.disk_bytes is None else int(limits.disk_bytes * EVENTS_SHARE)
+def events_bytes(config: HostConfig, limits: Limits) -> int:
+    """Return the bytes for one file of the event log; 0 if it may grow without end."""
+    if limits.disk_bytes is None:
+        return config.event_log_bytes
+    most = int(limits.disk_bytes * EVENTS_SHARE / config.event_log_files)
+    return min(most, config.event_log_bytes or most)
 
 
 def _on_disk(capacity: Capacity, limit_bytes: int | None, manifest: Manifest) -> Capacity:
     if limit_bytes is None:
         return capacity
     per_block = FILES_PER_BLOCK * block_bytes(manifest)
-    n_blocks = int(limit_bytes * (1 - 2 * EVENTS_SHARE) // per_block)
+    n_blocks = int(limit_bytes * (1 - EVENTS_SHARE) // per_block)
     if n_blocks < 1:
         raise ConfigError(f"--max-disk: is too little for one block, whose checkpoints take {per_block:,} bytes")
     return capacity.with_blocks(min(capacity.max_blocks, n_blocks))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.config import EventLogConfig
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from node.limits.config import LimitsConfig
 from node.membership.config import ReachConfig, SwarmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostConfig(LimitsConfig, ReachConfig, SwarmConfig):
+class HostConfig(LimitsConfig, EventLogConfig, ReachConfig, SwarmConfig):
     """Host blocks of experts for a run."""
 
     state: Path = Path("state/host")

@@ -18,6 +18,7 @@ import psutil
 
 from common.errors import ConfigError, InvalidInputError, UnavailableError
 from common.events import Event, read_event
+from common.log_files import LogReader, end_of_log
 from common.settings import check_minimums
 from node.host.events import AskedEvent, HandedOverEvent, HostLeaveEvent, LeavingEvent, PausedEvent, ResumedEvent
 from node.host.signals import SIGNALS
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 LOOK_S = 0.1
 CLOCK_SLACK_S = 60.0
 """How far two readings of when a process began may differ: the machine's clock may have been set meanwhile."""
-
-MAX_NEW_BYTES = 1 << 20
 
 E = TypeVar("E", bound=Event)
 
@@ -89,7 +88,7 @@ class _Talk:
         self._state = state
         self._process = read_process(state)
         self._log = state / "events.jsonl"
-        self._offset = _size(self._log)
+        self._reader = LogReader(self._log, end_of_log(self._log))
         self._heard: deque[bytes] = deque()
 
     def send(self, word: str) -> None:
@@ -112,7 +111,7 @@ class _Talk:
 
     def heard(self, *kinds: type[E]) -> Iterator[E]:
         """Events of these kinds since the last one that was taken; UnavailableError for one that makes no sense."""
-        self._heard.extend(self._new_lines())
+        self._heard.extend(self._reader.new_lines())
         while self._heard:
             try:
                 event = read_event(self._heard.popleft(), *kinds)
@@ -120,15 +119,6 @@ class _Talk:
                 raise UnavailableError(f"{self._log}: {error}; is its host of another version?") from None
             if event is not None:
                 yield event
-
-    def _new_lines(self) -> list[bytes]:
-        if _size(self._log) < self._offset:  # restarted
-            self._offset = 0
-        with self._log.open("rb") as file:
-            file.seek(self._offset)
-            whole = file.read(MAX_NEW_BYTES).rpartition(b"\n")[0]
-        self._offset += len(whole) + 1 if whole else 0
-        return whole.splitlines()
 
     def runs(self) -> bool:
         """Whether the host's process is there."""
@@ -172,10 +162,6 @@ def _tell_leaving(talk: _Talk) -> None:
 
 def _nobody(state: Path) -> UnavailableError:
     return UnavailableError(f"{state}: no host runs from this folder")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _say(text: str) -> None:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from common.allocator import keep_freed_memory, keep_little_memory
+from common.config import EVENT_LOG_MINIMUMS
 from common.errors import DrainingError, NoRoomError
 from common.events import EventLog
 from common.folders import prepare_folder
@@ -87,6 +88,7 @@ MINIMUMS = {
     "keep_inputs_s": 0,
     "checkpoint_every_s": 0.1,
     "join_timeout_s": 0.1,
+    **EVENT_LOG_MINIMUMS,
 }
 
 DRAIN_GRACE_S = 0.5
@@ -105,7 +107,8 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     limit_device_memory(device, limits.gpu_memory_bytes)
     prepare_folder(config.state)
     identity = Identity.load_or_create(config.state / "identity.key")
-    events = EventLog(config.state / "events.jsonl", max_bytes=events_bytes(limits))
+    max_bytes, n_files = events_bytes(config, limits), config.event_log_files
+    events = EventLog(config.state / "events.jsonl", max_bytes=max_bytes, n_files=n_files)
     swarm = Swarm(config, identity, reach=config)
     try:
         await until_stopped(swarm.join(), stop)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final
 
 from common.tasks import repeat
 from node.host.metrics import load_event
@@ -11,11 +13,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from common.events import EventLog
+    from node.host.events import LoadEvent
     from node.host.memory_watch import MemoryWatch
     from node.host.serving.runtime import Runtime
     from node.limits.rate_limits import RateLimits
 
 LOAD_EVENT_PERIOD_S = 2.0
+IDLE_PERIOD_S = 60.0
+"""How often an idle host tells what it takes."""
+
+ALWAYS_MOVING: Final = frozenset({"sent_bytes", "received_bytes", "cpu_s", "memory_bytes"})
+"""What also changes while a host does nothing but stay in the swarm."""
 
 
 class LoadEvents:
@@ -28,15 +36,32 @@ class LoadEvents:
         memory: MemoryWatch,
         exchanged_bytes: Callable[[], int],
         events: EventLog,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runtime, self._rate_limits, self._memory = runtime, rate_limits, memory
-        self._exchanged_bytes, self._events = exchanged_bytes, events
+        self._exchanged_bytes, self._events, self._clock = exchanged_bytes, events, clock
+        self._told: LoadEvent | None = None
+        self._told_s = 0.0
 
     async def emit_forever(self) -> None:
         """Emit the event again and again, until cancelled."""
-        await repeat(self._emit, lambda: LOAD_EVENT_PERIOD_S)
+        await repeat(self._tell, lambda: LOAD_EVENT_PERIOD_S)
 
-    async def _emit(self) -> None:
+    async def _tell(self) -> None:
+        self.tell()
+
+    def tell(self) -> None:
+        """Emit the event if the host has done something since the last one, or if that is long ago."""
         runtime, rate_limits = self._runtime, self._rate_limits
         rate_limits.count_child()
-        self._events.emit(load_event(runtime, rate_limits, self._exchanged_bytes(), self._memory.used_bytes))
+        event, now_s = load_event(runtime, rate_limits, self._exchanged_bytes(), self._memory.used_bytes), self._clock()
+        idle = self._told is not None and _work(event) == _work(self._told)
+        if idle and now_s - self._told_s < IDLE_PERIOD_S:
+            return
+        self._told, self._told_s = event, now_s
+        self._events.emit(event)
+
+
+def _work(event: LoadEvent) -> dict[str, object]:
+    """The part of it that an idle host does not change."""
+    return {name: value for name, value in asdict(event).items() if name not in ALWAYS_MOVING}

@@ -8,18 +8,21 @@ from typing import Annotated
 
 import tyro
 
+from common.config import EventLogConfig
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from node.membership.config import CallerConfig, ReachConfig, SwarmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ReachConfig, SwarmConfig):
+class TrainConfig(EventLogConfig, ReachConfig, SwarmConfig):
     """Train the run's trunk and gate over the swarm's experts."""
 
     out: Path = Path("runs/train")
     """Write checkpoint, event log, summary and plot to this folder."""
     data: Path | None = None
     """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Refuse text with a bad row instead of skipping that."""
     steps: int = 0
     """Train to this step; 0 trains to the run's last token."""
     batch: int = 8
@@ -58,6 +61,14 @@ class TrainConfig(ReachConfig, SwarmConfig):
     """Draw the order of the data and the sample with this seed."""
     plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print lines instead of the live display."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Show or empty the cache of prepared text."""
+
+    clear: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Delete all of it that no process uses now."""
 
 
 @dataclass(frozen=True, kw_only=True)

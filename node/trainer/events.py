@@ -9,6 +9,18 @@ from common.events import Event
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOutEvent(Event):
+    """So many files and rows of the corpus are not read; `names` are the first files, with what they are."""
+
+    event: ClassVar[str] = "left_out"
+
+    files: int
+    names: tuple[str, ...]
+    rows: int
+    first_row: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrunkJoinedEvent(Event):
     """The trunk of a run that trains already was taken over, from one of so many trainers."""
 

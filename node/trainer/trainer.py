@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from common.allocator import keep_freed_memory
+from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, DrainingError
 from common.events import EventLog
 from common.folders import data_cache, prepare_folder
@@ -28,7 +30,7 @@ from node.trainer.evaluator.evaluator import Evaluator
 from node.trainer.evaluator.offer_count import OfferCount
 from node.trainer.evaluator.offers import OfferQueue
 from node.trainer.evaluator.trial_builder import TrialBuilder
-from node.trainer.events import StoppedEvent
+from node.trainer.events import LeftOutEvent, StoppedEvent
 from node.trainer.host_wait import HostWait
 from node.trainer.progress_tracker import ProgressTracker
 from node.trainer.train_step import StepConfig, Training, build_model
@@ -37,6 +39,7 @@ from node.trainer.training_reports import TrainingReports
 from node.trainer.trunk_sharing import TrunkSharing
 from node.trainer.trunk_state import load_trunk
 from node.trainer.view.display import open_display
+from node.trainer.view.report import keep_curve
 from protocol.announcements import PeerRecord
 from protocol.endpoints import Address
 from protocol.identity import Identity
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
     from node.trainer.config import TrainConfig
 
 logger = logging.getLogger(__name__)
+
+MAX_NAMES_TOLD = 100
 
 MINIMUMS = {
     "steps": 0,
@@ -64,6 +69,7 @@ MINIMUMS = {
     "save_every": 1,
     "threads": 1,
     "join_timeout_s": 0.1,
+    **EVENT_LOG_MINIMUMS,
 }
 
 
@@ -76,12 +82,13 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
     keep_freed_memory()
     prepare_folder(config.out)
     identity = Identity.load_or_create(config.out / "identity.key")
-    events = EventLog(config.out / "events.jsonl")
+    events = _open_log(config)
     swarm = Swarm(config, identity, reach=config)
     try:
         await until_stopped(swarm.join(), stop)
         swarm.dht.on_lost(stop.set)
         dataset = await asyncio.to_thread(_open_data, config, swarm.manifest.seed)
+        _tell_left_out(dataset, events)
         with open_display(events, plain=config.plain):
             trainer = Trainer(config, swarm, dataset, events)
             await trainer.run(stop)
@@ -91,8 +98,26 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
         events.close()
 
 
+def _open_log(config: TrainConfig) -> EventLog:
+    path = config.out / "events.jsonl"
+    return EventLog(
+        path,
+        max_bytes=config.event_log_bytes,
+        n_files=config.event_log_files,
+        before_drop=partial(keep_curve, path),
+    )
+
+
 def _open_data(config: TrainConfig, seed: int) -> ByteDataset:
-    return open_dataset(config.data, cache_dir=data_cache(), seed=seed)
+    return open_dataset(config.data, cache_dir=data_cache(), seed=seed, strict=config.strict)
+
+
+def _tell_left_out(dataset: ByteDataset, events: EventLog) -> None:
+    files, index = dataset.corpus.left_out, dataset.index
+    if files or index.skipped_rows:
+        names = tuple(map(str, files[:MAX_NAMES_TOLD]))
+        rows, first = index.skipped_rows, index.first_skipped_row
+        events.emit(LeftOutEvent(files=len(files), names=names, rows=rows, first_row=first))
 
 
 class Trainer:

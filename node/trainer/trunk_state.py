@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from common.errors import CheckpointError
 from node.model.checkpoint import read_checkpoint, write_checkpoint
+from node.trainer.reading import METADATA_KEY, change_since, reading_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from node.model.transformer import Transformer
     from node.trainer.train_step import Training
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "trunk.safetensors"
 
@@ -47,7 +51,11 @@ def save_trunk(folder: Path, training: Training, progress: TrainingProgress) -> 
     for name, parameter in zip(names, training.parameters, strict=True):
         for key, value in training.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
-    metadata = {"run_id": training.manifest.run_id, "progress": json.dumps(asdict(progress))}
+    metadata = {
+        "run_id": training.manifest.run_id,
+        "progress": json.dumps(asdict(progress)),
+        METADATA_KEY: json.dumps(reading_of(training)),
+    }
     write_checkpoint(folder / FILE_NAME, tensors, metadata)
 
 
@@ -61,7 +69,10 @@ def stored_step(folder: Path) -> int | None:
 
 
 def load_trunk(folder: Path, training: Training) -> TrainingProgress | None:
-    """Restore what `save_trunk` wrote; None if there is none. CheckpointError for another run's or a damaged one."""
+    """Restore what `save_trunk` wrote; None if there is none. CheckpointError for another run's or a damaged one.
+
+    Where the training reads its text otherwise than the one that wrote it, a warning says so.
+    """
     stored = read_checkpoint(folder / FILE_NAME)
     if stored is None:
         return None
@@ -78,6 +89,8 @@ def load_trunk(folder: Path, training: Training) -> TrainingProgress | None:
             training.optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(device) for key, value in state.items()
             }
+    if change := change_since(metadata, training):
+        logger.warning("%s: %s", folder / FILE_NAME, change)
     training.steps_done, training.version = progress.step, progress.version
     training.run_tokens, training.own_tokens = progress.run_tokens, progress.own_tokens
     return progress

@@ -6,8 +6,10 @@ The curve is read back from the event log rather than kept in memory, so that a 
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.panel import Panel
@@ -17,6 +19,7 @@ from rich.text import Text
 from common.atomic_file import write_atomically
 from common.errors import InvalidInputError
 from common.events import read_event
+from common.log_files import log_files
 from common.text import clock_text, count_text, hosts_text, printable
 from node.trainer.events import EvalEvent, StepEvent
 
@@ -29,6 +32,12 @@ if TYPE_CHECKING:
 
     from node.trainer.events import DoneEvent
 
+logger = logging.getLogger(__name__)
+
+CURVE_FILE = "curve.json"
+"""What is left of the files of the event log that are gone."""
+
+KEPT_POINTS = 4000
 MAX_POINTS = 2000
 SMOOTHING_WINDOWS = 40
 """The smoothed line averages over this part of the run."""
@@ -54,10 +63,42 @@ class Curve:
 
 
 def read_curve(events: Path) -> Curve:
-    """Read `events.jsonl`. Steps that were taken again after a resume count once, as taken last."""
-    train: list[Point] = []
-    held_out: list[Point] = []
-    for event in _measured(events):
+    """Read the event log `events` and what `keep_curve` kept of the files of it that are gone.
+
+    Steps that were taken again after a resume count once, as taken last.
+    """
+    return _extended(_kept_curve(events), log_files(events))
+
+
+def keep_curve(events: Path, going: Path) -> None:
+    """Keep what the file `going` of the log `events` tells of the curve, before it is deleted. Raises OSError."""
+    curve = _extended(_kept_curve(events), [going])
+    kept = Curve(train=tuple(thinned(curve.train, KEPT_POINTS)), held_out=tuple(thinned(curve.held_out, KEPT_POINTS)))
+    rows = {name: [tuple(asdict(point).values()) for point in points] for name, points in vars(kept).items()}
+    write_atomically(events.with_name(CURVE_FILE), json.dumps(rows).encode())
+
+
+def _kept_curve(events: Path) -> Curve:
+    path = events.with_name(CURVE_FILE)
+    try:
+        rows = json.loads(path.read_bytes())
+        parts = {
+            name: tuple(
+                Point(step=int(step), tokens=int(tokens), bits_per_byte=float(bits)) for step, tokens, bits in part
+            )
+            for name, part in rows.items()
+        }
+        return Curve(**parts)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("The curve of earlier steps in %s cannot be read: %s", path, error)
+    return Curve(train=(), held_out=())
+
+
+def _extended(curve: Curve, files: Sequence[Path]) -> Curve:
+    train, held_out = list(curve.train), list(curve.held_out)
+    for event in (event for file in files for event in _measured(file)):
         points = train if isinstance(event, StepEvent) else held_out
         while points and points[-1].step >= event.step:
             points.pop()
@@ -129,9 +170,14 @@ def centred_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def thinned(points: Sequence[Point], limit: int) -> list[Point]:
-    """Reduce to `limit` points: means of equally many neighbours, the last of which names step and tokens."""
-    size = -(-len(points) // limit) or 1
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    """Reduce to `limit` points: means over equally many tokens, the last of which names step and tokens.
+
+    So points that were thinned before count for as much of the run as others, however few they are by now.
+    """
+    if len(points) <= limit:
+        return list(points)
+    first, span = points[0].tokens, points[-1].tokens - points[0].tokens + 1
+    groups = [list(group) for _, group in groupby(points, lambda point: (point.tokens - first) * limit // span)]
     return [
         Point(
             step=group[-1].step,

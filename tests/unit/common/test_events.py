@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from common.config import EventLogConfig
 from common.errors import InvalidInputError
 from common.events import Event, EventLog, read_event
+from common.log_files import LogReader, end_of_log, log_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,11 +165,79 @@ def test_a_full_disk_is_told_once_and_costs_no_more_than_the_lines(caplog: pytes
 
 
 def test_a_log_with_a_limit_keeps_the_newest_lines_in_two_files(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl", clock=lambda: 1.0, max_bytes=200)
+    log = EventLog(tmp_path / "events.jsonl", clock=lambda: 1.0, max_bytes=200, n_files=2)
     for step in range(40):
         log.emit(Stepped(step=step))
     log.close()
-    newest, before = tmp_path / "events.jsonl", tmp_path / "events.jsonl.previous"
+    newest, before = tmp_path / "events.jsonl", tmp_path / "events.jsonl.1"
     assert newest.stat().st_size < 200 <= before.stat().st_size < 250
     steps = [json.loads(line)["step"] for line in (*lines(before), *lines(newest))]
     assert steps == list(range(steps[0], 40))
+
+
+def test_a_log_keeps_as_many_files_as_it_is_told_and_shows_each_before_it_goes(tmp_path: Path) -> None:
+    path, gone = tmp_path / "events.jsonl", list[str]()
+    (tmp_path / "events.jsonl.1.note").write_text("no file of the log", encoding="utf-8")
+    (tmp_path / "events.jsonl.7").write_text("an older file, of when more were kept\n", encoding="utf-8")
+    log = EventLog(path, lambda: 1.0, max_bytes=200, n_files=3, before_drop=lambda file: gone.extend(lines(file)))
+    for step in range(60):
+        log.emit(Stepped(step=step))
+    log.close()
+    assert [file.name for file in log_files(path)] == ["events.jsonl.2", "events.jsonl.1", "events.jsonl"]
+    assert sum(file.stat().st_size for file in log_files(path)) < 3 * 250
+    assert gone.pop(0) == "an older file, of when more were kept"
+    kept = [line for file in log_files(path) for line in lines(file)]
+    assert [json.loads(line)["step"] for line in (*gone, *kept)] == list(range(60))
+
+
+def test_a_log_is_bounded_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    whole, default = EventLog(tmp_path / "whole.jsonl", max_bytes=0), EventLog(tmp_path / "default.jsonl")
+    for log in (whole, default):
+        for _ in range(6):
+            log.emit(replace(NESTED, for_="y" * 11_000_000))
+        log.close()
+    assert [file.name for file in log_files(tmp_path / "whole.jsonl")] == ["whole.jsonl"]
+    assert len(log_files(tmp_path / "default.jsonl")) == EventLogConfig().event_log_files == 5
+    assert EventLogConfig().event_log_bytes == 10_000_000
+
+
+def test_a_log_that_cannot_be_rotated_goes_on_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = EventLog(tmp_path / "events.jsonl", lambda: 1.0, max_bytes=200, n_files=1, before_drop=fail)
+    for step in range(8):
+        log.emit(Stepped(step=step))
+    log.close()
+    assert len(lines(tmp_path / "events.jsonl")) == 8
+    assert caplog.text.count("cannot be begun anew: No space left on device") == 1
+
+
+def test_a_reader_misses_nothing_and_reads_nothing_twice_while_a_log_is_rotated(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path, lambda: 1.0, max_bytes=200, n_files=4)
+    for step in range(4):
+        log.emit(Stepped(step=step))
+    reader, read = LogReader(path, end_of_log(path)), list[int]()
+    assert reader.new_lines() == []
+    for step in range(4, 100):
+        log.emit(Stepped(step=step))
+        if step % 7 == 0:
+            read += [json.loads(line)["step"] for found in iter(reader.new_lines, []) for line in found]
+    log.close()
+    assert read == list(range(4, 99))
+
+
+def test_a_reader_of_a_log_that_is_not_there_yet_begins_with_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    reader = LogReader(path, end_of_log(path))
+    assert reader.new_lines() == []
+    path.write_bytes(b"one\ntw")
+    assert reader.new_lines() == [b"one"]
+    with path.open("ab") as file:
+        file.write(b"o\n")
+    assert reader.new_lines() == [b"two"]
+    path.write_bytes(b"anew\n")
+    assert reader.new_lines() == [b"anew"]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from common.errors import ConfigError, UnavailableError
+from common.events import EventLog
+from common.log_files import end_of_log
 from coordinator.children import exit_words
 from coordinator.config import LocalConfig, manifest_of
 from coordinator.local import EXIT_INTERRUPTED, LocalSwarm, check, run_local
@@ -55,6 +57,18 @@ def test_training_has_begun_once_the_trainers_log_says_so(tmp_path: Path) -> Non
         swarm._training_began()
 
 
+def test_training_has_begun_also_where_the_trainers_log_was_rotated_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"t":0,"event":"waiting","for":"hosts"}\n' * 9, encoding="utf-8")
+    swarm = LocalSwarm(config_in(tmp_path), asyncio.Event(), ("unused",))
+    swarm._trainer_log_end = end_of_log(path)
+    log = EventLog(path, max_bytes=400, n_files=3)
+    log.emit(STARTED)
+    assert path.stat().st_size < 400
+    assert swarm._training_began()
+    log.close()
+
+
 async def test_each_host_is_told_its_own_blocks_and_together_they_have_all(
     tmp_path: Path, behave: Callable[[dict[str, str]], None]
 ) -> None:
@@ -66,6 +80,17 @@ async def test_each_host_is_told_its_own_blocks_and_together_they_have_all(
     hosts = [told(tmp_path, f"host-{i}") for i in range(2)]
     assert [flags["--blocks"] for flags in hosts] == ["0/0-1,1/0-1", "0/2-3,1/2-3"]
     assert all("--stop-on-stdin-eof" in flags for flags in hosts)
+
+
+async def test_its_nodes_are_told_how_to_read_and_how_long_logs_may_be(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"trainer": "begin exit 0"})
+    assert await run_to_the_end(tmp_path, 4, strict=True, event_log_mb=3.0) == 0
+    for name in ("coordinator", "host-0", "trainer"):
+        words = json.loads((tmp_path / f"{name}.argv").read_text(encoding="utf-8"))
+        assert "event_log_mb = 3.0" in words
+        assert ("--strict" in words) == (name == "trainer")
 
 
 async def test_replicas_of_a_block_go_to_different_hosts_also_when_the_run_is_resumed(

@@ -27,6 +27,7 @@ ReachabilityEvent: reachability state endpoint observed asked problem
 RelaysEvent: relays relays
 TrainingStartEvent: start run_id experts hosts step steps tokens_total parameters_trunk parameters_experts documents \
     bytes_train
+LeftOutEvent: left_out files names rows first_row
 TrunkJoinedEvent: trunk_joined version trainers
 WaitingEvent: waiting for
 StepEvent: step step steps loss bits_per_byte run_tokens own_tokens trainers tokens_per_s in_flight experts_alive \

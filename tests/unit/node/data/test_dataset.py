@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -15,12 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import DataError, InvalidInputError
+from common.errors import ConfigError, DataError, InvalidInputError
+from common.folders import data_cache_bytes
 from node.data import ByteDataset, open_dataset
 from node.data import cache as cache_module
 from node.data import sources as sources_module
 from node.data.cache import SEPARATOR, held_out_hash
+from node.data.eviction import stored_corpora
 from node.data.shuffle import keys_of, shuffled
+from node.trainer.cache_command import run_cache
+from node.trainer.config import CacheConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -210,6 +215,88 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_no_half_cache(
     assert [entry.name for entry in cache.iterdir() if entry.is_dir()] == []
     monkeypatch.undo()
     assert open_dataset(path, cache_dir=cache).index.train_documents > 150
+
+
+# The bound of the cache
+
+
+def corpus_of(folder: Path, name: str, used_s: int) -> ByteDataset:
+    path = write_json_lines(folder / f"{name}.jsonl", articles())
+    dataset = open_dataset(path, cache_dir=folder / "cache")
+    (index,) = (folder / "cache").glob(f"{name}-jsonl-*/index.json")
+    os.utime(index, (used_s, used_s))
+    return dataset
+
+
+def cached(folder: Path) -> list[str]:
+    return sorted(stored.folder.name.split("-")[0] for stored in stored_corpora(folder / "cache"))
+
+
+def test_what_was_used_longest_ago_goes_first_and_never_what_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "somebody-elses").mkdir()
+    for name, used_s in (("second", 200), ("third", 300)):
+        corpus_of(tmp_path, name, used_s)
+    in_use = corpus_of(tmp_path, "first", 100)
+    size = stored_corpora(tmp_path / "cache")[0].n_bytes
+    monkeypatch.setenv("KILOHIVE_CACHE_MAX_SIZE", f"{3.5 * size / 1000:.3f}KB")
+    corpus_of(tmp_path, "fourth", 400)
+    assert cached(tmp_path) == ["first", "fourth", "third"]
+    corpus_of(tmp_path, "third", 500)  # used again
+    corpus_of(tmp_path, "fifth", 600)
+    assert cached(tmp_path) == ["fifth", "first", "third"]
+    assert bytes(in_use.train)
+    del in_use
+    corpus_of(tmp_path, "sixth", 700)
+    assert cached(tmp_path) == ["fifth", "sixth", "third"]
+    assert (tmp_path / "cache" / "somebody-elses").is_dir()
+
+
+def test_a_corpus_larger_than_the_bound_is_still_there_for_who_opened_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILOHIVE_CACHE_MAX_SIZE", "1KB")
+    assert corpus_of(tmp_path, "large", 100).index.train_documents > 150
+    assert cached(tmp_path) == ["large"]
+
+
+def test_the_cache_has_a_bound_unless_it_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data_cache_bytes() == 10_000_000_000
+    for text, n_bytes in (("2GB", 2_000_000_000), ("0", 0), ("", 10_000_000_000)):
+        monkeypatch.setenv("KILOHIVE_CACHE_MAX_SIZE", text)
+        assert data_cache_bytes() == n_bytes
+    monkeypatch.setenv("KILOHIVE_CACHE_MAX_SIZE", "much")
+    with pytest.raises(ConfigError, match="KILOHIVE_CACHE_MAX_SIZE: is 'much', must be such as 600MB or 2GB"):
+        data_cache_bytes()
+
+
+async def test_the_cache_is_shown_and_emptied_but_for_what_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("KILOHIVE_CACHE", str(cache))
+    await run_cache(CacheConfig(), asyncio.Event())
+    assert capsys.readouterr().out == f"{cache}: 0 corpora, 0 B of at most 10 GB (KILOHIVE_CACHE_MAX_SIZE)\n"
+    corpus_of(tmp_path, "old", 100)
+    used = corpus_of(tmp_path, "used", 200)
+    left = cache / "half-0123456789ab.building"  # by a build that was killed
+    left.mkdir()
+    (left / "train.bin").write_bytes(b"x" * 1000)
+    await run_cache(CacheConfig(), asyncio.Event())
+    shown = capsys.readouterr().out
+    assert f"{cache}: 3 corpora, " in shown
+    assert [line.endswith("in use") for line in shown.splitlines() if "used-jsonl-" in line] == [True]
+    assert [line.endswith("in use") for line in shown.splitlines() if "old-jsonl-" in line] == [False]
+    await run_cache(CacheConfig(clear=True), asyncio.Event())
+    assert ": deleted 2 of 3 corpora, " in (said := capsys.readouterr().out)
+    assert said.endswith("; 1 in use stay\n")
+    assert cached(tmp_path) == ["used"]
+    del used
+    await run_cache(CacheConfig(clear=True), asyncio.Event())
+    assert ": deleted 1 of 1 corpora, " in capsys.readouterr().out
+    assert cached(tmp_path) == []
 
 
 # Batches

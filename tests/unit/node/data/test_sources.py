@@ -13,6 +13,7 @@ import pytest
 from common.errors import ConfigError, DataError
 from node.data import WIKIPEDIA_ATTRIBUTION, open_dataset
 from node.data import sources as sources_module
+from node.data.bad_rows import BadRows
 from node.data.sources import MAX_DOCUMENT_BYTES, find_corpus, read_documents
 
 if TYPE_CHECKING:
@@ -98,6 +99,134 @@ def test_a_folder_inside_which_the_cache_lies_does_not_read_the_cache(tmp_path: 
     again = open_dataset(tmp_path, cache_dir=tmp_path / "cache")
     assert first.index == again.index
     assert first.index.train_documents + first.index.held_out_documents == 8
+
+
+# What is left out
+
+
+def test_files_that_are_not_text_are_told_by_name_count_and_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "hub"
+    (root / "data").mkdir(parents=True)
+    (root / "README.md").write_text("\n\n".join(f"Card {i}. " * 300 for i in range(9)), encoding="utf-8")
+    (root / "data" / "train.parquet").write_bytes(b"PAR1" + b"\1" * 20_000)  # without a single zero byte
+    (root / "data" / "named.bin").write_bytes(b"PAR1" + b"\1" * 20_000)
+    (root / "data" / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    (root / "text.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", encoding="utf-8")
+    (root / "a.jsonl.gz").write_bytes(b"\x1f\x8b" + b"\1" * 100)
+    (root / "notes.txt").write_text("Windows wrote this.", encoding="utf-16")
+    (root / "none.txt").write_bytes(b"")
+    (root / "image.png").write_bytes(b"\x89PNG\0\0")
+    (root / "gone.txt").symlink_to(root / "nowhere")
+    (root / "linked").symlink_to(tmp_path, target_is_directory=True)
+    dataset = open_dataset(root, cache_dir=tmp_path / "cache")
+    assert bytes(dataset.train).count(b"Card") + bytes(dataset.held_out).count(b"Card") == 9 * 300
+    (line,) = caplog.messages
+    assert line.startswith(f"left out 10 of 11 files of {root}: ")
+    for words in (
+        "data/named.bin, data/pointer.parquet, data/train.parquet (Parquet: convert it to .jsonl or .txt)",
+        "text.txt (a Git LFS pointer: fetch the file with git lfs pull)",
+        "a.jsonl.gz (compressed: unpack it)",
+        "notes.txt (UTF-16: convert it to UTF-8)",
+        "none.txt (empty)",
+        "image.png (not text)",
+        "gone.txt (no regular file)",
+        "linked (a link to a folder: give that folder with --data)",
+    ):
+        assert words in line
+    assert [str(file) for file in dataset.corpus.left_out[:2]] == [
+        "a.jsonl.gz (compressed: unpack it)",
+        "data/named.bin (Parquet: convert it to .jsonl or .txt)",
+    ]
+
+
+def test_of_many_files_of_a_kind_some_are_named_and_all_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text", encoding="utf-8")
+    for i in range(1200):
+        (tmp_path / f"{i:04}.png").write_bytes(b"\0")
+    line = find_corpus(tmp_path).left_out_text()
+    assert line.endswith("0000.png, 0001.png, 0002.png, 0003.png, 0004.png and 1,195 more (not text)")
+
+
+def test_a_folder_of_nothing_but_parquet_says_so(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1" + b"\1" * 100)
+    with pytest.raises(DataError, match=r"no text file .*: left out t\.parquet \(Parquet: convert it to \.jsonl or"):
+        find_corpus(tmp_path)
+    with pytest.raises(DataError, match=r"t\.parquet is not text \(Parquet\): convert it to \.jsonl or \.txt\."):
+        find_corpus(tmp_path / "t.parquet")
+
+
+GOOD_ROWS = b"".join(json.dumps({"text": f"Row number {i}."}).encode() + b"\n" for i in range(40))
+BAD_ROWS = (b"{", b'{"text": null}', b'{"text": 7}', b"null", b'{"text": "caf\xe9"}', b'{"title": "no text"}')
+
+
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_a_bad_row_is_skipped_counted_and_told_at_every_start_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: bytes
+) -> None:
+    path, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    path.write_bytes(GOOD_ROWS + row + b"\n" + GOOD_ROWS.replace(b"Row", b"Line") + row + b"\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 41: "):
+        open_dataset(path, cache_dir=cache, strict=True)
+    for start in (1, 2):  # the second one reads the cache
+        index = open_dataset(path, cache_dir=cache).index
+        assert index.train_documents + index.held_out_documents == 80
+        assert len(caplog.messages) == start
+        assert f"skipped 2 rows of rows.jsonl that cannot be read, the first: {path}, line 41: " in caplog.messages[-1]
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 41: "):
+        open_dataset(path, cache_dir=cache, strict=True)
+
+
+def test_rows_are_not_counted_twice_where_a_small_corpus_is_read_twice(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "two"}\nnull\n')
+    index = open_dataset(path, cache_dir=tmp_path / "cache").index
+    assert (index.train_documents, index.held_out_documents, index.skipped_rows) == (1, 1, 1)
+
+
+def test_a_bad_record_of_a_json_file_and_a_line_that_is_too_long_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources_module, "MAX_JSON_LINE_BYTES", 1000)
+    (tmp_path / "a.json").write_text('[null, {"text": "one"}, {"text": null}, "two"]', encoding="utf-8")
+    (tmp_path / "b.json").write_text('{"x": {"text": "three"}, "y": null}', encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('"' + "x" * 2500 + '"\n"four"\n', encoding="utf-8")
+    bad_rows = BadRows()
+    assert list(read_documents(find_corpus(tmp_path), bad_rows)) == [b"one", b"two", b"three", b"four"]
+    assert bad_rows.skipped == 4
+    assert bad_rows.first_skipped.startswith(f"{tmp_path / 'a.json'}, entry 0: has no text")
+
+
+def test_text_that_is_not_utf8_is_read_as_it_is_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "latin.txt"
+    pieces = [("Grüße aus Köln. " * 200).encode(code) + b"\n\n" for code in ("utf-8", "latin-1", "latin-1", "utf-8")]
+    path.write_bytes(b"".join(pieces))
+    assert len(documents_of(path)) == 4
+    index = open_dataset(path, cache_dir=tmp_path / "cache").index
+    assert (index.not_utf8, index.skipped_rows) == (2, 0)
+    where = f"{path}, byte {len(pieces[0])}: text that is not UTF-8; convert it to UTF-8."
+    assert caplog.messages == [
+        f"latin.txt has 2 pieces of text that are not UTF-8, read as the bytes that they are, the first: {where}"
+    ]
+    with pytest.raises(DataError, match="text that is not UTF-8"):
+        open_dataset(path, cache_dir=tmp_path / "cache", strict=True)
+
+
+def test_a_character_that_is_cut_by_a_pieces_end_is_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("ü" * MAX_DOCUMENT_BYTES + "x" + "ü" * MAX_DOCUMENT_BYTES, encoding="utf-8")
+    bad_rows = BadRows(strict=True)
+    assert len(list(read_documents(find_corpus(path), bad_rows))) == 5
+
+
+def test_zero_bytes_far_into_a_file_are_not_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"A line of text.\n\n" * 2000 + b"\0" * 3000 + b"\n\n" + b"More text.\n\n" * 300)
+    bad_rows = BadRows()
+    assert not any(b"\0" in document for document in read_documents(find_corpus(path), bad_rows))
+    assert bad_rows.skipped == 1
+    assert "holds zero bytes" in bad_rows.first_skipped
 
 
 # What is wrong with a corpus

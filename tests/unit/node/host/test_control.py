@@ -26,8 +26,15 @@ if TYPE_CHECKING:
 
 ADDRESS = Address(peer_id_of(bytes(range(32))), "127.0.0.1:4000")
 HOST = """
-import json, signal, sys
+import json, os, signal, sys
+def rotate():
+    for number in range(8, -1, -1):
+        name = f"events.jsonl.{number}".removesuffix(".0")
+        if os.path.exists(name):
+            os.rename(name, f"events.jsonl.{number + 1}")
 def tell(event, **fields):
+    if sys.argv[1] == "rotates":
+        rotate()
     with open("events.jsonl", "a") as log:
         log.write(json.dumps({"event": event, **fields}) + "\\n")
 state = {"paused": False, "reasons": sys.argv[2:]}
@@ -169,3 +176,14 @@ async def test_an_answer_of_another_version_is_a_sentence(tmp_path: Path) -> Non
             await run_pause(host.config, asyncio.Event())
     finally:
         host.close()
+
+
+async def test_answers_are_heard_also_where_the_log_is_rotated_between_them(tmp_path: Path) -> None:
+    host = FakeHost(tmp_path, version="rotates")
+    try:
+        await run_pause(host.config, asyncio.Event())
+        await run_resume(host.config, asyncio.Event())
+        await run_leave(host.config, asyncio.Event())
+    finally:
+        host.close()
+    assert (tmp_path / "events.jsonl.8").exists()

@@ -10,6 +10,7 @@ import torch
 
 from common.errors import CheckpointError, DivergedError, TooFewExpertsError
 from node.data import open_dataset
+from node.model.checkpoint import read_checkpoint, write_checkpoint
 from node.model.moe import LocalExperts
 from node.trainer.train_step import MAX_STEPS_LEFT_OUT, StepConfig, Training, build_model
 from node.trainer.trunk_state import FILE_NAME, TrainingProgress, load_trunk, load_trunk_weights, save_trunk
@@ -174,6 +175,54 @@ def test_a_resumed_training_goes_on_exactly(dataset: ByteDataset, bench: Bench, 
         assert resumed.losses(3) == wanted[3:]
     finally:
         resumed.training.close()
+
+
+def resumed_with(folder: Path, dataset: ByteDataset, **changes: int) -> None:
+    resumed = Bench(dataset, config=StepConfig(**{"batch": 8, "micro_batches": 1, **changes}))
+    try:
+        assert load_trunk(folder, resumed.training) is not None
+    finally:
+        resumed.training.close()
+
+
+@pytest.mark.parametrize("name", ["batch", "micro_batches", "seed", "n_shards", "shard"])
+def test_resuming_with_another_setting_of_the_data_is_one_warning_that_says_what_was_and_is(
+    dataset: ByteDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    save_trunk(tmp_path, bench.training, TrainingProgress(step=3))
+    resumed_with(tmp_path, dataset)
+    assert caplog.messages == []
+    was = getattr(bench.training.config, name)
+    resumed_with(tmp_path, dataset, **{name: 5})
+    (line,) = caplog.messages
+    assert f"other settings of the data: --{name.replace('_', '-')} was {was} and is 5; steps may" in line
+
+
+def test_resuming_with_another_corpus_is_a_warning_and_with_a_copy_of_it_is_none(
+    dataset: ByteDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_trunk(tmp_path, bench.training, TrainingProgress(step=3))
+    text = dataset.corpus.root.read_text(encoding="utf-8")
+    (tmp_path / "copy.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text.replace("flies", "walks"), encoding="utf-8")
+    resumed_with(tmp_path, open_dataset(tmp_path / "copy.txt", cache_dir=tmp_path / "cache"))
+    assert caplog.messages == []
+    resumed_with(tmp_path, open_dataset(tmp_path / "other.txt", cache_dir=tmp_path / "cache"))
+    (line,) = caplog.messages
+    assert "--data was text.txt (" in line
+    assert " and is other.txt (" in line
+
+
+def test_a_checkpoint_that_does_not_tell_what_was_read_is_resumed_without_a_word(
+    dataset: ByteDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_trunk(tmp_path, bench.training, TrainingProgress(step=3))
+    stored = read_checkpoint(tmp_path / FILE_NAME)
+    assert stored is not None
+    tensors, metadata = stored
+    write_checkpoint(tmp_path / FILE_NAME, tensors, {key: metadata[key] for key in ("run_id", "progress")})
+    resumed_with(tmp_path, dataset, batch=4)
+    assert caplog.messages == []
 
 
 def test_a_trunk_of_another_run_is_refused(dataset: ByteDataset, bench: Bench, tmp_path: Path) -> None:

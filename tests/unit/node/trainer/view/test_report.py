@@ -6,17 +6,23 @@ import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from common.events import EventLog
+from common.log_files import log_files
+from node.trainer.view import report as report_module
 from node.trainer.view.report import (
     MAX_POINTS,
     Curve,
     Point,
     centred_mean,
+    keep_curve,
     plot_loss,
     print_end,
     read_curve,
@@ -67,6 +73,41 @@ def test_lines_that_a_crash_cut_short_are_skipped(tmp_path: Path) -> None:
     good = json.dumps(as_written(step(2)))
     path.write_bytes(b'{"t":1,"event":"st\n[1]\n\xff\n{"event":"step"}\n' + good.encode() + b'\n{"event":"ev')
     assert [p.step for p in read_curve(path).train] == [2]
+
+
+def test_the_curve_outlives_the_files_of_its_log(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path, max_bytes=40_000, n_files=2, before_drop=partial(keep_curve, path))
+    for number in range(1, 1001):
+        log.emit(step(number, bits_per_byte=8.0 - number / 200))
+        if number % 100 == 0:
+            log.emit(evaluation(number, 5.0))
+    log.close()
+    assert sum(file.stat().st_size for file in log_files(path)) < 100_000
+    curve = read_curve(path)
+    assert [point.step for point in curve.train] == list(range(1, 1001))
+    assert curve.train[0].bits_per_byte == 7.995
+    assert [point.step for point in curve.held_out] == list(range(100, 1001, 100))
+
+
+def test_what_is_kept_of_a_long_curve_is_bounded_and_spread_over_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_module, "KEPT_POINTS", 50)
+    path = tmp_path / "events.jsonl"
+    for first in range(1, 1001, 100):
+        going = write_events(tmp_path / "going", [step(number) for number in range(first, first + 100)])
+        keep_curve(path, going)
+    points = read_curve(path).train
+    assert len(points) <= 50
+    assert points[-1].step == 1000
+    assert all(later.step - earlier.step <= 60 for earlier, later in pairwise(points))
+
+
+def test_a_kept_curve_that_is_damaged_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "curve.json").write_text('{"train": [[1, 2]]}', encoding="utf-8")
+    assert [p.step for p in read_curve(write_events(tmp_path / "events.jsonl", [step(5)])).train] == [5]
+    assert "The curve of earlier steps in" in caplog.text
 
 
 def test_write_report_leaves_a_summary_and_a_picture(tmp_path: Path) -> None:

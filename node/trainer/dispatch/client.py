@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from common.errors import (
-    InvalidInputError,
-    NotHostedError,
-    OverloadedError,
-    RefusedError,
-    UnauthenticatedError,
-    UnknownRunError,
-)
+from common.errors import InternalError, InvalidInputError, OverloadedError
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import Channels
 from node.rpc.security import NotConnectedError
@@ -23,7 +16,6 @@ from protocol import expert_pb2 as pb
 from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
-    from common.errors import KilohiveError
     from node.rpc.security import Caller
     from protocol.endpoints import Address
 
@@ -69,11 +61,16 @@ class ExpertClient:
         while True:
             left_s = deadline - asyncio.get_running_loop().time()
             try:
-                return parse_message(response_type, await self._send(address, method, raw, left_s), "response")
+                answer = await self._send(address, method, raw, left_s)
             except OverloadedError as error:
                 if not patient or left_s <= error.retry_after_s:
                     raise
                 await asyncio.sleep(error.retry_after_s)
+                continue
+            try:
+                return parse_message(response_type, answer, "response")
+            except InvalidInputError as error:  # told apart from one that the peer raises about the request
+                raise InternalError(f"what the peer answers is not valid: {error}") from None
 
     async def _send(self, address: Address, method: str, raw: bytes, timeout_s: float) -> bytes:
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -88,13 +85,6 @@ class ExpertClient:
             if isinstance(rebuilt, NotConnectedError):
                 # A peer that was started again has another certificate: the next call fetches it.
                 self._channels.drop(address)
-            raise _as_refusal(rebuilt) from None
+            raise rebuilt from None
         self.wire_bytes += len(raw) + len(answer)
         return answer
-
-
-def _as_refusal(error: KilohiveError) -> KilohiveError:
-    """What a peer finds wrong with this node or its request; from here on an InvalidInputError is about the answer."""
-    if isinstance(error, (NotHostedError, UnknownRunError)):
-        return error
-    return RefusedError(str(error)) if isinstance(error, (InvalidInputError, UnauthenticatedError)) else error

@@ -19,7 +19,16 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from common.errors import DrainingError, KilohiveError, UnavailableError
+from common.errors import (
+    DrainingError,
+    InvalidInputError,
+    KilohiveError,
+    NotHostedError,
+    RefusedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnknownRunError,
+)
 from node.rpc.call_errors import is_lost
 from node.trainer.dispatch.loop_bridge import LOOP_GRACE_S, LOOP_STOPPED
 
@@ -150,6 +159,10 @@ class Delivery(Generic[Q, M, A]):
             return
         try:
             response, seconds = future.result(0)
+        except KilohiveError as error:
+            self._failed(call, _as_refusal(error))
+            return
+        try:
             answer = self._work.accept(call.request, response, seconds)
         except KilohiveError as error:
             self._failed(call, error)
@@ -225,6 +238,13 @@ class Delivery(Generic[Q, M, A]):
     def _cancel(self, call: _Call[Q, M, A]) -> None:
         if self._pending.pop(call.future, None) is not None:
             call.future.cancel()
+
+
+def _as_refusal(error: KilohiveError) -> KilohiveError:
+    """RefusedError for what a peer finds wrong with this node or its request; other errors as they are."""
+    if isinstance(error, (NotHostedError, UnknownRunError)):
+        return error
+    return RefusedError(str(error)) if isinstance(error, (InvalidInputError, UnauthenticatedError)) else error
 
 
 def _answers(calls: list[_Call[Q, M, A]]) -> list[tuple[Q, A]]:

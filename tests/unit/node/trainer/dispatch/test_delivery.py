@@ -15,10 +15,11 @@ import torch
 
 from common.errors import (
     DeadlineError,
+    InvalidInputError,
     KilohiveError,
     NotHostedError,
     OverloadedError,
-    RefusedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from node.model.pairs import flat_pairs
@@ -151,17 +152,30 @@ def test_a_peer_that_refuses_its_input_is_not_held_responsible(
     loop: LoopThread, caplog: pytest.LogCaptureFixture
 ) -> None:
     swarm = Swarm(loop, first=(0, 1), other=(0, 1))
-    swarm.work.errors["first"] = RefusedError("inputs.tokens_TD: holds NaN or infinity")
+    swarm.work.errors["first"] = InvalidInputError("inputs.tokens_TD", "holds NaN or infinity")
     for _ in range(3):
         assert swarm.run("first") == {"other": flat_of(0, 1)}
         swarm.planner = Planner(swarm.planner.choice, swarm.peers, LIMITS)
     assert swarm.directory.failures == []
     assert swarm.peers.calls_failed == 3
     assert "first at h:1 refuses what it was sent" in caplog.text
-    swarm.work.errors["other"] = RefusedError("inputs.tokens_TD: holds NaN or infinity")
+    swarm.work.errors["other"] = UnauthenticatedError("signed 40 s ago")
     assert swarm.run("first") == {}
     assert swarm.planner.failed_peers == set()
-    assert swarm.planner.refusals == {"inputs.tokens_TD: holds NaN or infinity"}
+    assert swarm.planner.refusals == {"inputs.tokens_TD: holds NaN or infinity", "signed 40 s ago"}
+
+
+def test_a_peer_whose_answer_is_off_is_held_responsible(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = Swarm(loop, first=(0, 1), other=(0, 1))
+
+    def accept(request: Asked, response: str, _seconds: float) -> str:
+        if response == "first":
+            raise InvalidInputError("combined_TD", "holds NaN or infinity")
+        return response
+
+    monkeypatch.setattr(swarm.work, "accept", accept)
+    assert swarm.run("first") == {"other": flat_of(0, 1)}
+    assert swarm.directory.failures == ["first"]
 
 
 def test_a_call_that_got_lost_is_repeated_once_at_the_same_peer(loop: LoopThread) -> None:

@@ -15,7 +15,7 @@ import torch
 from common.allocator import keep_freed_memory, keep_little_memory
 from common.errors import DrainingError
 from common.events import EventLog
-from common.folders import prepare_folder
+from common.folders import FolderClaim, claimed
 from common.metrics import serve_metrics
 from common.settings import check_minimums
 from common.tasks import until_stopped
@@ -100,18 +100,18 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     _ = keep_freed_memory() if limits.memory_bytes is None else keep_little_memory()
     device = pick_device(config.device)
     limit_device_memory(device, limits.gpu_memory_bytes)
-    prepare_folder(config.state)
-    identity = Identity.load_or_create(config.state / "identity.key")
-    events = EventLog(config.state / "events.jsonl", max_bytes=events_bytes(limits))
-    swarm = Swarm(config, identity, reach=config)
-    try:
-        await until_stopped(swarm.join(), stop)
-        swarm.dht.on_lost(stop.set)
-        await Host(config, limits, swarm, device, events, started).serve(stop)
-        swarm.dht.raise_if_lost()
-    finally:
-        await swarm.leave()
-        events.close()
+    with claimed(FolderClaim(folder=config.state, role="host", flag="--state")):
+        identity = Identity.load_or_create(config.state / "identity.key")
+        events = EventLog(config.state / "events.jsonl", max_bytes=events_bytes(limits))
+        swarm = Swarm(config, identity, reach=config)
+        try:
+            await until_stopped(swarm.join(), stop)
+            swarm.dht.on_lost(stop.set)
+            await Host(config, limits, swarm, device, events, started).serve(stop)
+            swarm.dht.raise_if_lost()
+        finally:
+            await swarm.leave()
+            events.close()
 
 
 class Host:

@@ -16,7 +16,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +34,7 @@ from common.command_line import (
     resolved_text,
 )
 from common.errors import ConfigError, KilohiveError
+from common.standard_streams import open_standard_streams, watch_stdin
 from coordinator.config import (
     CoordinatorConfig,
     ExperimentConfig,
@@ -222,10 +222,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KilohiveError as error:
         _print_error(str(error))
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has left; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
     except OSError as error:
         _print_error(f"{error.filename or 'system'}: {error.strerror or error}")
         return EXIT_FAILED
@@ -267,6 +263,7 @@ def _run(command: Command, arguments: list[str]) -> int:
         console.print(resolved_text(command, parsed), soft_wrap=not console.is_terminal)
     code, stopped = (_run_on_trio if command.on_trio else _run_on_uvloop)(command, parsed)
     signal.signal(signal.SIGINT, _exit_now)
+    signal.signal(signal.SIGHUP, _hear_nothing)
     if code is not None:
         return code
     return EXIT_INTERRUPTED if stopped and not command.endless else EXIT_OK
@@ -295,9 +292,10 @@ async def _until_done(role: Role, parsed: Parsed[Any]) -> tuple[int | None, bool
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, _stop_or_exit, stop)
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    for number in _stop_signals():
+        loop.add_signal_handler(number, stop.set)
     if parsed.stop_on_stdin_eof:
-        _start_watching_stdin(lambda: loop.call_soon_threadsafe(stop.set))
+        watch_stdin(lambda: loop.call_soon_threadsafe(stop.set))
     return await role(parsed.config, stop), stop.is_set()
 
 
@@ -308,7 +306,7 @@ async def _until_done_on_trio(role: Role, parsed: Parsed[Any]) -> tuple[int | No
     stop = trio.Event()
     if parsed.stop_on_stdin_eof:
         token = trio.lowlevel.current_trio_token()
-        _start_watching_stdin(lambda: token.run_sync_soon(stop.set))
+        watch_stdin(lambda: token.run_sync_soon(stop.set))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_stop_at_signals, stop)
         code = await role(parsed.config, stop)
@@ -319,15 +317,17 @@ async def _until_done_on_trio(role: Role, parsed: Parsed[Any]) -> tuple[int | No
 async def _stop_at_signals(stop: trio.Event) -> None:
     import trio  # noqa: PLC0415 - see _run_on_trio
 
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, *_stop_signals()) as signals:
         async for number in signals:
             if number == signal.SIGINT:
                 _stop_or_exit(stop)
             stop.set()
 
 
-def _start_watching_stdin(at_its_end: Callable[[], object]) -> None:
-    threading.Thread(target=_watch_stdin, args=(at_its_end,), name="stdin", daemon=True).start()
+def _stop_signals() -> list[signal.Signals]:
+    """Signals that ask for a clean stop, beside Ctrl+C's: a closed terminal's too, unless nohup has it ignored."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, *hung_up]
 
 
 def _stop_or_exit(stop: asyncio.Event | trio.Event) -> None:
@@ -339,17 +339,13 @@ def _stop_or_exit(stop: asyncio.Event | trio.Event) -> None:
 
 def _exit_now(*_signal: object) -> None:
     if sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
+        with contextlib.suppress(OSError):  # the terminal has just been closed
+            os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
     os._exit(EXIT_INTERRUPTED)
 
 
-def _watch_stdin(at_its_end: Callable[[], object]) -> None:
-    """A thread, as an event loop cannot wait for a file or a terminal without changing it for its other users."""
-    with contextlib.suppress(OSError):  # standard input was closed: its end too
-        while os.read(0, 4096):
-            pass
-    with contextlib.suppress(RuntimeError):  # the role has ended and so has its loop
-        at_its_end()
+def _hear_nothing(*_signal: object) -> None:
+    """A closed terminal signals more than once; a process that has done its work and saved it ends as it would."""
 
 
 def _set_up_logging(level: str, console: Console) -> None:
@@ -387,11 +383,12 @@ def _print_overview(console: Console) -> None:
 
 def run_process() -> NoReturn:
     """Entry point of the process. Taking torch down takes half a second of CPU per process; nothing is left to save."""
+    output = open_standard_streams()
     code = main()
     logging.shutdown()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if output.lost is not None and code == EXIT_OK:
+        _print_error(f"standard output: {output.lost.strerror}; some of it is missing")
+        code = EXIT_FAILED
     os._exit(code)
 
 

@@ -1,10 +1,13 @@
-"""Folders that a node uses on this machine."""
+"""Folders that a node uses on this machine, and the locks that keep two processes out of one."""
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,44 @@ from common.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+NODE_LOCK = "node.lock"
+"""Held by whoever has the folder's identity.key and writes its events.jsonl: a host, a trainer or a lighthouse."""
+
+SWARM_LOCK = "swarm.lock"
+"""Held by whoever writes the folder's swarm.toml: a coordinator or a lighthouse."""
+
+LOCAL_LOCK = "local.lock"
+"""Held by a `local`, whose coordinator and first trainer take the other two."""
+
+MAX_HOLDER_BYTES = 200
+LOOK_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderClaim:
+    """A folder, or a file in one, that a process wants for itself: as `role`, because of its flag `flag`.
+
+    `lock`: the lock file's name.
+    """
+
+    folder: Path
+    role: str
+    flag: str
+    lock: str = NODE_LOCK
+    file: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The lock file."""
+        return self.folder / self.lock
+
+    @property
+    def wanted(self) -> Path:
+        """What nobody else may use meanwhile."""
+        return self.folder / self.file
 
 
 MAX_SIZE_VARIABLE = "KILOHIVE_CACHE_MAX_SIZE"
@@ -43,8 +84,89 @@ def prepare_folder(folder: Path) -> None:
 
 
 @contextmanager
+def claimed(claim: FolderClaim, patience_s: float = 0.0) -> Iterator[None]:
+    """Have the folder, which is made if need be, for this process alone while the context lasts.
+
+    The kernel releases the lock however the process ends, and no child inherits it. The file stays; it names the
+    holder. Raises ConfigError for a folder that cannot be written, or that another process still has after
+    `patience_s`.
+    """
+    prepare_folder(claim.folder)
+    descriptor = _opened(claim)
+    try:
+        _lock_or_refuse(descriptor, claim, patience_s)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def wait_until_free(claim: FolderClaim, patience_s: float) -> None:
+    """Raise ConfigError if another process still has the folder after `patience_s`. Writes nothing."""
+    if not claim.path.exists():
+        return
+    descriptor = _opened(claim)
+    try:
+        with suppress(OSError):  # no locks on this file system, which `claimed` tells
+            _wait_for_lock(descriptor, claim, patience_s)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the file `path`, made where it is missing: of several processes one at a time goes on."""
     with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a crash
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a crash
+        except OSError as error:
+            _warn_of_no_lock(path, error)
         yield
+
+
+def _opened(claim: FolderClaim) -> int:
+    """A descriptor of the lock file, which programs that this process starts do not inherit."""
+    try:
+        return os.open(claim.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot use folder {claim.folder}: {claim.lock}: {error.strerror}; choose another with {claim.flag}"
+        ) from None
+
+
+def _lock_or_refuse(descriptor: int, claim: FolderClaim, patience_s: float) -> None:
+    try:
+        _wait_for_lock(descriptor, claim, patience_s)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {claim.role} {os.uname().nodename}\n".encode(), 0)
+    except OSError as error:
+        # A full disk takes no name, and some file systems have no locks: a node that works is worth more than either.
+        _warn_of_no_lock(claim.path, error)
+
+
+def _warn_of_no_lock(path: Path, error: OSError) -> None:
+    logger.warning(
+        "%s: cannot be locked: %s; see to it yourself that no second process uses this folder", path, error.strerror
+    )
+
+
+def _wait_for_lock(descriptor: int, claim: FolderClaim, patience_s: float) -> None:
+    """Lock the file. Raises ConfigError if somebody has it, OSError where there are no locks."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise _refusal(descriptor, claim) from None
+            time.sleep(LOOK_S)
+        else:
+            return
+
+
+def _refusal(descriptor: int, claim: FolderClaim) -> ConfigError:
+    """A sentence that names the holder as far as its file does."""
+    words = os.pread(descriptor, MAX_HOLDER_BYTES, 0).decode("utf-8", "replace").split()
+    pid, role, machine = (*words, "", "", "")[:3]
+    holder = f"{'another' if role == claim.role else 'a'} `{role}`, process {pid}" if role else "another process"
+    where = f" on {machine}" if machine and machine != os.uname().nodename else ""
+    return ConfigError(f"{claim.wanted} is in use by {holder}{where}: stop that one, or choose another {claim.flag}")

@@ -19,6 +19,7 @@ from common.atomic_file import write_atomically
 from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, UnavailableError
 from common.events import EventLog
+from common.folders import SWARM_LOCK, FolderClaim, claimed
 from common.settings import check_minimums
 from common.tasks import Periodic
 from coordinator.config import (
@@ -62,7 +63,11 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
     """Open the run and be its first peer until `stop`. Raises a KilohiveError if that cannot start."""
     check_minimums(config, {"invite_days": 0, "relay_circuits": 0, **EVENT_LOG_MINIMUMS})
     check_evaluators(config.evaluators)
-    config.out.mkdir(parents=True, exist_ok=True)
+    with claimed(FolderClaim(folder=config.out, role="coordinator", flag="--out", lock=SWARM_LOCK)):
+        await _coordinate(config, stop)
+
+
+async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
     identity = Identity.load_or_create(config.out / "owner.key")
     manifest = open_run(config, identity.peer_id)
     admission = Admission(manifest.run_id, owners_token(config.out / "admission.token", create=config.admission))

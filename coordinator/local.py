@@ -7,11 +7,9 @@ first, which has the terminal and whose end is the swarm's. All state is in one 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ from common.command_line import arguments_for
 from common.config import EVENT_LOG_MINIMUMS, EventLogConfig
 from common.errors import ConfigError, InvalidInputError, UnavailableError
 from common.events import EventLog, read_event
+from common.folders import LOCAL_LOCK, NODE_LOCK, SWARM_LOCK, FolderClaim, claimed, wait_until_free
 from common.log_files import LogPlace, LogReader, end_of_log
 from common.settings import check_minimums
 from coordinator.blocks import block_list_text, split_blocks
@@ -41,8 +40,6 @@ from protocol.identity import Identity
 from protocol.node_events import TrainingStartEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from protocol.manifest import BlockId, Manifest
 
 logger = logging.getLogger(__name__)
@@ -59,6 +56,9 @@ TRAINERS_PATIENCE_S = 60.0
 STOP_PATIENCE_S = 2.3
 """How long all may take after Ctrl+C: everything ends within three seconds."""
 
+LEAVE_PATIENCE_S = 5.0
+"""How long nodes of a `local` that was killed may take to leave, before this one is refused their folders."""
+
 EXIT_INTERRUPTED = 130
 TRAINER = "trainer"
 
@@ -68,8 +68,11 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 
     Raises a KilohiveError.
     """
+    claim = FolderClaim(folder=config.folder, role="local", flag="--out", lock=LOCAL_LOCK)
+    wait_until_free(claim, patience_s=0.0)
     check(config)
-    with _only_one(config.folder):
+    with claimed(claim):
+        await asyncio.to_thread(_wait_for_nodes_to_leave, config)
         return await LocalSwarm(config, stop, PROGRAM).run()
 
 
@@ -120,18 +123,17 @@ def _check_nodes_of_resumed(config: LocalConfig) -> None:
             raise ConfigError(f"--{nodes} {wanted}: the run in {folder} has {count} {nodes}; go on with as many")
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel releases it however this process ends. Raises ConfigError if it is held."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "local.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder} is in use by another `local`: stop that one, or choose another --out"
-            ) from None
-        yield
+def _wait_for_nodes_to_leave(config: LocalConfig) -> None:
+    """Raise ConfigError if nodes of another's have the folders. Those of a `local` that was killed leave by themselves.
+
+    Nothing has been written by then: a node that finds its folder in use would be refused after the swarm's file is.
+    """
+    folder = config.folder
+    nodes = [(folder, SWARM_LOCK), (folder, NODE_LOCK)]
+    nodes += [(folder / f"host-{index}", NODE_LOCK) for index in range(config.hosts)]
+    nodes += [(folder / f"{TRAINER}-{index}", NODE_LOCK) for index in range(1, config.trainers)]
+    for node, lock in nodes:
+        wait_until_free(FolderClaim(folder=node, role="local", flag="--out", lock=lock), LEAVE_PATIENCE_S)
 
 
 class LocalSwarm:

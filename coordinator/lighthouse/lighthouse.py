@@ -17,6 +17,7 @@ from rich.text import Text
 
 from common.config import EVENT_LOG_MINIMUMS
 from common.events import EventLog
+from common.folders import NODE_LOCK, SWARM_LOCK, FolderClaim, claimed
 from common.metrics import serve_metrics
 from common.settings import check_minimums
 from coordinator.config import program_name
@@ -119,6 +120,15 @@ async def serve(config: LighthouseConfig, stop: trio.Event) -> None:
     check_minimums(config, MINIMUMS)
     quiet_libp2p()
     admission, initial_peers = resolve(config)
+    with ExitStack() as stack:
+        for lock in (NODE_LOCK, SWARM_LOCK):
+            stack.enter_context(claimed(FolderClaim(folder=config.state, role="lighthouse", flag="--state", lock=lock)))
+        await _serve(config, admission, initial_peers, stop)
+
+
+async def _serve(
+    config: LighthouseConfig, admission: Admission, initial_peers: tuple[str, ...], stop: trio.Event
+) -> None:
     identity = Identity.load_or_create(config.state / "identity.key")
     listener = await listen(config, initial_peers)
     address = announced(listener, config.announce, identity.peer_id)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError
-from common.folders import prepare_folder
+from common.folders import FolderClaim, claimed, prepare_folder
 from experiments.harness.catalogue import MODULES, load
 from experiments.harness.page import publish
 from experiments.harness.runner import Runner, RunnerConfig
@@ -21,20 +21,26 @@ if TYPE_CHECKING:
     import asyncio
 
     from coordinator.config import ExperimentConfig
+    from experiments.harness.experiment import Experiment
 
 RESULTS = Path("docs/results")
 
 
 async def run_experiment(config: ExperimentConfig, stop: asyncio.Event) -> int | None:
     """Run one, or list them all."""
-    console = Console()
     if not config.name:
-        _list(console)
+        _list(Console())
         return None
     experiment = load(config.name)
     folder = config.out / f"{config.name}-{config.preset}"
+    with claimed(FolderClaim(folder=folder, role="experiment", flag="--out", lock="experiment.lock")):
+        await _run(config, experiment, folder, stop)
+    return None
+
+
+async def _run(config: ExperimentConfig, experiment: Experiment, folder: Path, stop: asyncio.Event) -> None:
+    console = Console()
     results = config.results or (RESULTS if config.preset == "full" else folder)
-    prepare_folder(folder)
     prepare_folder(results)
     store = ResultStore(folder, results / f"{config.name}.json")
     with View(config.name, Console(stderr=True)) as view:
@@ -46,7 +52,6 @@ async def run_experiment(config: ExperimentConfig, stop: asyncio.Event) -> int |
         page = publish(experiment, config.preset, runner.trials(), store, results)
         console.print(page.finding, highlight=False)
         console.print(f"{page.path} tells it whole.", highlight=False)
-    return None
 
 
 def _runner_config(config: ExperimentConfig) -> RunnerConfig:

@@ -12,7 +12,7 @@ import torch
 from common.atomic_file import write_atomically
 from common.errors import ConfigError, InvalidInputError
 from common.events import EventLog
-from common.folders import data_cache
+from common.folders import FolderClaim, claimed, data_cache
 from common.settings import check_minimums
 from common.tasks import until_stopped
 from node.averaging.node_averaging import Averaging
@@ -45,6 +45,16 @@ EXIT_OK, EXIT_NOT_TAKEN = 0, 1
 async def run_contribute(config: ContributeConfig, stop: asyncio.Event) -> int:
     """Fetch the expert into the file, train that of the file, or offer it: 1 if it is not taken in."""
     _check_config(config)
+    if not (config.fetch or config.train):
+        return await _contribute(config, stop)
+    path = config.file  # is written: what another process has learnt meanwhile would be lost
+    with claimed(
+        FolderClaim(folder=path.parent, file=path.name, lock=f".{path.name}.lock", role="contribute", flag="file")
+    ):
+        return await _contribute(config, stop)
+
+
+async def _contribute(config: ContributeConfig, stop: asyncio.Event) -> int:
     data = await asyncio.to_thread(_read, config)
     place = ExpertId(config.layer, config.expert)
     swarm = Swarm(config, Identity.generate(), ReachConfig(listen=config.listen))

@@ -16,7 +16,7 @@ from common.allocator import keep_freed_memory, keep_little_memory
 from common.config import EVENT_LOG_MINIMUMS
 from common.errors import DrainingError, NoRoomError
 from common.events import EventLog
-from common.folders import prepare_folder
+from common.folders import FolderClaim, claimed
 from common.metrics import serve_metrics
 from common.settings import check_minimums
 from common.tasks import until_stopped
@@ -105,19 +105,19 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     _ = keep_freed_memory() if limits.memory_bytes is None else keep_little_memory()
     device = pick_device(config.device)
     limit_device_memory(device, limits.gpu_memory_bytes)
-    prepare_folder(config.state)
-    identity = Identity.load_or_create(config.state / "identity.key")
-    max_bytes, n_files = events_bytes(config, limits), config.event_log_files
-    events = EventLog(config.state / "events.jsonl", max_bytes=max_bytes, n_files=n_files)
-    swarm = Swarm(config, identity, reach=config)
-    try:
-        await until_stopped(swarm.join(), stop)
-        swarm.dht.on_lost(stop.set)
-        await Host(config, limits, swarm, device, events, started).serve(stop)
-        swarm.dht.raise_if_lost()
-    finally:
-        await swarm.leave()
-        events.close()
+    with claimed(FolderClaim(folder=config.state, role="host", flag="--state")):
+        identity = Identity.load_or_create(config.state / "identity.key")
+        max_bytes, n_files = events_bytes(config, limits), config.event_log_files
+        events = EventLog(config.state / "events.jsonl", max_bytes=max_bytes, n_files=n_files)
+        swarm = Swarm(config, identity, reach=config)
+        try:
+            await until_stopped(swarm.join(), stop)
+            swarm.dht.on_lost(stop.set)
+            await Host(config, limits, swarm, device, events, started).serve(stop)
+            swarm.dht.raise_if_lost()
+        finally:
+            await swarm.leave()
+            events.close()
 
 
 class Host:

@@ -14,7 +14,7 @@ from common.allocator import keep_freed_memory
 from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, DrainingError
 from common.events import EventLog
-from common.folders import data_cache, prepare_folder
+from common.folders import FolderClaim, claimed, data_cache
 from common.settings import check_minimums
 from common.tasks import until_stopped
 from dht.announcer import Announcement, Announcer
@@ -80,7 +80,11 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
         raise ConfigError(f"--shard: must be below --n-shards {config.n_shards}, is {config.shard}")
     torch.set_num_threads(config.threads)
     keep_freed_memory()
-    prepare_folder(config.out)
+    with claimed(FolderClaim(folder=config.out, role="train", flag="--out")):
+        await _train(config, stop)
+
+
+async def _train(config: TrainConfig, stop: asyncio.Event) -> None:
     identity = Identity.load_or_create(config.out / "identity.key")
     events = _open_log(config)
     swarm = Swarm(config, identity, reach=config)

@@ -69,9 +69,10 @@ PAGE = HelpPage(name="demo", summary="a demonstration.", config=Config, examples
 
 @pytest.fixture(autouse=True)
 def _interrupts_as_before() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def exit_code(*arguments: str) -> int | str | None:
@@ -471,6 +472,41 @@ def test_a_second_interrupt_does_not_wait() -> None:
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in stderr
+
+
+async def role_that_tells_its_stop(_config: Any, stop: asyncio.Event) -> None:
+    print("up", flush=True)
+    await stop.wait()
+    await asyncio.sleep(0.3)  # as long as saving takes: a terminal that is closed may signal again meanwhile
+    print("saved", flush=True)
+
+
+def test_a_terminal_that_is_closed_stops_a_role_as_sigterm_does() -> None:
+    with in_another_process("tests.unit.project.test_cli:role_that_tells_its_stop") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
+        stdout, stderr = process.communicate(timeout=20)
+    assert (stdout, process.returncode) == ("saved\n", 130)
+    assert "Traceback" not in stderr
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = in_another_process("tests.unit.project.test_cli:role_that_tells_its_stop")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1.0)
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=20)
+    assert (stdout, process.returncode) == ("saved\n", 130)
 
 
 def test_an_interrupt_during_the_imports_shows_no_trace(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Folders that a node has for itself: one process at a time, told in a sentence, and never locked by the dead."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from common.folders import FolderClaim, claimed, locked, wait_until_free
+
+ROOT = Path(__file__).resolve().parents[3]
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from common.folders import FolderClaim, claimed
+with claimed(FolderClaim(folder=Path(sys.argv[1]), role="host", flag="--state")):
+    child = subprocess.Popen(["/bin/sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def claim(folder: Path, role: str = "host") -> FolderClaim:
+    return FolderClaim(folder=folder, role=role, flag="--state")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_in_use_is_refused_by_a_sentence_that_names_who_has_it_and_the_way_out(tmp_path: Path) -> None:
+    with claimed(claim(tmp_path)):
+        before = contents(tmp_path)
+        with pytest.raises(ConfigError) as same, claimed(claim(tmp_path)):
+            pass
+        with pytest.raises(ConfigError) as other, claimed(claim(tmp_path, "train")):
+            pass
+        assert contents(tmp_path) == before
+    holder = f"`host`, process {os.getpid()}: stop that one, or choose another --state"
+    assert str(same.value) == f"{tmp_path} is in use by another {holder}"
+    assert str(other.value) == f"{tmp_path} is in use by a {holder}"
+    assert same.value.exit_code == 2
+    with claimed(claim(tmp_path)):
+        pass
+
+
+def test_a_holder_on_another_machine_or_one_that_has_not_named_itself_is_refused_too(tmp_path: Path) -> None:
+    with claimed(claim(tmp_path)):
+        claim(tmp_path).path.write_text("7 host elsewhere\n")
+        with pytest.raises(ConfigError, match="another `host`, process 7 on elsewhere: stop that one"):
+            wait_until_free(claim(tmp_path), 0.0)
+        claim(tmp_path).path.write_bytes(b"")
+        with pytest.raises(ConfigError, match="in use by another process: stop that one"):
+            wait_until_free(claim(tmp_path), 0.0)
+
+
+def test_a_killed_holder_leaves_no_lock_even_if_a_program_that_it_started_lives_on(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        child = int(holder.stdout.readline())
+        with pytest.raises(ConfigError, match=f"process {holder.pid}: "), claimed(claim(tmp_path)):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    try:
+        with claimed(claim(tmp_path)):
+            os.kill(child, 0)
+    finally:
+        os.kill(child, 9)
+
+
+def test_looking_whether_a_folder_is_free_makes_nothing(tmp_path: Path) -> None:
+    wait_until_free(claim(tmp_path / "none"), 0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_a_node_warns_once_and_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(_file: object, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with claimed(claim(tmp_path)):
+        wait_until_free(claim(tmp_path), 0.0)
+    (warning,) = caplog.messages
+    assert warning == (
+        f"{tmp_path}/node.lock: cannot be locked: No locks available; "
+        "see to it yourself that no second process uses this folder"
+    )
+    with locked(tmp_path / "cache.lock"):
+        assert "cache.lock: cannot be locked: No locks available" in caplog.messages[-1]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = pytest.raises(ConfigError, match=r"cannot use folder .*file/state: Not a directory; choose another")
+    with refused, claimed(claim(tmp_path / "file" / "state")):
+        pass

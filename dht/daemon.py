@@ -44,6 +44,7 @@ MAX_SOCKET_PATH_BYTES = 103
 SHORT_FOLDER = Path("/tmp")  # noqa: S108 - only for a folder of mode 0700 with a random name
 """Where the folder goes when the path of the folder for temporary files (TMPDIR) is too long for a socket."""
 
+PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 STOP_TIMEOUT_S = 1.5
 MAX_LOG_LINE_CHARS = 500
 
@@ -240,11 +241,17 @@ async def _launch(identity: Identity, place: DaemonAddresses, folder: Path) -> a
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, "GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")},
+            env=_environment(),
             start_new_session=True,
         )
     except OSError as error:
         raise UnavailableError(f"p2pd cannot be started: {error}; reinstall hivemind, which brings it") from error
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without proxies: p2pd would ask the router for a port (UPnP) through them."""
+    kept = {name: value for name, value in os.environ.items() if name.lower() not in PROXY_VARIABLES}
+    return {**kept, "GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")}
 
 
 def _arguments(place: DaemonAddresses, folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import ConfigError, UnavailableError
-from dht.addresses import cannot_listen
+from dht.addresses import cannot_listen, is_own
 
 if TYPE_CHECKING:
     from protocol.identity import Identity
@@ -153,6 +153,17 @@ def listen_address(host: str, port: int) -> str:
     version = address.version
     _check_free(host, port, socket.AF_INET if version == 4 else socket.AF_INET6)  # noqa: PLR2004
     return f"/ip{version}/{host}/tcp/{port}"
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nothing listens there; raises as `listen_address` for an address that is not this machine's."""
+    try:
+        listen_address(host, port)
+    except UnavailableError:
+        if is_own(host):
+            return False
+        raise
+    return True
 
 
 def check_still_free(place: DaemonAddresses) -> None:

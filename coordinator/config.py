@@ -97,7 +97,7 @@ class CoordinatorConfig(RunConfig, EventLogConfig):
     announce: str = ""
     """Have others dial this address, such as a router's."""
     dht_port: int = 0
-    """Use this port for the DHT node; 0 takes last time's, or a free one."""
+    """Use this port for the DHT node; 0 takes last time's, at the first start a free one."""
     initial_peers: tuple[str, ...] = ()
     """Join these peers of a swarm that already runs."""
     relay_circuits: int = 64
@@ -187,7 +187,7 @@ class LighthouseConfig(SwarmChoice, EventLogConfig):
     listen: str = "auto"
     """Listen on this address; auto takes the one that reaches the swarm."""
     port: int = 0
-    """Use this TCP port; 0 takes last time's, or a free one."""
+    """Use this TCP port; 0 takes last time's, at the first start a free one."""
     announce: str = ""
     """Have others dial this address, such as a router's."""
     max_connections: FileOnly[int] = 512

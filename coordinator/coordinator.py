@@ -1,11 +1,12 @@
 """Composition root of a coordinator: creates or opens a run, is its first peer, publishes its manifest.
 
 It is off the training path: kill it and training goes on. Started again in the same folder it has the same run, the
-same peer id and, if that is still free, the same port.
+same peer id and the same port, where the run's nodes look for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
@@ -34,6 +35,7 @@ from coordinator.config import (
 from coordinator.events import PeerLeaveEvent, PeerStartEvent
 from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
+from dht.daemon import is_free
 from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
 from dht.relay.quotas import RelayLimits
@@ -46,7 +48,6 @@ from protocol.swarm_file import SwarmFile, last_port
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
     from pathlib import Path
 
@@ -55,6 +56,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DAY_S = 86_400
+PORT_RETRY_S = 0.2
+PORT_TIMEOUT_S = 3.0
+"""How long last time's port may stay taken: p2pd of a coordinator that was killed lets go of it within a second."""
+
 PUBLISH_PERIOD_S = DAY_S
 """The manifest's record lives for 30 days after the owner's last word."""
 
@@ -140,21 +145,35 @@ def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
 
 
 async def _start_dht(config: CoordinatorConfig, identity: Identity, admission: Admission) -> DhtNode:
-    dht_config = DhtConfig(
-        identity=identity,
-        initial_peers=config.initial_peers,
-        host=listen_host(config.listen, config.initial_peers or DEFAULT_ROUTES),
-        port=config.dht_port,
-        announce=config.announce,
-        admission=admission,
+    host = listen_host(config.listen, config.initial_peers or DEFAULT_ROUTES)
+    port = config.dht_port or await _last_port(config.out / "swarm.toml", host)
+    return await DhtNode.start(
+        DhtConfig(
+            identity=identity,
+            initial_peers=config.initial_peers,
+            host=host,
+            port=port,
+            announce=config.announce,
+            admission=admission,
+        )
     )
-    last = last_port(config.out / "swarm.toml") if config.dht_port == 0 else 0
-    if last:
-        try:
-            return await DhtNode.start(replace(dht_config, port=last))
-        except UnavailableError as error:
-            logger.warning("Last time's port is not to be had, taking another: %s", error)
-    return await DhtNode.start(dht_config)
+
+
+async def _last_port(path: Path, host: str) -> int:
+    """Last time's port, where the run's nodes look for this peer; 0 at the first start. ConfigError if it is taken."""
+    port = last_port(path)
+    if not port:
+        return 0
+    try:
+        async with asyncio.timeout(PORT_TIMEOUT_S):
+            while not is_free(host, port):  # noqa: ASYNC110 - the kernel does not tell when
+                await asyncio.sleep(PORT_RETRY_S)
+    except TimeoutError:
+        raise ConfigError(
+            f"port {port} of {host}, where the nodes of this run look for its coordinator, is in use: stop what uses "
+            "it, or choose another port with --dht-port and give the nodes the new invite"
+        ) from None
+    return port
 
 
 def _describer(relay: str, evaluators: tuple[str, ...]) -> Callable[[], Announcement]:

@@ -43,6 +43,17 @@ def cannot_listen(host: str, port: int, error: OSError) -> UnavailableError:
     return UnavailableError(f"cannot listen on {host} port {port}: {error.strerror}; {hint}")
 
 
+def is_own(host: str) -> bool:
+    """Whether an IP address is one of this machine's at this moment."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
 def tcp_address(host: str, port: int) -> str:
     """An IP address and a port as a multiaddress."""
     address = ipaddress.ip_address(host)

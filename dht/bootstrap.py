@@ -150,7 +150,10 @@ class Bootstrap:
         try:
             await self.transport.dial(peer.peer_id, peer.address)
             # The peer calls back, so that a node which cannot be dialled learns so now.
-            answered = await self.node.protocol.call_ping(peer.peer_id, validate=True, strict=True)
+            # It may call back over a connection with an address that this machine had before: then it is not asked to.
+            answered = await self.node.protocol.call_ping(
+                peer.peer_id, validate=True, strict=True
+            ) or await self.node.protocol.call_ping(peer.peer_id)
         except ControlFailure as error:
             return last_line(str(error)) or "cannot be dialled"
         except (ValidationError, P2PDaemonError, OSError, EOFError) as error:

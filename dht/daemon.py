@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import ConfigError, UnavailableError
-from dht.addresses import cannot_listen
+from dht.addresses import cannot_listen, is_own
 from dht.child_process import ChildProcess
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ MAX_SOCKET_PATH_BYTES = 103
 SHORT_FOLDER = Path("/tmp")  # noqa: S108 - only for a folder of mode 0700 with a random name
 """Where the folder goes when the path of the folder for temporary files (TMPDIR) is too long for a socket."""
 
+PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 STOP_TIMEOUT_S = 1.5
 MAX_LOG_LINE_CHARS = 500
 
@@ -157,6 +158,17 @@ def listen_address(host: str, port: int) -> str:
     return f"/ip{version}/{host}/tcp/{port}"
 
 
+def is_free(host: str, port: int) -> bool:
+    """Whether nothing listens there; raises as `listen_address` for an address that is not this machine's."""
+    try:
+        listen_address(host, port)
+    except UnavailableError:
+        if is_own(host):
+            return False
+        raise
+    return True
+
+
 def check_still_free(place: DaemonAddresses) -> None:
     """Raise UnavailableError if something listens at the TCP address of a p2pd that is to be started again."""
     _, _, host, _, port = place.listen[0].split("/")[:5]
@@ -237,11 +249,16 @@ def _launch(identity: Identity, place: DaemonAddresses, folder: Path, heard: Cal
     key_file = _key_file(folder)
     key_file.touch(mode=0o600)
     key_file.write_bytes(identity.private_key_protobuf)
-    environment = {**os.environ, "GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")}
     try:
-        return ChildProcess(_arguments(place, folder), environment, heard)
+        return ChildProcess(_arguments(place, folder), _environment(), heard)
     except OSError as error:
         raise UnavailableError(f"p2pd cannot be started: {error}; reinstall hivemind, which brings it") from error
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without proxies: p2pd would ask the router for a port (UPnP) through them."""
+    kept = {name: value for name, value in os.environ.items() if name.lower() not in PROXY_VARIABLES}
+    return {**kept, "GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")}
 
 
 def _arguments(place: DaemonAddresses, folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Composition root of a lighthouse: first peer of a run, member of its DHT, relay and observer, in one trio process.
 
 It holds nothing that a run cannot lose. Two or more can serve one run; a node knows them by their addresses. Started
-again in the same folder it has the same peer id and, if that is still free, the same port.
+again in the same folder it has the same peer id and the same port.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import MultiaddrError
 
 from common.errors import ConfigError, IdentityError, UnavailableError
-from dht.addresses import cannot_listen, listen_host, tcp_address
+from dht.addresses import cannot_listen, is_own, listen_host, tcp_address
 from protocol.identity import public_key_of
 from protocol.swarm_file import last_port
 
@@ -26,18 +26,21 @@ BACKLOG = 128
 
 
 async def listen(config: LighthouseConfig, initial_peers: Sequence[str]) -> trio.SocketListener:
-    """Listen where a person said, with last time's port where they named none. Raises a KilohiveError."""
+    """Listen where a person said, at last time's port where they named none. Raises a KilohiveError."""
     if not 0 <= config.port <= MAX_PORT:
         raise ConfigError(f"--port: must be from 0 (any) to {MAX_PORT}, is {config.port}")
     host = listen_host(config.listen, initial_peers)
     _check_announced(host, config.announce)
     last = last_port(config.state / "swarm.toml") if config.port == 0 else 0
-    if last:
-        try:
-            return await _bind(host, last)
-        except UnavailableError:  # somebody else has it now
-            pass
-    return await _bind(host, config.port)
+    try:
+        return await _bind(host, config.port or last)
+    except UnavailableError:
+        if not last or not is_own(host):
+            raise
+        raise ConfigError(
+            f"port {last} of {host}, where the nodes of this run look for this lighthouse, is in use: stop what uses "
+            "it, or choose another port with --port and give the nodes the new address"
+        ) from None
 
 
 def announced(listener: trio.SocketListener, announce: str, peer_id: str) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psutil
@@ -68,7 +69,7 @@ from protocol.manifest import BlockId
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from node.host.config import HostConfig
     from node.limits.memory import Capacity
@@ -109,15 +110,30 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
         identity = Identity.load_or_create(config.state / "identity.key")
         max_bytes, n_files = events_bytes(config, limits), config.event_log_files
         events = EventLog(config.state / "events.jsonl", max_bytes=max_bytes, n_files=n_files)
-        swarm = Swarm(config, identity, reach=config)
         try:
-            await until_stopped(swarm.join(), stop)
-            swarm.dht.on_lost(stop.set)
-            await Host(config, limits, swarm, device, events, started).serve(stop)
-            swarm.dht.raise_if_lost()
+            moved = True
+            while moved:
+                swarm = Swarm(config, identity, reach=config)
+                moved = await _serve_at_one_address(
+                    swarm, stop, partial(Host, config, limits, swarm, device, events, started)
+                )
         finally:
-            await swarm.leave()
             events.close()
+
+
+async def _serve_at_one_address(swarm: Swarm, stop: asyncio.Event, build: Callable[[], Host]) -> bool:
+    """Serve until `stop` is set; whether this machine's address has changed instead, and the host is to join again."""
+    try:
+        await until_stopped(swarm.join(), stop)
+        swarm.dht.on_lost(stop.set)
+        watch = swarm.address_watch()
+        async with watch.stopping(stop) as ended:
+            await build().serve(ended)
+        swarm.dht.raise_if_lost()
+        watch.raise_if_lost()
+        return bool(watch.moved_to) and not stop.is_set()
+    finally:
+        await swarm.leave()
 
 
 class Host:

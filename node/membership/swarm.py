@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
+from dht.address_watch import AddressWatch
 from dht.addresses import listen_host
 from dht.directory import Directory
 from dht.join import fetch_manifest
@@ -81,6 +82,10 @@ class Swarm:
         tunnels = Tunnels(self.dht.streams, self.relay_links, self._relay_offer)
         self._stack.push_async_callback(tunnels.close)
         self.security = replace(self.security, tunnels=tunnels, admission=self.admission)
+
+    def address_watch(self) -> AddressWatch:
+        """Return what notices that this node cannot go on at its address."""
+        return AddressWatch(self._reach.listen, self.listen, self.initial_peers)
 
     def relay_offers(self) -> list[RelayOffer]:
         """Peers that carry calls to those whom nobody can dial."""

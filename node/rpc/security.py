@@ -35,6 +35,8 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
     ("grpc.use_local_subchannel_pool", 1),
+    # A proxy of the environment is for the web: it cannot reach peers, and none of them is behind it.
+    ("grpc.enable_http_proxy", 0),
 )
 
 

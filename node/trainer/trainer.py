@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -87,19 +88,30 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
 async def _train(config: TrainConfig, stop: asyncio.Event) -> None:
     identity = Identity.load_or_create(config.out / "identity.key")
     events = _open_log(config)
-    swarm = Swarm(config, identity, reach=config)
+    try:
+        while await _train_at_one_address(config, Swarm(config, identity, reach=config), events, stop):
+            config = replace(config, resume=True)
+    finally:
+        events.close()
+
+
+async def _train_at_one_address(config: TrainConfig, swarm: Swarm, events: EventLog, stop: asyncio.Event) -> bool:
+    """Train to the end or `stop`; whether this machine's address has changed instead, and it is to join again."""
     try:
         await until_stopped(swarm.join(), stop)
         swarm.dht.on_lost(stop.set)
         dataset = await asyncio.to_thread(_open_data, config, swarm.manifest.seed)
         _tell_left_out(dataset, events)
-        with open_display(events, plain=config.plain):
-            trainer = Trainer(config, swarm, dataset, events)
-            await trainer.run(stop)
+        watch = swarm.address_watch()
+        async with watch.stopping(stop) as ended:
+            with open_display(events, plain=config.plain):
+                await Trainer(config, swarm, dataset, events).run(ended)
+            moved = bool(watch.moved_to) and ended.is_set()
         swarm.dht.raise_if_lost()
+        watch.raise_if_lost()
+        return moved and not stop.is_set()
     finally:
         await swarm.leave()
-        events.close()
 
 
 def _open_log(config: TrainConfig) -> EventLog:

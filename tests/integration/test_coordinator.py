@@ -142,6 +142,43 @@ def test_the_last_port_is_taken_again_if_it_is_free(tmp_path: Path) -> None:
     assert SwarmFile.read(tmp_path / "swarm.toml") == before
 
 
+def test_it_never_goes_where_the_runs_nodes_would_not_look(tmp_path: Path) -> None:
+    with coordinator(tmp_path) as process:
+        before = (tmp_path / "swarm.toml").read_bytes()
+        process.kill()
+        process.wait()
+    port = SwarmFile.read(tmp_path / "swarm.toml").initial_peers[0].split("/")[4]
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bind_when_free(taken, int(port))
+        arguments = [*PROGRAM, "coordinator", "--out", str(tmp_path), "--log-level", "error"]
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+        assert (
+            f"port {port} of 127.0.0.1, where the nodes of this run look for its coordinator, is in use"
+            in result.stderr
+        )
+        assert "choose another port with --dht-port" in result.stderr
+        assert (tmp_path / "swarm.toml").read_bytes() == before
+        with coordinator(tmp_path, "--dht-port", str(free_port())):
+            assert SwarmFile.read(tmp_path / "swarm.toml").initial_peers[0].split("/")[4] != port
+
+
+def bind_when_free(listener: socket.socket, port: int) -> None:
+    """p2pd of a coordinator that was killed ends a moment later."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            listener.listen()
+            return
+
+
 def test_only_the_invited_take_part_in_a_closed_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with coordinator(run, "--experts", "8", "--experts-per-block", "2", "--admission"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PAGES = ("docs/joining.md", "docs/running.md")
 ROOMS = ("common", "protocol", "dht", "node", "coordinator", "experiments")
 HEADER = "| it says |"
-VARIABLE = re.compile(r"\S*[\d/'\"<>]\S*|:(?= )")
+VARIABLE = re.compile(r"\S*[\d/'\"<>()]\S*|:(?= )")
 """What stands for something else in a message, a number, a path or a name in quotes, or joins two sentences."""
 
 PLACEHOLDER = re.compile(r"%[sdrg]|%\.?\d*[fg]|\{[^}]*\}|\$\(.*?\)")

@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-lighthouse setup-bench setup-seed swarm test test-all lint rooms format proto bench compose-test \
-	nat-test lock clean
+	nat-test soak lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 \
 	|| echo python3)
@@ -47,6 +47,8 @@ compose-test: setup-dev ## build the image, run docker/compose.yaml on a Docker 
 	@$(BIN)/python -m pytest tests/compose -s $(PYTEST_FLAGS)
 nat-test: setup-dev ## reach hosts behind NATs, in network namespaces (root, ip, iptables)
 	@$(BIN)/python -m pytest tests/nat -s $(PYTEST_FLAGS)
+soak: setup-dev ## half an hour of troubles for 6 hosts and 2 trainers (root, ip, tc; SOAK_MINUTES, SOAK_SEED)
+	@$(BIN)/python -m pytest tests/soak -s $(PYTEST_FLAGS)
 lock: setup-dev ## bring the lock files up to date with pyproject.toml
 	@$(call compile,requirements.lock,)
 	@$(call compile,requirements-dev.lock,--extra=dev --constraint=requirements.lock)

@@ -90,6 +90,24 @@ class Network:
             self._in(router, "iptables", *rule.split())
         return outside
 
+    def renumber(self, name: str) -> str:
+        """Give a public node another address in place of its own, as a new lease does; that address."""
+        self._public_hosts += 1
+        address, before = f"{PUBLIC}.{self._public_hosts}", self._addresses[name, "eth0"]
+        self._in(name, "ip", "addr", "del", f"{before}/24", "dev", "eth0")
+        self._in(name, "ip", "addr", "add", f"{address}/24", "dev", "eth0")
+        self._addresses[name, "eth0"] = address
+        return address
+
+    def slow(self, name: str, rate: str) -> None:
+        """From now on a node sends no faster than `rate`, which is spelt as `tc` does."""
+        shape = ("root", "tbf", "rate", rate, "burst", "32kbit", "latency", "400ms")
+        self._in(name, "tc", "qdisc", "replace", "dev", "eth0", *shape)
+
+    def full_speed(self, name: str) -> None:
+        """Undo `slow`."""
+        self._in(name, "tc", "qdisc", "delete", "dev", "eth0", "root")
+
     def block_udp(self, home: str) -> None:
         """From now on the home's router lets no UDP out, as some companies' do."""
         self._in(f"{home}-nat", "iptables", "-I", "FORWARD", "-p", "udp", "-j", "DROP")

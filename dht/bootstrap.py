@@ -19,10 +19,11 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from common.errors import ConfigError, IdentityError, UnavailableError
 from common.text import last_line
+from dht.clock_watch import check_clock
 from protocol.identity import public_key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from hivemind.dht.node import DHTNode
 
@@ -38,6 +39,7 @@ SEARCH_TIMEOUT_S = 3.0
 REMEMBER_S = 600.0
 MAX_REMEMBERED = 256
 MAX_CALLS_PER_REFRESH = 16
+MAX_CLOCKS_ASKED = 5
 MAX_MULTIADDRESS_CHARS = 512
 
 
@@ -72,12 +74,27 @@ class Bootstrap:
             return
         problems = await self._greet_until_one_answers(others, timeout_s)
         if all(problems.values()):
+            check_clock(self._clocks_of(peer.peer_id for peer in others))
             tried = "; ".join(f"{peer.text}: {problem}" for peer, problem in problems.items())
             raise UnavailableError(
                 f"initial peers: none answered within {timeout_s:g} s ({tried}); "
                 "check the addresses, and that a node runs at one of them"
             )
         await self._search_neighbors()
+
+    def _clocks_of(self, peers: Iterable[PeerID]) -> list[float]:
+        found = map(self.transport.ahead_s, peers)
+        return [ahead_s for ahead_s in found if ahead_s is not None]
+
+    async def peers_clocks(self) -> list[float] | None:
+        """How far peers' clocks are ahead of this node's; None without peers, nothing where none answers."""
+        asked = list(self._table())[:MAX_CLOCKS_ASKED]
+        if not asked:
+            return None
+        self.transport.forget_clocks()
+        calls = [self.calls.begin(self.node.protocol.call_ping(peer_id)) for peer_id in asked]
+        await asyncio.wait(calls, timeout=SEARCH_TIMEOUT_S)
+        return self._clocks_of(asked)
 
     async def refresh(self) -> None:
         """Call peers that were lost, and ask those that are there for neighbors."""

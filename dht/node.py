@@ -10,17 +10,22 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from hivemind.dht import node as hivemind_node
+from hivemind.dht import protocol as hivemind_protocol
+from hivemind.dht import routing as hivemind_routing
 from hivemind.dht.node import DHTNode
+from hivemind.utils import timed_storage
 from hivemind.utils.logging import use_hivemind_log_handler
 
+from common.clock import SteadyClock
 from common.errors import UnavailableError
 from dht.answers import node_id_of
 from dht.bootstrap import Bootstrap, InitialPeer, parse_initial_peer
 from dht.bounded_calls import BoundedCalls
+from dht.clock_watch import ClockWatch
 from dht.daemon import Daemon, DaemonAddresses, check_still_free, daemon_addresses
 from dht.lookup import Lookup
 from dht.packing import RecordChecker
@@ -77,7 +82,7 @@ class DhtConfig:
     request_timeout_s: float = 10.0
     refresh_period_s: float = 10.0
     keep_period_s: float = 30.0
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = field(default_factory=SteadyClock)
     admission: Admission = OPEN
 
 
@@ -124,6 +129,7 @@ class DhtNode:
         initial_peers = tuple(parse_initial_peer(text) for text in config.initial_peers)
         place = daemon_addresses(config.host, config.port, config.announce)
         quiet_hivemind()
+        _give_hivemind(config.clock)
         async with contextlib.AsyncExitStack() as undo:
             parts = await _build(config, initial_peers, place, undo)
             await parts.membership.join(config.start_timeout_s)
@@ -135,6 +141,7 @@ class DhtNode:
             asyncio.create_task(started._keep_daemon_alive(), name="p2pd supervisor"),
             asyncio.create_task(started._refresh_forever(), name="dht refresh"),
             asyncio.create_task(started._keep_forever(), name="dht keep"),
+            asyncio.create_task(started._watch_clock(), name="clock"),
         )
         return started
 
@@ -278,6 +285,10 @@ class DhtNode:
         with contextlib.suppress(UnavailableError):
             await self._store_kept()
 
+    async def _watch_clock(self) -> None:
+        if isinstance(self._config.clock, SteadyClock):
+            await ClockWatch(self._config.clock, self._parts.membership.peers_clocks).watch()
+
     async def _refresh_forever(self) -> None:
         while True:
             await asyncio.sleep(self._config.refresh_period_s)
@@ -301,6 +312,13 @@ def quiet_hivemind() -> None:
     logging.getLogger("hivemind").setLevel(os.environ.get("HIVEMIND_LOGLEVEL", "ERROR"))
 
 
+def _give_hivemind(clock: Callable[[], float]) -> None:
+    """Hivemind compares expirations with a time of the whole process, which must not jump either."""
+    if isinstance(clock, SteadyClock):
+        for module in (timed_storage, hivemind_node, hivemind_protocol, hivemind_routing):
+            module.get_dht_time = clock
+
+
 async def _build(
     config: DhtConfig, initial_peers: tuple[InitialPeer, ...], place: DaemonAddresses, undo: contextlib.AsyncExitStack
 ) -> _Parts:
@@ -309,7 +327,7 @@ async def _build(
     daemon = await Daemon.spawn(config.identity, place, config.start_timeout_s)
     undo.push_async_callback(calls.drain, STEP_TIMEOUT_S)
     undo.push_async_callback(daemon.stop)
-    transport = await calls.within(STEP_TIMEOUT_S, lambda: Transport.connect_to(daemon, checker))
+    transport = await calls.within(STEP_TIMEOUT_S, lambda: Transport.connect_to(daemon, checker, config.clock))
     undo.push_async_callback(transport.close)
     node = await calls.within(STEP_TIMEOUT_S, lambda: _join_nothing(transport, validator))
     transport.attach(node.protocol.routing_table)

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from hivemind.dht import protocol as hivemind_protocol
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient, P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.p2pclient import Client
 from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
-from hivemind.proto import p2pd_pb2
+from hivemind.proto import dht_pb2, p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
+from common.clock import SteadyClock
 from dht.answers import clean_request, clean_response, is_known
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
+MAX_CLOCKS = 256
+"""Peers whose time is remembered."""
 
 
 class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
@@ -36,16 +41,17 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
     _closed = False
     _listen_task: asyncio.Task[None] | None
 
-    def __init__(self, checker: RecordChecker) -> None:
+    def __init__(self, checker: RecordChecker, clock: Callable[[], float]) -> None:
         super().__init__()
-        self._checker = checker
+        self._checker, self._clock = checker, clock
+        self._ahead_s: OrderedDict[PeerID, float] = OrderedDict()
         self._unary_handlers: dict[str, Any] = {}
         self._stream_handlers: dict[str, Any] = {}
 
     @classmethod
-    async def connect_to(cls, daemon: Daemon, checker: RecordChecker) -> Transport:
-        """Take control of a running p2pd."""
-        transport = cls(checker)
+    async def connect_to(cls, daemon: Daemon, checker: RecordChecker, clock: Callable[[], float]) -> Transport:
+        """Take control of a running p2pd; `clock` is what peers are told when they ask for the time."""
+        transport = cls(checker, clock)
         await transport.take_over(daemon)
         return transport
 
@@ -128,7 +134,28 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
             raise P2PDaemonError("the connection to p2pd has ended")
         response = await super().call_protobuf_handler(peer_id, name, input, output_protobuf_type)
         clean_response(input, response, peer_id, self._knows, self._checker)
+        if isinstance(response, dht_pb2.PingResponse):
+            self._compare_clocks(peer_id, response)
         return response
+
+    def ahead_s(self, peer_id: PeerID) -> float | None:
+        """How far a peer's clock was ahead of this node's when the peer last said what time it is."""
+        return self._ahead_s.get(peer_id)
+
+    def forget_clocks(self) -> None:
+        """Drop what `ahead_s` tells: this node's clock was set."""
+        self._ahead_s.clear()
+
+    def _compare_clocks(self, peer_id: PeerID, response: Any) -> None:
+        """Keep how far the peer's clock is ahead, and have hivemind, which compares it too, do so with this clock."""
+        if not response.dht_time:
+            return
+        own_s = self._clock()
+        self._ahead_s[peer_id] = response.dht_time - own_s
+        self._ahead_s.move_to_end(peer_id)
+        if len(self._ahead_s) > MAX_CLOCKS:
+            self._ahead_s.popitem(last=False)
+        response.dht_time += hivemind_protocol.get_dht_time() - own_s
 
     async def add_protobuf_handler(
         self,
@@ -144,7 +171,10 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
 
         async def guarded(request: Any, context: P2PContext) -> Any:
             clean_request(request, context.remote_id, self._checker)
-            return await handler(request, context)
+            answer = await handler(request, context)
+            if isinstance(answer, dht_pb2.PingResponse):
+                answer.dht_time = told(self._clock)
+            return answer
 
         await super().add_protobuf_handler(
             name,
@@ -163,6 +193,11 @@ class Transport(P2P):  # type: ignore[misc]  # hivemind has no types
 
     def _knows(self, place: int) -> bool:
         return self._routing_table is not None and is_known(self._routing_table, place)
+
+
+def told(clock: Callable[[], float]) -> float:
+    """The time that a peer is told who asks for it."""
+    return clock.told() if isinstance(clock, SteadyClock) else clock()
 
 
 def _connection_ended(control: ControlClient, reading: asyncio.Task[None]) -> None:

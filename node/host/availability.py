@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from common.clock import clock_with_sleep
 from common.errors import DrainingError
 from dht.record_versions import TTL_S
 
@@ -30,12 +30,6 @@ class Reason(StrEnum):
     IN_USE = "somebody else needs the machine"
     SLEPT = "the machine slept"
     DEVICE = "its device fails"
-
-
-def clock_with_sleep() -> float:
-    """Seconds that go on while the machine sleeps, and do not jump when its clock is set, where there are such."""
-    boottime = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.time() if boottime is None else time.clock_gettime(boottime)
 
 
 class Availability:

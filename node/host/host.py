@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from common.allocator import keep_freed_memory, keep_little_memory
+from common.clock import clock_with_sleep
 from common.config import EVENT_LOG_MINIMUMS
 from common.errors import DrainingError, NoRoomError
 from common.events import EventLog
@@ -150,6 +151,7 @@ class Host:
     ) -> None:
         self._config, self._limits, self._swarm, self._device, self._events = config, limits, swarm, device, events
         self._started = started
+        self._start_elapsed_s = clock_with_sleep() - (time.time() - started)
         self._use = ProcessUse(swarm.dht.daemon_pid)
         swarm.dht.on_restart(lambda: self._use.follow(swarm.dht.daemon_pid))
         self._rate_limits = RateLimits(limits, self._use)
@@ -366,7 +368,7 @@ class Host:
 
     def _report_announced(self) -> None:
         blocks = self._runtime.blocks
-        seconds = round(time.time() - self._started, 2)
+        seconds = round(clock_with_sleep() - self._start_elapsed_s, 2)
         endpoint = self._node_endpoint.endpoint
         self._events.emit(
             AnnouncedEvent(

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from common.clock import SteadyClock
 from common.errors import ConfigError
 from dht.address_watch import AddressWatch
 from dht.addresses import listen_host
@@ -39,7 +40,8 @@ class Swarm:
 
     def __init__(self, config: SwarmConfig, identity: Identity, reach: ReachConfig | None = None) -> None:
         self._config, self._reach, self.identity = config, reach or ReachConfig(), identity
-        self.security = Security(identity, config.insecure_local)
+        self._clock = SteadyClock()
+        self.security = Security(identity, config.insecure_local, clock=self._clock)
         self._stack = AsyncExitStack()
         self.announce = self._reach.announce
         self.listen: str
@@ -67,6 +69,7 @@ class Swarm:
                 host=self.listen,
                 port=self._reach.dht_port,
                 announce=announced_host(self._reach.announce) if self._reach.dht_port else "",
+                clock=self._clock,
                 admission=self.admission,
             )
         )

@@ -22,6 +22,8 @@ from protocol.endpoints import Address, is_loopback, is_relayed, relays_of
 from protocol.limits import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from protocol.identity import Identity
 
 KEEPALIVE_MS = 10_000
@@ -62,6 +64,7 @@ class Security:
     insecure_local: bool = False
     tunnels: TunnelSource | None = None
     admission: Admission = OPEN
+    clock: Callable[[], float] = time.time
 
     def check_listen(self, address: str) -> None:
         """Raise ConfigError for an address that a node without encryption must not listen on."""
@@ -74,13 +77,13 @@ class Security:
 
     def checker(self) -> CallChecker | None:
         """Return what checks the calls that this node gets; None where none is checked."""
-        return None if self.insecure_local else CallChecker(self.identity.peer_id, admission=self.admission)
+        return None if self.insecure_local else CallChecker(self.identity.peer_id, self.clock, self.admission)
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
         """Return credentials with a fresh certificate; None where calls are plain."""
         if self.insecure_local:
             return None
-        certificate = certificate_of(self.identity, time.time())
+        certificate = certificate_of(self.identity, self.clock())
         return grpc.ssl_server_credentials([(certificate.key, certificate.chain)])
 
 
@@ -89,7 +92,8 @@ class Caller:
 
     def __init__(self, security: Security) -> None:
         self._insecure_local, self._tunnels = security.insecure_local, security.tunnels
-        self._signer = CallSigner(security.identity, admission=security.admission)
+        self._clock = security.clock
+        self._signer = CallSigner(security.identity, security.clock, security.admission)
 
     async def open(self, address: Address, timeout_s: float) -> grpc.aio.Channel:
         """A channel that takes nobody but this peer.
@@ -101,7 +105,7 @@ class Caller:
         if self._insecure_local:
             return _plain_channel(address)
         dialled = Address(address.peer_id, await self._dialled(address))
-        pem = await _proven_certificate(dialled, timeout_s)
+        pem = await _proven_certificate(dialled, timeout_s, self._clock)
         pinned = grpc.ssl_channel_credentials(root_certificates=pem)
         name = ("grpc.ssl_target_name_override", host_name(address.peer_id))
         return grpc.aio.secure_channel(dialled.endpoint, pinned, options=(*OPTIONS, name))
@@ -128,7 +132,7 @@ def _plain_channel(address: Address) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address.endpoint, options=OPTIONS)
 
 
-async def _proven_certificate(address: Address, timeout_s: float) -> bytes:
+async def _proven_certificate(address: Address, timeout_s: float, clock: Callable[[], float]) -> bytes:
     try:
         async with asyncio.timeout(timeout_s):
             der = await _certificate_at(address.endpoint)
@@ -139,7 +143,7 @@ async def _proven_certificate(address: Address, timeout_s: float) -> bytes:
     except OSError as error:
         raise NotConnectedError(f"{address.endpoint} cannot be reached: {error.strerror or error}") from None
     try:
-        found = proven_peer_id(der, time.time())
+        found = proven_peer_id(der, clock())
     except IdentityError as error:
         raise NotConnectedError(f"{address.endpoint}: {error}") from None
     if found != address.peer_id:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from common.clock import clock_with_sleep
 from common.errors import ConfigError, DrainingError
 from dht.record_versions import TTL_S
-from node.host.availability import Availability, Reason, clock_with_sleep
+from node.host.availability import Availability, Reason
 from node.host.availability_monitor import AvailabilityMonitor
 from node.host.idle import BUSY_SAMPLES, IDLE_FOR_S, INPUT_S, IdleJudge, MachineUse, Sample
 from node.host.signals import SIGNALS, signals_heard

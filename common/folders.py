@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import stat
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -61,10 +63,64 @@ DATA_CACHE_BYTES = 10_000_000_000
 
 
 def data_cache() -> Path:
-    """Where prepared corpora are kept: `$KILOHIVE_CACHE`, else the user's cache folder."""
+    """Where prepared corpora are kept: `$KILOHIVE_CACHE`, else the user's cache folder.
+
+    An account may have no home, or one that it cannot write to: then a folder of its own among temporary files. Raises
+    ConfigError where there is none either.
+    """
     if named := os.environ.get("KILOHIVE_CACHE"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kilohive"
+    usual = _users_cache()
+    if usual is not None and _can_be_written(usual):
+        return usual
+    folder = _own_temporary_folder()
+    problem = f"{usual} cannot be written" if usual is not None else "HOME is not set"
+    logger.warning("%s, so prepared text is kept in %s; set KILOHIVE_CACHE to keep it elsewhere", problem, folder)
+    return folder
+
+
+def give_matplotlib_a_folder() -> None:
+    """Where it cannot write to its usual one, Matplotlib would make one for each process, and leave it."""
+    usual = _users_cache()
+    if usual is None or not _can_be_written(usual):
+        folder = os.environ.get("KILOHIVE_CACHE") or _own_temporary_folder()
+        os.environ.setdefault("MPLCONFIGDIR", str(Path(folder) / "matplotlib"))
+
+
+def temporary_folder() -> Path:
+    """The folder for temporary files; raises ConfigError if there is none."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        raise ConfigError(
+            "no folder for temporary files can be written; set TMPDIR to one, on a disk that is not full"
+        ) from None
+
+
+def _users_cache() -> Path | None:
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "kilohive"
+    try:
+        return Path.home() / ".cache" / "kilohive"
+    except RuntimeError:  # neither HOME nor an entry in /etc/passwd
+        return None
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether `folder`, or the one in which it would be made, can be written."""
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    return os.access(there, os.W_OK | os.X_OK) and there.is_dir()
+
+
+def _own_temporary_folder() -> Path:
+    """This user's among temporary files, where anybody else may have made one of that name."""
+    folder = temporary_folder() / f"kilohive-cache-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(f"{folder} belongs to somebody else; set KILOHIVE_CACHE to a folder that you can write to")
+    return folder
 
 
 def data_cache_bytes() -> int:

@@ -35,6 +35,7 @@ from coordinator.config import (
     read_manifest,
 )
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent
+from dht.socket_folder import remove_stale_folders
 from protocol.announcements import MAX_EVALUATORS
 from protocol.identity import Identity
 from protocol.node_events import TrainingStartEvent
@@ -160,6 +161,7 @@ class LocalSwarm:
             Console().show_cursor()  # a trainer that had to be killed could not
             self._events.emit(LocalEndEvent(dead=self._dead, killed=tuple(killed)))
             self._events.close()
+            remove_stale_folders()  # of nodes that had to be killed
         self._tell_end(code)
         return code
 

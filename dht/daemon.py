@@ -9,22 +9,17 @@ be started again; and its key and sockets lie in a folder that nobody else can o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.resources
 import ipaddress
 import logging
 import os
-import shutil
 import socket
-import stat
-import tempfile
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import ConfigError, UnavailableError
 from dht.addresses import cannot_listen, is_own
 from dht.child_process import ChildProcess
+from dht.socket_folder import SocketFolder, remove_stale_folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,16 +31,6 @@ logger = logging.getLogger(__name__)
 READY_LINE = "Peer ID:"
 IDLE_TIMEOUT_S = 10
 """p2pd ends by itself if no node takes control of it within this time."""
-
-FOLDER_PREFIX = "kilohive-p2pd-"
-CONTROL_SOCKET = "p2pd.sock"
-STALE_FOLDER_S = 60.0
-
-MAX_SOCKET_PATH_BYTES = 103
-"""The longest path of a unix socket: 108 with the final zero on Linux, 104 on macOS."""
-
-SHORT_FOLDER = Path("/tmp")  # noqa: S108 - only for a folder of mode 0700 with a random name
-"""Where the folder goes when the path of the folder for temporary files (TMPDIR) is too long for a socket."""
 
 PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 STOP_TIMEOUT_S = 1.5
@@ -75,10 +60,10 @@ class Daemon:
     streams that peers open.
     """
 
-    def __init__(self, process: ChildProcess, folder: Path, output: DaemonOutput) -> None:
+    def __init__(self, process: ChildProcess, folder: SocketFolder, output: DaemonOutput) -> None:
         self._process, self._folder, self._output = process, folder, output
-        self.control_socket = _control_socket(folder)
-        self.client_socket = f"/unix{folder / 'client.sock'}"
+        self.control_socket = folder.control_socket
+        self.client_socket = folder.client_socket
 
     @classmethod
     async def spawn(cls, identity: Identity, place: DaemonAddresses, timeout_s: float) -> Daemon:
@@ -86,14 +71,15 @@ class Daemon:
 
         Raises:
             UnavailableError: it cannot be started or is not ready within `timeout_s`.
+            ConfigError: there is no folder for its sockets.
         """
-        _remove_stale_folders()
-        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_of_folders()))  # mode 0700
+        remove_stale_folders()
+        folder = SocketFolder()
         try:
             output = DaemonOutput()
             daemon = cls(_launch(identity, place, folder, output.hear), folder, output)
         except BaseException:  # no folder stays
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
             raise
         try:
             await daemon._wait_until_ready(timeout_s)
@@ -128,7 +114,7 @@ class Daemon:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await self._process.wait()
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
     async def _wait_until_ready(self, timeout_s: float) -> None:
         ended = asyncio.create_task(self._process.wait())
@@ -138,7 +124,7 @@ class Daemon:
         finally:
             ended.cancel()
             started.cancel()
-            _key_file(self._folder).unlink(missing_ok=True)  # read by now, or never
+            self._folder.key_file.unlink(missing_ok=True)  # read by now, or never
         if not self._output.ready.is_set():
             raise UnavailableError(f"p2pd did not start: {self._output.last_line or f'no answer in {timeout_s} s'}")
 
@@ -245,8 +231,12 @@ def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
             raise cannot_listen(host, port, error) from None
 
 
-def _launch(identity: Identity, place: DaemonAddresses, folder: Path, heard: Callable[[str], None]) -> ChildProcess:
-    key_file = _key_file(folder)
+def _launch(
+    identity: Identity, place: DaemonAddresses, folder: SocketFolder, heard: Callable[[str], None]
+) -> ChildProcess:
+    identity: Identity, place: DaemonAddresses, folder: SocketFolder, heard: Callable[[str], None]
+) -> ChildProcess:
+    key_file = folder.key_file
     key_file.touch(mode=0o600)
     key_file.write_bytes(identity.private_key_protobuf)
     try:
@@ -261,13 +251,13 @@ def _environment() -> dict[str, str]:
     return {**kept, "GOLOG_LOG_LEVEL": os.environ.get("GOLOG_LOG_LEVEL", "error")}
 
 
-def _arguments(place: DaemonAddresses, folder: Path) -> list[str]:
+def _arguments(place: DaemonAddresses, folder: SocketFolder) -> list[str]:
     program = importlib.resources.files("hivemind.hivemind_cli").joinpath("p2pd")
     return [
         str(program),
-        f"-listen={_control_socket(folder)}",
+        f"-listen={folder.control_socket}",
         f"-hostAddrs={','.join(place.listen)}",
-        f"-id={_key_file(folder)}",
+        f"-id={folder.key_file}",
         f"-idleTimeout={IDLE_TIMEOUT_S}s",
         "-dhtServer=1",  # libp2p's own DHT finds the addresses of peers whose ids ours names
         "-connManager=1",
@@ -280,50 +270,3 @@ def _arguments(place: DaemonAddresses, folder: Path) -> list[str]:
         "-autoRelay=0",
         *([f"-announceAddrs={place.announced}"] if place.announced else []),
     ]
-
-
-def _folder_of_folders() -> Path:
-    """The folder for temporary files, unless its path is too long for that of a socket."""
-    folder = Path(tempfile.gettempdir())
-    longest = folder / f"{FOLDER_PREFIX}12345678" / "client.sock"
-    return folder if len(os.fsencode(longest)) <= MAX_SOCKET_PATH_BYTES else SHORT_FOLDER
-
-
-def _remove_stale_folders() -> None:
-    """A killed node leaves its folder, with sockets that nobody listens at; the next node to start removes it."""
-    for folder in _folder_of_folders().glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(OSError):  # somebody else's, in use, or gone by now
-            if time.time() - folder.stat().st_mtime > STALE_FOLDER_S:
-                _remove_if_dead(folder)
-
-
-def _remove_if_dead(folder: Path) -> None:
-    """Raises OSError for a folder that holds anything but dead sockets."""
-    # p2pd's own first, and the node's only if that is dead: a node takes every connection there for a call of p2pd's.
-    sockets = sorted(folder.iterdir(), key=lambda path: path.name != CONTROL_SOCKET)
-    if all(map(_is_dead_socket, sockets)):
-        for path in sockets:
-            path.unlink()
-        folder.rmdir()
-
-
-def _is_dead_socket(path: Path) -> bool:
-    if not stat.S_ISSOCK(path.lstat().st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # noqa: FBT003 - the name of socket's method
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return True
-        except OSError:  # its queue is full, for one: somebody is there
-            return False
-    return False
-
-
-def _control_socket(folder: Path) -> str:
-    return f"/unix{folder / CONTROL_SOCKET}"
-
-
-def _key_file(folder: Path) -> Path:
-    return folder / "identity.key"

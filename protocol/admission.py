@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from common.atomic_file import write_atomically
+from common.atomic_file import NO_PERMISSIONS, keeps_permissions, write_atomically
 from common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def owners_token(path: Path, *, create: bool) -> bytes:
 def _read_token(path: Path) -> bytes:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_mode & _OTHERS_MAY_ACCESS:
-            raise ConfigError(f"{path}: other users can read it; run: chmod 600 {path}")
+            remedy = f"other users can read it; run: chmod 600 {path}"
+            raise ConfigError(f"{path}: {remedy if keeps_permissions(path.parent) else NO_PERMISSIONS}")
         text = file.read(4 * TOKEN_BYTES).decode("ascii", "replace").strip()
     if not text:  # a run that its owner closed must not open by accident
         raise ConfigError(f"{path}: is empty; restore it from a copy")

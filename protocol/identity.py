@@ -15,6 +15,7 @@ import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from common.atomic_file import NO_PERMISSIONS, keeps_permissions
 from common.errors import IdentityError
 
 KEY_BYTES = 32
@@ -140,7 +141,8 @@ def _read_private(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise IdentityError(f"identity file {path}: not a regular file")
         if status.st_mode & _OTHERS_MAY_ACCESS:
-            raise IdentityError(f"identity file {path}: other users can read it; run: chmod 600 {path}")
+            remedy = f"other users can read it; run: chmod 600 {path}"
+            raise IdentityError(f"identity file {path}: {remedy if keeps_permissions(path.parent) else NO_PERMISSIONS}")
         return file.read(_PRIVATE_BYTES + 1)
 
 
@@ -154,8 +156,12 @@ def _write_new(path: Path, blob: bytes) -> None:
             file.write(blob)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # not every file system has hard links
+            if not path.exists():
+                temporary.replace(path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,7 +61,10 @@ def _link(folder: Path, into: Path, block: BlockId) -> None:
     target = block_path(into, block)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    os.link(block_path(folder, block), target)
+    try:
+        os.link(block_path(folder, block), target)
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(block_path(folder, block), target)
 
 
 def forget_gates(model: Model, seed: int) -> None:

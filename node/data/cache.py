@@ -249,6 +249,6 @@ def _naming_write_errors(cache_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"The data cache in {cache_dir} cannot be written: {error.strerror or error}. Free space there, or give a "
-            "folder that you can write to."
+            f"The data cache in {cache_dir} cannot be written: {error.strerror or error}. Free space there, or set "
+            "KILOHIVE_CACHE to a folder that you can write to."
         ) from None

@@ -61,7 +61,7 @@ async def run_sample(config: SampleConfig, stop: asyncio.Event) -> None:
     """Print the prompt and what the model writes after it."""
     check_minimums(config, {"n_bytes": 0, "temperature": 0, "threads": 1, "join_timeout_s": 0.1})
     async with _trained_model(config, stop) as trained:
-        prompt = config.prompt.encode()
+        prompt = config.prompt.encode("utf-8", "surrogateescape")  # bytes that are no text are a prompt too
         writing = asyncio.to_thread(sample_text, trained.model, prompt, config.n_bytes, config.temperature, config.seed)
         text = await until_stopped(writing, stop)
     print_result(printable(text))

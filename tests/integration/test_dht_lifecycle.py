@@ -19,7 +19,8 @@ import pytest
 
 from common.errors import ConfigError, UnavailableError
 from dht import supervisor
-from dht.daemon import FOLDER_PREFIX, STALE_FOLDER_S, Daemon
+from dht.daemon import Daemon
+from dht.socket_folder import FOLDER_PREFIX, STALE_FOLDER_S
 from experiments.live.processes import wait_until
 from protocol.identity import Identity
 from tests.support.dht_nodes import KEY, Start, entry_by, eventually

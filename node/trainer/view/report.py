@@ -19,6 +19,7 @@ from rich.text import Text
 from common.atomic_file import write_atomically
 from common.errors import InvalidInputError
 from common.events import read_event
+from common.folders import give_matplotlib_a_folder
 from common.log_files import log_files
 from common.text import clock_text, count_text, hosts_text, printable
 from node.trainer.events import EvalEvent, StepEvent
@@ -121,6 +122,7 @@ def plot_loss(curve: Curve, path: Path, title: str) -> None:
     # Matplotlib takes a third of a second to import, and `--help` reaches this module.
     from io import BytesIO  # noqa: PLC0415
 
+    give_matplotlib_a_folder()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 

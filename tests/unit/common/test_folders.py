@@ -5,15 +5,26 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pwd
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigError
-from common.folders import FolderClaim, claimed, locked, wait_until_free
+from common.folders import (
+    FolderClaim,
+    claimed,
+    data_cache,
+    give_matplotlib_a_folder,
+    locked,
+    temporary_folder,
+    wait_until_free,
+)
 
+os_access = os.access
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
 import subprocess, sys, time
@@ -105,3 +116,66 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     refused = pytest.raises(ConfigError, match=r"cannot use folder .*file/state: Not a directory; choose another")
     with refused, claimed(claim(tmp_path / "file" / "state")):
         pass
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, without any variable that names a cache."""
+    for name in ("KILOHIVE_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_the_cache_is_in_the_users_home(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(temporary))
+    assert data_cache() == temporary / ".cache" / "kilohive"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(temporary / "xdg"))
+    assert data_cache() == temporary / "xdg" / "kilohive"
+    monkeypatch.setenv("KILOHIVE_CACHE", "/nowhere")
+    assert data_cache() == Path("/nowhere")
+    give_matplotlib_a_folder()
+    assert "MPLCONFIGDIR" not in os.environ
+
+
+@pytest.mark.parametrize("home", ["/proc/nobody", "/etc/passwd/home", None], ids=["read-only", "a file", "none"])
+def test_without_a_home_the_cache_is_a_private_folder_and_the_variable_is_named(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, home: str | None
+) -> None:
+    def no_entry(_uid: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    monkeypatch.setattr(os, "access", lambda path, mode: False if str(path) == "/proc" else os_access(path, mode))
+    monkeypatch.delenv("HOME")
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    folder = data_cache()
+    assert folder == temporary / f"kilohive-cache-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    problem = "HOME is not set" if home is None else f"{home}/.cache/kilohive cannot be written"
+    assert caplog.messages == [
+        f"{problem}, so prepared text is kept in {folder}; set KILOHIVE_CACHE to keep it elsewhere"
+    ]
+    assert data_cache() == folder  # again
+    give_matplotlib_a_folder()
+    assert os.environ["MPLCONFIGDIR"] == str(folder / "matplotlib")
+
+
+def test_a_cache_that_somebody_else_has_put_among_temporary_files_is_refused(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/etc/passwd/home")
+    (temporary / "elsewhere").mkdir()
+    (temporary / f"kilohive-cache-{os.getuid()}").symlink_to(temporary / "elsewhere")
+    with pytest.raises(ConfigError, match="belongs to somebody else; set KILOHIVE_CACHE to a folder that you can"):
+        data_cache()
+
+
+def test_without_a_folder_for_temporary_files_tmpdir_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(ConfigError, match="no folder for temporary files can be written; set TMPDIR to one"):
+        temporary_folder()

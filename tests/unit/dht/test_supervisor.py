@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from common.errors import UnavailableError
 from dht.daemon import Daemon, DaemonOutput
+from dht.socket_folder import SocketFolder
 from dht.supervisor import MAX_PAUSE_S, MAX_STARTS, STEADY_S, DaemonSupervisor, RestartBackoff
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @dataclass
@@ -156,9 +154,9 @@ class EndingProcess:
         return await self.ended
 
 
-async def test_a_stop_that_is_cancelled_just_as_the_process_ends_is_cancelled(tmp_path: Path) -> None:
+async def test_a_stop_that_is_cancelled_just_as_the_process_ends_is_cancelled() -> None:
     process: Any = EndingProcess()
-    stopping = asyncio.create_task(Daemon(process, tmp_path / "sockets", DaemonOutput()).stop())
+    stopping = asyncio.create_task(Daemon(process, SocketFolder(), DaemonOutput()).stop())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     process.ended.set_result(-9)

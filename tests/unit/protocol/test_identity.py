@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -89,6 +90,27 @@ def test_processes_that_start_together_agree_on_one_key(tmp_path: Path) -> None:
         thread.join()
     assert len(found) == 8
     assert len(set(found)) == 1
+
+
+def test_a_key_is_made_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_source: object, _target: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    made = Identity.load_or_create(tmp_path / "host.key")
+    assert Identity.load_or_create(tmp_path / "host.key").peer_id == made.peer_id
+    assert [path.name for path in tmp_path.iterdir()] == ["host.key"]
+
+
+def test_a_key_on_a_file_system_without_permissions_is_refused_with_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "host.key"
+    Identity.load_or_create(path)
+    path.chmod(0o755)
+    monkeypatch.setattr("protocol.identity.keeps_permissions", lambda _folder: False)
+    with pytest.raises(IdentityError, match=r"host\.key: its file system keeps no permissions, .* choose a folder"):
+        Identity.load_or_create(path)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620])

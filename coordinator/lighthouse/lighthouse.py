@@ -36,7 +36,7 @@ from dht.relay.quotas import MAX_CIRCUITS_PER_PEER, RelayLimits, RelayQuotas
 from dht.swarm_config import resolve
 from protocol.announcements import PeerRecord
 from protocol.identity import Identity
-from protocol.swarm_file import SwarmFile
+from protocol.swarm_file import SwarmFile, listening_told
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ async def serve(config: LighthouseConfig, stop: trio.Event) -> None:
     collector = LighthouseCollector(lighthouse.figures)
     with ExitStack() as stack:
         stack.enter_context(serve_metrics(collector, config.metrics_listen, config.metrics_port))
+        stack.enter_context(listening_told(config.state, *listener.socket.getsockname()[:2]))
         events = EventLog(config.state / "events.jsonl")
         stack.callback(events.close)
         async with lighthouse.transport.running([listener]):

@@ -40,11 +40,12 @@ from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
 from dht.relay.quotas import RelayLimits
 from dht.relay.relay import Relay
+from protocol.addresses import peer_multiaddress
 from protocol.admission import Admission, owners_token
 from protocol.announcements import PeerRecord
 from protocol.identity import Identity
 from protocol.invite import Invite
-from protocol.swarm_file import SwarmFile, last_port
+from protocol.swarm_file import SwarmFile, last_port, listening_told
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         stack.push_async_callback(announcer.withdraw)
         swarm = SwarmFile(
             run_id=manifest.run_id,
-            initial_peers=(*dht.addresses, *config.initial_peers),
+            initial_peers=(*dht.addresses, *_peers(config)),
             owner=manifest.owner,
             admission=admission.token,
         )
         invite = _write_invite(config, swarm)
+        stack.enter_context(listening_told(config.out, *dht.listening))
         events.emit(PeerStartEvent(run_id=manifest.run_id, peer_id=dht.peer_id, addresses=tuple(dht.addresses)))
         Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
         await stop.wait()
@@ -145,18 +147,22 @@ def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
 
 
 async def _start_dht(config: CoordinatorConfig, identity: Identity, admission: Admission) -> DhtNode:
-    host = listen_host(config.listen, config.initial_peers or DEFAULT_ROUTES)
+    host = await asyncio.to_thread(listen_host, config.listen, _peers(config) or DEFAULT_ROUTES)
     port = config.dht_port or await _last_port(config.out / "swarm.toml", host)
     return await DhtNode.start(
         DhtConfig(
             identity=identity,
-            initial_peers=config.initial_peers,
+            initial_peers=_peers(config),
             host=host,
             port=port,
             announce=config.announce,
             admission=admission,
         )
     )
+
+
+def _peers(config: CoordinatorConfig) -> tuple[str, ...]:
+    return tuple(map(peer_multiaddress, config.initial_peers))
 
 
 async def _last_port(path: Path, host: str) -> int:

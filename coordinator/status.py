@@ -53,7 +53,7 @@ async def _look(config: StatusConfig) -> tuple[Manifest, DirectoryView]:
     dht_config = DhtConfig(
         identity=Identity.generate(),
         initial_peers=initial_peers,
-        host=listen_host(config.listen, initial_peers),
+        host=await asyncio.to_thread(listen_host, config.listen, initial_peers),
         start_timeout_s=config.timeout_s,
         admission=admission,
     )

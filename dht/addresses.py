@@ -8,6 +8,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError, UnavailableError
+from protocol.addresses import split_flag
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,18 +22,19 @@ _ANY_PORT = 9
 
 
 def listen_host(listen: str, initial_peers: Iterable[str]) -> str:
-    """`listen`; for `auto` the address from which this machine would reach the first initial peer that it can.
+    """The IP address of `listen`; for `auto` that from which this machine would reach the first initial peer it can.
 
-    Nothing is sent. Raises ConfigError if there is none.
+    Names are looked up, which blocks; otherwise nothing is sent. Raises ConfigError if there is none.
     """
     if listen != AUTO:
-        return listen
+        return _own_address(listen)
     for address in initial_peers:
         found = _source_towards(address)
         if found is not None:
             return found
     raise ConfigError(
-        "--listen: cannot tell which address of this machine the others reach; give one, or listen in the file of "
+        "--listen: cannot tell which address of this machine the others reach, as none of their names can be looked up "
+        "or no route leads to them; give one, or listen in the file of "
         "--config where a command has no such flag"
     )
 
@@ -61,13 +63,46 @@ def tcp_address(host: str, port: int) -> str:
 
 
 def _source_towards(multiaddress: str) -> str | None:
-    """None for an address that is not numeric, or that this machine has no way to."""
-    host = multiaddress.split("/")[2]
+    """None for a name that nobody knows, or an address that this machine has no way to."""
+    for host in looked_up(multiaddress.split("/")[2]):
+        found = _source_towards_ip(host)
+        if found is not None:
+            return found
+    return None
+
+
+def _own_address(listen: str) -> str:
+    """The IP address that a person named; of a name the one that is this machine's. Raises ConfigError."""
+    host, port = split_flag("--listen", listen)
+    if port:
+        raise ConfigError(
+            f"--listen: takes an address without a port, is {listen[:80]!r}; flags for ports are beside it"
+        )
+    found = looked_up(host)
+    if host in found:
+        return host
+    own = next(filter(is_own, found), None)
+    if own is None:
+        at = f"is {', '.join(found)}, which is no address of this machine" if found else "cannot be looked up"
+        raise ConfigError(f"--listen: {host} {at}; give an address of this machine")
+    return own
+
+
+def looked_up(host: str) -> tuple[str, ...]:
+    """The IP addresses of a name, none if nobody knows it, or the one that `host` is. Blocks while it asks."""
     try:
-        version = ipaddress.ip_address(host).version
+        return (str(ipaddress.ip_address(host.strip("[]"))),)
     except ValueError:
-        return None
-    family = socket.AF_INET if version == 4 else socket.AF_INET6  # noqa: PLR2004
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return ()
+    return tuple(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _source_towards_ip(host: str) -> str | None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((host, _ANY_PORT))
         return str(probe.getsockname()[0])

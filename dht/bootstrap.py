@@ -20,6 +20,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from common.errors import ConfigError, IdentityError, UnavailableError
 from common.text import last_line
 from dht.clock_watch import check_clock
+from protocol.addresses import peer_multiaddress
 from protocol.identity import public_key_of
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Bootstrap:
 def parse_initial_peer(text: str) -> InitialPeer:
     """Raises ConfigError unless `text` is a multiaddress that ends in an Ed25519 peer id."""
     problem = f"initial peer {text[:120]!r} is not a multiaddress such as /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
-    address, marker, peer_id = text[:MAX_MULTIADDRESS_CHARS].rpartition("/p2p/")
+    address, marker, peer_id = peer_multiaddress(text)[:MAX_MULTIADDRESS_CHARS].rpartition("/p2p/")
     if not marker or not address:
         raise ConfigError(problem)
     try:

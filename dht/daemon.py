@@ -17,9 +17,10 @@ import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import ConfigError, UnavailableError
-from dht.addresses import cannot_listen, is_own
+from dht.addresses import cannot_listen, is_own, looked_up
 from dht.child_process import ChildProcess
 from dht.socket_folder import SocketFolder, remove_stale_folders
+from protocol.addresses import split_flag, tcp_multiaddress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,20 +188,23 @@ def daemon_addresses(host: str, port: int, announce: str) -> DaemonAddresses:
     if not port and not announce:
         tcp = listen_address(host, _free_port(host))
     announced = announced_address(announce, port) or tcp
-    return DaemonAddresses((tcp, udp_address(tcp)), announced, udp_address(announced))
+    return DaemonAddresses((tcp, udp_address(tcp)), announced, udp_address(_numeric(announced)))
+
+
+def _numeric(multiaddress: str) -> str:
+    """The address of a name, which relays are told by; as it is if nobody knows that name."""
+    _, _, host, _, port = multiaddress.split("/")
+    return tcp_multiaddress(next(iter(looked_up(host)), host), int(port))
 
 
 def announced_address(announce: str, port: int) -> str:
     """Multiaddress at which others dial `port`; empty if that is where this node listens. Raises ConfigError."""
     if not announce:
         return ""
+    host, announced_port = split_flag("--announce", announce)
     if not port:
         raise ConfigError("--announce: needs a --dht-port too, the one that the router forwards")
-    try:
-        version = ipaddress.ip_address(announce).version
-    except ValueError:
-        raise ConfigError(f"--announce: must be an IP address such as 192.0.2.1, is {announce[:80]!r}") from None
-    return f"/ip{version}/{announce}/tcp/{port}"
+    return tcp_multiaddress(host, announced_port or port)
 
 
 def udp_address(tcp: str) -> str:
@@ -232,8 +236,6 @@ def _check_free(host: str, port: int, family: socket.AddressFamily) -> None:
 
 
 def _launch(
-    identity: Identity, place: DaemonAddresses, folder: SocketFolder, heard: Callable[[str], None]
-) -> ChildProcess:
     identity: Identity, place: DaemonAddresses, folder: SocketFolder, heard: Callable[[str], None]
 ) -> ChildProcess:
     key_file = folder.key_file

@@ -35,6 +35,7 @@ from dht.supervisor import DaemonSupervisor
 from dht.transport import Transport
 from dht.validator import RecordValidator
 from protocol.admission import OPEN, Admission
+from protocol.endpoints import is_relay_address
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -127,7 +128,7 @@ class DhtNode:
             UnavailableError: the port is taken, p2pd does not start, or no initial peer answers.
         """
         initial_peers = tuple(parse_initial_peer(text) for text in config.initial_peers)
-        place = daemon_addresses(config.host, config.port, config.announce)
+        place = await asyncio.to_thread(daemon_addresses, config.host, config.port, config.announce)
         quiet_hivemind()
         _give_hivemind(config.clock)
         async with contextlib.AsyncExitStack() as undo:
@@ -147,8 +148,15 @@ class DhtNode:
 
     @property
     def relay_address(self) -> str:
-        """Where it is dialled as a relay: over QUIC, if it takes that."""
-        return self.udp_address or self.addresses[0].partition("/p2p/")[0]
+        """Where it is dialled as a relay: over QUIC, if it takes that; empty if only a name is known."""
+        address = self.udp_address or self.addresses[0].partition("/p2p/")[0]
+        return address if is_relay_address(address) else ""
+
+    @property
+    def listening(self) -> tuple[str, int]:
+        """Host and port where it listens on this machine, which may not be what others dial."""
+        _, _, host, _, port, *_ = self._place.listen[0].split("/")
+        return host, int(port)
 
     @property
     def known_peers(self) -> int:

@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 
 from common.errors import ConfigError, IdentityError, RecordError
+from protocol.addresses import host_port, split_flag
 from protocol.identity import public_key_of
 
 MAX_ENDPOINT_CHARS = 261
@@ -47,7 +48,8 @@ def announced_endpoint(announce: str, listening: str) -> str:
     """
     if not announce:
         return listening
-    endpoint = f"{announce}:{listening.rpartition(':')[2]}" if _is_host_only(announce) else announce
+    host, port = split_flag("--announce", announce)
+    endpoint = host_port(host, port or int(listening.rpartition(":")[2]))
     try:
         _check_address(endpoint)
     except RecordError:
@@ -56,9 +58,8 @@ def announced_endpoint(announce: str, listening: str) -> str:
 
 
 def announced_host(announce: str) -> str:
-    """The host alone, without brackets."""
-    host = announce if _is_host_only(announce) else announce.rpartition(":")[0]
-    return host.strip("[]")
+    """The host alone, without brackets; raises ConfigError naming --announce."""
+    return split_flag("--announce", announce)[0] if announce else ""
 
 
 def is_relayed(endpoint: str) -> bool:
@@ -108,10 +109,6 @@ def is_relay_address(address: str) -> bool:
 def _has_form(address: str, form: re.Pattern[str]) -> bool:
     match = form.fullmatch(address[: MAX_RELAY_ADDRESS_CHARS + 1])
     return match is not None and len(address) <= MAX_RELAY_ADDRESS_CHARS and int(match[1]) <= _MAX_PORT
-
-
-def _is_host_only(announce: str) -> bool:
-    return announce.endswith("]") or ":" not in announce
 
 
 def _check_relays(relays: tuple[str, ...]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,12 +13,15 @@ import tomli_w
 from common.atomic_file import write_atomically
 from common.errors import ConfigError
 from protocol import limits
+from protocol.addresses import peer_multiaddress
 from protocol.admission import token_from_hex
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 MAX_FILE_BYTES = 65_536
+LISTENING_FILE = "listening.json"
 MAX_INITIAL_PEERS = 64
 MAX_ADDRESS_CHARS = 512
 HOW_TO_NAME_A_SWARM = (
@@ -67,6 +72,17 @@ class SwarmFile:
             raise ConfigError(f"{where}: {error}") from None
 
 
+@contextmanager
+def listening_told(folder: Path, host: str, port: int) -> Iterator[None]:
+    """Say in `folder`, while the context lasts, where its DHT node listens, which is not where others dial it."""
+    path = folder / LISTENING_FILE
+    write_atomically(path, json.dumps({"host": host, "port": port}).encode())
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def last_port(path: Path) -> int:
     """Port of the first address in an earlier file, 0 if there is none: nodes that are up look for this peer there."""
     try:
@@ -112,6 +128,7 @@ def checked_peers(value: object) -> tuple[str, ...]:
 
 
 def _peer(value: object) -> str:
+    value = peer_multiaddress(value) if isinstance(value, str) else value
     wanted = "a multiaddress such as /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
     if not isinstance(value, str) or not value.startswith("/") or "/p2p/" not in value:
         raise ConfigError(f"initial_peers: must be {wanted}, is {str(value)[:60]!r}")

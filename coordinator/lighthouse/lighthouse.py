@@ -38,7 +38,7 @@ from dht.relay.quotas import MAX_CIRCUITS_PER_PEER, RelayLimits, RelayQuotas
 from dht.swarm_config import resolve
 from protocol.announcements import PeerRecord
 from protocol.identity import Identity
-from protocol.swarm_file import SwarmFile
+from protocol.swarm_file import SwarmFile, listening_told
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ async def _serve(
     collector = LighthouseCollector(lighthouse.figures)
     with ExitStack() as stack:
         stack.enter_context(serve_metrics(collector, config.metrics_listen, config.metrics_port))
+        stack.enter_context(listening_told(config.state, *listener.socket.getsockname()[:2]))
         log, max_bytes = config.state / "events.jsonl", config.event_log_bytes
         events = EventLog(log, max_bytes=max_bytes, n_files=config.event_log_files)
         stack.callback(events.close)

@@ -13,6 +13,7 @@ from multiaddr.exceptions import MultiaddrError
 
 from common.errors import ConfigError, IdentityError, UnavailableError
 from dht.addresses import cannot_listen, is_own, listen_host, tcp_address
+from protocol.addresses import split_flag
 from protocol.identity import public_key_of
 from protocol.swarm_file import last_port
 
@@ -29,7 +30,7 @@ async def listen(config: LighthouseConfig, initial_peers: Sequence[str]) -> trio
     """Listen where a person said, at last time's port where they named none. Raises a KilohiveError."""
     if not 0 <= config.port <= MAX_PORT:
         raise ConfigError(f"--port: must be from 0 (any) to {MAX_PORT}, is {config.port}")
-    host = listen_host(config.listen, initial_peers)
+    host = await trio.to_thread.run_sync(listen_host, config.listen, initial_peers)
     _check_announced(host, config.announce)
     last = last_port(config.state / "swarm.toml") if config.port == 0 else 0
     try:
@@ -46,7 +47,8 @@ async def listen(config: LighthouseConfig, initial_peers: Sequence[str]) -> trio
 def announced(listener: trio.SocketListener, announce: str, peer_id: str) -> str:
     """The multiaddress that others are told."""
     host, port = listener.socket.getsockname()[:2]
-    return f"{tcp_address(announce or host, port)}/p2p/{peer_id}"
+    told_host, told_port = split_flag("--announce", announce) if announce else (host, port)
+    return f"{tcp_address(told_host, told_port or port)}/p2p/{peer_id}"
 
 
 def initial_members(initial_peers: Sequence[str]) -> dict[bytes, list[bytes]]:
@@ -64,7 +66,8 @@ def initial_members(initial_peers: Sequence[str]) -> dict[bytes, list[bytes]]:
 
 
 def _check_announced(host: str, announce: str) -> None:
-    for flag, text, is_told in (("--listen", host, not announce), ("--announce", announce, True)):
+    told = split_flag("--announce", announce)[0] if announce else ""
+    for flag, text, is_told in (("--listen", host, not announce), ("--announce", told, True)):
         try:
             unspecified = bool(text) and ipaddress.ip_address(text).is_unspecified
         except ValueError:

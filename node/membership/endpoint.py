@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UnavailableError
 from common.tasks import repeat
+from dht.addresses import looked_up
 from dht.relay.quotas import RelayLimits
 from dht.relay.relay import Relay
 from dht.relay.reservations import Reservations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 600.0
+LOOKUP_TIMEOUT_S = 5.0
 LOOK_SOON_S = 15.0
 """The pause after a check that found nobody to ask, or nobody who could call."""
 
@@ -93,10 +95,18 @@ class NodeEndpoint:
         return LOOK_AGAIN_S if self._watch.state == "reached" else LOOK_SOON_S
 
     async def _look(self) -> None:
-        others = [address.split("/")[2] for address in self._swarm.initial_peers]
-        if not self._watch.look_at_itself(self._own, others):
-            await self._watch.look(self._own)
+        found = await asyncio.gather(*(_addresses(peer.split("/")[2]) for peer in self._swarm.initial_peers))
+        others = [address for addresses in found for address in addresses]
+        hosts = await self._own_addresses()
+        if not self._watch.look_at_itself(self._own, others, hosts):
+            await self._watch.look(self._own, hosts)
         self._reservations.wanted = self._watch.state == "not reached"
+
+    async def _own_addresses(self) -> tuple[str, ...]:
+        """Addresses of the name that is announced; a machine's own name may lead to loopback on the machine itself."""
+        host = self._own.rpartition(":")[0]
+        found = await _addresses(host)
+        return () if found == (host.strip("[]"),) else (*found, self._swarm.listen)
 
     def _relays_changed(self) -> None:
         relays = self._reservations.held
@@ -114,3 +124,12 @@ class NodeEndpoint:
             self._changed.clear()
             with contextlib.suppress(UnavailableError):  # the next announcement says it too
                 await announcer.announce_now()
+
+
+async def _addresses(host: str) -> tuple[str, ...]:
+    """Of a name; the name itself if nobody knows it in time."""
+    try:
+        async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+            return await asyncio.to_thread(looked_up, host) or (host,)
+    except TimeoutError:
+        return (host,)

@@ -26,7 +26,7 @@ from protocol.endpoints import Address, is_loopback, is_relayed
 from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from common.events import EventLog
     from dht.view import PeerInfo
@@ -73,7 +73,7 @@ class DialBackService:
     async def _dial_back(self, request: pb.DialBackRequest, peer_id: str, host: str) -> pb.DialBackResponse:
         if not 1 <= request.port <= MAX_PORT:
             raise InvalidInputError("port", f"must be from 1 to {MAX_PORT}, is {request.port}")
-        if host == self._own_host and not is_loopback(host):
+        if same_host(host, self._own_host) and not is_loopback(host):
             raise UnavailableError("this call came through a tunnel: who made it cannot be dialled back")
         if self._dialling >= MAX_DIALLING:
             raise OverloadedError(f"this node already dials {MAX_DIALLING} others back")
@@ -106,8 +106,8 @@ class ReachabilityWatch:
         self._random = random.Random(f"{seed}/{own_id}")
         self.state: Reachability = "unknown"
 
-    async def look(self, endpoint: str) -> None:
-        """Ask up to ASKED others once, and tell what is new."""
+    async def look(self, endpoint: str, hosts: Collection[str] = ()) -> None:
+        """Ask up to ASKED others once, and tell what is new; `hosts` are the addresses of a name in `endpoint`."""
         others = [
             peer
             for peer in self._peers()
@@ -117,12 +117,12 @@ class ReachabilityWatch:
         answers = await asyncio.gather(*(self._ask(peer, endpoint) for peer in asked))
         heard = [answer for answer in answers if answer is not None]
         if heard:
-            self._conclude(endpoint, verdict(heard, endpoint), heard)
+            self._conclude(endpoint, verdict(heard, endpoint, hosts), heard)
 
-    def look_at_itself(self, endpoint: str, others: Iterable[str]) -> bool:
+    def look_at_itself(self, endpoint: str, others: Iterable[str], hosts: Collection[str] = ()) -> bool:
         """Whether nobody need be asked: `endpoint` is an address of a home's network, and `others` are not in it."""
         host = endpoint.rpartition(":")[0]
-        if not _is_private(host) or all(map(_is_private, others)):
+        if not all(map(_is_private, hosts or (host,))) or all(map(_is_private, others)):
             return False
         self._conclude(endpoint, "not reached", [pb.DialBackResponse(observed="another address", problem="private")])
         return True
@@ -161,10 +161,26 @@ class ReachabilityWatch:
             logger.warning("%s", how_to_be_reached(endpoint, observed, problem))
 
 
-def verdict(heard: Sequence[pb.DialBackResponse], endpoint: str) -> Reachability:
-    """What the answers (one or more) come to: one that got through at the announced address is enough."""
-    host = endpoint.rpartition(":")[0]
-    return "reached" if any(answer.reached and answer.observed == host for answer in heard) else "not reached"
+def verdict(heard: Sequence[pb.DialBackResponse], endpoint: str, hosts: Collection[str] = ()) -> Reachability:
+    """What the answers (one or more) come to: one that got through at the announced address is enough.
+
+    `hosts` are the addresses of a name in `endpoint`.
+    """
+    announced = (endpoint.rpartition(":")[0], *hosts)
+    through = [answer.observed for answer in heard if answer.reached]
+    return "reached" if any(same_host(one, other) for one in through for other in announced) else "not reached"
+
+
+def same_host(one: str, other: str) -> bool:
+    """Whether two texts are one host, whatever the spelling of its address."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(host: str) -> str:
+    try:
+        return str(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return host.lower()
 
 
 def how_to_be_reached(endpoint: str, observed: str, problem: str) -> str:
@@ -193,7 +209,7 @@ def observed_host(peer: str) -> str:
 
 
 def _is_private(host: str) -> bool:
-    """Return whether the address is private; False for a name, whose address is not looked up."""
+    """Return whether the address is private; False for a name that could not be looked up."""
     try:
         address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:

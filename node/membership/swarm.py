@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -19,6 +20,7 @@ from dht.relay.tunnel import Tunnels
 from dht.swarm_config import resolve
 from node.membership.config import ReachConfig
 from node.rpc.security import Security
+from protocol.addresses import host_port
 from protocol.admission import NOT_INVITED, Admission
 from protocol.endpoints import announced_endpoint, announced_host
 
@@ -59,9 +61,11 @@ class Swarm:
         """
         self.admission, initial_peers = resolve(self._config)
         run_id, self.initial_peers = self.admission.run_id, initial_peers
-        self.listen = listen_host(self._reach.listen, initial_peers)
+        self.listen = await asyncio.to_thread(listen_host, self._reach.listen, initial_peers)
         self.security.check_listen(self.listen)
-        announced_endpoint(self.announce, f"{self.listen}:1")  # a mistake in it is told before anything is started
+        announced_endpoint(
+            self.announce, host_port(self.listen, 1)
+        )  # a mistake in it is told before anything is started
         self.dht = await DhtNode.start(
             DhtConfig(
                 identity=self.identity,

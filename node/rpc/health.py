@@ -27,7 +27,7 @@ from protocol.admission import OPEN, Admission, token_from_hex
 from protocol.endpoints import Address
 from protocol.identity import Identity, public_key_of
 from protocol.status import MAX_MESSAGE_CHARS, REASON_KEY
-from protocol.swarm_file import SwarmFile, checked_run_id
+from protocol.swarm_file import LISTENING_FILE, SwarmFile, checked_run_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,6 +81,8 @@ async def _ask(config: HealthConfig) -> str:
     server, swarm = config.state / SERVER_FILE, config.state / SWARM_FILE
     if server.exists():
         return await _ask_server(read_server(server), read_admission(server), config)
+    if (listening := config.state / LISTENING_FILE).exists():
+        return await _ask_dht(*read_listening(listening))
     if swarm.exists():
         return await _ask_dht(*read_dht(swarm))
     raise UnavailableError(f"{config.state}: no node serves from this folder")
@@ -118,6 +120,14 @@ def _read_fields(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     return fields if isinstance(fields, dict) else {}
+
+
+def read_listening(path: Path) -> tuple[str, int]:
+    """Where the DHT node of a coordinator or lighthouse listens on this machine; raises ConfigError naming the file."""
+    fields = _read_fields(path)
+    host, port = str(fields.get("host", "")), str(fields.get("port", ""))
+    _check_port(path, host, port)
+    return host, int(port)
 
 
 def read_dht(path: Path) -> tuple[str, int]:

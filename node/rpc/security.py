@@ -37,6 +37,8 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
     ("grpc.use_local_subchannel_pool", 1),
+    # A name is looked up again when a connection to it fails.
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
     # A proxy of the environment is for the web: it cannot reach peers, and none of them is behind it.
     ("grpc.enable_http_proxy", 0),
 )

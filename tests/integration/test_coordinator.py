@@ -179,6 +179,28 @@ def bind_when_free(listener: socket.socket, port: int) -> None:
             return
 
 
+def test_health_asks_on_this_machine_and_never_dials_the_home_router(tmp_path: Path) -> None:
+    with coordinator(tmp_path, "--announce", "192.0.2.1", "--dht-port", str(free_port())):
+        assert SwarmFile.read(tmp_path / "swarm.toml").initial_peers[0].startswith("/ip4/192.0.2.1/tcp/")
+        asked = [*PROGRAM, "health", "--state", str(tmp_path), "--timeout-s", "5"]
+        assert subprocess.run(asked, check=False, timeout=PATIENCE_S).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--listen", "::1"), "/ip6/::1/tcp/"),
+        (("--listen", "[::1]"), "/ip6/::1/tcp/"),
+        (("--listen", "localhost", "--announce", "localhost"), "/dns/localhost/tcp/"),
+    ],
+)
+def test_a_run_is_found_by_each_spelling_of_its_address(tmp_path: Path, flags: tuple[str, ...], told: str) -> None:
+    with coordinator(tmp_path, *flags, "--dht-port", str(free_port())):
+        assert SwarmFile.read(tmp_path / "swarm.toml").initial_peers[0].startswith(told)
+        shown = status("--join", str(tmp_path / "swarm.toml"), "--json")
+    assert json.loads(shown.stdout)["peers"]
+
+
 def test_only_the_invited_take_part_in_a_closed_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with coordinator(run, "--experts", "8", "--experts-per-block", "2", "--admission"):

@@ -54,5 +54,23 @@ def test_a_port_that_is_told_to_others_is_known_before(monkeypatch: pytest.Monke
     assert daemon_addresses("192.0.2.7", 0, "").announced == "/ip4/192.0.2.7/tcp/4567"
     with pytest.raises(ConfigError, match="--announce: needs a --dht-port too"):
         daemon_addresses("192.0.2.7", 0, "198.51.100.1")
-    with pytest.raises(ConfigError, match="--announce: must be an IP address"):
-        daemon_addresses("192.0.2.7", 4001, "example.org")
+    with pytest.raises(ConfigError, match="--announce: must be like"):
+        daemon_addresses("192.0.2.7", 4001, "http://example.org")
+
+
+@pytest.mark.parametrize(
+    ("announce", "told"),
+    [
+        ("example.org", "/dns/example.org/tcp/4001"),
+        ("example.org:5001", "/dns/example.org/tcp/5001"),
+        ("2001:db8::1", "/ip6/2001:db8::1/tcp/4001"),
+        ("[2001:db8::1]:5001", "/ip6/2001:db8::1/tcp/5001"),
+        ("/ip6/2001:db8::1/tcp/5001", "/ip6/2001:db8::1/tcp/5001"),
+    ],
+)
+def test_names_and_each_spelling_are_announced(announce: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "_check_free", lambda *_: None)
+    monkeypatch.setattr(daemon, "looked_up", lambda host: ("192.0.2.9",) if host == "example.org" else (host,))
+    found = daemon_addresses("192.0.2.7", 4001, announce)
+    assert found.announced == told
+    assert found.udp == told.replace("/dns/example.org", "/ip4/192.0.2.9").replace("/tcp/", "/udp/") + "/quic-v1"

@@ -107,6 +107,12 @@ def test_any_text_is_an_endpoint_or_a_record_error(text: str) -> None:
         ("[2001:db8::1]", "[2001:db8::1]:4000", "2001:db8::1"),
         ("[2001:db8::1]:5000", "[2001:db8::1]:5000", "2001:db8::1"),
         ("node.example.org", "node.example.org:4000", "node.example.org"),
+        ("node.example.org:5000", "node.example.org:5000", "node.example.org"),
+        ("2001:db8::1", "[2001:db8::1]:4000", "2001:db8::1"),
+        ("2001:DB8:0::1", "[2001:db8::1]:4000", "2001:db8::1"),
+        ("/ip6/2001:db8::1/tcp/5000", "[2001:db8::1]:5000", "2001:db8::1"),
+        ("/ip4/192.0.2.1", "192.0.2.1:4000", "192.0.2.1"),
+        ("/dns4/node.example.org/tcp/5000", "node.example.org:5000", "node.example.org"),
     ],
 )
 def test_what_a_router_forwards_is_announced_in_place_of_the_port(announce: str, endpoint: str, host: str) -> None:

@@ -21,6 +21,13 @@ def test_one_who_got_through_is_enough() -> None:
     assert verdict([NO, NO], "192.0.2.1:4000") == "not reached"
 
 
+def test_a_name_is_its_addresses_and_an_address_each_of_its_spellings() -> None:
+    assert verdict([YES], "node.lan:4000", ("192.0.2.1",)) == "reached"
+    assert verdict([YES], "node.lan:4000", ("192.0.2.9",)) == "not reached"
+    six = pb.DialBackResponse(observed="[2001:db8:0::1]", reached=True)
+    assert verdict([six], "[2001:db8::1]:4000") == "reached"
+
+
 def test_an_answer_at_another_address_than_the_announced_is_no_help_to_others() -> None:
     assert verdict([ELSEWHERE], "192.0.2.1:4000") == "not reached"
 

@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from protocol import expert_pb2 as protocol_dot_expert__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protocol/averaging.proto\x12\x0bkilohive.v1\x1a\x15protocol/expert.proto\"a\n\nBlockOffer\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\x0e\n\x06schema\x18\x02 \x01(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12#\n\x06reason\x18\x04 \x01(\x0e\x32\x13.kilohive.v1.Reason\"k\n\x05Offer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\'\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x17.kilohive.v1.BlockOffer\"Z\n\x05Start\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0c\n\x04work\x18\x03 \x03(\x01\x12\r\n\x05steps\x18\x04 \x03(\x04\x12\x14\n\x0cweights_only\x18\x05 \x01(\x08\"Z\n\x05Piece\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12#\n\x06values\x18\x03 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12\x0c\n\x04hash\x18\x04 \x01(\x0c\"&\n\x06Settle\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\r\n\x05\x65xact\x18\x02 \x01(\x08\"\xaf\x01\n\x0f\x45xchangeMessage\x12#\n\x05offer\x18\x01 \x01(\x0b\x32\x12.kilohive.v1.OfferH\x00\x12#\n\x05start\x18\x02 \x01(\x0b\x32\x12.kilohive.v1.StartH\x00\x12#\n\x05piece\x18\x03 \x01(\x0b\x32\x12.kilohive.v1.PieceH\x00\x12%\n\x06settle\x18\x04 \x01(\x0b\x32\x13.kilohive.v1.SettleH\x00\x42\x06\n\x04\x62ody\"E\n\x0f\x44ownloadRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x62lock\x18\x02 \x01(\t\x12\x13\n\x0bparams_only\x18\x03 \x01(\x08*:\n\x06Reason\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x00\x12\x0c\n\x08NOT_HERE\x10\x01\x12\x08\n\x04\x42USY\x10\x02\x12\n\n\x06SCHEMA\x10\x03\x32\xa1\x01\n\tAveraging\x12J\n\x08\x45xchange\x12\x1c.kilohive.v1.ExchangeMessage\x1a\x1c.kilohive.v1.ExchangeMessage(\x01\x30\x01\x12H\n\x08\x44ownload\x12\x1c.kilohive.v1.DownloadRequest\x1a\x1c.kilohive.v1.ExchangeMessage0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protocol/averaging.proto\x12\x0bkilohive.v1\x1a\x15protocol/expert.proto\"a\n\nBlockOffer\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\x0e\n\x06schema\x18\x02 \x01(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12#\n\x06reason\x18\x04 \x01(\x0e\x32\x13.kilohive.v1.Reason\"k\n\x05Offer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\'\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x17.kilohive.v1.BlockOffer\"\x80\x01\n\x05Start\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0c\n\x04work\x18\x03 \x03(\x01\x12\r\n\x05steps\x18\x04 \x03(\x04\x12\x14\n\x0cweights_only\x18\x05 \x01(\x08\x12\x13\n\x0b\x66irst_piece\x18\x06 \x01(\x04\x12\x0f\n\x07listens\x18\x07 \x01(\x08\"Z\n\x05Piece\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12#\n\x06values\x18\x03 \x01(\x0b\x32\x13.kilohive.v1.Tensor\x12\x0c\n\x04hash\x18\x04 \x01(\x0c\"&\n\x06Settle\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\r\n\x05\x65xact\x18\x02 \x01(\x08\"\xaf\x01\n\x0f\x45xchangeMessage\x12#\n\x05offer\x18\x01 \x01(\x0b\x32\x12.kilohive.v1.OfferH\x00\x12#\n\x05start\x18\x02 \x01(\x0b\x32\x12.kilohive.v1.StartH\x00\x12#\n\x05piece\x18\x03 \x01(\x0b\x32\x12.kilohive.v1.PieceH\x00\x12%\n\x06settle\x18\x04 \x01(\x0b\x32\x13.kilohive.v1.SettleH\x00\x42\x06\n\x04\x62ody\"Z\n\x0f\x44ownloadRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x62lock\x18\x02 \x01(\t\x12\x13\n\x0bparams_only\x18\x03 \x01(\x08\x12\x13\n\x0b\x66irst_piece\x18\x04 \x01(\x04*:\n\x06Reason\x12\x0c\n\x08\x41\x43\x43\x45PTED\x10\x00\x12\x0c\n\x08NOT_HERE\x10\x01\x12\x08\n\x04\x42USY\x10\x02\x12\n\n\x06SCHEMA\x10\x03\x32\xa3\x01\n\tAveraging\x12J\n\x08\x45xchange\x12\x1c.kilohive.v1.ExchangeMessage\x1a\x1c.kilohive.v1.ExchangeMessage(\x01\x30\x01\x12J\n\x08\x44ownload\x12\x1c.kilohive.v1.DownloadRequest\x1a\x1c.kilohive.v1.ExchangeMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protocol.averaging_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REASON']._serialized_start=745
-  _globals['_REASON']._serialized_end=803
+  _globals['_REASON']._serialized_start=805
+  _globals['_REASON']._serialized_end=863
   _globals['_BLOCKOFFER']._serialized_start=64
   _globals['_BLOCKOFFER']._serialized_end=161
   _globals['_OFFER']._serialized_start=163
   _globals['_OFFER']._serialized_end=270
-  _globals['_START']._serialized_start=272
-  _globals['_START']._serialized_end=362
-  _globals['_PIECE']._serialized_start=364
-  _globals['_PIECE']._serialized_end=454
-  _globals['_SETTLE']._serialized_start=456
-  _globals['_SETTLE']._serialized_end=494
-  _globals['_EXCHANGEMESSAGE']._serialized_start=497
-  _globals['_EXCHANGEMESSAGE']._serialized_end=672
-  _globals['_DOWNLOADREQUEST']._serialized_start=674
-  _globals['_DOWNLOADREQUEST']._serialized_end=743
-  _globals['_AVERAGING']._serialized_start=806
-  _globals['_AVERAGING']._serialized_end=967
+  _globals['_START']._serialized_start=273
+  _globals['_START']._serialized_end=401
+  _globals['_PIECE']._serialized_start=403
+  _globals['_PIECE']._serialized_end=493
+  _globals['_SETTLE']._serialized_start=495
+  _globals['_SETTLE']._serialized_end=533
+  _globals['_EXCHANGEMESSAGE']._serialized_start=536
+  _globals['_EXCHANGEMESSAGE']._serialized_end=711
+  _globals['_DOWNLOADREQUEST']._serialized_start=713
+  _globals['_DOWNLOADREQUEST']._serialized_end=803
+  _globals['_AVERAGING']._serialized_start=866
+  _globals['_AVERAGING']._serialized_end=1029
 # @@protoc_insertion_point(module_scope)

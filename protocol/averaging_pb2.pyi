@@ -44,18 +44,22 @@ class Offer(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., peer_id: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[BlockOffer, _Mapping]]] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("block", "version", "work", "steps", "weights_only")
+    __slots__ = ("block", "version", "work", "steps", "weights_only", "first_piece", "listens")
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_ONLY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PIECE_FIELD_NUMBER: _ClassVar[int]
+    LISTENS_FIELD_NUMBER: _ClassVar[int]
     block: str
     version: int
     work: _containers.RepeatedScalarFieldContainer[float]
     steps: _containers.RepeatedScalarFieldContainer[int]
     weights_only: bool
-    def __init__(self, block: _Optional[str] = ..., version: _Optional[int] = ..., work: _Optional[_Iterable[float]] = ..., steps: _Optional[_Iterable[int]] = ..., weights_only: _Optional[bool] = ...) -> None: ...
+    first_piece: int
+    listens: bool
+    def __init__(self, block: _Optional[str] = ..., version: _Optional[int] = ..., work: _Optional[_Iterable[float]] = ..., steps: _Optional[_Iterable[int]] = ..., weights_only: _Optional[bool] = ..., first_piece: _Optional[int] = ..., listens: _Optional[bool] = ...) -> None: ...
 
 class Piece(_message.Message):
     __slots__ = ("tensor", "offset", "values", "hash")
@@ -90,11 +94,13 @@ class ExchangeMessage(_message.Message):
     def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ...) -> None: ...
 
 class DownloadRequest(_message.Message):
-    __slots__ = ("run_id", "block", "params_only")
+    __slots__ = ("run_id", "block", "params_only", "first_piece")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     PARAMS_ONLY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PIECE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     block: str
     params_only: bool
-    def __init__(self, run_id: _Optional[str] = ..., block: _Optional[str] = ..., params_only: _Optional[bool] = ...) -> None: ...
+    first_piece: int
+    def __init__(self, run_id: _Optional[str] = ..., block: _Optional[str] = ..., params_only: _Optional[bool] = ..., first_piece: _Optional[int] = ...) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,12 @@ from common.errors import KilohiveError, OverloadedError, UnavailableError
 from common.tasks import within
 from node.averaging.download import Download
 from node.averaging.pairing import Pairing, Tally
+from node.averaging.partial import PartialReplica
 from node.averaging.service import SERVICE_NAME
 from node.limits.rate_limits import RateLimits
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
-from node.rpc.message_stream import Inbox, Wire
-from protocol import averaging_pb2 as pb
+from node.rpc.message_stream import ALIVE, ALIVE_PER_SILENCE, Inbox, Wire
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -68,7 +69,7 @@ class AveragingClient:
         self,
         source: Address,
         block_id: BlockId,
-        wanted: Sequence[TensorSchema],
+        wanted: Sequence[TensorSchema] | PartialReplica,
         timeout_s: float,
         *,
         params_only: bool = False,
@@ -76,18 +77,22 @@ class AveragingClient:
     ) -> ReplicaState:
         """A peer's replica, checked against `wanted`; `learnt_R` is zero. Waits while the peer has others to serve.
 
-        With `params_only` there are no moments. `tell` is called with the bytes that have come so far.
+        With `params_only` there are no moments. Of a partial replica only the pieces come that it lacks, and what comes
+        stays in it, also when this raises. `tell` is called with the bytes that have come so far. `timeout_s` is for
+        all but the bytes, which may take what they take at the slowest rate that is borne.
 
         Raises:
             KilohiveError: the peer's error, UnavailableError, DeadlineError, InvalidInputError for bytes that do not
-                fit. What came until then is forgotten.
+                fit.
         """
-        request = pb.DownloadRequest(run_id=self._config.run_id, block=str(block_id), params_only=params_only)
-        async with within(timeout_s, f"the download of block {block_id}"):
+        if not isinstance(wanted, PartialReplica):
+            wanted = PartialReplica(block_id, wanted, params_only=params_only)
+        download = Download(wanted, source.peer_id, self._config)
+        limit_s = timeout_s + self._config.bytes_timeout_s(wanted.n_bytes - wanted.taken_bytes)
+        async with within(limit_s, f"the download of block {block_id}"):
             while True:
-                download = Download(block_id, wanted, self._config, params_only=params_only)
                 try:
-                    return await self._download(source, request, download, tell)
+                    return await self._download(source, download, tell)
                 except OverloadedError as error:
                     await asyncio.sleep(error.retry_after_s)
 
@@ -103,37 +108,33 @@ class AveragingClient:
             path = f"/{SERVICE_NAME}/Exchange"
             method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
             call = method(timeout=timeout_s, metadata=self._caller.metadata(partner, path))
-            wire = Wire(_ClientStream(call), self._config.silence_s, self._rate_limits)
-            try:
-                async with within(timeout_s, "the exchange"):
-                    await Pairing(wire, self._replicas, self._config, tally).dial(block_ids)
-                    if tally.agreed:
-                        await call.done_writing()
-                        await wire.receive_or_end()
-            except KilohiveError as error:
-                if not tally.agreed:
-                    raise
-                tally.problem = str(error)
-            finally:
-                self.wire_bytes += wire.n_bytes
+            stream = _ClientStream(call)
+            async with Wire(stream, self._config.silence_s, self._rate_limits) as wire:
+                try:
+                    async with within(timeout_s, "the exchange"):
+                        await Pairing(wire, self._replicas, self._config, tally).dial(block_ids)
+                        if tally.agreed:
+                            await stream.done()
+                            await wire.receive_or_end()
+                except KilohiveError as error:
+                    if not tally.agreed:
+                        raise
+                    tally.problem = str(error)
+                finally:
+                    self.wire_bytes += wire.n_bytes
         return tally.result(wire.n_bytes, loop.time() - started_s)
 
-    async def _download(
-        self,
-        source: Address,
-        request: pb.DownloadRequest,
-        download: Download,
-        tell: Callable[[int], None] | None,
-    ) -> ReplicaState:
+    async def _download(self, source: Address, download: Download, tell: Callable[[int], None] | None) -> ReplicaState:
         async with self._channel(source, OPEN_TIMEOUT_S) as channel:
             path = f"/{SERVICE_NAME}/Download"
-            method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(path)
-            call = method(request.SerializeToString(), metadata=self._caller.metadata(source, path))
-            inbox = Inbox(_ClientReceiver(call), self._rate_limits)
+            method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+            call = method(metadata=self._caller.metadata(source, path))
+            side = _DownloadingSide(_ClientStream(call), self._config.silence_s, self._rate_limits)
             try:
-                return await download.receive(inbox, tell)
+                await side.stream.send(download.request())
+                return await download.receive(side, tell)
             finally:
-                self.wire_bytes += inbox.n_bytes
+                self.wire_bytes += side.inbox.n_bytes
 
     @asynccontextmanager
     async def _channel(self, address: Address, timeout_s: float) -> AsyncIterator[grpc.aio.Channel]:
@@ -148,11 +149,21 @@ class AveragingClient:
             await channel.close()
 
 
-class _ClientReceiver:
-    """The receiving half of a gRPC call."""
+class _ClientStream:
+    """The calling end of a gRPC stream."""
 
-    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes] | grpc.aio.UnaryStreamCall[bytes, bytes]) -> None:
+    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         self._call = call
+
+    async def send(self, raw: bytes) -> None:
+        """Raises the partner's error if that is known."""
+        async with self._errors():
+            await self._call.write(raw)
+
+    async def done(self) -> None:
+        """Send no more."""
+        async with self._errors():
+            await self._call.done_writing()
 
     async def receive(self) -> bytes | None:
         """None at the end of a call that went well."""
@@ -178,17 +189,36 @@ class _ClientReceiver:
             raise UnavailableError("this node closed the call") from None
 
 
-class _ClientStream(_ClientReceiver):
-    """The calling end of a gRPC stream."""
+class _DownloadingSide:
+    """The calling side of a download."""
 
-    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
-        super().__init__(call)
-        self._stream = call
+    def __init__(self, stream: _ClientStream, silence_s: float, rate_limits: RateLimits) -> None:
+        self.stream, self.inbox = stream, Inbox(stream, rate_limits)
+        self._every_s = silence_s / ALIVE_PER_SILENCE
 
-    async def send(self, raw: bytes) -> None:
-        """Raises the partner's error if that is known."""
-        async with self._errors():
-            await self._stream.write(raw)
+    @asynccontextmanager
+    async def saying_alive(self) -> AsyncIterator[None]:
+        stopping = asyncio.Event()
+        saying = asyncio.create_task(self._say_alive(stopping), name="say that this node is alive")
+        try:
+            yield
+            stopping.set()
+            await saying  # to cancel a write would cancel the call
+        finally:
+            saying.cancel()
+            await asyncio.gather(saying, return_exceptions=True)
+
+    async def _say_alive(self, stopping: asyncio.Event) -> None:
+        # Why the call has ended is told by what is received.
+        with contextlib.suppress(KilohiveError):
+            while not stopping.is_set():
+                await self.stream.send(ALIVE)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._every_s):
+                        await stopping.wait()
+
+    async def done(self) -> None:
+        await self.stream.done()
 
 
 def _rebuilt(code: grpc.StatusCode, details: str | None, trailing: grpc.aio.Metadata | None) -> KilohiveError:

@@ -27,3 +27,16 @@ class ExchangeEvent(Event):
     bytes: int
     seconds: float
     problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadEvent(Event):
+    """A download that takes its time: so many bytes of a block are here, and when the rest will be at this rate."""
+
+    event: ClassVar[str] = "download"
+
+    block: str
+    bytes: int
+    of_bytes: int
+    bytes_per_s: int
+    seconds_left: float

@@ -63,7 +63,11 @@ class ExchangeConfig:
     def transfer_timeout_s(self, state: ReplicaState) -> float:
         """Return how long a replica takes over the slowest connection, both ways one after the other."""
         n_bytes = sum(t.numel() * t.itemsize for t in state.named().values())
-        return self.block_timeout_s + 2 * n_bytes / self.slowest_bytes_per_s
+        return self.block_timeout_s + self.bytes_timeout_s(n_bytes)
+
+    def bytes_timeout_s(self, n_bytes: int) -> float:
+        """Return how long so many bytes may take, both ways one after the other."""
+        return 2 * n_bytes / self.slowest_bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
 """Which state a joiner takes: that of a live replica which another one corroborates, a checkpoint, or the run's seed.
 
 A joiner cannot tell a good replica from a forged one by itself, and honest replicas are never bit-equal. So what one of
-them sends is compared with the weights of a second: two that agree within honest drift are believed.
+them sends is compared with the weights of a second: two that agree within honest drift are believed. A download that
+breaks off is gone on with, from the same replica or another (`partial.py`); what several have sent is believed only
+on the word of one that has sent none of it, or asked for again whole.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
-from common.errors import KilohiveError, UnavailableError
+from common.errors import InvalidInputError, KilohiveError, UnavailableError
 from node.averaging.gossip import relative_distance
+from node.averaging.partial import PartialDownloads
 
 if TYPE_CHECKING:
     import random
@@ -22,11 +25,15 @@ if TYPE_CHECKING:
     import torch
 
     from dht.view import Replica
+    from node.averaging.partial import PartialReplica
     from node.model.replica_state import ReplicaState, TensorSchema
     from protocol.endpoints import Address
     from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
+
+RESUME_AFTER_S = 0.5
+"""Before a replica whose download broke off is asked for the rest."""
 
 
 class Origin(StrEnum):
@@ -50,7 +57,8 @@ class Source:
 class JoinConfig:
     """`max_distance` is how far honest replicas' weights may lie apart, relative to their L2 norm.
 
-    `timeout_s` is for one download; `max_sources` bounds how many replicas are asked and held in memory.
+    `timeout_s` is for one download, beside what its bytes take; `max_sources` bounds how many replicas are asked and
+    held in memory.
     """
 
     max_distance: float
@@ -62,15 +70,9 @@ class Downloader(Protocol):
     """Fetches a peer's replica."""
 
     async def download(
-        self,
-        source: Address,
-        block_id: BlockId,
-        wanted: Sequence[TensorSchema],
-        timeout_s: float,
-        *,
-        params_only: bool = False,
+        self, source: Address, block_id: BlockId, wanted: PartialReplica, timeout_s: float
     ) -> ReplicaState:
-        """Raises KilohiveError."""
+        """The whole, once the pieces have come that `wanted` lacks; what comes stays in it. Raises KilohiveError."""
 
 
 def choose_source(live: Sequence[Replica], stored: Sequence[Replica], own_version: int | None) -> Source:
@@ -94,61 +96,100 @@ async def fetch_replica(
     wanted: Sequence[TensorSchema],
     config: JoinConfig,
     rng: random.Random,
+    partials: PartialDownloads | None = None,
 ) -> ReplicaState:
     """The state of the newest replica whose weights those of another corroborate; a lone replica is believed.
 
-    Sources that fail or send bytes that do not fit are passed over, and count as not there.
+    Sources that fail or send bytes that do not fit are passed over, and count as not there. `partials` keeps what had
+    come until the last of them failed.
 
     Raises:
         UnavailableError: none could be had, or no two of them agree.
     """
     sources = _newest_first(rng.sample(candidates, len(candidates)))[: config.max_sources]
-    answered: list[_Answer] = []
-    for source in sources:
-        state = await _take(client, source, wanted, config, params_only=bool(answered))
-        if state is None:
-            continue
-        for earlier in answered:
-            if (whole := await _corroborated(client, earlier, state, wanted, config)) is not None:
-                return whole
-        answered.append(_Answer(source, state))
-    if len(answered) == 1:
-        logger.info("Block %s is taken from %s alone", answered[0].source.block, answered[0].source.peer_id)
-        return answered[0].state
-    raise UnavailableError(_nobody(sources, answered, config.max_distance))
+    return await _Fetch(client, wanted, config, partials or PartialDownloads()).from_any_of(sources)
 
 
 @dataclass(frozen=True)
 class _Answer:
+    """What `source` completed, and all who have sent some of it."""
+
     source: Replica
     state: ReplicaState
+    senders: frozenset[str]
 
 
-async def _corroborated(
-    client: Downloader, earlier: _Answer, witness: ReplicaState, wanted: Sequence[TensorSchema], config: JoinConfig
-) -> ReplicaState | None:
-    """The whole state of `earlier` if the witness agrees with it."""
-    if not await _agree(earlier.state, witness, config.max_distance):
-        return None
-    if earlier.state.first:
-        return earlier.state
-    whole = await _take(client, earlier.source, wanted, config, params_only=False)
-    # Asked again, it may send something else.
-    return whole if whole is not None and await _agree(whole, witness, config.max_distance) else None
+class _Fetch:
+    """One block, from several replicas of it."""
 
+    def __init__(
+        self, client: Downloader, wanted: Sequence[TensorSchema], config: JoinConfig, partials: PartialDownloads
+    ) -> None:
+        self._client, self._wanted, self._config, self._partials = client, wanted, config, partials
 
-async def _take(
-    client: Downloader, source: Replica, wanted: Sequence[TensorSchema], config: JoinConfig, *, params_only: bool
-) -> ReplicaState | None:
-    try:
-        return await client.download(source.address, source.block, wanted, config.timeout_s, params_only=params_only)
-    except KilohiveError as error:
-        logger.warning("Block %s cannot be taken from %s: %s", source.block, source.peer_id, error)
-        return None
+    async def from_any_of(self, sources: Sequence[Replica]) -> ReplicaState:
+        answered: list[_Answer] = []
+        first = self._partials.begin(sources[0].block, self._wanted) if sources else None
+        for source in sources:
+            answer = await self._take(source, first if first and not answered else self._anew(source, params_only=True))
+            if answer is None:
+                continue
+            for earlier in answered:
+                if (whole := await self._corroborated(earlier, answer)) is not None:
+                    return whole
+            answered.append(answer)
+        if len(answered) == 1:
+            return await self._from_one(answered[0])
+        if first and not answered:
+            self._partials.keep(first)
+        raise UnavailableError(_nobody(sources, answered, self._config.max_distance))
 
+    async def _from_one(self, answer: _Answer) -> ReplicaState:
+        """Nobody else is there; for what others had sent before it, the one that is there is the witness."""
+        source = answer.source
+        if len(answer.senders) > 1:
+            witness = await self._take(source, self._anew(source, params_only=True))
+            if witness is None or not await self._agree(answer.state, witness.state):
+                whole = await self._take(source, self._anew(source))
+                if whole is None:
+                    raise UnavailableError(_nobody([source], [], self._config.max_distance))
+                answer = whole
+        logger.info("Block %s is taken from %s alone", source.block, source.peer_id)
+        return answer.state
 
-async def _agree(one: ReplicaState, other: ReplicaState, max_distance: float) -> bool:
-    return await asyncio.to_thread(_distance, one.params, other.params) <= max_distance
+    async def _corroborated(self, earlier: _Answer, witness: _Answer) -> ReplicaState | None:
+        """The whole state of `earlier` if the witness agrees with it."""
+        if not await self._agree(earlier.state, witness.state):
+            return None
+        if earlier.state.first and not earlier.senders & witness.senders:
+            return earlier.state
+        whole = await self._take(earlier.source, self._anew(earlier.source))
+        # Asked again, it may send something else.
+        return whole.state if whole is not None and await self._agree(whole.state, witness.state) else None
+
+    async def _take(self, source: Replica, partial: PartialReplica) -> _Answer | None:
+        """The rest of a replica, asked for as long as something more of it comes each time."""
+        while True:
+            senders, before = partial.senders - {source.peer_id}, partial.taken
+            try:
+                state = await self._client.download(source.address, source.block, partial, self._config.timeout_s)
+            except KilohiveError as error:
+                logger.warning("Block %s cannot be taken from %s: %s", source.block, source.peer_id, error)
+                if isinstance(error, InvalidInputError):
+                    partial.clear()
+                # What does not fit may be what another has sent.
+                if not (senders if isinstance(error, InvalidInputError) else partial.taken > before):
+                    return None
+            else:
+                return _Answer(source, state, frozenset(partial.senders))
+            await asyncio.sleep(RESUME_AFTER_S)
+            logger.info("Going on with block %s from %s: %s", source.block, source.peer_id, partial)
+
+    def _anew(self, source: Replica, *, params_only: bool = False) -> PartialReplica:
+        return self._partials.anew(source.block, self._wanted, params_only=params_only)
+
+    async def _agree(self, one: ReplicaState, other: ReplicaState) -> bool:
+        return await asyncio.to_thread(_distance, one.params, other.params) <= self._config.max_distance
 
 
 def _distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:

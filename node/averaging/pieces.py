@@ -54,6 +54,11 @@ class Slot(NamedTuple):
         return flat[self.tensor][self.offset : self.end]
 
 
+def wanted_tensors(tensors: Iterable[TensorSchema], *, params_only: bool) -> list[TensorSchema]:
+    """Those that a download sends, in their order."""
+    return [t for t in sorted(tensors) if t.name.startswith(PARAMS) or not params_only]
+
+
 def cut(tensors: Iterable[TensorSchema]) -> tuple[Slot, ...]:
     """The pieces of tensors, in the order in which they are sent."""
     return tuple(slot for tensor in tensors for slot in _cut_one(tensor))
@@ -101,11 +106,11 @@ def values_of(piece: pb.Piece, slot: Slot, codec: Codec) -> torch.Tensor:
 
 
 class Incoming:
-    """Checks that pieces are exactly `slots`, in their order."""
+    """Checks that pieces are exactly `slots`, in their order; the first `taken` of them have come before."""
 
-    def __init__(self, slots: Iterable[Slot], codec: AveragingCodec, dtype: Dtype) -> None:
+    def __init__(self, slots: Iterable[Slot], codec: AveragingCodec, dtype: Dtype, taken: int = 0) -> None:
         self.slots = tuple(slots)
-        self.taken = 0
+        self.taken = taken
         self._codec, self._dtype = codec, dtype
 
     @property

@@ -67,44 +67,51 @@ class AveragingService:
         """Handlers for `grpc.aio.Server.add_generic_rpc_handlers`."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Exchange": grpc.stream_stream_rpc_method_handler(streaming(self._exchange, "Exchange")),
-            "Download": grpc.unary_stream_rpc_method_handler(streaming(self._download, "Download")),
+            "Download": grpc.stream_stream_rpc_method_handler(streaming(self._download, "Download")),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
     async def _exchange(self, _: object, context: Context) -> None:
+        async with Wire(ServerStream(context), self._config.silence_s, self._rate_limits) as wire:
+            # The offer is read before a refusal: a call that ends while the dialler still sends loses the status, in
+            # gRPC. Nor can a peer that dials and then says nothing keep others out.
+            raw_offer = await receive_offer(wire, self._config)
+            if raw_offer is None:
+                return
+            with self._slot("exchange", MAX_ANSWERED):
+                await self._answer(wire, raw_offer, context)
+
+    async def _answer(self, wire: Wire, raw_offer: bytes, context: Context) -> None:
         tally = Tally(partner="", dialled=False)
-        wire = Wire(ServerStream(context), self._config.silence_s, self._rate_limits)
-        caller = caller_of(context.invocation_metadata() or ())
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        # The offer is read before a refusal: a call that ends while the dialler still sends loses the status, in gRPC.
-        # Nor can a peer that dials and then says nothing keep others out.
-        raw_offer = await receive_offer(wire, self._config)
-        if raw_offer is None:
-            return
-        with self._slot("exchange", MAX_ANSWERED):
-            try:
-                async with within(timeout_s(context), "the exchange"):
-                    await Pairing(wire, self._replicas, self._config, tally).answer(raw_offer, caller)
-            except KilohiveError as error:
-                tally.problem = str(error)
-                raise
-            except asyncio.CancelledError:
-                tally.problem = "the dialler broke off"
-                raise
-            finally:
-                if tally.agreed:
-                    self._on_result(tally.result(wire.n_bytes, loop.time() - started_s))
+        caller = caller_of(context.invocation_metadata() or ())
+        try:
+            async with within(timeout_s(context), "the exchange"):
+                await Pairing(wire, self._replicas, self._config, tally).answer(raw_offer, caller)
+        except KilohiveError as error:
+            tally.problem = str(error)
+            raise
+        except asyncio.CancelledError:
+            tally.problem = "the dialler broke off"
+            raise
+        finally:
+            if tally.agreed:
+                self._on_result(tally.result(wire.n_bytes, loop.time() - started_s))
 
-    async def _download(self, raw: bytes, context: Context) -> None:
-        request = parse_message(pb.DownloadRequest, raw)
+    async def _download(self, _: object, context: Context) -> None:
+        async with Wire(ServerStream(context), self._config.silence_s, self._rate_limits) as wire:
+            await self._send_copy(wire)
+
+    async def _send_copy(self, wire: Wire) -> None:
+        async with within(self._config.offer_timeout_s, "the request"):
+            request = parse_message(pb.DownloadRequest, await wire.receive())
         block_id = self._checked_block(request)
         with self._slot("download", MAX_DOWNLOADS):
             async with within(self._config.block_timeout_s, f"the copy of block {block_id}"):
                 state = await self._copy_of(block_id)
             async with within(self._config.transfer_timeout_s(state), f"the download of block {block_id}"):
-                wire = Wire(ServerStream(context), self._config.silence_s, self._rate_limits)
-                await send_state(wire, block_id, state, self._config, params_only=request.params_only)
+                await send_state(wire, block_id, state, self._config, request)
 
     async def _copy_of(self, block_id: BlockId) -> ReplicaState:
         replica = self._replicas.get(block_id)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dht.view import DirectoryView
     from node.averaging.joining import Downloader, Source
+    from node.averaging.partial import PartialDownloads
     from node.host.block_store import BlockStore
     from node.model.experts.block import Block
     from node.model.replica_state import ReplicaState
@@ -66,13 +67,12 @@ class BlockLoader:
             return self._store.load_or_new(block_id)
         return self._new(block_id)
 
-    async def download(self, block_id: BlockId, source: Source) -> Block:
-        """A block from other peers. Raises KilohiveError if it cannot be had now."""
+    async def download(self, block_id: BlockId, source: Source, partials: PartialDownloads) -> Block:
+        """A block from other peers. Raises KilohiveError if it cannot be had now; `partials` keeps what came of it."""
         template = await asyncio.to_thread(self._new, block_id)
         async with self._permits:
-            state = await fetch_replica(
-                self._client, source.candidates, schema(block_state(template)), self._join_config, self._rng
-            )
+            wanted = schema(block_state(template))
+            state = await fetch_replica(self._client, source.candidates, wanted, self._join_config, self._rng, partials)
         block = await asyncio.to_thread(self._from_state, block_id, state)
         self.downloaded_bytes += sum(t.nbytes for t in state.named().values())
         return block

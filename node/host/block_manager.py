@@ -13,6 +13,8 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError, NoRoomError, UnavailableError
+from node.averaging.partial import PartialDownloads
+from node.averaging.progress import DownloadProgress
 from node.host.block_loader import is_here, source_of
 from node.host.events import JoinedEvent, JoinFailedEvent
 from protocol.manifest import BlockId
@@ -44,6 +46,7 @@ class BlockManager:
     ) -> None:
         self.held, self._loader, self._directory, self._peer_id = held, loader, directory, peer_id
         self._announcer, self._events = announcer, events
+        self._partials = PartialDownloads(DownloadProgress(events).tell)
 
     async def take(self, block_ids: Iterable[BlockId]) -> None:
         """Hold these blocks too, the first of them first. One that cannot be had now is logged and left out.
@@ -96,7 +99,7 @@ class BlockManager:
     async def _download(self, block_id: BlockId, source: Source) -> BlockId | None:
         started = time.monotonic()
         try:
-            block = await self._loader.download(block_id, source)
+            block = await self._loader.download(block_id, source, self._partials)
         except NoRoomError:
             raise
         except KilohiveError as error:

@@ -12,6 +12,8 @@ from common.errors import UnavailableError
 from node.averaging import service as averaging_service
 from node.averaging.joining import JoinConfig, fetch_replica
 from node.averaging.node_averaging import Averaging, AveragingOptions
+from node.averaging.partial import PartialDownloads
+from node.averaging.progress import DownloadProgress
 from node.membership import reachability
 from node.membership.reachability import DialBackService
 from node.model.learning_rate import averaged_rate_scale
@@ -83,6 +85,7 @@ class TrunkSharing:
             swarm.security,
         )
         self._node_endpoint = node_endpoint
+        self._partials = PartialDownloads(DownloadProgress(events).tell)
 
     @property
     def server_endpoint(self) -> str:
@@ -144,7 +147,8 @@ class TrunkSharing:
 
     async def _download(self, candidates: tuple[Replica, ...]) -> None:
         config = JoinConfig(max_distance=self._swarm.manifest.averaging.clip_radius)
-        state = await fetch_replica(self.averaging.client, candidates, self.replica.schema(), config, self._random)
+        wanted = self.replica.schema()
+        state = await fetch_replica(self.averaging.client, candidates, wanted, config, self._random, self._partials)
         await asyncio.wrap_future(self.replica.load_state(state))
         self._events.emit(TrunkJoinedEvent(version=state.version, trainers=len(candidates)))
         logger.info("Took over the trunk of the run at version %d", state.version)

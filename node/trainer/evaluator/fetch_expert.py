@@ -10,6 +10,7 @@ import torch
 
 from common.tasks import within
 from node.averaging.joining import JoinConfig, fetch_replica
+from node.limits.limits import MIN_BYTES_PER_S
 from node.model.experts.block import new_block
 from node.model.experts.state import block_state
 from node.model.replica_state import schema
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from protocol.manifest import Manifest
 
 FETCH_S = 30.0
+"""For all but the bytes, which come as slowly as a host's owner may let them."""
+
+MAX_COPIES = 3
+"""Of a block, with its moments, that are fetched in the worst case: the first and its witnesses."""
 
 
 async def fetch_expert(
@@ -31,9 +36,11 @@ async def fetch_expert(
     """Its weights, and the version of its block. Raises UnavailableError, DeadlineError."""
     block_id = place.block(manifest.model)
     template = await asyncio.to_thread(new_block, manifest, block_id, torch.device("cpu"))
+    state = block_state(template)
     config = JoinConfig(max_distance=manifest.averaging.clip_radius, timeout_s=FETCH_S / 2)
-    wanted = schema(block_state(template))
-    async with within(FETCH_S, f"the download of block {block_id}"):
+    wanted = schema(state)
+    limit_s = FETCH_S + MAX_COPIES * sum(t.nbytes for t in state.named().values()) / MIN_BYTES_PER_S
+    async with within(limit_s, f"the download of block {block_id}"):
         state = await fetch_replica(client, replicas, wanted, config, random.Random())
     row = place.row(manifest.model)
     return {name: tensor[row].clone() for name, tensor in state.params.items()}, state.version

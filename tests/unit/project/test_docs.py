@@ -273,6 +273,7 @@ def test_the_version_is_the_one_that_is_spoken() -> None:
 EMITTERS = {
     "hosts and trainers": (
         "node/averaging/averager.py",
+        "node/averaging/progress.py",
         "node/membership/reachability.py",
         "node/membership/endpoint.py",
     ),

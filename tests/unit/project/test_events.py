@@ -23,6 +23,7 @@ EVENTS = {kind.__name__: kind for module in MODULES for kind in classes_in(modul
 
 PINNED = """
 ExchangeEvent: exchange partner dialled blocks divergence_max divergence_mean clipped refused bytes seconds problem
+DownloadEvent: download block bytes of_bytes bytes_per_s seconds_left
 ReachabilityEvent: reachability state endpoint observed asked problem
 RelaysEvent: relays relays
 TrainingStartEvent: start run_id experts hosts step steps tokens_total parameters_trunk parameters_experts documents \

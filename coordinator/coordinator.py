@@ -38,6 +38,7 @@ from dht.announcer import Announcement, Announcer
 from dht.daemon import is_free
 from dht.join import publish_manifest
 from dht.node import DhtConfig, DhtNode
+from dht.peer_memory import PEERS_FILE
 from dht.relay.quotas import RelayLimits
 from dht.relay.relay import Relay
 from protocol.addresses import peer_multiaddress
@@ -157,6 +158,7 @@ async def _start_dht(config: CoordinatorConfig, identity: Identity, admission: A
             port=port,
             announce=config.announce,
             admission=admission,
+            peers_file=config.out / "coordinator" / PEERS_FILE,
         )
     )
 

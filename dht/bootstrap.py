@@ -7,6 +7,7 @@ seconds would forget everybody, be forgotten by everybody, and stay alone for go
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hivemind.dht.node import DHTNode
 
     from dht.bounded_calls import BoundedCalls
+    from dht.peer_memory import PeerMemory
     from dht.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,9 @@ STRAGGLER_S = 0.3
 """How long the other initial peers have once one has answered."""
 
 SEARCH_TIMEOUT_S = 3.0
+KNOWN_TIMEOUT_S = 3.0
+"""How long the first node of a swarm waits for those that it knew last time."""
+
 REMEMBER_S = 600.0
 MAX_REMEMBERED = 256
 MAX_CALLS_PER_REFRESH = 16
@@ -60,6 +65,8 @@ class Bootstrap:
     transport: Transport
     initial_peers: Sequence[InitialPeer]
     calls: BoundedCalls
+    memory: PeerMemory
+    _known: Sequence[InitialPeer] = ()
     _last_seen_s: dict[PeerID, float] = field(default_factory=dict)
     _addresses: dict[PeerID, tuple[Multiaddr, ...]] = field(default_factory=dict)
 
@@ -69,19 +76,33 @@ class Bootstrap:
         return len(self._table())
 
     async def join(self, timeout_s: float) -> None:
-        """Meet the initial peers; raises UnavailableError if there are some and none answers within `timeout_s`."""
+        """Meet the initial peers, and those of last time.
+
+        Raises UnavailableError if there are initial peers and nobody answers within `timeout_s`.
+        """
         others = [peer for peer in self.initial_peers if peer.peer_id != self.transport.peer_id]
-        if not others:
+        self._known = await self._remembered()
+        asked = [*others, *self._known]
+        if not asked:
             return
-        problems = await self._greet_until_one_answers(others, timeout_s)
-        if all(problems.values()):
-            check_clock(self._clocks_of(peer.peer_id for peer in others))
-            tried = "; ".join(f"{peer.text}: {problem}" for peer, problem in problems.items())
+        problems = await self._greet_until_one_answers(asked, timeout_s if others else KNOWN_TIMEOUT_S)
+        if others and all(problems.values()):
+            check_clock(self._clocks_of(peer.peer_id for peer in asked))
+            tried = "; ".join(f"{peer.text}: {problems[peer]}" for peer in others)
             raise UnavailableError(
                 f"initial peers: none answered within {timeout_s:g} s ({tried}); "
                 "check the addresses, and that a node runs at one of them"
             )
         await self._search_neighbors()
+        await self._note_addresses()
+
+    async def _remembered(self) -> list[InitialPeer]:
+        named = {peer.peer_id for peer in self.initial_peers} | {self.transport.peer_id}
+        found = []
+        for text in await asyncio.to_thread(self.memory.load):
+            with contextlib.suppress(ConfigError):  # a damaged file
+                found.append(parse_initial_peer(text))
+        return [peer for peer in found if peer.peer_id not in named]
 
     def _clocks_of(self, peers: Iterable[PeerID]) -> list[float]:
         found = map(self.transport.ahead_s, peers)
@@ -103,8 +124,11 @@ class Bootstrap:
         present = set(self._table())
         self._remember(present, now_s)
         await self._note_addresses()
-        by_id = {peer.peer_id: peer for peer in self.initial_peers if peer.peer_id != self.transport.peer_id}
-        lost = [peer_id for peer_id in {**by_id, **self._last_seen_s} if peer_id not in present]
+        asked = [*self.initial_peers, *self._known]
+        by_id = {peer.peer_id: peer for peer in asked if peer.peer_id != self.transport.peer_id}
+        first = [peer.peer_id for peer in self.initial_peers if peer.peer_id in by_id]
+        # Those of last time come last: many of them may be gone for good.
+        lost = [peer_id for peer_id in dict.fromkeys((*first, *self._last_seen_s, *by_id)) if peer_id not in present]
         calls = (
             self._greet(by_id[peer_id]) if peer_id in by_id else self.node.protocol.call_ping(peer_id)
             for peer_id in lost[:MAX_CALLS_PER_REFRESH]
@@ -141,6 +165,9 @@ class Bootstrap:
         fresh = {PeerID.from_base58(peer_id): tuple(map(Multiaddr, seen)) for peer_id, seen in found.items()}
         older = {peer_id: seen for peer_id, seen in self._addresses.items() if peer_id not in fresh}
         self._addresses = dict(list({**fresh, **older}.items())[:MAX_REMEMBERED])
+        members = self._table().keys() & fresh.keys()
+        peers = [f"{seen[0]}/p2p/{peer_id}" for peer_id, seen in fresh.items() if peer_id in members and seen]
+        await asyncio.to_thread(self.memory.save, peers)
 
     def _table(self) -> dict[PeerID, Any]:
         table: dict[PeerID, Any] = self.node.protocol.routing_table.peer_id_to_uid

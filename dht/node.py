@@ -29,6 +29,7 @@ from dht.clock_watch import ClockWatch
 from dht.daemon import Daemon, DaemonAddresses, check_still_free, daemon_addresses
 from dht.lookup import Lookup
 from dht.packing import RecordChecker
+from dht.peer_memory import PeerMemory
 from dht.record_store import Entry
 from dht.streams import Streams
 from dht.supervisor import DaemonSupervisor
@@ -39,6 +40,7 @@ from protocol.endpoints import is_relay_address
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from pathlib import Path
 
     from protocol.identity import Identity
     from protocol.manifest import Manifest
@@ -71,7 +73,7 @@ class DhtConfig:
     """One node's part of the DHT. `port` 0 takes any; `clock` gives seconds since 1970.
 
     `announce`: the IP address at which others reach `port`, if it is not `host`. In a closed run (`admission`) it
-    neither stores nor finds records of those who do not take part.
+    neither stores nor finds records of those who do not take part. `peers_file` is where it remembers its peers.
     """
 
     identity: Identity
@@ -85,6 +87,7 @@ class DhtConfig:
     keep_period_s: float = 30.0
     clock: Callable[[], float] = field(default_factory=SteadyClock)
     admission: Admission = OPEN
+    peers_file: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +343,8 @@ async def _build(
     node = await calls.within(STEP_TIMEOUT_S, lambda: _join_nothing(transport, validator))
     transport.attach(node.protocol.routing_table)
     validator.attach(node.protocol.storage)
-    membership = Bootstrap(node=node, transport=transport, initial_peers=initial_peers, calls=calls)
+    memory = PeerMemory(config.peers_file, config.admission.run_id)
+    membership = Bootstrap(node=node, transport=transport, initial_peers=initial_peers, calls=calls, memory=memory)
     return _Parts(
         daemon=daemon, transport=transport, node=node, membership=membership, validator=validator, calls=calls
     )

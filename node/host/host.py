@@ -114,7 +114,7 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
         try:
             moved = True
             while moved:
-                swarm = Swarm(config, identity, reach=config)
+                swarm = Swarm(config, identity, config, config.state)
                 moved = await _serve_at_one_address(
                     swarm, stop, partial(Host, config, limits, swarm, device, events, started)
                 )

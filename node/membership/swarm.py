@@ -15,6 +15,7 @@ from dht.addresses import listen_host
 from dht.directory import Directory
 from dht.join import fetch_manifest
 from dht.node import DhtConfig, DhtNode
+from dht.peer_memory import PEERS_FILE
 from dht.relay.reservations import RelayLinks, RelayOffer
 from dht.relay.tunnel import Tunnels
 from dht.swarm_config import resolve
@@ -26,6 +27,7 @@ from protocol.endpoints import announced_endpoint, announced_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from node.membership.config import SwarmConfig
     from protocol.identity import Identity
@@ -37,10 +39,14 @@ STOP_TIMEOUT_S = 5.0
 class Swarm:
     """Everything a node needs to find its peers, and what it proves itself to them with.
 
-    Without `reach` it finds by itself how it can be reached, as suits who only calls others.
+    Without `reach` it finds by itself how it can be reached, as suits who only calls others. In `folder` it remembers
+    its peers for the next time.
     """
 
-    def __init__(self, config: SwarmConfig, identity: Identity, reach: ReachConfig | None = None) -> None:
+    def __init__(
+        self, config: SwarmConfig, identity: Identity, reach: ReachConfig | None = None, folder: Path | None = None
+    ) -> None:
+        self._folder = folder
         self._config, self._reach, self.identity = config, reach or ReachConfig(), identity
         self._clock = SteadyClock()
         self.security = Security(identity, config.insecure_local, clock=self._clock)
@@ -75,6 +81,7 @@ class Swarm:
                 announce=announced_host(self._reach.announce) if self._reach.dht_port else "",
                 clock=self._clock,
                 admission=self.admission,
+                peers_file=self._folder / PEERS_FILE if self._folder is not None else None,
             )
         )
         self._stack.push_async_callback(self.dht.stop)

@@ -89,7 +89,7 @@ async def _train(config: TrainConfig, stop: asyncio.Event) -> None:
     identity = Identity.load_or_create(config.out / "identity.key")
     events = _open_log(config)
     try:
-        while await _train_at_one_address(config, Swarm(config, identity, reach=config), events, stop):
+        while await _train_at_one_address(config, Swarm(config, identity, config, config.out), events, stop):
             config = replace(config, resume=True)
     finally:
         events.close()

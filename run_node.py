@@ -35,6 +35,7 @@ from common.command_line import (
     resolved_text,
 )
 from common.errors import ConfigError, KilohiveError
+from common.open_files import raise_open_files_limit
 from coordinator.config import (
     CoordinatorConfig,
     ExperimentConfig,
@@ -256,6 +257,7 @@ def _run(command: Command, arguments: list[str]) -> int:
     parsed = parse(command, arguments, program_name())
     console = Console(stderr=True)
     _set_up_logging(parsed.log_level, console)
+    raise_open_files_limit()
     if logger.isEnabledFor(logging.INFO):
         console.print(resolved_text(command, parsed), soft_wrap=not console.is_terminal)
     code, stopped = (_run_on_trio if command.on_trio else _run_on_uvloop)(command, parsed)

@@ -34,6 +34,7 @@ from common.command_line import (
     resolved_text,
 )
 from common.errors import ConfigError, KilohiveError
+from common.open_files import raise_open_files_limit
 from common.standard_streams import open_standard_streams, watch_stdin
 from coordinator.config import (
     CoordinatorConfig,
@@ -259,6 +260,7 @@ def _run(command: Command, arguments: list[str]) -> int:
     parsed = parse(command, arguments, program_name())
     console = Console(stderr=True)
     _set_up_logging(parsed.log_level, console)
+    raise_open_files_limit()
     if logger.isEnabledFor(logging.INFO):
         console.print(resolved_text(command, parsed), soft_wrap=not console.is_terminal)
     code, stopped = (_run_on_trio if command.on_trio else _run_on_uvloop)(command, parsed)

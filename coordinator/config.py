@@ -102,6 +102,10 @@ class CoordinatorConfig(RunConfig, EventLogConfig):
     """Join these peers of a swarm that already runs."""
     relay_circuits: int = 64
     """Carry this many calls for peers behind a NAT. With 0 it is no relay."""
+    relay_circuits_per_caller: FileOnly[int] = 16
+    """Of these, carry this many for one caller."""
+    relay_reservations: FileOnly[int] = 32
+    """Make this many peers behind a NAT reachable through this node."""
     admission: Flag = False
     """Let nobody take part who does not have the invite."""
     invite_days: float = 0.0

@@ -57,6 +57,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MINIMUMS = {
+    "invite_days": 0,
+    "relay_circuits": 0,
+    "relay_circuits_per_caller": 1,
+    "relay_reservations": 1,
+    **EVENT_LOG_MINIMUMS,
+}
 DAY_S = 86_400
 PORT_RETRY_S = 0.2
 PORT_TIMEOUT_S = 3.0
@@ -68,7 +75,7 @@ PUBLISH_PERIOD_S = DAY_S
 
 async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> None:
     """Open the run and be its first peer until `stop`. Raises a KilohiveError if that cannot start."""
-    check_minimums(config, {"invite_days": 0, "relay_circuits": 0, **EVENT_LOG_MINIMUMS})
+    check_minimums(config, MINIMUMS)
     check_evaluators(config.evaluators)
     with claimed(FolderClaim(folder=config.out, role="coordinator", flag="--out", lock=SWARM_LOCK)):
         await _coordinate(config, stop)
@@ -91,7 +98,7 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         publishing.start()
         stack.push_async_callback(publishing.stop)
         if config.relay_circuits:
-            await Relay(dht.streams, RelayLimits(max_circuits=config.relay_circuits)).start()
+            await Relay(dht.streams, _relay_limits(config)).start()
         relay = dht.relay_address if config.relay_circuits else ""
         announcer = Announcer(dht, identity, admission, describe=_describer(relay, config.evaluators))
         await announcer.start()
@@ -145,6 +152,14 @@ def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
         check_same_run(config, manifest, str(config.out))
     logger.info("Opened run %s again", manifest.run_id)
     return manifest
+
+
+def _relay_limits(config: CoordinatorConfig) -> RelayLimits:
+    return RelayLimits(
+        max_reservations=config.relay_reservations,
+        max_circuits=config.relay_circuits,
+        max_circuits_per_caller=config.relay_circuits_per_caller,
+    )
 
 
 async def _start_dht(config: CoordinatorConfig, identity: Identity, admission: Admission) -> DhtNode:

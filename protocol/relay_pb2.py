@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protocol/relay.proto\x12\x0bkilohive.v1\"x\n\x0cRelayRequest\x12.\n\x07reserve\x18\x01 \x01(\x0b\x32\x1b.kilohive.v1.ReserveRequestH\x00\x12.\n\x07\x63onnect\x18\x02 \x01(\x0b\x32\x1b.kilohive.v1.ConnectRequestH\x00\x42\x08\n\x06wanted\"#\n\x0eReserveRequest\x12\x11\n\taddresses\x18\x01 \x03(\t\"4\n\x0e\x43onnectRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"3\n\rRelayResponse\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"/\n\tRelayNote\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protocol/relay.proto\x12\x0bkilohive.v1\"x\n\x0cRelayRequest\x12.\n\x07reserve\x18\x01 \x01(\x0b\x32\x1b.kilohive.v1.ReserveRequestH\x00\x12.\n\x07\x63onnect\x18\x02 \x01(\x0b\x32\x1b.kilohive.v1.ConnectRequestH\x00\x42\x08\n\x06wanted\"#\n\x0eReserveRequest\x12\x11\n\taddresses\x18\x01 \x03(\t\"4\n\x0e\x43onnectRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\"B\n\rRelayResponse\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\x12\r\n\x05limit\x18\x03 \x01(\t\"/\n\tRelayNote\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONNECTREQUEST']._serialized_start=196
   _globals['_CONNECTREQUEST']._serialized_end=248
   _globals['_RELAYRESPONSE']._serialized_start=250
-  _globals['_RELAYRESPONSE']._serialized_end=301
-  _globals['_RELAYNOTE']._serialized_start=303
-  _globals['_RELAYNOTE']._serialized_end=350
+  _globals['_RELAYRESPONSE']._serialized_end=316
+  _globals['_RELAYNOTE']._serialized_start=318
+  _globals['_RELAYNOTE']._serialized_end=365
 # @@protoc_insertion_point(module_scope)

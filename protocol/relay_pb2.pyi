@@ -29,12 +29,14 @@ class ConnectRequest(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RelayResponse(_message.Message):
-    __slots__ = ("problem", "addresses")
+    __slots__ = ("problem", "addresses", "limit")
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
     problem: str
     addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, problem: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    limit: str
+    def __init__(self, problem: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., limit: _Optional[str] = ...) -> None: ...
 
 class RelayNote(_message.Message):
     __slots__ = ("peer_id", "addresses")

@@ -180,4 +180,7 @@ def _relay_limits(config: LighthouseConfig) -> RelayLimits:
         max_circuits_per_target=MAX_CIRCUITS_PER_PEER,
         circuit_bytes=config.max_circuit_mb * MEGABYTE,
         circuit_s=config.max_circuit_s,
+        reservations_setting="--max-reservations",
+        circuits_setting="--max-circuits",
+        caller_setting="",
     )

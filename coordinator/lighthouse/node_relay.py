@@ -61,7 +61,7 @@ class NodeRelay:
             await self._grant(stream, request)
         except KilohiveError as error:
             logger.debug("relay: refused: %s", error)
-            await _last(stream, pb.RelayResponse(problem=str(error)))
+            await _last(stream, relaying.refusal(error))
 
     async def _grant(self, stream: TrioStream, request: pb.RelayRequest) -> None:
         wanted = request.WhichOneof("wanted")

@@ -6,16 +6,20 @@ A node's relay and a lighthouse act on it. Imports no hivemind, so that a lighth
 from __future__ import annotations
 
 import ipaddress
+import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
-from common.errors import OverloadedError, UnavailableError
-from dht.relay.relaying import no_circuit_left, no_reservation_left
+from common.errors import UnavailableError
+from common.seldom import Seldom
+from dht.relay.relaying import RelayLimitError, limit_text, no_circuit_left, no_reservation_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
+
+logger = logging.getLogger(__name__)
 
 P = TypeVar("P", bound="Hashable")
 """A peer's id, as text or as bytes."""
@@ -39,7 +43,8 @@ ANY_NUMBER = 1 << 62
 class RelayLimits:
     """How much a relay carries for others: peers that reserve, open circuits in all, of one caller and to one peer.
 
-    `circuit_bytes` counts both ways of one circuit together, `circuit_s` is its longest life.
+    `circuit_bytes` counts both ways of one circuit together, `circuit_s` is its longest life. The `_setting`s say how
+    the relay's owner sets a limit, as the log names it; none where it is fixed.
     """
 
     max_reservations: int = 32
@@ -48,6 +53,9 @@ class RelayLimits:
     max_circuits_per_target: int = ANY_NUMBER
     circuit_bytes: int = ANY_NUMBER
     circuit_s: float = math.inf
+    reservations_setting: str = "relay_reservations"
+    circuits_setting: str = "--relay-circuits"
+    caller_setting: str = "relay_circuits_per_caller"
 
 
 class _Reserved(NamedTuple):
@@ -77,6 +85,7 @@ class RelayQuotas(Generic[P]):
         self.limits, self._clock = limits, clock
         self._reserved: dict[tuple[Way, P], _Reserved] = {}
         self._circuits: set[Circuit[P]] = set()
+        self._told = Seldom(clock=clock)
         self.relayed_bytes = 0
         self.refused = 0
 
@@ -120,10 +129,11 @@ class RelayQuotas(Generic[P]):
         if (way, target) not in self._reserved:
             raise UnavailableError("relay: the peer has no reservation here")
         out_of, into = self._circuits_of(source, target)
-        if len(self._circuits) >= self.limits.max_circuits or out_of >= self.limits.max_circuits_per_caller:
-            self._refuse(no_circuit_left(len(self._circuits), out_of))
+        if (limit := self._circuit_limit(out_of)) is not None:
+            self._refuse(no_circuit_left(len(self._circuits), out_of, limit))
         if into >= self.limits.max_circuits_per_target:
-            self._refuse(OverloadedError(f"this relay carries {into} circuits to that peer, the most it takes"))
+            words = f"this relay carries {into} circuits to that peer, the most it takes"
+            self._refuse(RelayLimitError(words, limit_text(self.limits.max_circuits_per_target, "")))
         circuit = Circuit(source, target, self.limits.circuit_bytes)
         self._circuits.add(circuit)
         return circuit
@@ -145,16 +155,27 @@ class RelayQuotas(Generic[P]):
         into = Counter(circuit.target for circuit in self._circuits)
         return out_of[source], into[target]
 
+    def _circuit_limit(self, out_of: int) -> str | None:
+        """Which limit one more circuit of a caller with so many would be over."""
+        limits = self.limits
+        if len(self._circuits) >= limits.max_circuits:
+            return limit_text(limits.max_circuits, limits.circuits_setting)
+        if out_of >= limits.max_circuits_per_caller:
+            return limit_text(limits.max_circuits_per_caller, limits.caller_setting)
+        return None
+
     def _check_capacity(self, address: str) -> None:
         if len(self._reserved) >= self.limits.max_reservations:
-            self._refuse(no_reservation_left(self.limits.max_reservations))
+            self._refuse(no_reservation_left(self.limits.max_reservations, self.limits.reservations_setting))
         from_there = sum(reserved.address == address for reserved in self._reserved.values())
         if _is_public(address) and from_there >= MAX_RESERVATIONS_PER_ADDRESS:
             words = f"this relay has {from_there} reservations from one address, the most it takes"
-            self._refuse(OverloadedError(words))
+            self._refuse(RelayLimitError(words, limit_text(MAX_RESERVATIONS_PER_ADDRESS, "")))
 
-    def _refuse(self, error: OverloadedError) -> None:
+    def _refuse(self, error: RelayLimitError) -> None:
         self.refused += 1
+        if self._told.due(error.limit):
+            logger.warning("Relay: a peer is refused: %s; %s", error, error.limit)
         raise error
 
     def _expire(self) -> None:

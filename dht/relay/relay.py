@@ -24,6 +24,7 @@ from dht.relay.relaying import (
     TUNNEL_PROTOCOL,
     not_what_is_wanted,
     places,
+    refusal,
 )
 from dht.relay.reservation_table import Reservation, ReservationTable
 from dht.streams import Stream, splice
@@ -76,7 +77,7 @@ class Relay:
                 raise not_what_is_wanted()
         except KilohiveError as error:
             with contextlib.suppress(UnavailableError):
-                await stream.last(pb.RelayResponse(problem=str(error)))
+                await stream.last(refusal(error))
             raise
 
     async def _reserve(self, stream: Stream, request: pb.ReserveRequest) -> None:

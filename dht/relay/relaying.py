@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.errors import InvalidInputError, OverloadedError, UnavailableError
+from common.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
+from protocol import relay_pb2 as pb
 from protocol.identity import PEER_ID_CHARS
 
 if TYPE_CHECKING:
@@ -41,14 +42,33 @@ def not_reached(peer_id: str) -> UnavailableError:
     return UnavailableError(f"{peer_id[: PEER_ID_CHARS + 1]!r} is not reached through this relay")
 
 
-def no_reservation_left(limit: int) -> OverloadedError:
+class RelayLimitError(OverloadedError):
+    """A relay has reached a limit; `limit` names it with its value and how it is set, for both sides' logs."""
+
+    def __init__(self, message: str, limit: str) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+def no_reservation_left(limit: int, setting: str) -> RelayLimitError:
     """Make the error for a caller who comes when all reservations are taken."""
-    return OverloadedError(f"this relay has {limit} reservations, the most it takes")
+    return RelayLimitError(f"this relay has {limit} reservations, the most it takes", limit_text(limit, setting))
 
 
-def no_circuit_left(n_circuits: int, of_caller: int) -> OverloadedError:
+def no_circuit_left(n_circuits: int, of_caller: int, limit: str) -> RelayLimitError:
     """Make the error for a caller who wants one circuit too many."""
-    return OverloadedError(f"this relay carries {n_circuits} circuits, {of_caller} of yours")
+    return RelayLimitError(f"this relay carries {n_circuits} circuits, {of_caller} of yours", limit)
+
+
+def limit_text(limit: int, setting: str) -> str:
+    """How a limit is named: by the relay's flag or setting, if it has one."""
+    return f"its {setting} is {limit}" if setting else f"its limit of {limit} has no setting"
+
+
+def refusal(error: KilohiveError) -> pb.RelayResponse:
+    """What a relay answers to a request that it refuses."""
+    limit = error.limit if isinstance(error, RelayLimitError) else ""
+    return pb.RelayResponse(problem=str(error), limit=limit)
 
 
 def _host(address: str) -> str:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError, UnavailableError
+from common.seldom import Seldom
 from common.tasks import repeat
 from dht.relay.relaying import NOTE_EVERY_S, RELAY_PROTOCOL
 from protocol import relay_pb2 as pb
@@ -104,6 +105,7 @@ class Reservations:
         self._avoided: dict[str, float] = {}
         self._punching: set[asyncio.Task[bool]] = set()
         self._helping: set[str] = set()
+        self._told = Seldom()
         self.wanted = False
 
     @property
@@ -159,7 +161,8 @@ class Reservations:
         self._changed()
 
     def _avoid(self, peer_id: str, error: KilohiveError) -> None:
-        logger.debug("Relay %s: %s", peer_id, error)
+        full = isinstance(error, RelayFullError) and self._told.due(peer_id)
+        logger.log(logging.WARNING if full else logging.DEBUG, "Relay %s: %s", peer_id, error)
         self._avoided[peer_id] = asyncio.get_running_loop().time() + AVOID_S
 
     async def _listen(self, stream: Stream) -> None:
@@ -193,10 +196,16 @@ class Reservations:
 
 
 def granted(answer: pb.RelayResponse) -> pb.RelayResponse:
-    """What a relay answers; UnavailableError if it refuses."""
+    """What a relay answers; UnavailableError if it refuses, RelayFullError if for a limit that it names."""
+    if answer.problem and answer.limit:
+        raise RelayFullError(f"the relay refuses: {answer.problem[:200]}; {answer.limit[:100]}")
     if answer.problem:
         raise UnavailableError(f"the relay refuses: {answer.problem[:200]}")
     return answer
+
+
+class RelayFullError(UnavailableError):
+    """A relay has reached a limit."""
 
 
 async def punch(streams: Streams, peer_id: str, addresses: Sequence[str]) -> bool:

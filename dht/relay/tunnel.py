@@ -13,9 +13,10 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import KilohiveError, UnavailableError
+from common.seldom import Seldom
 from common.tasks import until_one_ends
 from dht.relay.relaying import IDLE_S, TUNNEL_PROTOCOL
-from dht.relay.reservations import granted, punch
+from dht.relay.reservations import RelayFullError, granted, punch
 from dht.streams import Stream, splice
 from protocol import relay_pb2 as pb
 
@@ -45,7 +46,7 @@ class Tunnels:
     """One node's ways to those that it cannot dial; `offer_of` finds a relay. Belongs to the event loop."""
 
     def __init__(self, streams: Streams, links: RelayLinks, offer_of: Callable[[str], RelayOffer]) -> None:
-        self._ways = _Ways(streams, links, offer_of)
+        self._ways = _Ways(streams, links, offer_of, Seldom())
         self._open: dict[str, _Tunnel] = {}
 
     async def endpoint(self, peer_id: str, relays: tuple[str, ...]) -> str:
@@ -70,6 +71,7 @@ class _Ways(NamedTuple):
     streams: Streams
     links: RelayLinks
     offer_of: Callable[[str], RelayOffer]
+    told: Seldom
 
 
 class _Tunnel:
@@ -158,6 +160,10 @@ class _Tunnel:
         for relay in self.relays:
             try:
                 return await self._through(relay)
+            except RelayFullError as error:
+                if self._ways.told.due(relay):
+                    logger.warning("Relay %s, on the way to %s: %s", relay, self._peer_id, error)
+                problems.append(f"relay {relay}: {error}")
             except KilohiveError as error:  # a relay may answer with anything
                 problems.append(f"relay {relay}: {error}")
         raise UnavailableError("; ".join(problems) or f"{self._peer_id} names no relay")

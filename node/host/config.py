@@ -31,6 +31,10 @@ class HostConfig(LimitsConfig, EventLogConfig, ReachConfig, SwarmConfig):
     """Use this port for the gRPC server; 0 takes a free one."""
     relay_circuits: int = 16
     """Carry this many calls at once for peers behind a NAT. It does so if others can dial it, and not with 0."""
+    relay_circuits_per_caller: FileOnly[int] = 16
+    """Of these, carry this many for one caller."""
+    relay_reservations: FileOnly[int] = 32
+    """Make this many peers behind a NAT reachable through this node."""
     metrics_port: int = 0
     """Serve Prometheus metrics at this port; 0 serves none."""
     max_queue_tokens: FileOnly[int] = 65_536

@@ -85,6 +85,8 @@ MINIMUMS = {
     "port": 0,
     "metrics_port": 0,
     "relay_circuits": 0,
+    "relay_circuits_per_caller": 1,
+    "relay_reservations": 1,
     "max_queue_tokens": 1,
     "keep_inputs_mb": 0,
     "keep_inputs_s": 0,
@@ -163,7 +165,7 @@ class Host:
         self._runtime = self._build_runtime()
         self._averaging = self._build_averaging()
         self._held = HeldBlocks(self._runtime, self._averaging, self._store, time.monotonic)
-        self._node_endpoint = NodeEndpoint(swarm, events, config.relay_circuits)
+        self._node_endpoint = NodeEndpoint(swarm, events, config)
         rng = random.Random(swarm.identity.peer_id)
         self._loader = self._build_loader(rng)
         self._announcer = self._build_announcer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from common.errors import UnavailableError
 from common.tasks import repeat
@@ -32,14 +32,30 @@ LOOK_SOON_S = 15.0
 """The pause after a check that found nobody to ask, or nobody who could call."""
 
 
+class RelaySettings(Protocol):
+    """What a node's owner lets it carry for others; `relay_circuits` of 0 is nothing."""
+
+    @property
+    def relay_circuits(self) -> int:
+        """Open at once."""
+
+    @property
+    def relay_circuits_per_caller(self) -> int:
+        """Of them."""
+
+    @property
+    def relay_reservations(self) -> int:
+        """Peers that are reached through this node."""
+
+
 class NodeEndpoint:
     """One node's place for others, from `settle` on. Belongs to the event loop.
 
-    With `relay_circuits` it is a relay for others too, as long as others can dial it.
+    With settings of a relay, and at least one circuit, it is one for others too, as long as others can dial it.
     """
 
-    def __init__(self, swarm: Swarm, events: EventLog, relay_circuits: int = 0) -> None:
-        self._relay = Relay(swarm.dht.streams, RelayLimits(max_circuits=relay_circuits)) if relay_circuits else None
+    def __init__(self, swarm: Swarm, events: EventLog, relay: RelaySettings | None = None) -> None:
+        self._relay = Relay(swarm.dht.streams, _limits(relay)) if relay and relay.relay_circuits else None
         self._swarm, self._events = swarm, events
         peer_id = swarm.identity.peer_id
         self._watch = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
@@ -133,3 +149,11 @@ async def _addresses(host: str) -> tuple[str, ...]:
             return await asyncio.to_thread(looked_up, host) or (host,)
     except TimeoutError:
         return (host,)
+
+
+def _limits(settings: RelaySettings) -> RelayLimits:
+    return RelayLimits(
+        max_reservations=settings.relay_reservations,
+        max_circuits=settings.relay_circuits,
+        max_circuits_per_caller=settings.relay_circuits_per_caller,
+    )

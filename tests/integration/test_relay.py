@@ -171,6 +171,21 @@ async def test_a_relay_takes_no_more_than_its_limits(start: Start) -> None:
         assert second == "this relay carries 1 circuits, 1 of yours"
 
 
+async def test_a_relay_that_is_full_is_named_with_its_limit_on_both_sides(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    swarm = await swarm_of(start, RelayLimits(max_reservations=1))
+    kept = reservations(swarm.caller, swarm.public)
+    for _ in range(2):
+        kept.start_over()
+        await kept.reserve()
+    problem = "this relay has 1 reservations, the most it takes; its relay_reservations is 1"
+    assert [message for message in caplog.messages if "reservations" in message] == [
+        f"Relay: a peer is refused: {problem}",
+        f"Relay {swarm.public.peer_id}: the relay refuses: {problem}",
+    ]
+
+
 @asynccontextmanager
 async def asked(swarm: Swarm, target: str) -> AsyncIterator[str]:
     """The relay's problem with connecting the caller to `target`; a circuit that it grants is open meanwhile."""

@@ -189,7 +189,10 @@ def test_ctrl_c_ends_it_in_three_seconds_with_exit_code_0(light: Light) -> None:
         (("--port", "99999"), "error: --port: must be from 0 (any) to 65535, is 99999"),
         (("--set", "max_circuit_mb=0"), "error: max_circuit_mb: must be 1 or more, is 0"),
         (("--listen", "0.0.0.0"), "error: --listen: others cannot call 0.0.0.0"),  # noqa: S104
-        (("--listen", "home"), "error: --listen: must be an IP address"),
+        (
+            ("--listen", "home.invalid"),
+            "error: --listen: home.invalid cannot be looked up; give an address of this machine",
+        ),
         (("--metrics-listen", "192.0.2.1", "--metrics-port", "9464"), "error: --metrics-port: cannot listen on"),
         (
             ("--set", "initial_peers=['/ip4/127.0.0.1/tcp/9/p2p/nobody']"),

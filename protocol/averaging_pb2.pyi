@@ -14,10 +14,12 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     NOT_HERE: _ClassVar[Reason]
     BUSY: _ClassVar[Reason]
     SCHEMA: _ClassVar[Reason]
+    SLOW: _ClassVar[Reason]
 ACCEPTED: Reason
 NOT_HERE: Reason
 BUSY: Reason
 SCHEMA: Reason
+SLOW: Reason
 
 class BlockOffer(_message.Message):
     __slots__ = ("block", "schema", "version", "reason")

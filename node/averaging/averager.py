@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 from common.errors import KilohiveError, OverloadedError, UnavailableError
 from node.averaging.events import ExchangeEvent
 from node.averaging.exchange import ExchangeResult
+from node.averaging.pairing import SLOW_HERE
 from node.averaging.partners import FIRST_BUSY_S, History, candidates, choose_partner
 from protocol.endpoints import Address
+from protocol.limits import MAX_DEADLINE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -92,6 +94,7 @@ class Averager:
         self._rng = random.Random(f"{config.seed}/{config.peer_id}")
         self._history = History(clock())
         self._divergence: dict[BlockId, float] = {}
+        self._slow: set[BlockId] = set()
         self._one_at_a_time = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self.exchanged_bytes = 0
@@ -150,11 +153,28 @@ class Averager:
         for block_id in result.refused if result.dialled else ():
             if block_id not in result.busy:
                 self._history.met(block_id, result.partner, now_s)
+        self._leave_slow_ones(result)
         self._emit(result)
+
+    def _leave_slow_ones(self, result: ExchangeResult) -> None:
+        """Blocks that take longer than a call may last are not tried again: it would fail for ever."""
+        for block_id in sorted(block_id for block_id, why in result.refused.items() if why == SLOW_HERE):
+            if block_id not in self._slow:
+                self._slow.add(block_id)
+                logger.warning(
+                    "Block %s is not averaged here: at the rate that --max-bandwidth-up and --max-bandwidth-down "
+                    "allow, an exchange of it takes longer than the %.0f s that a call may last",
+                    block_id,
+                    MAX_DEADLINE_S,
+                )
 
     def _choose(self, block_ids: Collection[BlockId] | None, rest_s: float) -> Candidate | None:
         wanted = self._replicas.ids() if block_ids is None else block_ids
-        own = {block_id: replica.version for block_id in wanted if (replica := self._replicas.get(block_id))}
+        own = {
+            block_id: replica.version
+            for block_id in wanted
+            if block_id not in self._slow and (replica := self._replicas.get(block_id))
+        }
         now_s, peer_id = self._clock(), self._config.peer_id
         found = candidates(own, self._directory.replicas, peer_id, self._history, now_s, rest_s)
         return choose_partner(found, self._rng) if found else None

@@ -15,10 +15,12 @@ from node.averaging.download import Download
 from node.averaging.pairing import Pairing, Tally
 from node.averaging.partial import PartialReplica
 from node.averaging.service import SERVICE_NAME
+from node.limits.limits import MIN_BYTES_PER_S
 from node.limits.rate_limits import RateLimits
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
 from node.rpc.message_stream import ALIVE, ALIVE_PER_SILENCE, Inbox, Wire
+from protocol.limits import MAX_DEADLINE_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -49,7 +51,8 @@ class AveragingClient:
     async def exchange(self, partner: Address, block_ids: Sequence[BlockId], timeout_s: float) -> ExchangeResult:
         """One exchange with `partner` over those of the blocks that both have, in this order.
 
-        Once the partner has answered the offer, what breaks the exchange is told in the result, beside what was done.
+        It may take `timeout_s` and what the largest block takes at the lowest rate that an owner may set. Once the
+        partner has answered the offer, what breaks the exchange is told in the result, beside what was done.
 
         Raises:
             KilohiveError: nothing was exchanged: the partner cannot be reached, refuses, or is of another run.
@@ -61,7 +64,7 @@ class AveragingClient:
         try:
             # What was taken before is paid for first: calls are not to wait for averaging.
             await asyncio.sleep(min(self._rate_limits.owed_s(), timeout_s))
-            return await self._exchange(partner, block_ids, timeout_s)
+            return await self._exchange(partner, block_ids, await self._limit_s(block_ids, timeout_s))
         finally:
             self._dialling = False
 
@@ -95,6 +98,12 @@ class AveragingClient:
                     return await self._download(source, download, tell)
                 except OverloadedError as error:
                     await asyncio.sleep(error.retry_after_s)
+
+    async def _limit_s(self, block_ids: Sequence[BlockId], timeout_s: float) -> float:
+        async with within(self._config.offer_timeout_s, "the schemas of the blocks"):
+            await self._replicas.schema_hashes(block_ids)
+        largest = max((self._replicas.n_bytes(block_id) for block_id in block_ids), default=0)
+        return min(MAX_DEADLINE_S, timeout_s + 2 * largest / MIN_BYTES_PER_S)
 
     async def close(self) -> None:
         """Close every channel; calls in flight end with UnavailableError."""

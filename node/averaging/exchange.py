@@ -15,6 +15,7 @@ Shapes: R rows, V values of one piece, flattened.
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ class ExchangeConfig:
     """How a node exchanges. A block may take `block_timeout_s` and what its bytes take at the slowest rate.
 
     `silence_s`: how long nothing at all may pass in a running exchange, in either direction; a piece that takes longer
-    on its way is silence too.
+    on its way is silence too. Blocks of more than `max_block_bytes` are not exchanged: it would take too long.
     """
 
     run_id: str
@@ -59,6 +60,7 @@ class ExchangeConfig:
     silence_s: float = 5.0
     slowest_bytes_per_s: int = 1 << 17
     window_pieces: int = 8
+    max_block_bytes: float = math.inf
 
     def transfer_timeout_s(self, state: ReplicaState) -> float:
         """Return how long a replica takes over the slowest connection, both ways one after the other."""

@@ -16,6 +16,7 @@ from node.averaging.gossip import GossipLimits
 from node.averaging.replica_set import ReplicaSet
 from node.averaging.service import AveragingService
 from node.limits.rate_limits import RateLimits
+from protocol.limits import MAX_DEADLINE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from node.model.replica_state import ReplicaState
     from node.rpc.security import Security
     from protocol.manifest import BlockId, Manifest
+
+
+RATE_SHARE = 0.8
+"""What of an owner's rate an exchange gets at most: calls go on beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class Averaging:
             codec=manifest.averaging.codec,
             dtype=manifest.dtype,
             limits=partial(GossipLimits.from_manifest, manifest),
+            max_block_bytes=options.rate_limits.slower_bytes_per_s * MAX_DEADLINE_S * RATE_SHARE,
         )
         self.client = AveragingClient(self.replicas, config, security.caller(), options.rate_limits)
         self.averager = Averager(

@@ -49,9 +49,11 @@ MAX_START_BYTES = START_BYTES + START_BYTES_PER_ROW * MAX_EXPERTS_PER_LAYER
 BUSY_HERE = "in another exchange here"
 BUSY_THERE = "in another exchange there"
 GONE_HERE = "no longer hosted here"
+SLOW_HERE = "too slow at the rate that this node's owner allows"
 _REASONS = {
     pb.NOT_HERE: "not hosted there",
     pb.BUSY: BUSY_THERE,
+    pb.SLOW: "too slow at the rate that its owner allows there",
     pb.SCHEMA: "its tensors there are of other names, shapes or types",
 }
 
@@ -148,6 +150,9 @@ class Pairing:
             if replica is None or not hashes[block_id]:
                 self.tally.refused[block_id] = GONE_HERE
                 continue
+            if self._is_slow(block_id):
+                self.tally.refused[block_id] = SLOW_HERE
+                continue
             if not self._replicas.claim(block_id, claim):
                 self.tally.refused[block_id] = BUSY_HERE
                 continue
@@ -180,10 +185,15 @@ class Pairing:
                 answer.blocks.add(block=str(block_id), reason=pb.NOT_HERE)
                 continue
             reason = pb.SCHEMA
-            if schema_hash == hashes[block_id]:
+            if self._is_slow(block_id):
+                reason = pb.SLOW
+            elif schema_hash == hashes[block_id]:
                 reason = pb.ACCEPTED if self._replicas.claim(block_id, claim) else pb.BUSY
             answer.blocks.add(block=str(block_id), schema=hashes[block_id], version=replica.version, reason=reason)
         return answer
+
+    def _is_slow(self, block_id: BlockId) -> bool:
+        return self._replicas.n_bytes(block_id) > self._config.max_block_bytes
 
     async def _dial_block(self, block_id: BlockId, claim: Claim) -> None:
         replica = self._replicas.get(block_id)

@@ -8,6 +8,7 @@ Shapes: R rows of a replica.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,6 +55,7 @@ class _Met(NamedTuple):
 class _Held:
     replica: AveragedReplica
     schema_hash: bytes = b""
+    n_bytes: int = 0
     met: OrderedDict[str, _Met] = field(default_factory=OrderedDict)
 
 
@@ -86,6 +88,11 @@ class ReplicaSet:
         """Return the hash of each block's schema, which never changes; empty for a block that is not here."""
         wanted = list(block_ids)
         return dict(zip(wanted, await asyncio.gather(*map(self._schema_hash, wanted)), strict=True))
+
+    def n_bytes(self, block_id: BlockId) -> int:
+        """Of a block's tensors, once its schema's hash was asked for; 0 before, and for a block that is not here."""
+        held = self._held.get(block_id)
+        return held.n_bytes if held else 0
 
     def claim(self, block_id: BlockId, claim: Claim) -> bool:
         """Hold a block for an exchange, unless another one does; True too if `claim` holds it already."""
@@ -146,9 +153,11 @@ class ReplicaSet:
             return b""
         if not held.schema_hash:
             try:
-                held.schema_hash = schema_hash(await asyncio.wrap_future(held.replica.look(schema)))
+                tensors = await asyncio.wrap_future(held.replica.look(schema))
             except NotHostedError:
                 return b""
+            held.schema_hash = schema_hash(tensors)
+            held.n_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
         return held.schema_hash
 
 

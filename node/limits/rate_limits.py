@@ -5,6 +5,7 @@ Everything is counted, with a limit or without. Thread-safe.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -44,6 +45,11 @@ class RateLimits:
         self._counting = threading.Lock()
         self._counted_cpu_s = use.cpu_s() if use else 0.0
         self._counted_io = use.child_io() if use else None
+
+    @property
+    def slower_bytes_per_s(self) -> float:
+        """The lower of the rates at which may be sent and received, headers left out; infinite without a limit."""
+        return min(self._up.per_s or math.inf, self._down.per_s or math.inf) / OVERHEAD
 
     @property
     def sent_bytes(self) -> int:
@@ -100,7 +106,7 @@ class TokenBucket:
     """A bucket of `per_s` a second, None for no limit; it counts the `total` in either case. Thread-safe."""
 
     def __init__(self, per_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_s, self._clock = per_s, clock
+        self.per_s, self._clock = per_s, clock
         self._lock = threading.Lock()
         self._paid_at_s = clock()
         self.total = 0.0
@@ -109,10 +115,10 @@ class TokenBucket:
         """Take it; seconds until everything that was taken is paid for."""
         with self._lock:
             self.total += amount
-            if self._per_s is None:
+            if self.per_s is None:
                 return 0.0
             now_s = self._clock()
-            self._paid_at_s = max(self._paid_at_s, now_s - CREDIT_S) + amount / self._per_s
+            self._paid_at_s = max(self._paid_at_s, now_s - CREDIT_S) + amount / self.per_s
             return max(0.0, self._paid_at_s - now_s)
 
     def wait_s(self) -> float:

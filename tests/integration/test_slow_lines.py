@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from typing import TYPE_CHECKING, Any
@@ -198,3 +199,31 @@ async def test_a_first_piece_beyond_the_last_is_refused() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await method(request.SerializeToString(), timeout=WAIT_S).read()
     assert dict(caught.value.trailing_metadata() or ())["kilohive-field"] == "first_piece"
+
+
+@pytest.mark.parametrize("slow", ["dialler", "answerer"])
+async def test_a_block_that_would_take_too_long_is_left_out_in_a_sentence(slow: str) -> None:
+    a, b = MemoryReplica(make_state(1)), MemoryReplica(near(2))
+    before = a.raw(), b.raw()
+    limits = {"dialler": math.inf, "answerer": math.inf, slow: 1000}
+    async with (
+        averaging_node("a", a, max_block_bytes=limits["dialler"]) as dialler,
+        averaging_node("b", b, max_block_bytes=limits["answerer"]) as answerer,
+    ):
+        result = await dialler.exchange_with(answerer)
+    why = {
+        "dialler": "too slow at the rate that this node's owner allows",
+        "answerer": "too slow at the rate that its owner allows there",
+    }
+    assert (result.problem, result.blocks, result.refused) == ("", (), {BLOCK: why[slow]})
+    assert (a.raw(), b.raw()) == before
+
+
+async def test_an_exchange_may_take_what_its_largest_block_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averaging_parts, "SHAPES", LARGE)
+    one = make_state(1)
+    a, b = MemoryReplica(one), MemoryReplica(make_state(2, base=one))
+    limited = RateLimits(Limits(down_bytes_per_s=RATE))
+    async with averaging_node("a", a, rate_limits=limited) as dialler, averaging_node("b", b) as answerer:
+        result = await dialler.exchange_with(answerer, timeout_s=1.0)
+    assert (result.problem, [m.block for m in result.blocks]) == ("", [BLOCK])

@@ -12,7 +12,7 @@ import pytest
 from common.errors import DeadlineError, OverloadedError, UnavailableError
 from common.events import EventLog
 from node.averaging.averager import BUSY_JITTER, JITTER, MAX_SHARE, Averager, AveragerConfig, pause_s
-from node.averaging.pairing import BUSY_THERE
+from node.averaging.pairing import BUSY_THERE, SLOW_HERE
 from node.averaging.partners import FIRST_AVOID_S, FIRST_BUSY_S
 from protocol.manifest import TRUNK
 from tests.support.averager_parts import A, B, Swarm, holder, result
@@ -322,3 +322,16 @@ async def test_what_partners_learn_is_told_relative_to_this_replica_and_nobody_l
     assert own == 1.0
     assert others == pytest.approx([0.0, 1.0, 3.0, MAX_SHARE / (1 - MAX_SHARE)])
     assert swarm.averager.works(B, 0) == (1.0,)
+
+
+async def test_a_block_that_is_too_slow_here_is_told_once_and_not_tried_again(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+) -> None:
+    swarm.directory.listed += holder("p", A, B)
+    swarm.client.script.append(result("p", B, refused={A: SLOW_HERE}))
+    await swarm.averager.exchange_once()
+    swarm.now_s += 1000.0
+    await swarm.averager.exchange_once()
+    assert [blocks for _, _, blocks, _ in swarm.client.calls] == [(A, B), (B,)]
+    (told,) = caplog.messages
+    assert told.startswith("Block 0/0 is not averaged here: at the rate that --max-bandwidth-up")

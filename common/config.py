@@ -9,7 +9,7 @@ from common.events import LOG_FILES, MAX_LOG_BYTES
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 
 EVENT_LOG_MINIMUMS: Final = {"event_log_mb": 0, "event_log_files": 1}
-"""For `check_minimums`."""
+"""These minimums are for `check_minimums`."""
 
 
 @dataclass(frozen=True, kw_only=True)

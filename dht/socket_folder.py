@@ -24,7 +24,7 @@ from common.folders import temporary_folder
 FOLDER_PREFIX = "kilohive-p2pd-"
 CONTROL_SOCKET, CLIENT_SOCKET, KEY_FILE = "p2pd.sock", "client.sock", "identity.key"
 STALE_FOLDER_S = 60.0
-"""So old a folder is, whose node cannot be told, before it is looked at."""
+"""A folder whose node cannot be told is looked at once it is this old."""
 
 MAX_SOCKET_PATH_BYTES = 103
 """The longest path of a unix socket: 108 with the final zero on Linux, 104 on macOS."""
@@ -85,7 +85,7 @@ def parents() -> list[Path]:
 
 
 def _made_folder() -> Path:
-    """In the first place that can be written and takes sockets, which not every file system does."""
+    """Make a folder in the first place that can be written and takes sockets, which not every file system does."""
     problem = ""
     for parent in parents():
         try:

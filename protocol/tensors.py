@@ -55,7 +55,7 @@ class TensorSpec:
 
 
 def bytes_per_value(codec: Codec) -> int:
-    """Of one entry of a tensor; `int8` adds SCALE_BYTES for each row."""
+    """Return the bytes of one entry of a tensor; `int8` adds SCALE_BYTES for each row."""
     return _STORED_AS[CODECS[codec]].itemsize
 
 

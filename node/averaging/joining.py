@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESUME_AFTER_S = 0.5
-"""Before a replica whose download broke off is asked for the rest."""
+"""The pause before a replica whose download broke off is asked for the rest."""
 
 
 class Origin(StrEnum):

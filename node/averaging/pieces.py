@@ -55,7 +55,7 @@ class Slot(NamedTuple):
 
 
 def wanted_tensors(tensors: Iterable[TensorSchema], *, params_only: bool) -> list[TensorSchema]:
-    """Those that a download sends, in their order."""
+    """Return the tensors that a download sends, in the order in which it sends them."""
     return [t for t in sorted(tensors) if t.name.startswith(PARAMS) or not params_only]
 
 

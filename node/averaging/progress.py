@@ -37,7 +37,7 @@ class DownloadProgress:
         self._running: dict[BlockId, _Running] = {}
 
     def tell(self, block_id: BlockId, n_bytes: int, of_bytes: int) -> None:
-        """So many bytes of a block are here; told after FIRST_AFTER_S and then every TELL_EVERY_S."""
+        """Note how many bytes of a block are here; this is told after FIRST_AFTER_S and then every TELL_EVERY_S."""
         now_s = self._clock()
         running = self._running.get(block_id)
         if running is None or n_bytes <= running.n_bytes:

@@ -90,7 +90,7 @@ class ReplicaSet:
         return dict(zip(wanted, await asyncio.gather(*map(self._schema_hash, wanted)), strict=True))
 
     def n_bytes(self, block_id: BlockId) -> int:
-        """Of a block's tensors, once its schema's hash was asked for; 0 before, and for a block that is not here."""
+        """Return the bytes of a block's tensors; 0 if it is not held, or its schema's hash was never asked for."""
         held = self._held.get(block_id)
         return held.n_bytes if held else 0
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PROBE_BYTES: Final = 8 * 1024
 MAX_NAMES: Final = 5
-"""So many files of one kind are named in a message."""
+"""The most files of one kind that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)

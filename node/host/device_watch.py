@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 MAX_FAILED_BATCHES = 5
-"""In a row, before the device is tried."""
+"""The device is tried when so many batches in a row have failed."""
 
 TRY_AGAIN_S = 60.0
 MAX_DOUBLINGS = 6

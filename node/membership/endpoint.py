@@ -37,15 +37,15 @@ class RelaySettings(Protocol):
 
     @property
     def relay_circuits(self) -> int:
-        """Open at once."""
+        """The most circuits that are open at once."""
 
     @property
     def relay_circuits_per_caller(self) -> int:
-        """Of them."""
+        """The most of those circuits that one caller may have."""
 
     @property
     def relay_reservations(self) -> int:
-        """Peers that are reached through this node."""
+        """The most peers that are reached through this node."""
 
 
 class NodeEndpoint:
@@ -143,7 +143,7 @@ class NodeEndpoint:
 
 
 async def _addresses(host: str) -> tuple[str, ...]:
-    """Of a name; the name itself if nobody knows it in time."""
+    """Return the addresses of a name, or the name itself if nobody knows it in time."""
     try:
         async with asyncio.timeout(LOOKUP_TIMEOUT_S):
             return await asyncio.to_thread(looked_up, host) or (host,)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from protocol.manifest import Codec, Manifest
 
 MAX_HEADER_BYTES = 4096
-"""Of a message: all that is no tensor's data, and the lengths and shapes of those."""
+"""The room in a message for all that is no tensor's data, and for the lengths and shapes of the tensors."""
 
 
 def weight_codec(codec: Codec) -> Codec:

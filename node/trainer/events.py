@@ -10,7 +10,7 @@ from common.events import Event
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOutEvent(Event):
-    """So many files and rows of the corpus are not read; `names` are the first files, with what they are."""
+    """Some files and rows of the corpus are not read; `names` are the first files, with what they are."""
 
     event: ClassVar[str] = "left_out"
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from protocol.manifest import Manifest
 
 MAX_STEPS_LEFT_OUT = 10
-"""In a row, for a gradient that is not finite: one may be bad luck, ten are a training that stands still."""
+"""Steps left out in a row, for gradients that are not finite, end a training: one is bad luck, ten are a standstill."""
 
 A = TypeVar("A")
 R = TypeVar("R")

@@ -11,16 +11,13 @@ import termios
 import time
 from typing import TYPE_CHECKING
 
-import pytest
-
-from experiments.live.processes import RUN_NODE, events, process_swarm, wait_until
+from experiments.live.processes import RUN_NODE, events, wait_until
 from node.host.block_store import block_path
 from node.trainer.events import StoppedEvent
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from experiments.live.processes import ProcessSwarm
@@ -30,19 +27,6 @@ MANIFEST = small_manifest(
 )
 FLAGS = ("--batch", "4", "--eval-every", "0", "--set", "eval_bytes=2048", "--save-every", "1000000")
 TIMEOUT_S = 60.0
-
-
-@pytest.fixture
-def swarm(tmp_path: Path) -> Iterator[ProcessSwarm]:
-    with process_swarm(tmp_path, MANIFEST) as swarm:
-        yield swarm
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(f"Sentence {n} says that {n} plus {n} is {n + n}." for n in range(3000)))
-    return path
 
 
 def test_a_hangup_ends_each_role_as_sigterm_does_and_nothing_is_lost(swarm: ProcessSwarm, text: Path) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
-from experiments.live.processes import ProcessSwarm, process_swarm, wait_until
+from experiments.live.processes import ProcessSwarm, wait_until
 from node.host.block_store import block_path
 from node.model.checkpoint import read_checkpoint
 from protocol.manifest import BlockId
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from experiments.live.processes import Node
@@ -28,19 +25,6 @@ HOSTS = {"host-0": "0/0-2,1/0-1", "host-1": "0/3-5,1/2-4", "host-2": "0/6-7,1/5-
 FLAGS = ("--batch", "4", "--eval-every", "0", "--set", "eval_bytes=2048", "--save-every", "1000")
 TRAIN = ("--steps", "60", *FLAGS)
 UNTIL_STOPPED = ("--steps", "100000", *FLAGS)
-
-
-@pytest.fixture
-def swarm(tmp_path: Path) -> Iterator[ProcessSwarm]:
-    with process_swarm(tmp_path, MANIFEST) as swarm:
-        yield swarm
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(f"Sentence {n} says that {n} plus {n} is {n + n}." for n in range(3000)))
-    return path
 
 
 def start_hosts(swarm: ProcessSwarm) -> dict[str, Node]:

@@ -44,11 +44,8 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
-    folder = tmp_path_factory.mktemp("swarm")
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(f"Sentence {n} says that {n} plus {n} is {n + n}." for n in range(3000)))
-    with process_swarm(folder, MANIFEST) as started:
+def training(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[Training]:
+    with process_swarm(tmp_path_factory.mktemp("swarm"), MANIFEST) as started:
         host = started.host("host", ALL_BLOCKS)
         flags = ("--steps", "100000", "--batch", "4", "--eval-every", "0", "--set", "eval_bytes=2048")
         trainer = started.trainer("trainer", "--data", str(text), *flags)

@@ -58,8 +58,11 @@ async def test_a_host_follows_its_address(first: DhtNode, tmp_path: Path, monkey
         return await endpoints(first) == {here[-1]}
 
     await eventually(is_here, 30.0)
+    assert await endpoints(first) == {OLD}
     here.append(NEW)
     await eventually(is_here, 30.0)
+    assert await endpoints(first) == {NEW}
+    assert not hosting.done(), "it moves without ending"
     stop.set()
     await asyncio.wait_for(hosting, 30.0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import psutil
@@ -17,8 +16,6 @@ from protocol.identity import Identity
 from tests.support.dht_nodes import running_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     import grpc
 
     Check = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
@@ -28,41 +25,28 @@ NOBODY = "http://127.0.0.1:9"
 
 
 @pytest.fixture
-async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[NodeServer]:
+def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in PROXIES:
         monkeypatch.setenv(name, NOBODY)
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
-    server = NodeServer((), (), "127.0.0.1", 0, SERVER)
+
+
+@pytest.mark.parametrize("insecure_local", [False, True])
+async def test_a_call_between_nodes_uses_no_proxy(proxies: None, *, insecure_local: bool) -> None:
+    security = Security(Identity.generate(), insecure_local=insecure_local)
+    server = NodeServer((), (), "127.0.0.1", 0, security)
     await server.start()
-    yield server
-    await server.drain(0)
-
-
-SERVER = Security(Identity.generate())
-
-
-async def test_a_call_between_nodes_uses_no_proxy(server: NodeServer) -> None:
-    caller, address = Security(Identity.generate()).caller(), Address(SERVER.identity.peer_id, server.endpoint)
+    caller = Security(Identity.generate(), insecure_local=insecure_local).caller()
+    address = Address(security.identity.peer_id, server.endpoint)
     async with await caller.open(address, 10.0) as channel:
         check: Check = channel.unary_unary(CHECK)
         answer = await check(b"", metadata=caller.metadata(address, CHECK), timeout=10.0)
+    await server.drain(0)
     assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_call_without_encryption_uses_none_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in PROXIES:
-        monkeypatch.setenv(name, NOBODY)
-    security = Security(SERVER.identity, insecure_local=True)
-    server = NodeServer((), (), "127.0.0.1", 0, security)
-    await server.start()
-    caller, address = security.caller(), Address(security.identity.peer_id, server.endpoint)
-    async with await caller.open(address, 10.0) as channel:
-        await asyncio.wait_for(channel.channel_ready(), 10.0)
-    await server.drain(0)
-
-
-async def test_p2pd_is_told_of_no_proxy(server: NodeServer) -> None:
+async def test_p2pd_is_told_of_no_proxy(proxies: None) -> None:
     async with running_nodes() as start_one:
         node = await start_one()
         environment = psutil.Process(node.daemon_pid).environ()

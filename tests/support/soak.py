@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from common.errors import DeadlineError
 from experiments.live.processes import RUN_NODE, Node, end_nodes, wait_until
 from tests.support.docs import ROOT
 
@@ -233,7 +234,7 @@ class Soak:
         address = self.net.renumber(member.name)
         try:
             wait_until(lambda: address in json.dumps(self._status()["peers"]), "it is seen there", 90.0)
-        except Exception as error:  # noqa: BLE001 - told with all other problems at the end
+        except DeadlineError as error:
             self._wrong(f"{member.name} at {address}: {error}")
 
     def _step_clock(self, member: Member, seconds: float) -> None:

@@ -68,11 +68,11 @@ class Gate(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it computes with: that of its parameters, or of its biases if it has none."""
+        """The type that it computes in: that of its parameters, or of its biases if it has none."""
         return next(self.parameters(), self.bias_E).dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Of `to`, `half` and the like. Biases stay float32 at least: a step of balance would be lost in bfloat16."""
+        """Convert for `to` and `half`; biases stay float32 at least, since bfloat16 would lose a step of balance."""
         before_E = self.bias_E
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if torch.finfo(self.bias_E.dtype).bits < torch.finfo(torch.float32).bits:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from protocol.manifest import Manifest
 
 FETCH_S = 30.0
-"""For all but the bytes, which come as slowly as a host's owner may let them."""
+"""The time for all but the bytes, which come as slowly as a host's owner may let them."""
 
 MAX_COPIES = 3
-"""Of a block, with its moments, that are fetched in the worst case: the first and its witnesses."""
+"""The most copies of a block, with its moments, that are fetched: the first and its witnesses."""
 
 
 async def fetch_expert(

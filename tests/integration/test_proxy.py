@@ -39,10 +39,12 @@ async def test_a_call_between_nodes_uses_no_proxy(proxies: None, *, insecure_loc
     await server.start()
     caller = Security(Identity.generate(), insecure_local=insecure_local).caller()
     address = Address(security.identity.peer_id, server.endpoint)
-    async with await caller.open(address, 10.0) as channel:
-        check: Check = channel.unary_unary(CHECK)
-        answer = await check(b"", metadata=caller.metadata(address, CHECK), timeout=10.0)
-    await server.drain(0)
+    try:
+        async with await caller.open(address, 10.0) as channel:
+            check: Check = channel.unary_unary(CHECK)
+            answer = await check(b"", metadata=caller.metadata(address, CHECK), timeout=10.0)
+    finally:
+        await server.drain(0)
     assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
 
 

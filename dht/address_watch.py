@@ -51,7 +51,9 @@ class AddressWatch:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, Exception):  # a mistake in the watch must not end a node as if it had been asked
+                    raise result
 
     async def _watch(self) -> None:
         while not (self.moved_to or self._lost):

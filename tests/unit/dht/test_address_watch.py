@@ -104,3 +104,15 @@ async def test_a_stop_ends_it_too(machine: Machine) -> None:
         stop.set()
         await asyncio.wait_for(ended.wait(), SOON_S)
     assert not found.moved_to
+
+
+async def test_a_mistake_in_the_watch_does_not_end_a_node_as_if_it_had_been_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(_: str) -> bool:
+        raise RuntimeError("no list of addresses")
+
+    monkeypatch.setattr(address_watch, "is_own", fails)
+    with pytest.raises(RuntimeError, match="no list of addresses"):
+        async with watch("auto").stopping(asyncio.Event()) as ended:
+            await asyncio.wait_for(ended.wait(), SOON_S)

@@ -98,7 +98,7 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         publishing.start()
         stack.push_async_callback(publishing.stop)
         if config.relay_circuits:
-            await Relay(dht.streams, _relay_limits(config)).start()
+            await Relay(dht.streams, RelayLimits.of(config)).start()
         relay = dht.relay_address if config.relay_circuits else ""
         announcer = Announcer(dht, identity, admission, describe=_describer(relay, config.evaluators))
         await announcer.start()
@@ -152,14 +152,6 @@ def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
         check_same_run(config, manifest, str(config.out))
     logger.info("Opened run %s again", manifest.run_id)
     return manifest
-
-
-def _relay_limits(config: CoordinatorConfig) -> RelayLimits:
-    return RelayLimits(
-        max_reservations=config.relay_reservations,
-        max_circuits=config.relay_circuits,
-        max_circuits_per_caller=config.relay_circuits_per_caller,
-    )
 
 
 async def _start_dht(config: CoordinatorConfig, identity: Identity, admission: Admission) -> DhtNode:

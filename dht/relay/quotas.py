@@ -10,7 +10,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from common.errors import UnavailableError
 from common.seldom import Seldom
@@ -18,6 +18,7 @@ from dht.relay.relaying import RelayLimitError, limit_text, no_circuit_left, no_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
+    from typing import Self
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,22 @@ MAX_CIRCUITS_PER_PEER = 16
 ANY_NUMBER = 1 << 62
 
 
+class RelaySettings(Protocol):
+    """What a node's owner lets it carry for others; `relay_circuits` of 0 is nothing."""
+
+    @property
+    def relay_circuits(self) -> int:
+        """The most circuits that are open at once."""
+
+    @property
+    def relay_circuits_per_caller(self) -> int:
+        """The most of those circuits that one caller may have."""
+
+    @property
+    def relay_reservations(self) -> int:
+        """The most peers that are reached through this node."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RelayLimits:
     """How much a relay carries for others: peers that reserve, open circuits in all, of one caller and to one peer.
@@ -56,6 +73,15 @@ class RelayLimits:
     reservations_setting: str = "relay_reservations"
     circuits_setting: str = "--relay-circuits"
     caller_setting: str = "relay_circuits_per_caller"
+
+    @classmethod
+    def of(cls, settings: RelaySettings) -> Self:
+        """Make the limits of a node from its owner's settings."""
+        return cls(
+            max_reservations=settings.relay_reservations,
+            max_circuits=settings.relay_circuits,
+            max_circuits_per_caller=settings.relay_circuits_per_caller,
+        )
 
 
 class _Reserved(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from common.errors import UnavailableError
 from common.tasks import repeat
@@ -21,6 +21,7 @@ from protocol.endpoints import announced_endpoint, relayed_endpoint
 if TYPE_CHECKING:
     from common.events import EventLog
     from dht.announcer import Announcer
+    from dht.relay.quotas import RelaySettings
     from node.membership.swarm import Swarm
     from protocol.announcements import Reachability
 
@@ -32,22 +33,6 @@ LOOK_SOON_S = 15.0
 """The pause after a check that found nobody to ask, or nobody who could call."""
 
 
-class RelaySettings(Protocol):
-    """What a node's owner lets it carry for others; `relay_circuits` of 0 is nothing."""
-
-    @property
-    def relay_circuits(self) -> int:
-        """The most circuits that are open at once."""
-
-    @property
-    def relay_circuits_per_caller(self) -> int:
-        """The most of those circuits that one caller may have."""
-
-    @property
-    def relay_reservations(self) -> int:
-        """The most peers that are reached through this node."""
-
-
 class NodeEndpoint:
     """One node's place for others, from `settle` on. Belongs to the event loop.
 
@@ -55,7 +40,7 @@ class NodeEndpoint:
     """
 
     def __init__(self, swarm: Swarm, events: EventLog, relay: RelaySettings | None = None) -> None:
-        self._relay = Relay(swarm.dht.streams, _limits(relay)) if relay and relay.relay_circuits else None
+        self._relay = Relay(swarm.dht.streams, RelayLimits.of(relay)) if relay and relay.relay_circuits else None
         self._swarm, self._events = swarm, events
         peer_id = swarm.identity.peer_id
         self._watch = ReachabilityWatch(swarm.security.caller(), swarm.directory.peers, peer_id, events)
@@ -149,11 +134,3 @@ async def _addresses(host: str) -> tuple[str, ...]:
             return await asyncio.to_thread(looked_up, host) or (host,)
     except TimeoutError:
         return (host,)
-
-
-def _limits(settings: RelaySettings) -> RelayLimits:
-    return RelayLimits(
-        max_reservations=settings.relay_reservations,
-        max_circuits=settings.relay_circuits,
-        max_circuits_per_caller=settings.relay_circuits_per_caller,
-    )

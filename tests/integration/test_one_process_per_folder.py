@@ -97,6 +97,8 @@ def test_a_lighthouse_refuses_the_folder_of_a_node_and_of_a_coordinator(tmp_path
 
 def test_a_second_coordinator_changes_nothing_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     with coordinator(tmp_path) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline()  # it says how to join once it has written everything, its first event too
         before = written(tmp_path)
         arguments = [*PROGRAM, "coordinator", "--out", str(tmp_path), "--stop-on-stdin-eof", "--log-level", "error"]
         second = subprocess.run(

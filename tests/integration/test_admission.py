@@ -17,6 +17,7 @@ from node.rpc.handlers import CallCounts, unary
 from node.rpc.rate_limit_interceptor import RateLimitInterceptor
 from node.rpc.server import NodeServer
 from protocol import expert_pb2 as pb
+from tests.support.channels import plain_aio_channel
 from tests.support.swarm_parts import PLAIN
 
 if TYPE_CHECKING:
@@ -53,9 +54,8 @@ async def echo(limits: Limits, max_calls: int | None = None) -> AsyncIterator[Ec
     admission = RateLimitInterceptor(rate_limits, lambda: host.refusal, max_calls)
     server = NodeServer([handler], [NAME], "127.0.0.1", 0, PLAIN, admission)
     await server.start()
-    options = [("grpc.use_local_subchannel_pool", 1)]
     try:
-        async with grpc.aio.insecure_channel(server.endpoint, options=options) as channel:
+        async with plain_aio_channel(server.endpoint) as channel:
             host = Echo(rate_limits, channel)
             yield host
     finally:

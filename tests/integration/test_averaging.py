@@ -40,6 +40,7 @@ from tests.support.averaging_parts import (
     make_state,
     two_replicas,
 )
+from tests.support.channels import plain_aio_channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,7 +203,7 @@ async def test_a_peer_that_dials_and_offers_nothing_keeps_nobody_out() -> None:
     async with (
         averaging_node("peer-a", a) as node_a,
         averaging_node("peer-b", b) as node_b,
-        grpc.aio.insecure_channel(node_b.endpoint) as channel,
+        plain_aio_channel(node_b.endpoint) as channel,
     ):
         silent: Any = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S)
         await silent.wait_for_connection()
@@ -216,7 +217,7 @@ async def test_a_refusal_waits_for_the_offer_so_that_it_reaches_the_dialler_whol
     rate_limits.sent(2_000_000)
     async with (
         averaging_node("peer-b", b, rate_limits=rate_limits) as node_b,
-        grpc.aio.insecure_channel(node_b.endpoint) as channel,
+        plain_aio_channel(node_b.endpoint) as channel,
     ):
         call: Any = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S)
         reading = asyncio.create_task(call.read())
@@ -370,7 +371,7 @@ async def send_all(
     endpoint: str, messages: list[pb.ExchangeMessage | bytes], metadata: tuple[tuple[str, bytes], ...] = ()
 ) -> grpc.aio.AioRpcError:
     """What a dialler that speaks in turn, and then waits, gets told."""
-    async with grpc.aio.insecure_channel(endpoint) as channel:
+    async with plain_aio_channel(endpoint) as channel:
         call: Any = channel.stream_stream(f"/{SERVICE_NAME}/Exchange")(timeout=WAIT_S, metadata=metadata)
         try:
             for message in messages:

@@ -235,7 +235,8 @@ async def main():
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", {"Say": echo}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    no_proxy = [("grpc.enable_http_proxy", 0)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=no_proxy) as channel:
         say = channel.unary_unary("/test.Echo/Say")
         assert await say(b"before", timeout=5) == b"before"
         node = await DhtNode.start(DhtConfig(identity=Identity.generate()))

@@ -37,6 +37,7 @@ from tests.support.averaging_parts import (
     averaging_node,
     make_state,
 )
+from tests.support.channels import plain_aio_channel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -104,7 +105,7 @@ async def test_another_run_or_no_block_is_refused() -> None:
             (pb.DownloadRequest(run_id=RUN_ID, block="../etc").SerializeToString(), "block"),
             (b"\xff", "message"),
         ):
-            async with grpc.aio.insecure_channel(node.endpoint) as channel:
+            async with plain_aio_channel(node.endpoint) as channel:
                 method: Any = channel.unary_stream(f"/{SERVICE_NAME}/Download")
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await method(request, timeout=WAIT_S).read()

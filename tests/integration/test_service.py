@@ -21,6 +21,7 @@ from protocol import expert_pb2 as pb
 from protocol.limits import MAX_MESSAGE_BYTES
 from protocol.manifest import BlockId, all_blocks
 from protocol.tensors import encode
+from tests.support.channels import plain_aio_channel, plain_channel
 from tests.support.swarm_parts import PLAIN, LoopThread, TestSwarm, running_swarm, small_manifest
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def swarm() -> Iterator[TestSwarm]:
 
 @pytest.fixture
 def channel(swarm: TestSwarm) -> Iterator[grpc.Channel]:
-    options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-    with grpc.insecure_channel(swarm.hosts[0].server.endpoint, options=options) as channel:
+    with plain_channel(swarm.hosts[0].server.endpoint) as channel:
         yield channel
 
 
@@ -272,8 +272,7 @@ def test_a_block_that_left_is_refused_until_it_comes_back(swarm: TestSwarm, chan
 def test_a_host_without_blocks_answers_and_refuses() -> None:
     with running_swarm(MANIFEST, n_hosts=0) as swarm:
         empty = swarm.add_host("empty", [])
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(empty.server.endpoint, options=options) as channel:
+        with plain_channel(empty.server.endpoint) as channel:
             assert not pb.DescribeResponse.FromString(call(channel, "Describe", b"")).blocks
             with pytest.raises(grpc.RpcError) as caught:
                 call(channel, "Forward", forward().SerializeToString())
@@ -286,8 +285,7 @@ async def test_one_server_serves_several_services_each_with_its_health() -> None
     server = NodeServer(handlers, names, "127.0.0.1", 0, PLAIN)
     await server.start()
     try:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(server.endpoint, options=options) as channel:
+        async with plain_aio_channel(server.endpoint) as channel:
             for name in names:
                 request = pb.DescribeRequest(run_id=name)
                 answer = await ask(channel, f"/{name}/Echo", request.SerializeToString())
@@ -310,8 +308,7 @@ async def test_a_bug_in_a_handler_is_logged_and_named_by_its_type_alone(caplog: 
     )
     await server.start()
     try:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(server.endpoint, options=options) as channel:
+        async with plain_aio_channel(server.endpoint) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await ask(channel, "/kilohive.test.One/Echo", b"")
     finally:

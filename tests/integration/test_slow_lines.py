@@ -23,6 +23,7 @@ from protocol.endpoints import Address
 from tests.integration.test_download import replica_at
 from tests.support import averaging_parts
 from tests.support.averaging_parts import BLOCK, RUN_ID, MemoryReplica, averaging_node, make_state
+from tests.support.channels import plain_aio_channel
 
 if TYPE_CHECKING:
     from dht.view import Replica
@@ -94,7 +95,7 @@ async def test_a_joiner_that_freezes_costs_the_sender_only_silence(told: str, mo
     async with (
         averaging_node("a", MemoryReplica(state), silence_s=SILENCE_S) as node,
         averaging_node("b") as joiner,
-        grpc.aio.insecure_channel(node.endpoint) as channel,
+        plain_aio_channel(node.endpoint) as channel,
     ):
         for _ in range(MAX_DOWNLOADS):
             call: Any = channel.stream_stream(f"/{SERVICE_NAME}/Download")()
@@ -194,7 +195,7 @@ async def test_what_came_of_a_broken_download_is_there_at_the_next_try() -> None
 
 async def test_a_first_piece_beyond_the_last_is_refused() -> None:
     request = pb.DownloadRequest(run_id=RUN_ID, block=str(BLOCK), first_piece=len(cut(schema(HONEST))) + 1)
-    async with averaging_node("a", MemoryReplica(HONEST)) as node, grpc.aio.insecure_channel(node.endpoint) as channel:
+    async with averaging_node("a", MemoryReplica(HONEST)) as node, plain_aio_channel(node.endpoint) as channel:
         method: Any = channel.unary_stream(f"/{SERVICE_NAME}/Download")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await method(request.SerializeToString(), timeout=WAIT_S).read()

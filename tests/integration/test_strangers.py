@@ -6,7 +6,6 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 import torch
 
@@ -19,10 +18,13 @@ from node.trainer.remote_moe import RemoteMoE
 from protocol import expert_pb2 as pb
 from protocol.manifest import BlockId, all_blocks
 from protocol.tensors import encode
+from tests.support.channels import plain_channel
 from tests.support.swarm_parts import TestHost, running_swarm, small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import grpc
 
 TIMEOUT_S = 10.0
 MANIFEST = small_manifest()
@@ -39,7 +41,7 @@ def inputs(value: float = 1.0) -> pb.Inputs:
 
 
 def send(host: TestHost, method: str, request: pb.ForwardRequest | pb.BackwardRequest) -> bytes:
-    with grpc.insecure_channel(host.server.endpoint, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+    with plain_channel(host.server.endpoint) as channel:
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/kilohive.v1.Expert/{method}")
         answer: bytes = call(request.SerializeToString(), timeout=TIMEOUT_S)
     return answer

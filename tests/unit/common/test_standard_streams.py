@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -22,10 +23,10 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0"}
 
 def shell(words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """`words` with $K for the command; exit code of the first command of a pipe, as `pipefail` has it."""
-    command = f"{sys.executable} {ROOT / 'run_node.py'}"
+    command = shlex.join([sys.executable, str(ROOT / "run_node.py")])
     return subprocess.run(
-        ["/bin/bash", "-o", "pipefail", "-c", words],
-        env={**os.environ, "K": command, **environment},
+        ["/bin/bash", "-o", "pipefail", "-c", words.replace("$K", command)],
+        env={**os.environ, **environment},
         capture_output=True,
         check=False,
         timeout=TIMEOUT_S,

@@ -134,5 +134,5 @@ def test_what_a_process_opens_first_does_not_become_its_standard_output(tmp_path
         "from common.standard_streams import open_standard_streams; open_standard_streams();"
         f"file = open({str(tmp_path / 'file')!r}, 'w'); print('printed'); file.write(str(file.fileno()))"
     )
-    shell(f'exec >&-; {sys.executable} -c "{code}"', PYTHONPATH=str(ROOT))
+    shell(f'exec >&-; {shlex.quote(sys.executable)} -c "{code}"', PYTHONPATH=str(ROOT))
     assert int((tmp_path / "file").read_text()) > 2

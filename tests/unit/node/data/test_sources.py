@@ -295,10 +295,11 @@ def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
         open_bad(tmp_path / "only")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("text", encoding="utf-8")
     (tmp_path / "secret.txt").chmod(0)
+    if os.access(tmp_path / "secret.txt", os.R_OK):
+        pytest.skip("this account reads everything, as root's does")
     with pytest.raises(DataError, match=r"secret\.txt cannot be read: Permission denied"):
         open_bad(tmp_path / "secret.txt")
 

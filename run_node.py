@@ -36,6 +36,7 @@ from common.command_line import (
 from common.errors import ConfigError, KilohiveError
 from common.open_files import raise_open_files_limit
 from common.standard_streams import open_standard_streams, watch_stdin
+from common.utf8_mode import start_again_if_needed
 from coordinator.config import (
     CoordinatorConfig,
     ExperimentConfig,
@@ -385,6 +386,7 @@ def _print_overview(console: Console) -> None:
 
 def run_process() -> NoReturn:
     """Entry point of the process. Taking torch down takes half a second of CPU per process; nothing is left to save."""
+    start_again_if_needed()
     output = open_standard_streams()
     code = main()
     logging.shutdown()

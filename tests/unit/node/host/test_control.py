@@ -54,13 +54,12 @@ def leave(*_):
     tell("handed_over", blocks=1, left=["0/1"])
     tell("leave")
     sys.exit(0)
-signal.signal(signal.SIGUSR1, pause)
-signal.signal(signal.SIGUSR2, resume)
-signal.signal(signal.SIGQUIT, leave)
+answers = {signal.SIGUSR1: pause, signal.SIGUSR2: resume, signal.SIGQUIT: leave}
+signal.pthread_sigmask(signal.SIG_BLOCK, answers)  # they wait: one that came just before a pause() would be lost
 tell("old")
 print("up", flush=True)
 while True:
-    signal.pause()
+    answers[signal.sigwait(answers)]()
 """
 
 

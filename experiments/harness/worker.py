@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.allocator import keep_freed_memory
+from common.allocator import keep_all_memory
 from common.errors import KilohiveError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def work(job: Job, connection: Connection) -> None:
     signal.signal(signal.SIGTERM, _leave)
     # Before torch is imported, which reads it then; trials that need no torch do without.
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
-    keep_freed_memory()
+    keep_all_memory()
     from experiments.harness.catalogue import experiment_in  # noqa: PLC0415 - may import torch
 
     for folder in (job.folder, job.shared):

@@ -11,7 +11,8 @@ import torch
 from node.model.experts.adam import zero_state
 from node.model.experts.block import Block
 from node.model.experts.kinds import expert_kind
-from node.model.pairs import NO_EXPERT, Combined
+from node.model.experts.layer import layer_backward, layer_forward
+from node.model.pairs import NO_EXPERT, Combined, Pairs
 from node.trainer.train_step import next_byte_loss
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class _Kept(NamedTuple):
     x_TD: torch.Tensor
     token_P: torch.Tensor
     weight_P: torch.Tensor
+
+    @property
+    def pairs(self) -> Pairs:
+        """Those of the only expert of its block."""
+        return Pairs(self.token_P, torch.zeros_like(self.token_P), self.weight_P)
 
 
 class ExpertsWithOneLocal:
@@ -61,8 +67,7 @@ class ExpertsWithOneLocal:
         kept = _Kept(x_TD.detach().cpu(), token_P, weights_TK.detach().cpu()[token_P, slot_P])
         combined_TD = rest.combined_TD.cpu()
         if len(token_P):
-            y_PD = self._block.forward(kept.x_TD[token_P], torch.zeros_like(token_P))
-            combined_TD = combined_TD.index_add(0, token_P, y_PD * kept.weight_P[:, None])
+            combined_TD = combined_TD + layer_forward([self._block], kept.x_TD, kept.pairs)
         return Combined(combined_TD, rest.answered_TK.cpu() | own_TK.cpu(), kept)
 
     def backward(self, ticket: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
@@ -71,10 +76,11 @@ class ExpertsWithOneLocal:
             return self._experts.backward(ticket, grad_TD)
         grad_TD, n_choices = grad_TD.detach().cpu(), len(ticket.x_TD) * self._manifest.model.experts_per_token
         if len(ticket.token_P):
-            x_PD, grad_PD = ticket.x_TD[ticket.token_P], grad_TD[ticket.token_P]
-            found = self._block.backward(x_PD, torch.zeros_like(ticket.token_P), grad_PD, ticket.weight_P)
-            self._gradients = found.gradients
+            layer_backward([self._block], ticket.x_TD, ticket.pairs, grad_TD, self._keep)
         return torch.zeros_like(grad_TD), grad_TD.new_zeros(n_choices)
+
+    def _keep(self, _block: Block, gradients: BlockGradients) -> None:
+        self._gradients = gradients
 
     def step(self, lr: float) -> None:
         """Move the expert by what the last backward found, as a host would; nothing if no token chose it."""

@@ -2,7 +2,8 @@
 
 What many small experts cost a host: forward, and backward with the optimizer's step, of one layer's blocks in one
 thread, against one dense feed-forward network of the same D and H over as many rows, which does the same
-multiplications and additions. Medians of runs that take turns.
+multiplications and additions; and both passes of a layer of `granularity` against memory alone, which moves the weights
+and moments that a step cannot do without. Medians of runs that take turns.
 
 Shapes: T tokens, P pairs, D model width, H expert width.
 """
@@ -30,12 +31,31 @@ if TYPE_CHECKING:
 
 LR = 1e-3
 FORWARD, BACKWARD = "forward, tokens/s", "backward and step, tokens/s"
-OURS, DENSE = "blocks of experts", "one dense FFN"
+BOTH = "forward, backward and step, tokens/s"
+OURS, DENSE, MEMORY = "blocks of experts", "one dense FFN", "memory alone"
+
+PASSES = 7
+"""How often a step moves each weight or one of its moments: the weight is read twice and written once, each of the two
+moments read and written once. Gradients need not leave the cache."""
 CASES = (
     Case(key="small", experts=64, d_model=64, hidden=256, tokens=256, hosts=(), steps=20),
     Case(key="default", experts=512, d_model=128, hidden=32, tokens=1024, hosts=(), steps=10),
     Case(key="large", experts=1024, d_model=128, hidden=128, tokens=4096, hosts=(), steps=2),
     Case(key="tiny", experts=16_384, d_model=64, hidden=8, tokens=4096, hosts=(), steps=4, experts_per_block=512),
+)
+GRANULARITY = tuple(
+    Case(
+        key=str(experts),
+        experts=experts,
+        d_model=128,
+        hidden=32,
+        tokens=2048,
+        hosts=(),
+        steps=4,
+        experts_per_block=experts,
+        experts_per_token=8,
+    )
+    for experts in (529, 2025, 8281)
 )
 NOTES = (
     "1 thread; every expert is as likely as any other; rows of the dense network: tokens x K",
@@ -60,14 +80,18 @@ def main(config: KernelsBenchmark) -> None:
             (BACKWARD, sparse.backward, dense.backward),
         ):
             figures = alternate({OURS: timed(ours, case), DENSE: timed(theirs, case)}, config.runs, tell)
-            rows.append(row_of(case, metric, figures))
+            rows.append(row_of(case, metric, figures, DENSE))
+    for case in GRANULARITY:
+        both, memory = Sparse(case).both, Memory(case).move
+        figures = alternate({OURS: timed(both, case), MEMORY: timed(memory, case)}, config.runs, tell)
+        rows.append(row_of(case, BOTH, figures, MEMORY))
     config.publish("kernels", rows, NOTES)
 
 
-def row_of(case: Case, metric: str, figures: Mapping[str, Sequence[float]]) -> Row:
-    """Ours against the dense network."""
+def row_of(case: Case, metric: str, figures: Mapping[str, Sequence[float]], against: str) -> Row:
+    """Ours against the dense network, or against memory."""
     size = f"{case.experts:,} experts, {case.d_model}x{case.hidden}, K={case.experts_per_token}"
-    return compare(f"{size}, {case.tokens:,} tokens", metric, figures[OURS], DENSE, figures[DENSE])
+    return compare(f"{size}, {case.tokens:,} tokens", metric, figures[OURS], against, figures[against])
 
 
 def timed(function: Callable[[], object], case: Case) -> Callable[[], float]:
@@ -111,6 +135,23 @@ class Sparse:
             self._grad_TD,
             lambda block, own: block.step(own, LR, self._optimizer),
         )
+
+    def both(self) -> None:
+        """A step of the layer."""
+        self.forward()
+        self.backward()
+
+
+class Memory:
+    """As many bytes moved as a step of a layer must, if every expert is touched: read, and written elsewhere."""
+
+    def __init__(self, case: Case) -> None:
+        n_weights = case.experts * 2 * case.d_model * case.hidden
+        self._from, self._to = torch.zeros(2, n_weights * PASSES // 2)
+
+    def move(self) -> None:
+        """Read one half and write the other."""
+        self._to.copy_(self._from)
 
 
 class Dense:

@@ -5,6 +5,8 @@ Shapes: E experts of a block, G of them touched.
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     from protocol.manifest import OptimizerConfig
 
 SMALL_VALUES = 4096
-"""The number of values from which an expert's parameter is stepped by a call of its own, without a copy."""
+"""The number of values from which an expert's parameter is stepped where it is, without a copy."""
+
+SETTLED = 2.0**-26
+"""What is left of a mean's first value when no float32 number tells Adam's correction for its first steps from 1."""
 
 
 @dataclass
@@ -74,7 +79,7 @@ def adam_step(
     steps_G = state.steps_E.index_select(0, touched_G)
     for name, grad in grads.items():
         tensors = (params[name], state.first[name], state.second[name])
-        step = _step_each if grad[0].numel() >= SMALL_VALUES else _step_stacked
+        step = _step_ranges if grad[0].numel() >= SMALL_VALUES else _step_stacked
         step(_Touched(tensors, grad, touched_G, steps_G), lr, config)
     state.steps_E.index_copy_(0, touched_G, steps_G + 1)
 
@@ -89,17 +94,24 @@ class _Touched(NamedTuple):
     """Taken before this one."""
 
 
-def _step_each(of: _Touched, lr: float, config: OptimizerConfig) -> None:
-    """Expert by expert: one pass over memory and no copies, for a call's overhead each."""
-    touched = of.touched_G.tolist()
-    p, m, v = ([experts[index] for index in touched] for experts in (t.unbind(0) for t in of.tensors))
+def _step_ranges(of: _Touched, lr: float, config: OptimizerConfig) -> None:
+    """One pass over memory and no copies: neighbours that have taken equally many steps are stepped as one tensor."""
+    tensors, grad, touched_G, steps_G = of
+    steps_G = steps_G.clamp(max=settled_steps(config))
+    starts_N = _range_starts(touched_G, steps_G)
+    ends_N = torch.cat((starts_N[1:], starts_N.new_tensor([len(touched_G)])))
+    first_N = touched_G[starts_N]
+    # The ranges, and what lies before each and after the last: every expert, in order.
+    bounds = torch.stack((first_N, first_N + ends_N - starts_N), 1).flatten().tolist()
+    sizes = [after - before for before, after in itertools.pairwise((0, *bounds, len(tensors[0])))]
+    p, m, v = (t.split(sizes)[1::2] for t in tensors)
     adamw(
-        p,
-        list(of.grad.unbind(0)),
-        m,
-        v,
+        list(p),
+        list(grad.split((ends_N - starts_N).tolist())),
+        list(m),
+        list(v),
         [],
-        list(of.steps_G.to(torch.float32).unbind(0)),
+        list(steps_G[starts_N].to(torch.float32).unbind(0)),
         fused=True,
         amsgrad=False,
         beta1=config.beta1,
@@ -109,6 +121,19 @@ def _step_each(of: _Touched, lr: float, config: OptimizerConfig) -> None:
         eps=config.eps,
         maximize=False,
     )
+
+
+def settled_steps(config: OptimizerConfig) -> int:
+    """The steps after which experts are alike to Adam, however many more they take."""
+    slowest = max(config.beta1, config.beta2)
+    return math.ceil(math.log(SETTLED) / math.log(slowest)) if slowest else 1
+
+
+def _range_starts(touched_G: torch.Tensor, steps_G: torch.Tensor) -> torch.Tensor:
+    """Where, among rising experts, one is not the neighbour of the one before or has not taken as many steps."""
+    is_start_G = torch.ones_like(touched_G, dtype=torch.bool)
+    is_start_G[1:] = (touched_G.diff() != 1) | (steps_G.diff() != 0)
+    return is_start_G.nonzero()[:, 0]
 
 
 def _step_stacked(of: _Touched, lr: float, config: OptimizerConfig) -> None:

@@ -1,25 +1,23 @@
 """A block: one replica of a contiguous range of experts, stacked. Owned by the runtime's thread.
 
-Shapes: E experts of the block, P pairs sorted by expert, G touched experts, D model width.
+Shapes: E experts of the block, G touched experts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from node.model.devices import knows_float64
-from node.model.experts.adam import SMALL_VALUES, AdamState, adam_step, clip_per_expert, is_all, zero_state
-from node.model.experts.grouped import MAX_ROWS, Groups, order_by_size
+from node.model.experts.adam import AdamState, adam_step, clip_per_expert, zero_state
 from node.model.experts.kinds import ExpertKind, expert_kind
 from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from node.model.experts.tiles import Chosen
     from protocol.manifest import BlockId, Manifest, OptimizerConfig
 
 
@@ -39,31 +37,6 @@ class Block:
     version: int = 0
     skipped_steps: int = field(default=0)
     """Expert steps not taken because their gradient was not finite."""
-
-    @torch.no_grad()
-    def forward(self, x_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
-        """Outputs [P, D] for pairs sorted by `expert_P` (int64, local to the block)."""
-        if self._is_small and len(expert_P) <= MAX_ROWS * len(self.experts):
-            touched = _touched(expert_P)
-            return touched.unsort(self.kind.apply(self._gathered(touched), touched.sort(x_PD), touched.groups))
-        # Copies of large weights would cost more than passing by those of experts without pairs.
-        return self.kind.apply(self.params, x_PD, Groups.of(torch.bincount(expert_P, minlength=len(self.experts))))
-
-    @torch.no_grad()
-    def backward(
-        self, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor, weight_P: torch.Tensor
-    ) -> BlockBackward:
-        """Gradients of `sum(weight_P * (grad_PD * forward(...)).sum(1))`; those of weights for touched experts only."""
-        touched = _touched(expert_P)
-        x_PD, grad_PD, weight_P = touched.sort(x_PD), touched.sort(grad_PD), touched.sort(weight_P)
-        gradients = self.kind.differentiate(self._gathered(touched), x_PD, touched.groups, grad_PD, weight_P)
-        return BlockBackward(
-            inputs_PD=touched.unsort(gradients.inputs_PD),
-            weight_P=touched.unsort(gradients.weight_P),
-            gradients=BlockGradients(
-                weights=gradients.params, touched_G=touched.experts_G, tokens_G=touched.groups.counts_G
-            ),
-        )
 
     @torch.no_grad()
     def step(self, gradients: BlockGradients, lr: float, config: OptimizerConfig) -> None:
@@ -94,69 +67,39 @@ class Block:
         self.version = max(self.version, version) + 1
 
     @property
-    def _is_small(self) -> bool:
-        return all(p[0].numel() < SMALL_VALUES for p in self.params.values())
+    def expert_values(self) -> int:
+        """Weights of one expert."""
+        return sum(p[0].numel() for p in self.params.values())
 
-    def _gathered(self, touched: _Touched) -> dict[str, torch.Tensor]:
-        if is_all(touched.experts_G, len(self.experts)):
-            return self.params
-        return {name: p.index_select(0, touched.experts_G) for name, p in self.params.items()}
-
-
-class _Touched(NamedTuple):
-    """Experts that have pairs, in the order of `groups`; `order_P` brings pairs into it from that of their experts."""
-
-    experts_G: torch.Tensor
-    groups: Groups
-    order_P: torch.Tensor | None
-
-    def sort(self, of_P: torch.Tensor) -> torch.Tensor:
-        """Sort the rows, one per pair, into the order of the groups."""
-        return of_P if self.order_P is None else of_P.index_select(0, self.order_P)
-
-    def unsort(self, of_P: torch.Tensor) -> torch.Tensor:
-        """The way back."""
-        return of_P if self.order_P is None else torch.empty_like(of_P).index_copy_(0, self.order_P, of_P)
-
-
-def _touched(expert_P: torch.Tensor) -> _Touched:
-    experts_G, counts_G = torch.unique_consecutive(expert_P, return_counts=True)
-    ordered = order_by_size(counts_G, len(expert_P))
-    if ordered is None:
-        return _Touched(experts_G, Groups.of(counts_G), None)
-    order_G, groups = ordered
-    starts_G = counts_G.cumsum(0) - counts_G
-    moved_G = starts_G[order_G] - (groups.counts_G.cumsum(0) - groups.counts_G)
-    order_P = torch.repeat_interleave(moved_G, groups.counts_G) + torch.arange(len(expert_P), device=expert_P.device)
-    return _Touched(experts_G[order_G], groups, order_P)
+    def gathered(self, experts_G: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The weights of some experts, stacked in their order: copies."""
+        return {name: p.index_select(0, experts_G) for name, p in self.params.items()}
 
 
 @dataclass(frozen=True)
 class BlockGradients:
-    """Gradients of a block's parameters: `weights` [G, ...] belong to experts `touched_G`, of `tokens_G` tokens."""
+    """Gradients of a block's parameters: `weights` [G, ...] belong to experts `touched_G`, of `tokens_G` tokens.
+
+    The touched experts are in rising order.
+    """
 
     weights: dict[str, torch.Tensor]
     touched_G: torch.Tensor
     tokens_G: torch.Tensor
 
     @classmethod
-    def join(cls, parts: Sequence[BlockGradients]) -> BlockGradients:
-        """Join the gradients of several backwards over one block, no two of which touched the same expert."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(
-            weights={name: torch.cat([part.weights[name] for part in parts]) for name in parts[0].weights},
-            touched_G=torch.cat([part.touched_G for part in parts]),
-            tokens_G=torch.cat([part.tokens_G for part in parts]),
-        )
+    def empty(cls, block: Block, chosen: Chosen) -> BlockGradients:
+        """Room for the gradients of the experts that were chosen."""
+        device = next(iter(block.params.values())).device
+        touched_G, tokens_G = (torch.from_numpy(a).to(device) for a in (chosen.experts_N, chosen.counts_N))
+        weights = {name: p.new_empty(len(touched_G), *p.shape[1:]) for name, p in block.params.items()}
+        return cls(weights=weights, touched_G=touched_G, tokens_G=tokens_G)
 
-
-class BlockBackward(NamedTuple):
-    """What one backward over a block yields."""
-
-    inputs_PD: torch.Tensor
-    weight_P: torch.Tensor
-    gradients: BlockGradients
+    def take(self, experts_G: torch.Tensor, weights: dict[str, torch.Tensor]) -> None:
+        """Write the gradients of some of the experts, in their order, to their places."""
+        places_G = torch.searchsorted(self.touched_G, experts_G)
+        for name, gradient in weights.items():
+            self.weights[name].index_copy_(0, places_G, gradient)
 
 
 def new_block(manifest: Manifest, block_id: BlockId, device: torch.device) -> Block:

@@ -1,7 +1,7 @@
 """Expert kinds: what one expert computes. A new one is a class here, its row in `_KINDS`, its name in the manifest.
 
 A kind brings its own gradients: they are fewer products than autograd's, and none is kept that nobody asks for.
-Shapes: P pairs sorted by expert, G experts, D model width, H expert width.
+Shapes: G experts, R rows of each, D model width, H expert width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional
 
 from common.errors import ManifestError
-from node.model.experts.grouped import Groups, grouped_outer, grouped_product
 
 if TYPE_CHECKING:
     from protocol.manifest import ModelConfig
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class PairGradients(NamedTuple):
-    """Gradients of the inputs [P, D], of the pairs' weights [P], and of each parameter of the G experts, stacked."""
+    """Gradients of the inputs, of the pairs' weights, and of each parameter of the G experts, stacked."""
 
-    inputs_PD: torch.Tensor
-    weight_P: torch.Tensor
+    inputs_GRD: torch.Tensor
+    weight_GR: torch.Tensor
     params: dict[str, torch.Tensor]
 
 
@@ -38,13 +37,13 @@ class ExpertKind(Protocol):
     def init_std(self, model: ModelConfig) -> dict[str, float]:
         """Standard deviation of each parameter's normal initialisation."""
 
-    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """Outputs [P, D] of each pair's expert."""
+    def apply(self, params: Params, x_GRD: torch.Tensor) -> torch.Tensor:
+        """Outputs [G, R, D] of each expert for its rows."""
 
     def differentiate(
-        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
+        self, params: Params, x_GRD: torch.Tensor, grad_GRD: torch.Tensor, weight_GR: torch.Tensor
     ) -> PairGradients:
-        """Gradients of the sum over pairs of `weight_P * (grad_PD * apply(...)).sum(1)`."""
+        """Gradients of the sum over rows of `weight_GR * (grad_GRD * apply(...)).sum(2)`."""
 
 
 class FfnKind:
@@ -59,27 +58,27 @@ class FfnKind:
         """Unit variance through both products."""
         return {"w_in": model.d_model**-0.5, "w_out": model.expert_hidden**-0.5}
 
-    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """`w_out(gelu(w_in(x)))` of each pair's expert."""
-        h_PH = functional.gelu(grouped_product(x_PD, params["w_in"], groups))
-        return grouped_product(h_PH, params["w_out"], groups)
+    def apply(self, params: Params, x_GRD: torch.Tensor) -> torch.Tensor:
+        """`w_out(gelu(w_in(x)))` of each expert."""
+        h_GRH = functional.gelu(torch.bmm(x_GRD, params["w_in"]))
+        return torch.bmm(h_GRH, params["w_out"])
 
     def differentiate(
-        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
+        self, params: Params, x_GRD: torch.Tensor, grad_GRD: torch.Tensor, weight_GR: torch.Tensor
     ) -> PairGradients:
         """Five products: the outputs themselves are not needed, as `grad . (h w_out)` is `(grad w_out^T) . h`."""
         w_in, w_out = params["w_in"], params["w_out"]
-        a_PH = grouped_product(x_PD, w_in, groups)
-        h_PH = functional.gelu(a_PH)
-        grad_h_PH = grouped_product(grad_PD, w_out.mT, groups)
-        grad_weight_P = torch.linalg.vecdot(grad_h_PH, h_PH)
-        grad_a_PH = torch.ops.aten.gelu_backward(grad_h_PH.mul_(weight_P[:, None]), a_PH)
+        a_GRH = torch.bmm(x_GRD, w_in)
+        h_GRH = functional.gelu(a_GRH)
+        grad_h_GRH = torch.bmm(grad_GRD, w_out.mT)
+        weight_grad_GR = torch.linalg.vecdot(grad_h_GRH, h_GRH)
+        grad_a_GRH = torch.ops.aten.gelu_backward(grad_h_GRH.mul_(weight_GR[:, :, None]), a_GRH)
         return PairGradients(
-            inputs_PD=grouped_product(grad_a_PH, w_in.mT, groups),
-            weight_P=grad_weight_P,
+            inputs_GRD=torch.bmm(grad_a_GRH, w_in.mT),
+            weight_GR=weight_grad_GR,
             params={
-                "w_in": grouped_outer(x_PD, grad_a_PH, groups),
-                "w_out": grouped_outer(h_PH.mul_(weight_P[:, None]), grad_PD, groups),
+                "w_in": torch.bmm(x_GRD.mT, grad_a_GRH),
+                "w_out": torch.bmm(h_GRH.mul_(weight_GR[:, :, None]).mT, grad_GRD),
             },
         )
 
@@ -99,25 +98,25 @@ class LoraKind:
         """Unit variance into the rank, and nothing out of it."""
         return {"w_in": model.d_model**-0.5, "w_out": 0.0}
 
-    def apply(self, params: Params, x_PD: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """`w_out(w_in(x))` of each pair's expert."""
-        return grouped_product(grouped_product(x_PD, params["w_in"], groups), params["w_out"], groups)
+    def apply(self, params: Params, x_GRD: torch.Tensor) -> torch.Tensor:
+        """`w_out(w_in(x))` of each expert."""
+        return torch.bmm(torch.bmm(x_GRD, params["w_in"]), params["w_out"])
 
     def differentiate(
-        self, params: Params, x_PD: torch.Tensor, groups: Groups, grad_PD: torch.Tensor, weight_P: torch.Tensor
+        self, params: Params, x_GRD: torch.Tensor, grad_GRD: torch.Tensor, weight_GR: torch.Tensor
     ) -> PairGradients:
         """Five products, as for `ffn`; the activation between them is the identity."""
         w_in, w_out = params["w_in"], params["w_out"]
-        h_PH = grouped_product(x_PD, w_in, groups)
-        grad_h_PH = grouped_product(grad_PD, w_out.mT, groups)
-        grad_weight_P = torch.linalg.vecdot(grad_h_PH, h_PH)
-        grad_h_PH.mul_(weight_P[:, None])
+        h_GRH = torch.bmm(x_GRD, w_in)
+        grad_h_GRH = torch.bmm(grad_GRD, w_out.mT)
+        weight_grad_GR = torch.linalg.vecdot(grad_h_GRH, h_GRH)
+        grad_h_GRH.mul_(weight_GR[:, :, None])
         return PairGradients(
-            inputs_PD=grouped_product(grad_h_PH, w_in.mT, groups),
-            weight_P=grad_weight_P,
+            inputs_GRD=torch.bmm(grad_h_GRH, w_in.mT),
+            weight_GR=weight_grad_GR,
             params={
-                "w_in": grouped_outer(x_PD, grad_h_PH, groups),
-                "w_out": grouped_outer(h_PH.mul_(weight_P[:, None]), grad_PD, groups),
+                "w_in": torch.bmm(x_GRD.mT, grad_h_GRH),
+                "w_out": torch.bmm(h_GRH.mul_(weight_GR[:, :, None]).mT, grad_GRD),
             },
         )
 

@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional
 
 from common.errors import InvalidInputError
-from node.model.experts.grouped import Groups
 from node.model.experts.kinds import expert_kind
 from node.model.pairs import NO_EXPERT, Combined
 from node.trainer.train_step import build_model
@@ -70,8 +69,10 @@ class PairedExperts:
         raise InvalidInputError("grad_TD", "came for an offer, which is evaluated, not trained")
 
     def _both(self, x_PD: torch.Tensor, n_present: int) -> torch.Tensor:
-        groups = Groups.of(torch.tensor([n_present, len(x_PD) - n_present], device=x_PD.device))
-        return self._kind.apply({name: w.to(x_PD.device) for name, w in self._weights_2.items()}, x_PD, groups)
+        rows = x_PD.split([n_present, len(x_PD) - n_present])
+        weights_2 = {name: w.to(x_PD.device).split(1) for name, w in self._weights_2.items()}
+        each = ({name: w[index] for name, w in weights_2.items()} for index in range(2))
+        return torch.cat([self._kind.apply(w, of[None])[0] for w, of in zip(each, rows, strict=True)])
 
 
 def paired_experts_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch.nn import functional
 
 from common.errors import CheckpointError, InvalidInputError, NotHostedError
-from node.model.experts import layer as layer_module
+from node.model.experts import adam as adam_module
+from node.model.experts import tiles as tiles_module
+from node.model.experts.adam import AdamState, adam_step
 from node.model.experts.block import new_block
-from node.model.experts.grouped import MAX_ROWS, MIN_RUN, Groups, grouped_outer, grouped_product, order_by_size
-from node.model.experts.layer import check_hosted, layer_backward, layer_forward
+from node.model.experts.layer import LayerGradients, check_hosted, layer_backward, layer_forward
 from node.model.experts.state import (
     MAX_STEPS,
     block_from_state,
@@ -22,6 +24,7 @@ from node.model.experts.state import (
     block_tensors,
     restore_block,
 )
+from node.model.experts.tiles import Chosen
 from node.model.pairs import Pairs
 from protocol.manifest import BlockId, ExpertKindName
 from tests.support.swarm_parts import CPU, small_manifest
@@ -59,8 +62,27 @@ def plain_layer(kind: str, weights: dict[str, torch.Tensor], x_TD: torch.Tensor,
     return torch.stack(rows)
 
 
+def one_each(expert_P: torch.Tensor, weight_P: torch.Tensor) -> Pairs:
+    """Each token goes to one expert."""
+    return Pairs(torch.arange(len(expert_P)), expert_P, weight_P)
+
+
 def unweighted(block: Block, x_PD: torch.Tensor, expert_P: torch.Tensor, grad_PD: torch.Tensor) -> BlockGradients:
-    return block.backward(x_PD, expert_P, grad_PD, torch.ones(len(x_PD), dtype=x_PD.dtype)).gradients
+    return weighted(block, x_PD, one_each(expert_P, torch.ones(len(x_PD), dtype=x_PD.dtype)), grad_PD)[1]
+
+
+def weighted(
+    block: Block, x_PD: torch.Tensor, pairs: Pairs, grad_PD: torch.Tensor
+) -> tuple[LayerGradients, BlockGradients]:
+    """`pairs` name experts as the block counts them."""
+    found: list[BlockGradients] = []
+    pairs = pairs._replace(expert_P=pairs.expert_P + block.experts.start)
+    got = layer_backward([block], x_PD, pairs, grad_PD, lambda _, gradients: found.append(gradients))
+    return got, found[0]
+
+
+def outputs(block: Block, x_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+    return layer_forward([block], x_PD, one_each(expert_P, torch.ones(len(x_PD), dtype=x_PD.dtype)))
 
 
 def stacked(blocks: list[Block]) -> dict[str, torch.Tensor]:
@@ -113,9 +135,9 @@ def test_a_layer_that_is_computed_a_few_pairs_at_a_time_gives_the_same(monkeypat
         return [layer_forward(blocks, x_TD, pairs), got.tokens_TD, got.weight_P, *sums]
 
     at_once = results()
-    monkeypatch.setattr(layer_module, "VALUES_AT_ONCE", 16 * 3)
-    sizes = {len(part.expert_P) for part in layer_module._slices(blocks, pairs.expert_P.sort().values, 16)}
-    assert max(sizes) < len(pairs.expert_P) / len(blocks), "blocks are cut"
+    monkeypatch.setattr(tiles_module, "CACHE_VALUES", 1)
+    tiles = Chosen.of(pairs.expert_P.sort().values).tiles(1, 16, CPU)
+    assert [tile.shape[0] for tile in tiles] == [1] * 16, "experts are cut apart"
     for ours, wanted in zip(results(), at_once, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
 
@@ -153,15 +175,41 @@ def test_touched_experts_step_like_torchs_adam_and_the_others_stay_bit_equal() -
     assert block.version == 3
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+def test_experts_that_are_stepped_in_ranges_step_as_one_by_one(beta2: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam_module, "SMALL_VALUES", 1)
+    config = replace(small_manifest().optimizer, beta2=beta2, beta1=min(0.9, beta2))
+    generator = torch.Generator().manual_seed(0)
+    steps_E = torch.tensor([0, 0, 3, 3, 3, 5000, 9000, 40, 40, 1])
+    touched_G = torch.tensor([0, 1, 3, 4, 5, 6, 8])
+    params, first, second, grads = (
+        {"w": torch.randn(n, 8, 3, dtype=torch.float64, generator=generator)} for n in (10, 10, 10, 7)
+    )
+    second["w"].square_()
+    wanted = params["w"].clone()
+    for index, expert in enumerate(touched_G.tolist()):
+        weight = wanted[expert].clone().requires_grad_()
+        adam = torch.optim.AdamW([weight], lr=1e-2, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0)
+        adam.state[weight] = {
+            "step": steps_E[expert].double(),
+            "exp_avg": first["w"][expert].clone(),
+            "exp_avg_sq": second["w"][expert].clone(),
+        }
+        weight.grad = grads["w"][index]
+        adam.step()
+        wanted[expert] = weight.detach()
+    state = AdamState(first=first, second=second, steps_E=steps_E)
+    adam_step(params, state, grads, touched_G, 1e-2, config)
+    # Corrections that a float32 does not tell from 1 are left out.
+    torch.testing.assert_close(params["w"], wanted, rtol=0, atol=1e-7)
+    assert state.steps_E.tolist() == [1, 1, 3, 4, 4, 5001, 9001, 40, 41, 1]
+
+
 def test_an_experts_gradient_is_clipped_by_its_own_norm() -> None:
     manifest = small_manifest(dtype="fp64", optimizer={"expert_grad_clip": 0.5})
     block = new_block(manifest, BlockId(0, 0), CPU)
-    gradients = block.backward(
-        torch.randn(4, 16, dtype=torch.float64),
-        torch.tensor([0, 0, 1, 1]),
-        torch.full((4, 16), 1e3, dtype=torch.float64),
-        torch.ones(4, dtype=torch.float64),
-    ).gradients
+    grad_PD = torch.full((4, 16), 1e3, dtype=torch.float64)
+    gradients = unweighted(block, torch.randn(4, 16, dtype=torch.float64), torch.tensor([0, 0, 1, 1]), grad_PD)
     block.step(gradients, 1e-3, manifest.optimizer)
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.weights.values()]).norm(dim=0)
     torch.testing.assert_close(norms, torch.full((2,), 0.5, dtype=torch.float64))
@@ -180,49 +228,42 @@ def test_an_expert_with_a_gradient_that_is_not_finite_is_left_alone_and_counted(
     assert bool(torch.isfinite(block.params["w_in"]).all())
 
 
-def test_groups_of_equal_size_stand_side_by_side_where_there_are_enough_of_them() -> None:
-    few = [2] * (MIN_RUN - 1)
-    counts_G = torch.tensor([1, MAX_ROWS + 1, *few, 1, 3, *[1] * MIN_RUN, *[3] * MIN_RUN, *[MAX_ROWS + 1] * MIN_RUN])
-    ordered = order_by_size(counts_G, int(counts_G.sum()))
-    assert ordered is not None
-    order_G, groups = ordered
-    assert groups.runs == ((1, MIN_RUN + 2), (3, MIN_RUN + 1))
-    assert groups.counts_G.tolist() == [1] * (MIN_RUN + 2) + [3] * (MIN_RUN + 1) + [9, *few, *[9] * MIN_RUN]
-    assert sorted(order_G.tolist()) == list(range(len(counts_G)))
-    assert torch.equal(counts_G[order_G], groups.counts_G)
-    assert order_by_size(torch.tensor([1, 2, 3, 9, 9, 9, 9]), 42) is None
+COUNTS = [*[1] * 9, *[2] * 6, 3, 7, 8, 40, 41, 200]
 
 
-@pytest.mark.parametrize("width", [1, 3, 8])
-@pytest.mark.parametrize("counts", [[1] * 5, [2] * 6 + [1] * 4 + [9, 3], [3] * 4 + [20]])
-def test_groups_in_runs_give_what_a_loop_gives(width: int, counts: list[int]) -> None:
-    ordered = order_by_size(torch.tensor(counts), sum(counts))
-    assert ordered is not None
-    groups = ordered[1]
-    x_PN, y_PM = torch.randn(sum(counts), 8), torch.randn(sum(counts), width)
-    w_GNM, sizes = torch.randn(len(counts), 8, width), groups.counts_G.tolist()
-    wanted = torch.cat([rows @ w for rows, w in zip(x_PN.split(sizes), w_GNM, strict=True)])
-    torch.testing.assert_close(grouped_product(x_PN, w_GNM, groups), wanted)
-    outer = [rows.T @ others for rows, others in zip(x_PN.split(sizes), y_PM.split(sizes), strict=True)]
-    torch.testing.assert_close(grouped_outer(x_PN, y_PM, groups), torch.stack(outer))
+@pytest.mark.parametrize("cache_values", [1, 2**10, 2**18])
+def test_tiles_hold_every_pair_once_and_pad_experts_with_their_own(
+    cache_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles_module, "CACHE_VALUES", cache_values)
+    experts = torch.randperm(50, generator=torch.Generator().manual_seed(1))[: len(COUNTS)].sort().values
+    expert_P = experts.repeat_interleave(torch.tensor(COUNTS)[torch.randperm(len(COUNTS))])
+    real: list[int] = []
+    for tile in Chosen.of(expert_P).tiles(256, 16, CPU):
+        n_experts, rows = tile.shape
+        pair_GR = tile.pair_X.view(n_experts, rows)
+        assert (expert_P[pair_GR] == tile.experts_G[:, None]).all()
+        assert n_experts == 1 or n_experts * max(256, 16 * rows) <= cache_values
+        real += pair_GR[tile.is_real_GR].tolist()
+    assert sorted(real) == list(range(sum(COUNTS)))
 
 
-@pytest.mark.parametrize("hidden", [1, 3, 8])
-def test_the_grouped_product_equals_a_loop_for_aligned_and_other_widths(hidden: int) -> None:
-    x_PN, w_GNM = torch.randn(10, 8), torch.randn(4, 8, hidden)
-    wanted = torch.cat([x_PN[:3] @ w_GNM[0], x_PN[3:7] @ w_GNM[2], x_PN[7:] @ w_GNM[3]])
-    groups = Groups.of(torch.tensor([3, 0, 4, 3]))
-    torch.testing.assert_close(grouped_product(x_PN, w_GNM, groups), wanted)
-    back = torch.cat([wanted[:3] @ w_GNM[0].T, wanted[3:7] @ w_GNM[2].T, wanted[7:] @ w_GNM[3].T])
-    torch.testing.assert_close(grouped_product(wanted, w_GNM.mT, groups), back)
+def test_tiles_pad_by_a_fourth_or_by_what_another_tile_would_cost() -> None:
+    expert_P = torch.arange(400).repeat_interleave(torch.arange(400) + 1)
+    tiles = Chosen.of(expert_P).tiles(tiles_module.FREE_VALUES, 1, CPU)
+    for tile in tiles:
+        assert (tile.is_real_GR.sum(1) >= tile.shape[1] - max(1, tile.shape[1] // 4)).all()
+    alike = Chosen.of(torch.arange(64).repeat_interleave(3)).tiles(tiles_module.CACHE_VALUES // 64, 16, CPU)
+    assert [tile.shape for tile in alike] == [(64, 3)]
 
 
-@pytest.mark.parametrize("width", [1, 3, 8])
-def test_the_grouped_outer_product_equals_a_loop_and_is_zero_for_a_group_without_rows(width: int) -> None:
-    x_PN, y_PM = torch.randn(10, width), torch.randn(10, 8)
-    got_GNM = grouped_outer(x_PN, y_PM, Groups.of(torch.tensor([3, 0, 4, 3])))
-    wanted = [x_PN[:3].T @ y_PM[:3], torch.zeros(width, 8), x_PN[3:7].T @ y_PM[3:7], x_PN[7:].T @ y_PM[7:]]
-    torch.testing.assert_close(got_GNM, torch.stack(wanted))
+def test_an_expert_that_overflows_spoils_no_token_but_its_own() -> None:
+    block = new_block(small_manifest(), BlockId(0, 0), CPU)
+    block.params["w_out"][1] = torch.finfo(torch.float32).max
+    x_PD, expert_P = torch.randn(6, 16), torch.tensor([0, 0, 0, 1, 2, 2])
+    y_PD = outputs(block, 4 * x_PD.abs(), expert_P)
+    assert not torch.isfinite(y_PD[3]).all()
+    assert torch.isfinite(y_PD[expert_P != 1]).all()
 
 
 def test_a_block_starts_the_same_on_every_peer_and_differs_from_its_neighbours() -> None:
@@ -237,12 +278,12 @@ def test_adapters_change_nothing_until_they_learn_and_then_learn_both_matrices()
     block = new_block(manifest, BlockId(0, 0), CPU)
     x_PD, expert_P = torch.randn(8, 16), torch.arange(4).repeat_interleave(2)
     assert block.params["w_in"].shape == (4, 16, 2)
-    assert bool((block.forward(x_PD, expert_P) == 0).all())
+    assert bool((outputs(block, x_PD, expert_P) == 0).all())
     start = copy.deepcopy(block.params)
     for _ in range(2):
         block.step(unweighted(block, x_PD, expert_P, torch.randn(8, 16)), 1e-3, manifest.optimizer)
     assert all(bool((block.params[name] != start[name]).any()) for name in start)
-    assert bool((block.forward(x_PD, expert_P) != 0).any())
+    assert bool((outputs(block, x_PD, expert_P) != 0).any())
 
 
 def test_the_gradients_of_an_adapter_are_what_small_differences_say() -> None:
@@ -252,14 +293,14 @@ def test_the_gradients_of_an_adapter_are_what_small_differences_say() -> None:
     generator = torch.Generator().manual_seed(2)
     x_PD, grad_PD = torch.randn(2, 5, 16, dtype=torch.float64, generator=generator)
     weight_P, expert_P = torch.rand(5, dtype=torch.float64, generator=generator), torch.tensor([0, 0, 1, 1, 1])
-    gradients = block.backward(x_PD, expert_P, grad_PD, weight_P)
-    weights = gradients.gradients.weights
+    got, gradients = weighted(block, x_PD, one_each(expert_P, weight_P), grad_PD)
+    weights = gradients.weights
 
     def total() -> float:
-        return float((weight_P[:, None] * grad_PD * block.forward(x_PD, expert_P)).sum())
+        return float((weight_P[:, None] * grad_PD * outputs(block, x_PD, expert_P)).sum())
 
     step = 1e-6
-    for of, gradient in ((x_PD, gradients.inputs_PD), *((block.params[n], g) for n, g in weights.items())):
+    for of, gradient in ((x_PD, got.tokens_TD), *((block.params[n], g) for n, g in weights.items())):
         for index in (0, 7, 31):
             before = float(of.view(-1)[index])
             of.view(-1)[index] = before + step

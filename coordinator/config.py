@@ -20,8 +20,11 @@ from protocol.announcements import PeerRecord
 from protocol.manifest import (
     AveragingCodec,
     AveragingConfig,
+    BalanceRule,
     Codec,
+    GateInput,
     GateKind,
+    GateScore,
     Manifest,
     ModelConfig,
     OptimizerConfig,
@@ -56,6 +59,18 @@ class RunConfig:
     """Read this many bytes of text as one sequence."""
     gate: GateKind = ModelConfig.gate
     """Choose experts by this gate."""
+    smear: FileOnly[int] = ModelConfig.smear
+    """Add so many tokens before each to the trunk's input."""
+    gate_reads: FileOnly[GateInput] = ModelConfig.gate_reads
+    """Choose experts by the layer's input (hidden), or by fixed codes of the last two tokens (tokens)."""
+    gate_score: FileOnly[GateScore] = ModelConfig.gate_score
+    """Weigh the chosen experts by this function of their logits."""
+    gate_lr_fraction: FileOnly[float] = OptimizerConfig.gate_lr_fraction
+    """Train the gate at this part of the trunk's learning rate; 0 leaves it as it was drawn."""
+    balance: FileOnly[BalanceRule] = ModelConfig.balance
+    """Move the gate's biases by a fixed step (sign), or by how far the load is off (proportional)."""
+    balance_rate: FileOnly[float] = ModelConfig.balance_rate
+    """Move a bias by at most this much in a step."""
     capacity_factor: FileOnly[float] = ModelConfig.capacity_factor
     """Cap an expert's tokens at this multiple of the mean; 0 sets no limit."""
     codec: Codec = Manifest.codec
@@ -251,9 +266,18 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         experts_per_token=config.experts_per_token,
         gate=config.gate,
         capacity_factor=config.capacity_factor,
+        smear=config.smear,
+        gate_reads=config.gate_reads,
+        gate_score=config.gate_score,
+        balance=config.balance,
+        balance_rate=config.balance_rate,
     )
     optimizer = OptimizerConfig(
-        lr=config.lr, expert_lr=config.expert_lr, warmup_tokens=config.warmup_tokens, total_tokens=total_tokens
+        lr=config.lr,
+        expert_lr=config.expert_lr,
+        warmup_tokens=config.warmup_tokens,
+        total_tokens=total_tokens,
+        gate_lr_fraction=config.gate_lr_fraction,
     )
     try:
         return Manifest(

@@ -26,6 +26,8 @@ MAX_INTEGER = 1 << 63
 HASH_CHARS = 32
 """128 bits: building a second manifest with the same run id stays out of reach."""
 
+MAX_SMEAR = 16
+
 T = TypeVar("T")
 
 _BLOCK = re.compile(r"(0|[1-9][0-9]{0,4})/(0|[1-9][0-9]{0,8})")
@@ -33,6 +35,9 @@ _BLOCK = re.compile(r"(0|[1-9][0-9]{0,4})/(0|[1-9][0-9]{0,8})")
 Codec = Literal["fp64", "fp32", "bf16", "fp16", "int8"]
 Dtype = Literal["fp32", "fp64"]
 GateKind = Literal["topk", "product_key"]
+GateInput = Literal["hidden", "tokens"]
+GateScore = Literal["sigmoid", "softmax"]
+BalanceRule = Literal["sign", "proportional"]
 ExpertKindName = Literal["ffn", "lora"]
 AveragingCodec = Literal["fp32", "bf16", "int8"]
 StaleAction = Literal["scale", "refuse"]
@@ -55,7 +60,13 @@ TRUNK = BlockId(-1, 0)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the model: the trunk and the grid of experts."""
+    """Shape of the model, trunk and grid of experts, and how the gate chooses among them.
+
+    `smear` tokens before each are added to the trunk's input, each times a vector that is learnt. `gate_reads` says
+    what the gate chooses by: the layer's input, or fixed codes of the last two tokens. `gate_score` says what becomes
+    of its logits, and `balance` how its biases follow the load, by at most `balance_rate` in a step; see
+    `node/model/gate/base.py`.
+    """
 
     d_model: int = 128
     n_layers: int = 2
@@ -70,6 +81,10 @@ class ModelConfig:
     gate: GateKind = "topk"
     capacity_factor: float = 16.0
     balance_rate: float = 5e-3
+    smear: int = 0
+    gate_reads: GateInput = "hidden"
+    gate_score: GateScore = "sigmoid"
+    balance: BalanceRule = "sign"
 
     @property
     def blocks_per_layer(self) -> int:
@@ -84,7 +99,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam for trunk and experts, with one schedule over the run's tokens."""
+    """Adam for trunk and experts, with one schedule over the run's tokens.
+
+    `gate_lr_fraction`: the gate's learning rate as a part of the trunk's; with 0 the gate stays as it was drawn.
+    """
 
     lr: float = 5e-3
     expert_lr: float = 5e-3
@@ -97,6 +115,7 @@ class OptimizerConfig:
     warmup_tokens: int = 50_000
     total_tokens: int = 1_000_000
     final_lr_fraction: float = 0.1
+    gate_lr_fraction: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +164,13 @@ class Manifest:
         return f"{self.name}-{hashlib.sha256(self.to_toml().encode()).hexdigest()[:HASH_CHARS]}"
 
     def to_toml(self) -> str:
-        """Canonical text: fields in the order of the dataclasses."""
-        return tomli_w.dumps(asdict(self))
+        """Canonical text: fields in the order of the dataclasses, without younger ones that are at their defaults."""
+        table = asdict(self)
+        for part, names in _LATER.items():
+            for name in names:
+                if table[part][name] == getattr(_DEFAULTS[part], name):
+                    del table[part][name]
+        return tomli_w.dumps(table)
 
     @classmethod
     def from_toml(cls, text: str) -> Manifest:
@@ -164,6 +188,12 @@ class Manifest:
         optimizer = _build(OptimizerConfig, table.pop("optimizer", {}), "optimizer.")
         averaging = _build(AveragingConfig, table.pop("averaging", {}), "averaging.")
         return _build(cls, {**table, "model": model, "optimizer": optimizer, "averaging": averaging}, "")
+
+
+_LATER = {"model": ("smear", "gate_reads", "gate_score", "balance"), "optimizer": ("gate_lr_fraction",)}
+"""Fields that are younger than the first runs, whose manifests, and so their ids, must stay as they were."""
+
+_DEFAULTS = {"model": ModelConfig, "optimizer": OptimizerConfig}
 
 
 def parse_block_id(text: str) -> BlockId:
@@ -254,6 +284,7 @@ _MODEL_RANGES: dict[str, tuple[float, float]] = {
     "experts_per_token": (1, limits.MAX_EXPERTS_PER_TOKEN),
     "capacity_factor": (0, 1e6),
     "balance_rate": (0, 1),
+    "smear": (0, MAX_SMEAR),
 }
 
 _OPTIMIZER_RANGES: dict[str, tuple[float, float]] = {
@@ -268,6 +299,7 @@ _OPTIMIZER_RANGES: dict[str, tuple[float, float]] = {
     "warmup_tokens": (0, limits.MAX_RUN_TOKENS),
     "total_tokens": (1, limits.MAX_RUN_TOKENS),
     "final_lr_fraction": (0, 1),
+    "gate_lr_fraction": (0, 1000),
 }
 
 _AVERAGING_RANGES: dict[str, tuple[float, float]] = {

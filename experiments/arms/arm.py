@@ -14,8 +14,25 @@ from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from protocol.manifest import BalanceRule, GateInput, GateScore
+
 GateName = Literal["topk", "product_key", "hash"]
 """The product's two gates, and experts by a hash of the last two bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a trunk takes its tokens in and how a gate learns to choose; the manifest says what each field is.
+
+    As it is by default, it is that of the first runs.
+    """
+
+    smear: int = 0
+    gate_reads: GateInput = "hidden"
+    gate_score: GateScore = "sigmoid"
+    balance: BalanceRule = "sign"
+    balance_rate: float = 5e-3
+    gate_lr_fraction: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +45,7 @@ class Arm:
     per_token: int = 0
     gate: GateName = "topk"
     frozen_gate: bool = False
+    recipe: Recipe = Recipe()
 
     @property
     def active_width(self) -> int:
@@ -84,21 +102,34 @@ class TrainSpec:
             experts_per_token=max(1, arm.per_token),
             gate="product_key" if arm.gate == "product_key" else "topk",
             capacity_factor=0.0,
+            balance_rate=arm.recipe.balance_rate,
+            smear=arm.recipe.smear,
+            gate_reads=arm.recipe.gate_reads if arm.experts else "hidden",
+            gate_score=arm.recipe.gate_score,
+            balance=arm.recipe.balance,
         )
         tokens = self.steps * self.tokens_per_step
         optimizer = OptimizerConfig(
-            lr=self.lr, expert_lr=self.expert_lr, warmup_tokens=int(self.warmup * tokens), total_tokens=tokens
+            lr=self.lr,
+            expert_lr=self.expert_lr,
+            warmup_tokens=int(self.warmup * tokens),
+            total_tokens=tokens,
+            gate_lr_fraction=arm.recipe.gate_lr_fraction,
         )
         return Manifest(name="experiment", seed=self.seed, model=model, optimizer=optimizer)
 
     def to_json(self) -> dict[str, Any]:
-        """Return this as a trial's spec."""
-        return asdict(self)
+        """Return this as a trial's spec; without the recipe of the first runs, whose results have none."""
+        spec = asdict(self)
+        if self.arm.recipe == Recipe():
+            del spec["arm"]["recipe"]
+        return spec
 
     @classmethod
     def from_json(cls, spec: Mapping[str, Any]) -> Self:
         """What `to_json` gave."""
-        return cls(**{**spec, "arm": Arm(**spec["arm"])})
+        arm = Arm(**{**spec["arm"], "recipe": Recipe(**spec["arm"].get("recipe", {}))})
+        return cls(**{**spec, "arm": arm})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +152,14 @@ def cost(spec: TrainSpec) -> Cost:
     attention = 4 * width * width
     # Scores and sums over the mean of the positions that a token sees.
     attended = 2 * width * (spec.context + 1) // 2
-    outer = 2 * 256 * width
+    outer = (2 * 256 + arm.recipe.smear) * width
     feed_forward = 2 * width * arm.active_width
     held = 2 * width * arm.hidden * max(1, arm.experts)
     layers = spec.layers
     return Cost(
         parameters=outer + layers * (attention + gate_parameters + held),
         active_parameters=outer + layers * (attention + gate_parameters + feed_forward),
-        flops_per_token=2 * (256 * width + layers * (attention + attended + gate_adds + feed_forward)),
+        flops_per_token=2 * (outer - 256 * width + layers * (attention + attended + gate_adds + feed_forward)),
         gate_flops_per_token=2 * layers * gate_adds,
     )
 

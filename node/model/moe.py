@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from common.errors import TooFewExpertsError
+from common.errors import InvalidInputError, TooFewExpertsError
 from common.locks import CopyableLock
 from node.model.experts.block import Block, new_block
 from node.model.experts.layer import layer_backward, layer_forward
@@ -61,8 +61,10 @@ class MoE(nn.Module):
 
     # There is nothing to compile in calls to other machines: a compiled model is left and entered again here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, gate_x_TD: torch.Tensor | None = None) -> torch.Tensor:
         """[..., D] -> [..., D], of the input's type, or under autocast of that of autocast, as `nn.Linear` does.
+
+        The gate chooses by `gate_x_TD`, of the same shape, if it is given: codes of the tokens themselves, for example.
 
         Raises:
             InvalidInputError: the input has another width, or holds NaN, infinity or what is nearly that.
@@ -73,15 +75,18 @@ class MoE(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
         # The gate and the experts have types of their own; scores in half precision would choose other experts.
         with torch.autocast(device, enabled=False):
-            return self._combined(x_TD.to(self.gate.dtype)).to(dtype)
+            gate_x_TD = x_TD if gate_x_TD is None else gate_x_TD
+            return self._combined(x_TD.to(self.gate.dtype), gate_x_TD.to(self.gate.dtype)).to(dtype)
 
-    def _combined(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def _combined(self, x_TD: torch.Tensor, gate_x_TD: torch.Tensor) -> torch.Tensor:
         shape = x_TD.shape
-        x_TD = x_TD.reshape(-1, shape[-1])
+        if gate_x_TD.shape != shape:
+            raise InvalidInputError("gate_x_TD", f"has shape {tuple(gate_x_TD.shape)}; it takes x_TD's {tuple(shape)}")
+        x_TD, gate_x_TD = x_TD.reshape(-1, shape[-1]), gate_x_TD.reshape(-1, shape[-1])
         live_E = self._experts.live_experts(self.layer)
         if not bool(live_E.any()):
             raise TooFewExpertsError(f"layer {self.layer}: none of its {len(live_E)} experts has a live replica")
-        choice = self.gate(x_TD, live_E.to(x_TD.device))
+        choice = self.gate(gate_x_TD, live_E.to(x_TD.device))
         keep = torch.is_grad_enabled() and (x_TD.requires_grad or choice.weights_TK.requires_grad)
         combined_TD, answered_TK = _Combine.apply(  # type: ignore[no-untyped-call]
             x_TD, choice.weights_TK, choice.expert_ids_TK, self._experts, self.layer, keep

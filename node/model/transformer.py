@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import InvalidInputError, ManifestError
+from node.model.token_codes import TokenCodes, first_weights, smeared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,10 +101,11 @@ class TransformerLayer(nn.Module):
         self.moe_norm = nn.RMSNorm(model.d_model, eps=NORM_EPS)
         self.moe = moe
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """x_BTD -> [B, T, D]."""
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], code_ND: Tensor | None = None) -> Tensor:
+        """x_BTD -> [B, T, D]; `code_ND` is what the gate reads where it does not read x."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation)
-        y_ND: Tensor = self.moe(self.moe_norm(x_BTD).flatten(0, 1))
+        x_ND = self.moe_norm(x_BTD).flatten(0, 1)
+        y_ND: Tensor = self.moe(x_ND) if code_ND is None else self.moe(x_ND, code_ND)
         return x_BTD + y_ND.view_as(x_BTD)
 
 
@@ -124,16 +126,22 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(model, moe, generator) for moe in moe_layers)
         self.final_norm = nn.RMSNorm(model.d_model, eps=NORM_EPS)
         self.head_VD = normal_parameter((model.vocab_size, model.d_model), HEAD_STD, generator)
+        weights_JD = first_weights(model.smear, model.d_model, generator)
+        self.smear_JD = nn.Parameter(weights_JD) if model.smear else None
+        self.codes = TokenCodes(model, generator) if model.gate_reads == "tokens" else None
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Integer ids_BT in [0, V), T <= context -> logits_BTV. InvalidInputError when T does not fit the context."""
         if ids_BT.dim() != MATRIX_DIMS or not 0 < ids_BT.shape[1] <= self.context:
             shape = tuple(ids_BT.shape)
             raise InvalidInputError("ids_BT", f"has shape {shape}; it takes (sequences, 1 to {self.context} bytes)")
-        x_BTD = F.embedding(ids_BT.long(), self.embedding_VD)
+        ids_BT = ids_BT.long()
+        x_BTD = F.embedding(ids_BT, self.embedding_VD)
+        x_BTD = x_BTD if self.smear_JD is None else smeared(x_BTD, self.smear_JD)
+        code_ND = None if self.codes is None else self.codes(ids_BT)
         rotation = rope_rotation(ids_BT.shape[1], self.channels, x_BTD)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rotation)
+            x_BTD = layer(x_BTD, rotation, code_ND)
         return F.linear(self.final_norm(x_BTD), self.head_VD)
 
     @torch.no_grad()

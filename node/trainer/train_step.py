@@ -12,7 +12,7 @@ import math
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn import functional
@@ -94,7 +94,7 @@ class Training:
         self.device = self.parameters[0].device
         adam = manifest.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            self._groups(),
             lr=adam.lr,
             betas=(adam.beta1, adam.beta2),
             eps=adam.eps,
@@ -236,7 +236,7 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, adam.grad_clip)
         lr = adam.lr * learning_rate_factor(adam, self.run_tokens) * self.rate_scale
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_fraction"]
         if bool(torch.isfinite(norm)):
             self.optimizer.step()
             self.version += 1
@@ -247,6 +247,15 @@ class Training:
         if self._left_out >= MAX_STEPS_LEFT_OUT:
             raise DivergedError(f"the gradient is not finite for the {self._left_out}th step in a row")
         return float(norm), lr
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters by what part of the trunk's rate they learn at: gates apart from all others."""
+        gates = {id(p) for layer in self.moe_layers for p in layer.gate.parameters()}
+        parts = (
+            (1.0, [p for p in self.parameters if id(p) not in gates]),
+            (self.manifest.optimizer.gate_lr_fraction, [p for p in self.parameters if id(p) in gates]),
+        )
+        return [{"params": params, "lr_fraction": fraction} for fraction, params in parts if params]
 
     def _balance(self) -> int:
         return sum(layer.balance() for layer in self.moe_layers)

@@ -38,8 +38,9 @@ class TrunkReplica:
         self._training = training
         model = training.model
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # Biases of the gates: balance moves them, Adam does not.
-        self._balanced = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+        # Biases and mean loads of the gates: balance moves them, Adam does not. What no checkpoint has, nothing moves.
+        kept = model.state_dict(keep_vars=True).keys()
+        self._balanced = {name: b for name, b in model.named_buffers() if b.is_floating_point() and name in kept}
         self._own_tokens_at_load = 0
         for parameter in self._trained.values():
             self._adam(parameter)

@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
-    from protocol.manifest import ModelConfig
+    from protocol.manifest import GateScore, ModelConfig
 
 MATRIX_DIMS = 2
+
+LOAD_MEMORY = 0.9
+"""What the mean load that `proportional` balances by keeps of itself in a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +50,15 @@ class GateOutput:
 
 
 class Gate(nn.Module, ABC):
-    """Scores are sigmoids; experts are selected by score + bias, weighted by score alone (arXiv 2408.15664)."""
+    """Experts are selected by score + bias and weighted by score alone (arXiv 2408.15664).
+
+    With `gate_score = "sigmoid"` a score is the logit's sigmoid; a token's weights are the scores of its experts over
+    their sum. With `"softmax"` the score is the logit itself, and the weights are the softmax of the chosen: its
+    gradient does not fade where logits are large, as those of the chosen are. `balance_rate` is in units of the score.
+    """
 
     bias_E: Tensor
+    mean_load_E: Tensor
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -62,8 +71,11 @@ class Gate(nn.Module, ABC):
         self.n_experts = model.experts_per_layer
         self.experts_per_token = model.experts_per_token
         self.capacity_factor = model.capacity_factor
-        self.balance_rate = model.balance_rate
+        self.balance_rate, self.balance = model.balance_rate, model.balance
+        self.score: GateScore = model.gate_score
         self.register_buffer("bias_E", torch.zeros(self.n_experts))
+        if self.balance == "proportional":
+            self.register_buffer("mean_load_E", torch.zeros(self.n_experts))
         self._window = LoadWindow(self.n_experts)
 
     @property
@@ -72,11 +84,12 @@ class Gate(nn.Module, ABC):
         return next(self.parameters(), self.bias_E).dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert for `to` and `half`; biases stay float32 at least, since bfloat16 would lose a step of balance."""
-        before_E = self.bias_E
+        """Convert for `to` and `half`; buffers stay float32 at least, since bfloat16 would lose a step of balance."""
+        before = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if torch.finfo(self.bias_E.dtype).bits < torch.finfo(torch.float32).bits:
-            self.bias_E = before_E.to(self.bias_E.device)
+            for name, buffer in before.items():
+                setattr(self, name, buffer.to(self.bias_E.device))
         return self
 
     def forward(self, x_TD: Tensor, live_E: Tensor | None = None) -> GateOutput:
@@ -88,15 +101,28 @@ class Gate(nn.Module, ABC):
         self._check(x_TD, live_E)
         live_E = None if live_E is None else live_E.to(x_TD.device)
         ids_TK, logits_TK = self.choose(x_TD, live_E)
-        return allot(ids_TK, logits_TK.to(self.bias_E.dtype), self.n_experts, self._capacity(x_TD.shape[0], live_E))
+        log_scores_TK = self.log_scores(logits_TK.to(self.bias_E.dtype))
+        return allot(ids_TK, log_scores_TK, self.n_experts, self._capacity(x_TD.shape[0], live_E))
 
     @abstractmethod
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Expert ids [T, K], -1 where fewer than K are live, and their differentiable logits [T, K] (any at -1)."""
 
+    def scores_(self, logits: Tensor) -> Tensor:
+        """What selection adds the biases to; may overwrite `logits`."""
+        return logits if self.score == "softmax" else logits.sigmoid_()
+
+    def log_scores(self, logits_TK: Tensor) -> Tensor:
+        """What the softmax of the chosen is taken of for their weights."""
+        return logits_TK if self.score == "softmax" else F.logsigmoid(logits_TK)
+
     @torch.no_grad()
     def update_balance(self, load_E: Tensor, live_E: Tensor | None = None) -> None:
-        """Move each live expert's bias by balance_rate towards the mean load of live experts (arXiv 2408.15664).
+        """Move each live expert's bias towards the mean load of live experts, by at most balance_rate.
+
+        With `balance = "sign"` it is the whole of balance_rate, whatever the load (arXiv 2408.15664). With
+        `"proportional"` it is the part of balance_rate by which the expert's mean load of some steps is off: no noise
+        where the load is even, which with thousands of experts a step's load never is.
 
         Only differences of bias matter, so the mean move is taken out: an expert that was away meets no drift. A
         forward on another thread sees each bias before or after the move, and either is a valid selection.
@@ -104,9 +130,19 @@ class Gate(nn.Module, ABC):
         live_E = torch.ones_like(self.bias_E, dtype=torch.bool) if live_E is None else live_E.to(self.bias_E.device)
         if not live_E.any():
             return
-        load_N = load_E.to(self.bias_E)[live_E]
-        move_N = self.balance_rate * torch.sign(load_N.mean() - load_N)
+        move_N = self.balance_rate * self._lack(load_E.to(self.bias_E), live_E)
         self.bias_E[live_E] += move_N - move_N.mean()
+
+    def _lack(self, load_E: Tensor, live_E: Tensor) -> Tensor:
+        """How much less than the mean each live expert has, from -1 to 1."""
+        if self.balance == "sign":
+            load_N = load_E[live_E]
+            return torch.sign(load_N.mean() - load_N)
+        if not bool(self.mean_load_E.any()):
+            self.mean_load_E.copy_(load_E)
+        self.mean_load_E.lerp_(load_E, 1 - LOAD_MEMORY)
+        mean_N = self.mean_load_E[live_E]
+        return (1 - mean_N / mean_N.mean().clamp(min=torch.finfo(mean_N.dtype).tiny)).clamp(-1, 1)
 
     def observe(self, load_E: Tensor, overflow: int = 0, live_E: Tensor | None = None) -> None:
         """Count one optimizer step's load in the statistics."""
@@ -130,31 +166,30 @@ class Gate(nn.Module, ABC):
             raise InvalidInputError("live_E", f"is {live_E.dtype} {shape}; this gate takes bool ({self.n_experts},)")
 
 
-def allot(ids_TK: Tensor, logits_TK: Tensor, n_experts: int, capacity: int | None) -> GateOutput:
-    """Turn chosen ids and their logits into weights, dropping what goes over `capacity` pairs per expert."""
+def allot(ids_TK: Tensor, log_scores_TK: Tensor, n_experts: int, capacity: int | None) -> GateOutput:
+    """Turn chosen ids and the logarithms of scores into weights, dropping what is over `capacity` pairs per expert."""
     chosen_TK = ids_TK != NO_EXPERT
     load_E = torch.bincount(ids_TK[chosen_TK], minlength=n_experts)
-    weights_TK = normalised_weights(logits_TK, chosen_TK)
+    weights_TK = normalised_weights(log_scores_TK, chosen_TK)
     if capacity is None or int(load_E.max()) <= capacity:
         return GateOutput(expert_ids_TK=ids_TK, weights_TK=weights_TK, load_E=load_E, overflow=0)
     kept_TK = chosen_TK & within_capacity(ids_TK, weights_TK.detach(), capacity)
     return GateOutput(
         expert_ids_TK=ids_TK.masked_fill(~kept_TK, NO_EXPERT),
-        weights_TK=normalised_weights(logits_TK, kept_TK),
+        weights_TK=normalised_weights(log_scores_TK, kept_TK),
         load_E=load_E,
         overflow=int(load_E.sum() - kept_TK.sum()),
     )
 
 
-def normalised_weights(logits_TK: Tensor, chosen_TK: Tensor) -> Tensor:
-    """sigmoid(logit) / sum over the chosen of the token, [T, K].
+def normalised_weights(log_scores_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+    """Score / sum over the chosen of the token, [T, K].
 
-    Written as a softmax of log-sigmoids, which is the same number without 0/0 when every sigmoid underflows; and with
+    Written as a softmax of logarithms, which is the same number without 0/0 when every score underflows; and with
     the lowest finite number rather than -inf, so that a token without experts has neither NaN weights nor NaN gradient.
     """
-    lowest = torch.finfo(logits_TK.dtype).min
-    log_score_TK = F.logsigmoid(logits_TK).masked_fill(~chosen_TK, lowest)
-    return torch.softmax(log_score_TK, dim=-1) * chosen_TK
+    lowest = torch.finfo(log_scores_TK.dtype).min
+    return torch.softmax(log_scores_TK.masked_fill(~chosen_TK, lowest), dim=-1) * chosen_TK
 
 
 def within_capacity(ids_TK: Tensor, weights_TK: Tensor, capacity: int) -> Tensor:

@@ -23,6 +23,8 @@ from node.model.gate.base import Gate
 from node.model.pairs import NO_EXPERT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from protocol.manifest import ModelConfig
 
 # K rows and columns hold the K best sums exactly; twice as many give the balancing bias something to choose from.
@@ -66,14 +68,28 @@ class ProductKeyGate(Gate):
             live_SS = live_E.view(self.n_sub_keys, self.n_sub_keys)
             first_TS = first_TS.masked_fill(~live_SS.any(1), -torch.inf)
             second_TS = second_TS.masked_fill(~live_SS.any(0), -torch.inf)
-        scores = SubScores(first_TS=first_TS, second_TS=second_TS, bias_E=self.bias_E, live_E=live_E)
-        n_best = min(CANDIDATES_PER_CHOICE * self.experts_per_token, self.n_sub_keys)
-        rows_TR, columns_TQ = first_TS.topk(n_best).indices, second_TS.topk(n_best).indices
+        scores = SubScores(
+            first_TS=first_TS, second_TS=second_TS, bias_E=self.bias_E, live_E=live_E, score_=self.scores_
+        )
+        rows_TR, columns_TQ = self._shortlist(first_TS, second_TS)
         ids_TK = best_pairs(scores, rows_TR, columns_TQ, self.experts_per_token)
         short_T = (ids_TK == NO_EXPERT).any(1)
         if live_E is not None and bool(short_T.any()):
             ids_TK[short_T] = self._select_by_rows(scores.of_tokens(short_T))
         return ids_TK
+
+    def _shortlist(self, first_TS: Tensor, second_TS: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows [T, R] and columns [T, R] among which each token's experts are looked for.
+
+        Where biases are in units of the logits, those of a row (column) count on average: a shortlist that they did not
+        reach would leave an expert for dead whose row is in nobody's, whatever its own bias.
+        """
+        n = self.n_sub_keys
+        n_best = min(CANDIDATES_PER_CHOICE * self.experts_per_token, n)
+        if self.score == "softmax":
+            bias_SS = self.bias_E.view(n, n)
+            first_TS, second_TS = first_TS + bias_SS.mean(1), second_TS + bias_SS.mean(0)
+        return first_TS.topk(n_best).indices, second_TS.topk(n_best).indices
 
     def _select_by_rows(self, scores: SubScores) -> Tensor:
         """Select where the best rows and columns cross in too few live experts: K live rows, every column of them.
@@ -94,6 +110,7 @@ class SubScores:
     second_TS: Tensor
     bias_E: Tensor
     live_E: Tensor | None
+    score_: Callable[[Tensor], Tensor]
 
     def of_tokens(self, chosen_T: Tensor) -> SubScores:
         """Return the scores of some of the tokens."""
@@ -115,7 +132,7 @@ def best_pairs(scores: SubScores, rows_TR: Tensor, columns_TQ: Tensor, n_best: i
 def _best_pairs(scores: SubScores, rows_TR: Tensor, columns_TQ: Tensor, n_best: int) -> Tensor:
     logits_TRQ = scores.first_TS.gather(1, rows_TR)[:, :, None] + scores.second_TS.gather(1, columns_TQ)[:, None, :]
     ids_TX = (rows_TR[:, :, None] * scores.second_TS.shape[1] + columns_TQ[:, None, :]).flatten(1)
-    selection_TX = torch.sigmoid(logits_TRQ.flatten(1)) + scores.bias_E[ids_TX]
+    selection_TX = scores.score_(logits_TRQ.flatten(1)) + scores.bias_E[ids_TX]
     if scores.live_E is not None:
         selection_TX.masked_fill_(~scores.live_E[ids_TX], -torch.inf)
     best = selection_TX.topk(n_best, dim=-1)

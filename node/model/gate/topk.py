@@ -36,7 +36,8 @@ class TopKGate(Gate):
     @torch.no_grad()
     def _select(self, x_TD: Tensor, live_E: Tensor | None) -> Tensor:
         # In place, as T x E scores are more than a cache holds: each copy costs as much as the product.
-        selection_TE = F.linear(x_TD, self.expert_keys_ED).to(self.bias_E.dtype).sigmoid_().add_(self.bias_E)
+        logits_TE = F.linear(x_TD, self.expert_keys_ED).to(self.bias_E.dtype)
+        selection_TE = self.scores_(logits_TE).add_(self.bias_E)
         if live_E is not None and not bool(live_E.all()):
             selection_TE.masked_fill_(~live_E, -torch.inf)
         best = selection_TE.topk(self.experts_per_token, dim=-1)

@@ -20,6 +20,9 @@ from protocol.manifest import (
 )
 from protocol.version import VERSION, is_older
 
+OLD_RUN_ID = "a-35d6546a7d67df7a717d5d92bbb8cbe5"
+"""Of the commit before the first of the younger fields."""
+
 
 def test_a_manifest_survives_its_own_toml() -> None:
     manifest = Manifest(
@@ -35,6 +38,20 @@ def test_the_run_id_changes_with_any_field() -> None:
     ids = {manifest.run_id, *(other.run_id for other in others)}
     assert len(ids) == 4
     assert all(run_id.startswith("a-") for run_id in ids)
+
+
+def test_a_run_that_is_older_than_a_field_keeps_its_id() -> None:
+    assert Manifest(name="a", model=ModelConfig(gate="product_key", experts_per_layer=256)).run_id == OLD_RUN_ID
+    younger = (
+        Manifest(name="a", model=ModelConfig(smear=2)),
+        Manifest(name="a", model=ModelConfig(gate_reads="tokens")),
+        Manifest(name="a", model=ModelConfig(gate_score="softmax")),
+        Manifest(name="a", model=ModelConfig(balance="proportional")),
+        Manifest(name="a", optimizer=OptimizerConfig(gate_lr_fraction=0.04)),
+    )
+    assert len({Manifest(name="a").run_id, *(manifest.run_id for manifest in younger)}) == 1 + len(younger)
+    for manifest in younger:
+        assert Manifest.from_toml(manifest.to_toml()) == manifest
 
 
 @pytest.mark.parametrize(
@@ -54,6 +71,12 @@ def test_the_run_id_changes_with_any_field() -> None:
         ('name = "a"\nminimum_version = 1', "minimum_version"),
         ('name = "a"\nmodel = 3', "model"),
         ('name = "a"\n[model]\nd_model = 1e3', "model.d_model"),
+        ('name = "a"\n[model]\nsmear = -1', "model.smear"),
+        ('name = "a"\n[model]\nsmear = 17', "model.smear"),
+        ('name = "a"\n[model]\ngate_reads = "minds"', "model.gate_reads"),
+        ('name = "a"\n[model]\ngate_score = "relu"', "model.gate_score"),
+        ('name = "a"\n[model]\nbalance = "loss"', "model.balance"),
+        ('name = "a"\n[optimizer]\ngate_lr_fraction = -0.1', "optimizer.gate_lr_fraction"),
         ('name = "a"\n[model]\nd_model = 0', "model.d_model"),
         ('name = "a"\n[model]\nd_model = 130', "model.d_model"),
         ('name = "a"\n[model]\nd_model = true', "model.d_model"),

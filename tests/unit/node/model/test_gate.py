@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 import pytest
@@ -24,7 +25,11 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make_gate(kind: GateKind, *, experts: int = 64, k: int = 4, capacity_factor: float = 0.0, seed: int = 0) -> Gate:
-    model = ModelConfig(
+    return gate_of(model_of(kind, experts=experts, k=k, capacity_factor=capacity_factor), seed)
+
+
+def model_of(kind: GateKind, *, experts: int = 64, k: int = 4, capacity_factor: float = 0.0) -> ModelConfig:
+    return ModelConfig(
         d_model=16,
         experts_per_layer=experts,
         experts_per_token=k,
@@ -32,7 +37,14 @@ def make_gate(kind: GateKind, *, experts: int = 64, k: int = 4, capacity_factor:
         capacity_factor=capacity_factor,
         balance_rate=1e-3,
     )
+
+
+def gate_of(model: ModelConfig, seed: int = 0) -> Gate:
     return build_gate(model, torch.Generator().manual_seed(seed))
+
+
+def softmax_gate(kind: GateKind, *, experts: int = 64, k: int = 4) -> Gate:
+    return gate_of(replace(model_of(kind, experts=experts, k=k), gate_score="softmax", balance="proportional"))
 
 
 def tokens(n: int = 50, seed: int = 1) -> torch.Tensor:
@@ -148,6 +160,79 @@ def test_weights_pass_gradcheck_for_tokens_and_every_parameter(kind: GateKind) -
         return torch.zeros(5, 16, dtype=torch.float64).scatter(1, output.expert_ids_TK, output.weights_TK)
 
     assert torch.autograd.gradcheck(weights, (x, *parameters.values()))
+
+
+@each_kind
+def test_with_softmax_the_k_highest_logits_are_chosen_and_weighed_by_their_softmax(kind: GateKind) -> None:
+    gate, x = softmax_gate(kind).double(), tokens().double() * 8
+    gate.bias_E.copy_(torch.rand(64, generator=torch.Generator().manual_seed(2)) * 0.01)
+    output, logits_TE = choose(gate, x), all_logits(gate, x)
+    best = (logits_TE + gate.bias_E).topk(4).indices
+    assert (output.expert_ids_TK.sort(1).values == best.sort(1).values).all()
+    expected = torch.softmax(logits_TE.gather(1, output.expert_ids_TK), 1)
+    torch.testing.assert_close(output.weights_TK, expected, rtol=1e-9, atol=1e-9)
+
+
+@each_kind
+def test_softmax_weights_pass_gradcheck(kind: GateKind) -> None:
+    gate, x = softmax_gate(kind, experts=16, k=3).double().eval(), tokens(5).double().requires_grad_()
+
+    def weights(x_TD: torch.Tensor) -> torch.Tensor:
+        output = choose(gate, x_TD)
+        return torch.zeros(5, 16, dtype=torch.float64).scatter(1, output.expert_ids_TK, output.weights_TK)
+
+    assert torch.autograd.gradcheck(weights, x)
+
+
+def test_with_softmax_a_bias_reaches_experts_whose_row_no_token_has_in_its_shortlist() -> None:
+    gate, x = softmax_gate("product_key", experts=1024, k=2), tokens(200)
+    with torch.no_grad():
+        dict(gate.named_parameters())["sub_keys_2SC"][0, 7] = 0  # a row in the middle of every token's scores
+    row = slice(7 * 32, 8 * 32)
+    before = choose(gate, x).load_E[row].sum()
+    gate.bias_E[row] = 20.0
+    assert before < 200
+    assert choose(gate, x).load_E[row].sum() == 400
+
+
+def test_proportional_balance_moves_by_the_part_that_the_mean_load_lacks() -> None:
+    gate = gate_of(replace(model_of("topk", experts=4, k=1), balance="proportional"))
+    gate.update_balance(torch.tensor([10, 0, 5, 5]))  # means 10, 0, 5, 5: lacks -1, 1, 0, 0
+    torch.testing.assert_close(gate.bias_E, torch.tensor([-1e-3, 1e-3, 0.0, 0.0]))
+    gate.update_balance(torch.tensor([0, 0, 5, 5]))  # means 9, 0, 5, 5 of 4.75 in the mean
+    lacks = torch.tensor([1 - 9 / 4.75, 1.0, 1 - 5 / 4.75, 1 - 5 / 4.75])
+    wanted = torch.tensor([-1e-3, 1e-3, 0.0, 0.0]) + 1e-3 * (lacks - lacks.mean())
+    torch.testing.assert_close(gate.bias_E, wanted)
+    still = gate.bias_E.clone()
+    gate.mean_load_E.fill_(3.0)
+    gate.update_balance(torch.tensor([3, 3, 3, 3]))
+    torch.testing.assert_close(gate.bias_E, still)
+
+
+def test_proportional_balance_counts_live_experts_only_and_stays_exact_in_half_precision() -> None:
+    gate = gate_of(replace(model_of("topk", experts=4, k=1), balance="proportional")).half()
+    assert gate.bias_E.dtype == gate.mean_load_E.dtype == torch.float32
+    live_E = torch.tensor([True, True, False, False])
+    gate.update_balance(torch.zeros(4, dtype=torch.int64), live_E)
+    assert bool(gate.bias_E.isfinite().all())
+    gate.update_balance(torch.tensor([8, 0, 0, 0]), live_E)
+    torch.testing.assert_close(gate.bias_E, torch.tensor([-1e-3, 1e-3, 0.0, 0.0]))
+
+
+@each_kind
+def test_proportional_balancing_evens_out_a_skewed_load(kind: GateKind) -> None:
+    gate = softmax_gate(kind)
+    x = tokens(512) * 0.5 + torch.randn(16, generator=torch.Generator().manual_seed(9)) * 2
+
+    def spread() -> float:
+        load = choose(gate, x).load_E.double()
+        return float(load.std() / load.mean())
+
+    before = spread()
+    gate.balance_rate = 0.05
+    for _ in range(300):
+        gate.update_balance(choose(gate, x).load_E)
+    assert spread() < 0.6 * before
 
 
 @each_kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -175,6 +176,38 @@ def test_a_resumed_training_goes_on_exactly(dataset: ByteDataset, bench: Bench, 
         assert resumed.losses(3) == wanted[3:]
     finally:
         resumed.training.close()
+
+
+RECIPE = small_manifest(
+    optimizer={"lr": 1e-2, "expert_lr": 1e-2, "gate_lr_fraction": 0.04, "total_tokens": 20_000, "warmup_tokens": 256},
+    model={"smear": 2, "gate_reads": "tokens", "gate_score": "softmax", "balance": "proportional"},
+)
+
+
+def test_a_resumed_training_of_a_younger_manifest_goes_on_exactly(dataset: ByteDataset, tmp_path: Path) -> None:
+    whole, part = Bench(dataset, RECIPE), Bench(dataset, RECIPE)
+    wanted = whole.losses(6)
+    assert part.losses(3) == wanted[:3]
+    save_trunk(tmp_path, part.training, TrainingProgress(step=3, run_tokens=part.training.run_tokens))
+    resumed = Bench(dataset, RECIPE, experts=part.experts)
+    assert load_trunk(tmp_path, resumed.training) is not None
+    assert resumed.losses(3) == wanted[3:]
+    for one in (whole, part, resumed):
+        one.training.close()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.04])
+def test_a_gate_learns_at_its_own_part_of_the_rate(dataset: ByteDataset, fraction: float) -> None:
+    manifest = replace(RECIPE, optimizer=replace(RECIPE.optimizer, gate_lr_fraction=fraction))
+    bench = Bench(dataset, manifest)
+    parameters = [next(bench.training.moe_layers[0].gate.parameters()), bench.training.model.head_VD]
+    before = [p.detach().clone() for p in parameters]
+    lr = bench.training.step().lr
+    moved_gate, moved_head = ((p - was).abs().max() for p, was in zip(parameters, before, strict=True))
+    bench.training.close()
+    # Adam's first step moves what has a gradient by its rate.
+    assert float(moved_head) == pytest.approx(lr, rel=1e-3)
+    assert float(moved_gate) == pytest.approx(fraction * lr, rel=1e-3, abs=1e-9)
 
 
 def resumed_with(folder: Path, dataset: ByteDataset, **changes: int) -> None:

@@ -62,7 +62,9 @@ class RunConfig:
     smear: FileOnly[int] = ModelConfig.smear
     """Add so many tokens before each to the trunk's input."""
     gate_reads: FileOnly[GateInput] = ModelConfig.gate_reads
-    """Choose experts by the layer's input (hidden), or by fixed codes of the last two tokens (tokens)."""
+    """Choose experts by the layer's input (hidden), or by fixed codes of the last tokens (tokens)."""
+    gate_heads: FileOnly[int] = ModelConfig.gate_heads
+    """Let so many heads of the gate choose, each by one token more."""
     gate_score: FileOnly[GateScore] = ModelConfig.gate_score
     """Weigh the chosen experts by this function of their logits."""
     gate_lr_fraction: FileOnly[float] = OptimizerConfig.gate_lr_fraction
@@ -268,6 +270,7 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         capacity_factor=config.capacity_factor,
         smear=config.smear,
         gate_reads=config.gate_reads,
+        gate_heads=config.gate_heads,
         gate_score=config.gate_score,
         balance=config.balance,
         balance_rate=config.balance_rate,

@@ -27,6 +27,7 @@ HASH_CHARS = 32
 """128 bits: building a second manifest with the same run id stays out of reach."""
 
 MAX_SMEAR = 16
+MAX_GATE_HEADS = 16
 
 T = TypeVar("T")
 
@@ -63,9 +64,10 @@ class ModelConfig:
     """Shape of the model, trunk and grid of experts, and how the gate chooses among them.
 
     `smear` tokens before each are added to the trunk's input, each times a vector that is learnt. `gate_reads` says
-    what the gate chooses by: the layer's input, or fixed codes of the last two tokens. `gate_score` says what becomes
-    of its logits, and `balance` how its biases follow the load, by at most `balance_rate` in a step; see
-    `node/model/gate/base.py`.
+    what the gate chooses by: the layer's input, or fixed codes of the tokens. Each of its `gate_heads` chooses an equal
+    part of a token's experts; the first reads the code of the token, the second that of the last two tokens, and so on.
+    `gate_score` says what becomes of its logits, and `balance` how its biases follow the load, by at most
+    `balance_rate` in a step; see `node/model/gate/base.py`.
     """
 
     d_model: int = 128
@@ -83,6 +85,7 @@ class ModelConfig:
     balance_rate: float = 5e-3
     smear: int = 0
     gate_reads: GateInput = "hidden"
+    gate_heads: int = 1
     gate_score: GateScore = "sigmoid"
     balance: BalanceRule = "sign"
 
@@ -190,7 +193,7 @@ class Manifest:
         return _build(cls, {**table, "model": model, "optimizer": optimizer, "averaging": averaging}, "")
 
 
-_LATER = {"model": ("smear", "gate_reads", "gate_score", "balance"), "optimizer": ("gate_lr_fraction",)}
+_LATER = {"model": ("smear", "gate_reads", "gate_heads", "gate_score", "balance"), "optimizer": ("gate_lr_fraction",)}
 """Fields that are younger than the first runs, whose manifests, and so their ids, must stay as they were."""
 
 _DEFAULTS = {"model": ModelConfig, "optimizer": OptimizerConfig}
@@ -285,6 +288,7 @@ _MODEL_RANGES: dict[str, tuple[float, float]] = {
     "capacity_factor": (0, 1e6),
     "balance_rate": (0, 1),
     "smear": (0, MAX_SMEAR),
+    "gate_heads": (1, MAX_GATE_HEADS),
 }
 
 _OPTIMIZER_RANGES: dict[str, tuple[float, float]] = {
@@ -327,6 +331,10 @@ def _check_model(model: ModelConfig) -> None:
         raise ManifestError(
             f"model.experts_per_token: is {model.experts_per_token}, "
             f"more than the {model.experts_per_layer} experts per layer"
+        )
+    if model.experts_per_token % model.gate_heads:
+        raise ManifestError(
+            f"model.gate_heads: must divide experts_per_token = {model.experts_per_token}, is {model.gate_heads}"
         )
     if model.gate == "product_key" and math.isqrt(model.experts_per_layer) ** 2 != model.experts_per_layer:
         raise ManifestError(

@@ -29,6 +29,7 @@ class Recipe:
 
     smear: int = 0
     gate_reads: GateInput = "hidden"
+    gate_heads: int = 1
     gate_score: GateScore = "sigmoid"
     balance: BalanceRule = "sign"
     balance_rate: float = 5e-3
@@ -105,6 +106,7 @@ class TrainSpec:
             balance_rate=arm.recipe.balance_rate,
             smear=arm.recipe.smear,
             gate_reads=arm.recipe.gate_reads if arm.experts else "hidden",
+            gate_heads=arm.recipe.gate_heads if arm.experts else 1,
             gate_score=arm.recipe.gate_score,
             balance=arm.recipe.balance,
         )

@@ -64,7 +64,8 @@ class MoE(nn.Module):
     def forward(self, x_TD: torch.Tensor, gate_x_TD: torch.Tensor | None = None) -> torch.Tensor:
         """[..., D] -> [..., D], of the input's type, or under autocast of that of autocast, as `nn.Linear` does.
 
-        The gate chooses by `gate_x_TD`, of the same shape, if it is given: codes of the tokens themselves, for example.
+        The gate chooses by `gate_x_TD` if it is given: codes of the tokens themselves, for example. It has the shape of
+        x_TD, or one more dimension before the last, for the gate's heads.
 
         Raises:
             InvalidInputError: the input has another width, or holds NaN, infinity or what is nearly that.
@@ -80,9 +81,10 @@ class MoE(nn.Module):
 
     def _combined(self, x_TD: torch.Tensor, gate_x_TD: torch.Tensor) -> torch.Tensor:
         shape = x_TD.shape
-        if gate_x_TD.shape != shape:
+        by_head = gate_x_TD.shape[len(shape) - 1 : -1]
+        if gate_x_TD.shape != (*shape[:-1], *by_head, shape[-1]) or len(by_head) > 1:
             raise InvalidInputError("gate_x_TD", f"has shape {tuple(gate_x_TD.shape)}; it takes x_TD's {tuple(shape)}")
-        x_TD, gate_x_TD = x_TD.reshape(-1, shape[-1]), gate_x_TD.reshape(-1, shape[-1])
+        x_TD, gate_x_TD = x_TD.reshape(-1, shape[-1]), gate_x_TD.reshape(-1, *by_head, shape[-1])
         live_E = self._experts.live_experts(self.layer)
         if not bool(live_E.any()):
             raise TooFewExpertsError(f"layer {self.layer}: none of its {len(live_E)} experts has a live replica")

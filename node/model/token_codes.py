@@ -3,7 +3,7 @@
 Path of a step: data -> **transformer** -> gate -> dispatch -> hosts, and back.
 """
 
-# Shapes: B sequences, T positions of a sequence, N = B * T tokens, D d_model, V token values, J tokens back.
+# Shapes: B sequences, T positions of a sequence, N = B * T tokens, D d_model, V token values, J tokens back, Q heads.
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from protocol.manifest import ModelConfig
+    from collections.abc import Iterator
 
-CODE_TOKENS = 2
-"""Tokens that a code tells apart: a token and the one before it."""
+    from protocol.manifest import ModelConfig
 
 DECAY = 0.7
 """How much less a token counts at the start than the one after it."""
@@ -29,16 +28,23 @@ def first_weights(n_back: int, width: int, generator: torch.Generator) -> Tensor
     return signs_JD * DECAY ** torch.arange(1, n_back + 1)[:, None]
 
 
-def smeared(x_BTD: Tensor, weights_JD: Tensor) -> Tensor:
-    """Each position's vector plus those of the J positions before it, each times its weights; nothing from before 0."""
+def smears(x_BTD: Tensor, weights_JD: Tensor) -> Iterator[Tensor]:
+    """Each position's vector; the same plus that of the position before it, times its weights; and so on, J + 1 in all.
+
+    From before the first position comes nothing.
+    """
     mixed_BTD = x_BTD
+    yield mixed_BTD
     for back, weight_D in enumerate(weights_JD, start=1):
         mixed_BTD = mixed_BTD + weight_D * F.pad(x_BTD, (0, 0, back, 0))[:, : x_BTD.shape[1]]
-    return mixed_BTD
+        yield mixed_BTD
 
 
 class TokenCodes(nn.Module):
-    """A code of each token and the one before it, drawn at the start and never trained.
+    """Codes of the last tokens, one for each head of a gate, drawn at the start and never trained.
+
+    The first is of a token alone, the second of it and the one before it, and so on: what follows a long context that
+    was seen before is best known by it, and what follows a new one by its end.
 
     A gate that reads codes meets the same token with the same input for the whole of training, so that what it has
     learnt to choose stays chosen: hash layers (arXiv 2106.04426) whose hash is learnt. The codes come from the
@@ -49,13 +55,14 @@ class TokenCodes(nn.Module):
         super().__init__()
         code_VD = torch.randn(model.vocab_size, model.d_model, generator=generator)
         self.register_buffer("code_VD", code_VD, persistent=False)
-        weights_JD = first_weights(CODE_TOKENS - 1, model.d_model, generator)
+        weights_JD = first_weights(model.gate_heads - 1, model.d_model, generator)
         self.register_buffer("weights_JD", weights_JD, persistent=False)
         self.code_VD: Tensor
         self.weights_JD: Tensor
 
     @torch.no_grad()
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """Codes [N, D] of root mean square 1."""
-        code_BTD = smeared(F.embedding(ids_BT, self.code_VD), self.weights_JD)
-        return F.rms_norm(code_BTD, code_BTD.shape[-1:]).flatten(0, 1)
+        """Codes [N, Q, D] of root mean square 1."""
+        code_BTD = F.embedding(ids_BT, self.code_VD)
+        code_BTQD = torch.stack(list(smears(code_BTD, self.weights_JD)), 2)
+        return F.rms_norm(code_BTQD, code_BTQD.shape[-1:]).flatten(0, 1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import InvalidInputError, ManifestError
-from node.model.token_codes import TokenCodes, first_weights, smeared
+from node.model.token_codes import TokenCodes, first_weights, smears
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,11 +101,11 @@ class TransformerLayer(nn.Module):
         self.moe_norm = nn.RMSNorm(model.d_model, eps=NORM_EPS)
         self.moe = moe
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], code_ND: Tensor | None = None) -> Tensor:
-        """x_BTD -> [B, T, D]; `code_ND` is what the gate reads where it does not read x."""
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], code_NQD: Tensor | None = None) -> Tensor:
+        """x_BTD -> [B, T, D]; `code_NQD` is what each of the gate's heads reads where they do not read x."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation)
         x_ND = self.moe_norm(x_BTD).flatten(0, 1)
-        y_ND: Tensor = self.moe(x_ND) if code_ND is None else self.moe(x_ND, code_ND)
+        y_ND: Tensor = self.moe(x_ND) if code_NQD is None else self.moe(x_ND, code_NQD)
         return x_BTD + y_ND.view_as(x_BTD)
 
 
@@ -137,11 +137,12 @@ class Transformer(nn.Module):
             raise InvalidInputError("ids_BT", f"has shape {shape}; it takes (sequences, 1 to {self.context} bytes)")
         ids_BT = ids_BT.long()
         x_BTD = F.embedding(ids_BT, self.embedding_VD)
-        x_BTD = x_BTD if self.smear_JD is None else smeared(x_BTD, self.smear_JD)
-        code_ND = None if self.codes is None else self.codes(ids_BT)
+        if self.smear_JD is not None:
+            *_, x_BTD = smears(x_BTD, self.smear_JD)
+        code_NQD = None if self.codes is None else self.codes(ids_BT)
         rotation = rope_rotation(ids_BT.shape[1], self.channels, x_BTD)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rotation, code_ND)
+            x_BTD = layer(x_BTD, rotation, code_NQD)
         return F.linear(self.final_norm(x_BTD), self.head_VD)
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """The gate: scores tokens against experts and picks K of them. Part of `node/model`.
 
 Path of a step: `transformer.py`, `moe.py`, **gate**, then `node/trainer/dispatch/`. `base` says what every gate does,
-`topk` and `product_key` how each finds its experts, `stats` what is measured about the load.
+`heads` what one of several heads does, `topk` and `product_key` how each finds its experts, `stats` what is measured
+about the load.
 """
 
 from __future__ import annotations

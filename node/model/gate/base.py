@@ -4,7 +4,7 @@ Path of a step: trunk -> **gate** -> dispatch. Forward changes no state, so seve
 the trainer calls `update_balance` and `observe` once per optimizer step with the loads of its micro-batches summed.
 """
 
-# Shapes: T tokens, D d_model, E experts of the layer, K experts per token, P = T * K (token, expert) pairs.
+# Shapes: T tokens, D d_model, E experts of the layer, K experts per token, P = T * K (token, expert) pairs, Q heads.
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from protocol.manifest import GateScore, ModelConfig
 
-MATRIX_DIMS = 2
+MATRIX_DIMS, HEADS_DIMS = 2, 3
 
 LOAD_MEMORY = 0.9
 """What the mean load that `proportional` balances by keeps of itself in a step."""
@@ -70,6 +70,7 @@ class Gate(nn.Module, ABC):
         self.d_model = model.d_model
         self.n_experts = model.experts_per_layer
         self.experts_per_token = model.experts_per_token
+        self.n_heads = model.gate_heads
         self.capacity_factor = model.capacity_factor
         self.balance_rate, self.balance = model.balance_rate, model.balance
         self.score: GateScore = model.gate_score
@@ -94,6 +95,8 @@ class Gate(nn.Module, ABC):
 
     def forward(self, x_TD: Tensor, live_E: Tensor | None = None) -> GateOutput:
         """Choose among the experts where the bool mask `live_E` is true (None: all).
+
+        With several heads x_TD may be [T, Q, D], which gives each head what it reads.
 
         Capacity holds in training mode only: ceil(capacity_factor * T * K / live experts) pairs per expert, the lowest
         weights dropped. InvalidInputError for an input of the wrong shape, or a mask that is not bool.
@@ -159,7 +162,8 @@ class Gate(nn.Module, ABC):
         return math.ceil(self.capacity_factor * n_tokens * self.experts_per_token / max(1, n_live))
 
     def _check(self, x_TD: Tensor, live_E: Tensor | None) -> None:
-        if x_TD.dim() != MATRIX_DIMS or x_TD.shape[1] != self.d_model:
+        by_head = (self.n_heads,) if x_TD.dim() == HEADS_DIMS else ()
+        if x_TD.dim() < MATRIX_DIMS or x_TD.shape[1:] != (*by_head, self.d_model):
             raise InvalidInputError("x_TD", f"has shape {tuple(x_TD.shape)}; this gate takes (tokens, {self.d_model})")
         if live_E is not None and (live_E.dtype != torch.bool or live_E.shape != (self.n_experts,)):
             shape = tuple(live_E.shape)

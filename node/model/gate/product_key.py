@@ -6,7 +6,7 @@ lie among the K best rows times the K best columns, so n * n sums are never form
 """
 
 # Shapes: T tokens, D d_model, C = D / 2 width of a sub-key, n = sqrt(E) sub-keys of a table (in names: S),
-#         K experts per token, R candidate rows, Q candidate columns.
+#         N experts that a head chooses, M chosen by heads before it, R candidate rows, L candidate columns.
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import ManifestError
-from node.model.gate.base import Gate
+from node.model.gate.heads import GateOfHeads
 from node.model.pairs import NO_EXPERT
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ PAIRS_AT_ONCE = 2**22
 """Candidates of so many tokens are compared at once: with many experts per token all of them would want gigabytes."""
 
 
-class ProductKeyGate(Gate):
+class ProductKeyGate(GateOfHeads):
     """2 sqrt(E) scores per token; E must be a square."""
 
     def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
@@ -47,59 +47,66 @@ class ProductKeyGate(Gate):
             )
         std = self.d_model**-0.5  # each half-query has norm sqrt(D / 2), so that a logit starts with variance 1
         half = self.d_model // 2
-        self.query_weight = nn.Parameter(torch.randn(self.d_model, self.d_model, generator=generator) * std)
+        shape = (self.n_heads * self.d_model, self.d_model)  # one head's query after the other's
+        self.query_weight = nn.Parameter(torch.randn(shape, generator=generator) * std)
         self.sub_keys_2SC = nn.Parameter(torch.randn(2, self.n_sub_keys, half, generator=generator) * std)
 
-    def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Choose K experts for each token; see `Gate.choose`."""
-        query_TD = F.linear(x_TD, self.query_weight)
+    def choose_more(self, head: int, x_TD: Tensor, taken_TM: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Choose a head's experts for each token; see `GateOfHeads.choose_more`."""
+        query_TD = F.linear(x_TD, self.query_weight.view(self.n_heads, self.d_model, -1)[head])
         # Half-queries are normalised, as the papers do with batch statistics, but per token: no state, no leak
         # between tokens.
         halves = [F.rms_norm(half_TC, half_TC.shape[-1:]) for half_TC in query_TD.chunk(2, dim=-1)]
         first_TS, second_TS = (F.linear(half_TC, self.sub_keys_2SC[side]) for side, half_TC in enumerate(halves))
-        ids_TK = self._select(first_TS.detach(), second_TS.detach(), live_E)
-        known_TK = ids_TK.clamp(min=0)
+        ids_TN = self._select(first_TS.detach(), second_TS.detach(), taken_TM, live_E)
+        known_TN = ids_TN.clamp(min=0)
         n = self.n_sub_keys
-        return ids_TK, first_TS.gather(1, known_TK // n) + second_TS.gather(1, known_TK % n)
+        return ids_TN, first_TS.gather(1, known_TN // n) + second_TS.gather(1, known_TN % n)
 
     @torch.no_grad()
-    def _select(self, first_TS: Tensor, second_TS: Tensor, live_E: Tensor | None) -> Tensor:
+    def _select(self, first_TS: Tensor, second_TS: Tensor, taken_TM: Tensor, live_E: Tensor | None) -> Tensor:
         if live_E is not None:
             live_SS = live_E.view(self.n_sub_keys, self.n_sub_keys)
             first_TS = first_TS.masked_fill(~live_SS.any(1), -torch.inf)
             second_TS = second_TS.masked_fill(~live_SS.any(0), -torch.inf)
         scores = SubScores(
-            first_TS=first_TS, second_TS=second_TS, bias_E=self.bias_E, live_E=live_E, score_=self.scores_
+            first_TS=first_TS,
+            second_TS=second_TS,
+            taken_TM=taken_TM,
+            bias_E=self.bias_E,
+            live_E=live_E,
+            score_=self.scores_,
         )
-        rows_TR, columns_TQ = self._shortlist(first_TS, second_TS)
-        ids_TK = best_pairs(scores, rows_TR, columns_TQ, self.experts_per_token)
-        short_T = (ids_TK == NO_EXPERT).any(1)
+        n_more = self.experts_per_head
+        rows_TR, columns_TL = self._shortlist(first_TS, second_TS, CANDIDATES_PER_CHOICE * n_more + taken_TM.shape[1])
+        ids_TN = best_pairs(scores, rows_TR, columns_TL, n_more)
+        short_T = (ids_TN == NO_EXPERT).any(1)
         if live_E is not None and bool(short_T.any()):
-            ids_TK[short_T] = self._select_by_rows(scores.of_tokens(short_T))
-        return ids_TK
+            ids_TN[short_T] = self._select_by_rows(scores.of_tokens(short_T))
+        return ids_TN
 
-    def _shortlist(self, first_TS: Tensor, second_TS: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows [T, R] and columns [T, R] among which each token's experts are looked for.
+    def _shortlist(self, first_TS: Tensor, second_TS: Tensor, n_best: int) -> tuple[Tensor, Tensor]:
+        """The best rows [T, R] and columns [T, R], as many of each, among which each token's experts are looked for.
 
         Where biases are in units of the logits, those of a row (column) count on average: a shortlist that they did not
         reach would leave an expert for dead whose row is in nobody's, whatever its own bias.
         """
         n = self.n_sub_keys
-        n_best = min(CANDIDATES_PER_CHOICE * self.experts_per_token, n)
+        n_best = min(n_best, n)
         if self.score == "softmax":
             bias_SS = self.bias_E.view(n, n)
             first_TS, second_TS = first_TS + bias_SS.mean(1), second_TS + bias_SS.mean(0)
         return first_TS.topk(n_best).indices, second_TS.topk(n_best).indices
 
     def _select_by_rows(self, scores: SubScores) -> Tensor:
-        """Select where the best rows and columns cross in too few live experts: K live rows, every column of them.
+        """Select where the best rows and columns cross in too few live experts: N + M live rows, every column of them.
 
-        Each of those rows has a live expert, so K experts are found whenever K are live.
+        Each of those rows has a live expert, so as many are found as are live and not taken, up to N.
         """
         n = self.n_sub_keys
-        rows_TR = scores.first_TS.topk(min(self.experts_per_token, n)).indices
-        columns_TQ = torch.arange(n, device=rows_TR.device).expand(len(rows_TR), n)
-        return best_pairs(scores, rows_TR, columns_TQ, self.experts_per_token)
+        rows_TR = scores.first_TS.topk(min(self.experts_per_head + scores.taken_TM.shape[1], n)).indices
+        columns_TL = torch.arange(n, device=rows_TR.device).expand(len(rows_TR), n)
+        return best_pairs(scores, rows_TR, columns_TL, self.experts_per_head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,31 +115,39 @@ class SubScores:
 
     first_TS: Tensor
     second_TS: Tensor
+    taken_TM: Tensor
     bias_E: Tensor
     live_E: Tensor | None
     score_: Callable[[Tensor], Tensor]
 
     def of_tokens(self, chosen_T: Tensor) -> SubScores:
         """Return the scores of some of the tokens."""
-        return replace(self, first_TS=self.first_TS[chosen_T], second_TS=self.second_TS[chosen_T])
+        return replace(
+            self,
+            first_TS=self.first_TS[chosen_T],
+            second_TS=self.second_TS[chosen_T],
+            taken_TM=self.taken_TM[chosen_T],
+        )
 
     def split(self, n_tokens: int) -> list[SubScores]:
         """Yield the scores, `n_tokens` tokens at a time."""
-        halves = zip(self.first_TS.split(n_tokens), self.second_TS.split(n_tokens), strict=True)
-        return [replace(self, first_TS=first_TS, second_TS=second_TS) for first_TS, second_TS in halves]
+        parts = zip(*(t.split(n_tokens) for t in (self.first_TS, self.second_TS, self.taken_TM)), strict=True)
+        return [replace(self, first_TS=first, second_TS=second, taken_TM=taken) for first, second, taken in parts]
 
 
-def best_pairs(scores: SubScores, rows_TR: Tensor, columns_TQ: Tensor, n_best: int) -> Tensor:
+def best_pairs(scores: SubScores, rows_TR: Tensor, columns_TL: Tensor, n_best: int) -> Tensor:
     """Ids [T, n_best] of the best live experts where the rows cross the columns; -1 where they cross in fewer."""
-    at_once = max(1, PAIRS_AT_ONCE // (rows_TR.shape[1] * columns_TQ.shape[1]))
-    parts = zip(scores.split(at_once), rows_TR.split(at_once), columns_TQ.split(at_once), strict=True)
-    return torch.cat([_best_pairs(of, rows_TR, columns_TQ, n_best) for of, rows_TR, columns_TQ in parts])
+    at_once = max(1, PAIRS_AT_ONCE // (rows_TR.shape[1] * columns_TL.shape[1]))
+    parts = zip(scores.split(at_once), rows_TR.split(at_once), columns_TL.split(at_once), strict=True)
+    return torch.cat([_best_pairs(of, rows_TR, columns_TL, n_best) for of, rows_TR, columns_TL in parts])
 
 
-def _best_pairs(scores: SubScores, rows_TR: Tensor, columns_TQ: Tensor, n_best: int) -> Tensor:
-    logits_TRQ = scores.first_TS.gather(1, rows_TR)[:, :, None] + scores.second_TS.gather(1, columns_TQ)[:, None, :]
-    ids_TX = (rows_TR[:, :, None] * scores.second_TS.shape[1] + columns_TQ[:, None, :]).flatten(1)
-    selection_TX = scores.score_(logits_TRQ.flatten(1)) + scores.bias_E[ids_TX]
+def _best_pairs(scores: SubScores, rows_TR: Tensor, columns_TL: Tensor, n_best: int) -> Tensor:
+    logits_TRL = scores.first_TS.gather(1, rows_TR)[:, :, None] + scores.second_TS.gather(1, columns_TL)[:, None, :]
+    ids_TX = (rows_TR[:, :, None] * scores.second_TS.shape[1] + columns_TL[:, None, :]).flatten(1)
+    selection_TX = scores.score_(logits_TRL.flatten(1)) + scores.bias_E[ids_TX]
+    for taken_T in scores.taken_TM.unbind(1):
+        selection_TX.masked_fill_(ids_TX == taken_T[:, None], -torch.inf)
     if scores.live_E is not None:
         selection_TX.masked_fill_(~scores.live_E[ids_TX], -torch.inf)
     best = selection_TX.topk(n_best, dim=-1)

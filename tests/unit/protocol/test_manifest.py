@@ -45,6 +45,7 @@ def test_a_run_that_is_older_than_a_field_keeps_its_id() -> None:
     younger = (
         Manifest(name="a", model=ModelConfig(smear=2)),
         Manifest(name="a", model=ModelConfig(gate_reads="tokens")),
+        Manifest(name="a", model=ModelConfig(gate_heads=2)),
         Manifest(name="a", model=ModelConfig(gate_score="softmax")),
         Manifest(name="a", model=ModelConfig(balance="proportional")),
         Manifest(name="a", optimizer=OptimizerConfig(gate_lr_fraction=0.04)),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.errors import InvalidInputError, ManifestError
 from node.model.gate import Gate, GateStats, LoadWindow, build_gate, product_key
 from node.model.gate.base import allot, normalised_weights, within_capacity
-from protocol.manifest import GateKind, ModelConfig
+from protocol.manifest import GateKind, Manifest, ModelConfig
 
 if TYPE_CHECKING:
     from node.model.gate import GateOutput
@@ -171,6 +171,42 @@ def test_with_softmax_the_k_highest_logits_are_chosen_and_weighed_by_their_softm
     assert (output.expert_ids_TK.sort(1).values == best.sort(1).values).all()
     expected = torch.softmax(logits_TE.gather(1, output.expert_ids_TK), 1)
     torch.testing.assert_close(output.weights_TK, expected, rtol=1e-9, atol=1e-9)
+
+
+def gate_of_heads(kind: GateKind, n_heads: int, *, experts: int = 64, k: int = 4) -> Gate:
+    model = replace(model_of(kind, experts=experts, k=k), gate_score="softmax", gate_heads=n_heads)
+    return gate_of(model).double()
+
+
+@each_kind
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 63), max_size=64, unique=True), st.sampled_from([2, 4]))
+def test_heads_choose_other_live_experts_each_and_as_many_as_there_are(
+    kind: GateKind, live: list[int], n_heads: int
+) -> None:
+    live_E = torch.zeros(64, dtype=torch.bool)
+    live_E[live] = True
+    assert_valid(choose(gate_of_heads(kind, n_heads), tokens().double(), live_E), live_E, k=4)
+
+
+@each_kind
+def test_each_head_reads_its_own_input_and_all_are_weighed_together(kind: GateKind) -> None:
+    gate, x_TQD = gate_of_heads(kind, 2), torch.randn(50, 2, 16, dtype=torch.float64)
+    output = choose(gate, x_TQD)
+    torch.testing.assert_close(output.weights_TK.sum(1), torch.ones(50, dtype=torch.float64))
+    first, second = x_TQD.clone(), x_TQD.clone()
+    first[:, 0], second[:, 1] = torch.randn(2, 50, 16, dtype=torch.float64)
+    ids = output.expert_ids_TK
+    assert torch.equal(choose(gate, second).expert_ids_TK[:, :2], ids[:, :2])
+    assert not torch.equal(choose(gate, second).expert_ids_TK[:, 2:], ids[:, 2:])
+    assert not torch.equal(choose(gate, first).expert_ids_TK[:, :2], ids[:, :2])
+    alike = choose(gate, x_TQD[:, :1].expand(50, 2, 16))
+    assert torch.equal(alike.expert_ids_TK, choose(gate, x_TQD[:, 0]).expert_ids_TK)
+
+
+def test_heads_must_share_a_tokens_experts_evenly() -> None:
+    with pytest.raises(ManifestError, match=r"model\.gate_heads: must divide experts_per_token = 4, is 3"):
+        Manifest(name="a", model=replace(model_of("topk"), gate_heads=3))
 
 
 @each_kind

@@ -10,7 +10,7 @@ import torch
 
 from common.errors import InvalidInputError
 from node.model.moe import LocalExperts, LocalMoE
-from node.model.token_codes import TokenCodes, first_weights, smeared
+from node.model.token_codes import TokenCodes, first_weights, smears
 from node.trainer.train_step import build_model
 from tests.support.swarm_parts import small_manifest
 
@@ -31,7 +31,7 @@ def some_ids(seed: int = 1) -> torch.Tensor:
 
 def test_smearing_adds_what_came_before_and_nothing_from_before_the_start() -> None:
     x_BTD, weights_JD = torch.randn(2, 5, 4), torch.randn(2, 4)
-    found = smeared(x_BTD, weights_JD)
+    *_, found = smears(x_BTD, weights_JD)
     for position in range(5):
         wanted = x_BTD[:, position].clone()
         for back in (1, 2):
@@ -47,16 +47,17 @@ def test_the_first_weights_fall_with_distance_and_have_random_signs() -> None:
     assert (weights_JD < 0).any(1).all()
 
 
-def test_a_code_is_of_a_token_and_the_one_before_it_and_of_nothing_else() -> None:
-    codes, ids_BT = TokenCodes(MANIFEST.model, seeded()), some_ids()
-    first = codes(ids_BT).view(3, CONTEXT, -1)
-    torch.testing.assert_close(first.square().mean(2), torch.ones(3, CONTEXT))
+@pytest.mark.parametrize("head", [0, 1, 2])
+def test_a_heads_code_is_of_its_last_tokens_and_of_nothing_else(head: int) -> None:
+    codes, ids_BT = TokenCodes(replace(MANIFEST.model, gate_heads=3), seeded()), some_ids()
+    code_BTD = codes(ids_BT).view(3, CONTEXT, 3, -1)[:, :, head]
+    torch.testing.assert_close(code_BTD.square().mean(2), torch.ones(3, CONTEXT))
     other = ids_BT.clone()
     other[:, 4] = (other[:, 4] + 1) % 256
-    changed = (codes(other).view(3, CONTEXT, -1) != first).any(2)
-    assert changed.nonzero()[:, 1].unique().tolist() == [4, 5]
-    one_two, two_one = codes(torch.tensor([[1, 2], [2, 1]])).view(2, 2, -1)[:, 1]
-    assert not torch.equal(one_two, two_one)
+    changed = (codes(other).view(3, CONTEXT, 3, -1)[:, :, head] != code_BTD).any(2)
+    assert changed.nonzero()[:, 1].unique().tolist() == list(range(4, 5 + head))
+    one_two, two_one = codes(torch.tensor([[1, 2], [2, 1]])).view(2, 2, 3, -1)[:, 1, head]
+    assert not torch.equal(one_two, two_one), "order counts"
 
 
 def model(seed: int = 0, **changes: object) -> Transformer:
@@ -115,3 +116,5 @@ def test_what_the_gate_reads_has_the_shape_of_what_the_experts_read() -> None:
     assert torch.equal(layer(x_TD, x_TD), layer(x_TD))
     with pytest.raises(InvalidInputError, match=r"gate_x_TD: has shape \(5, 16\); it takes x_TD's \(6, 16\)"):
         layer(x_TD, code_TD[:5])
+    with pytest.raises(InvalidInputError, match=r"has shape \(6, 3, 16\); this gate takes"):
+        layer(x_TD, code_TD[:, None].expand(6, 3, -1))

@@ -203,7 +203,7 @@ def test_a_gate_learns_at_its_own_part_of_the_rate(dataset: ByteDataset, fractio
     parameters = [next(bench.training.moe_layers[0].gate.parameters()), bench.training.model.head_VD]
     before = [p.detach().clone() for p in parameters]
     lr = bench.training.step().lr
-    moved_gate, moved_head = ((p - was).abs().max() for p, was in zip(parameters, before, strict=True))
+    moved_gate, moved_head = ((p.detach() - was).abs().max() for p, was in zip(parameters, before, strict=True))
     bench.training.close()
     # Adam's first step moves what has a gradient by its rate.
     assert float(moved_head) == pytest.approx(lr, rel=1e-3)

@@ -14,8 +14,6 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from protocol.manifest import ModelConfig
 
 DECAY = 0.7
@@ -28,41 +26,41 @@ def first_weights(n_back: int, width: int, generator: torch.Generator) -> Tensor
     return signs_JD * DECAY ** torch.arange(1, n_back + 1)[:, None]
 
 
-def smears(x_BTD: Tensor, weights_JD: Tensor) -> Iterator[Tensor]:
-    """Each position's vector; the same plus that of the position before it, times its weights; and so on, J + 1 in all.
-
-    From before the first position comes nothing.
-    """
+def smeared(x_BTD: Tensor, weights_JD: Tensor) -> Tensor:
+    """Each position's vector plus those of the J positions before it, each times its weights; nothing from before 0."""
     mixed_BTD = x_BTD
-    yield mixed_BTD
     for back, weight_D in enumerate(weights_JD, start=1):
         mixed_BTD = mixed_BTD + weight_D * F.pad(x_BTD, (0, 0, back, 0))[:, : x_BTD.shape[1]]
-        yield mixed_BTD
+    return mixed_BTD
 
 
 class TokenCodes(nn.Module):
     """Codes of the last tokens, one for each head of a gate, drawn at the start and never trained.
 
     The first is of a token alone, the second of it and the one before it, and so on: what follows a long context that
-    was seen before is best known by it, and what follows a new one by its end.
+    was seen before is best known by it, and what follows a new one by its end. A gate that reads codes meets the same
+    tokens with the same input for the whole of training, so that what it has learnt to choose stays chosen: hash layers
+    (arXiv 2106.04426) whose hash is learnt.
 
-    A gate that reads codes meets the same token with the same input for the whole of training, so that what it has
-    learnt to choose stays chosen: hash layers (arXiv 2106.04426) whose hash is learnt. The codes come from the
-    generator of the run's seed, so that every trainer has the same; they are in no checkpoint.
+    Each token has random signs; several are bound by multiplying theirs, each turned by its distance ("Multiplicative
+    Binding, Representation Operators & Analogy", Gayler, 1998). Codes of two different contexts are as different as
+    random ones, however much of them is alike: sums, which are not, chose worse. All come from the generator of the
+    run's seed, so that every trainer has the same, and are in no checkpoint.
     """
 
     def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
         super().__init__()
-        code_VD = torch.randn(model.vocab_size, model.d_model, generator=generator)
-        self.register_buffer("code_VD", code_VD, persistent=False)
-        weights_JD = first_weights(model.gate_heads - 1, model.d_model, generator)
-        self.register_buffer("weights_JD", weights_JD, persistent=False)
-        self.code_VD: Tensor
-        self.weights_JD: Tensor
+        self._n_heads = model.gate_heads
+        signs_VD = torch.randint(0, 2, (model.vocab_size, model.d_model), generator=generator) * 2.0 - 1.0
+        self.register_buffer("signs_VD", signs_VD, persistent=False)
+        self.signs_VD: Tensor
 
     @torch.no_grad()
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """Codes [N, Q, D] of root mean square 1."""
-        code_BTD = F.embedding(ids_BT, self.code_VD)
-        code_BTQD = torch.stack(list(smears(code_BTD, self.weights_JD)), 2)
-        return F.rms_norm(code_BTQD, code_BTQD.shape[-1:]).flatten(0, 1)
+        """Codes [N, Q, D] of ones and minus ones. Before the first position nothing is bound."""
+        sign_BTD = F.embedding(ids_BT, self.signs_VD)
+        codes = [sign_BTD]
+        for back in range(1, self._n_heads):
+            earlier_BTD = F.pad(sign_BTD, (0, 0, back, 0), value=1.0)[:, : ids_BT.shape[1]]
+            codes.append(codes[-1] * earlier_BTD.roll(back, dims=2))
+        return torch.stack(codes, 2).flatten(0, 1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import InvalidInputError, ManifestError
-from node.model.token_codes import TokenCodes, first_weights, smears
+from node.model.token_codes import TokenCodes, first_weights, smeared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,8 +137,7 @@ class Transformer(nn.Module):
             raise InvalidInputError("ids_BT", f"has shape {shape}; it takes (sequences, 1 to {self.context} bytes)")
         ids_BT = ids_BT.long()
         x_BTD = F.embedding(ids_BT, self.embedding_VD)
-        if self.smear_JD is not None:
-            *_, x_BTD = smears(x_BTD, self.smear_JD)
+        x_BTD = x_BTD if self.smear_JD is None else smeared(x_BTD, self.smear_JD)
         code_NQD = None if self.codes is None else self.codes(ids_BT)
         rotation = rope_rotation(ids_BT.shape[1], self.channels, x_BTD)
         for layer in self.layers:

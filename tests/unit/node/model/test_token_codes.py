@@ -10,7 +10,7 @@ import torch
 
 from common.errors import InvalidInputError
 from node.model.moe import LocalExperts, LocalMoE
-from node.model.token_codes import TokenCodes, first_weights, smears
+from node.model.token_codes import TokenCodes, first_weights, smeared
 from node.trainer.train_step import build_model
 from tests.support.swarm_parts import small_manifest
 
@@ -31,7 +31,7 @@ def some_ids(seed: int = 1) -> torch.Tensor:
 
 def test_smearing_adds_what_came_before_and_nothing_from_before_the_start() -> None:
     x_BTD, weights_JD = torch.randn(2, 5, 4), torch.randn(2, 4)
-    *_, found = smears(x_BTD, weights_JD)
+    found = smeared(x_BTD, weights_JD)
     for position in range(5):
         wanted = x_BTD[:, position].clone()
         for back in (1, 2):
@@ -51,13 +51,21 @@ def test_the_first_weights_fall_with_distance_and_have_random_signs() -> None:
 def test_a_heads_code_is_of_its_last_tokens_and_of_nothing_else(head: int) -> None:
     codes, ids_BT = TokenCodes(replace(MANIFEST.model, gate_heads=3), seeded()), some_ids()
     code_BTD = codes(ids_BT).view(3, CONTEXT, 3, -1)[:, :, head]
-    torch.testing.assert_close(code_BTD.square().mean(2), torch.ones(3, CONTEXT))
+    assert (code_BTD.abs() == 1).all()
     other = ids_BT.clone()
     other[:, 4] = (other[:, 4] + 1) % 256
     changed = (codes(other).view(3, CONTEXT, 3, -1)[:, :, head] != code_BTD).any(2)
     assert changed.nonzero()[:, 1].unique().tolist() == list(range(4, 5 + head))
     one_two, two_one = codes(torch.tensor([[1, 2], [2, 1]])).view(2, 2, 3, -1)[:, 1, head]
     assert not torch.equal(one_two, two_one), "order counts"
+
+
+def test_codes_of_contexts_that_differ_in_one_token_are_as_different_as_random_ones() -> None:
+    codes = TokenCodes(replace(MANIFEST.model, d_model=4096, gate_heads=4), seeded())
+    ids_BT = torch.tensor([[1, 2, 3, 4], [9, 2, 3, 4], [1, 2, 3, 9]])
+    last_BD = codes(ids_BT).view(3, 4, 4, -1)[:, -1, -1]
+    likeness = last_BD @ last_BD.T / 4096
+    assert (likeness - torch.eye(3)).abs().max() < 0.1  # six standard deviations
 
 
 def model(seed: int = 0, **changes: object) -> Transformer:

@@ -30,6 +30,9 @@ from protocol.manifest import (
     OptimizerConfig,
 )
 
+MOST_HEADS = 4
+"""Heads of the gate of a new run, whose codes are of two tokens to five."""
+
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -59,27 +62,27 @@ class RunConfig:
     """Read this many bytes of text as one sequence."""
     gate: GateKind = ModelConfig.gate
     """Choose experts by this gate."""
-    smear: FileOnly[int] = ModelConfig.smear
+    smear: FileOnly[int] = 2
     """Add so many tokens before each to the trunk's input."""
-    gate_reads: FileOnly[GateInput] = ModelConfig.gate_reads
+    gate_reads: FileOnly[GateInput] = "tokens"
     """Choose experts by the layer's input (hidden), or by fixed codes of the last tokens (tokens)."""
-    gate_heads: FileOnly[int] = ModelConfig.gate_heads
-    """Let so many heads of the gate choose, each by one token more."""
-    gate_score: FileOnly[GateScore] = ModelConfig.gate_score
+    gate_heads: FileOnly[int] = 0
+    """Let so many heads of the gate choose; 0 takes the most, up to 4, that share a token's experts evenly."""
+    gate_score: FileOnly[GateScore] = "softmax"
     """Weigh the chosen experts by this function of their logits."""
-    gate_lr_fraction: FileOnly[float] = OptimizerConfig.gate_lr_fraction
+    gate_lr_fraction: FileOnly[float] = 0.04
     """Train the gate at this part of the trunk's learning rate; 0 leaves it as it was drawn."""
-    balance: FileOnly[BalanceRule] = ModelConfig.balance
+    balance: FileOnly[BalanceRule] = "proportional"
     """Move the gate's biases by a fixed step (sign), or by how far the load is off (proportional)."""
-    balance_rate: FileOnly[float] = ModelConfig.balance_rate
+    balance_rate: FileOnly[float] = 5e-4
     """Move a bias by at most this much in a step."""
     capacity_factor: FileOnly[float] = ModelConfig.capacity_factor
     """Cap an expert's tokens at this multiple of the mean; 0 sets no limit."""
     codec: Codec = Manifest.codec
     """Send tokens and gradients in this format."""
-    lr: float = OptimizerConfig.lr
+    lr: float = 8e-3
     """Train the trunk at this peak learning rate."""
-    expert_lr: FileOnly[float] = OptimizerConfig.expert_lr
+    expert_lr: FileOnly[float] = 8e-3
     """Train the experts at this peak learning rate."""
     warmup_tokens: FileOnly[int] = OptimizerConfig.warmup_tokens
     """Raise both learning rates to their peaks over this many tokens."""
@@ -270,7 +273,7 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         capacity_factor=config.capacity_factor,
         smear=config.smear,
         gate_reads=config.gate_reads,
-        gate_heads=config.gate_heads,
+        gate_heads=config.gate_heads or most_heads(config.experts_per_token),
         gate_score=config.gate_score,
         balance=config.balance,
         balance_rate=config.balance_rate,
@@ -294,6 +297,11 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         )
     except ManifestError as error:
         raise ConfigError(str(error)) from None
+
+
+def most_heads(experts_per_token: int) -> int:
+    """The most heads, up to MOST_HEADS, that choose equally many of a token's experts each."""
+    return next(heads for heads in range(MOST_HEADS, 0, -1) if experts_per_token % heads == 0)
 
 
 def read_manifest(path: Path) -> Manifest:

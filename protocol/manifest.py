@@ -65,7 +65,7 @@ class ModelConfig:
 
     `smear` tokens before each are added to the trunk's input, each times a vector that is learnt. `gate_reads` says
     what the gate chooses by: the layer's input, or fixed codes of the tokens. Each of its `gate_heads` chooses an equal
-    part of a token's experts; the first reads the code of the token, the second that of the last two tokens, and so on.
+    part of a token's experts; the first reads the code of the last two tokens, the second that of three, and so on.
     `gate_score` says what becomes of its logits, and `balance` how its biases follow the load, by at most
     `balance_rate` in a step; see `node/model/gate/base.py`.
     """

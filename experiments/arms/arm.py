@@ -170,8 +170,10 @@ def gate_cost(arm: Arm, width: int) -> tuple[int, int]:
     """Multiply-adds of a token, and parameters, of one layer's gate."""
     if not arm.experts or arm.gate == "hash":
         return 0, 0
+    heads = arm.recipe.gate_heads
     if arm.gate == "product_key":
         keys = math.isqrt(arm.experts) * width
-        return width * width + keys, width * width + keys
+        queries = heads * width * width if arm.recipe.gate_reads == "hidden" else 0
+        return queries + heads * keys, queries + keys
     # The chosen logits are computed a second time, with a gradient.
-    return (arm.experts + arm.per_token) * width, arm.experts * width
+    return (heads * arm.experts + arm.per_token) * width, arm.experts * width

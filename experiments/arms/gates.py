@@ -1,6 +1,6 @@
 """Gates that nobody would use: nulls that a learnt gate has to beat.
 
-Shapes: T tokens, D d_model, E experts of a layer, K experts per token.
+Shapes: B sequences, T tokens, D d_model, E experts of a layer, K experts per token, Q heads, N experts of a head.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from node.model.gate import Gate, build_gate
 
@@ -16,40 +17,50 @@ if TYPE_CHECKING:
 
     from protocol.manifest import ModelConfig
 
-BIGRAMS = 65_536
+TABLE_ROWS = 2**16
+"""Every pair of bytes has a row; longer contexts share them."""
+
+MULTIPLIER = 0x9E3779B1
+"""A large odd number (Fibonacci hashing, Knuth, "The Art of Computer Programming", volume 3, 6.4)."""
 
 
 class HashGate(Gate):
-    """K experts by a fixed random table over the last two bytes, evenly weighted (hash layers, arXiv 2106.04426).
+    """K experts by fixed random tables over the last bytes, evenly weighted (hash layers, arXiv 2106.04426).
 
-    Two bytes, because one has 256 values, which could reach no more than 256 K experts. What the tokens are is not in
-    x_TD: `watch` has the model tell it. For one forward at a time.
+    With one head by the last two bytes; with more each head's part by one byte more: two, three and so on. Two bytes at
+    least, because one has 256 values, which could reach no more than 256 K experts. What the tokens are is not in x_TD:
+    `watch` has the model tell it. For one forward at a time.
     """
 
     def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
         super().__init__(model)
-        shape = (BIGRAMS, self.experts_per_token)
-        first_X1 = torch.randint(self.n_experts, (BIGRAMS, 1), generator=generator)
+        per_head = self.experts_per_token // self.n_heads
+        first_QX1 = torch.randint(self.n_experts, (self.n_heads, TABLE_ROWS, 1), generator=generator)
         # Distinct experts of a row: a random start, and steps that never come round.
-        stride_XK = torch.randint(max(1, self.n_experts // self.experts_per_token), shape, generator=generator) + 1
-        stride_XK[:, 0] = 0
-        self.register_buffer("table_XK", (first_X1 + stride_XK.cumsum(1)) % self.n_experts, persistent=False)
-        self.table_XK: Tensor
-        self._bigram_T = torch.zeros(0, dtype=torch.int64)
+        shape = (self.n_heads, TABLE_ROWS, per_head)
+        stride_QXN = torch.randint(max(1, self.n_experts // per_head), shape, generator=generator) + 1
+        stride_QXN[:, :, 0] = 0
+        self.register_buffer("table_QXN", (first_QX1 + stride_QXN.cumsum(2)) % self.n_experts, persistent=False)
+        self.table_QXN: Tensor
+        self._row_TQ = torch.zeros(0, self.n_heads, dtype=torch.int64)
 
     def watch(self, model: nn.Module) -> None:
         """Take the bytes from the inputs of `model`."""
         model.register_forward_pre_hook(self._take)
 
     def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ids_BT = inputs[0]
-        before_BT = torch.zeros_like(ids_BT)
-        before_BT[:, 1:] = ids_BT[:, :-1]
-        self._bigram_T = (before_BT * 256 + ids_BT).flatten()
+        ids_BT = inputs[0].long()
+        row_BT, rows = ids_BT, []
+        for back in range(1, self.n_heads + 1):
+            earlier_BT = functional.pad(ids_BT, (back, 0))[:, : ids_BT.shape[1]]
+            row_BT = (earlier_BT * 256 + row_BT) if back == 1 else (row_BT * MULTIPLIER + earlier_BT) % (2**31)
+            rows.append((row_BT if back == 1 else row_BT * MULTIPLIER // 2**15) % TABLE_ROWS)
+        self._row_TQ = torch.stack(rows, 2).flatten(0, 1)
 
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - all are live here
-        """Choose K experts for each token; see `Gate.choose`."""
-        ids_TK = self.table_XK[self._bigram_T]
+        """Choose K experts for each token; see `Gate.choose`. Two heads may choose the same one, which counts twice."""
+        ids = [table_XN[row_T] for table_XN, row_T in zip(self.table_QXN, self._row_TQ.unbind(1), strict=True)]
+        ids_TK = torch.cat(ids, 1)
         return ids_TK, x_TD.new_zeros(ids_TK.shape)
 
 

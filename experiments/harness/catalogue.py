@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MODULES = {
     "adapters": "experiments.adapters.experiment",
     "apart": "experiments.apart.experiment",
+    "choosing": "experiments.arms.choosing",
     "granularity": "experiments.arms.granularity",
     "idiots": "experiments.arms.idiots",
     "merging": "experiments.merging.branches",

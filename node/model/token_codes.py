@@ -37,8 +37,8 @@ def smeared(x_BTD: Tensor, weights_JD: Tensor) -> Tensor:
 class TokenCodes(nn.Module):
     """Codes of the last tokens, one for each head of a gate, drawn at the start and never trained.
 
-    The first is of a token alone, the second of it and the one before it, and so on: what follows a long context that
-    was seen before is best known by it, and what follows a new one by its end. A gate that reads codes meets the same
+    The first is of a token and the one before it, the second of the last three, and so on: what follows a long context
+    that was seen before is best known by it, and what follows a new one by its end. A gate that reads codes meets the same
     tokens with the same input for the whole of training, so that what it has learnt to choose stays chosen: hash layers
     (arXiv 2106.04426) whose hash is learnt.
 
@@ -58,9 +58,10 @@ class TokenCodes(nn.Module):
     @torch.no_grad()
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Codes [N, Q, D] of ones and minus ones. Before the first position nothing is bound."""
-        sign_BTD = F.embedding(ids_BT, self.signs_VD)
-        codes = [sign_BTD]
-        for back in range(1, self._n_heads):
+        sign_BTD = code_BTD = F.embedding(ids_BT, self.signs_VD)
+        codes = []
+        for back in range(1, self._n_heads + 1):
             earlier_BTD = F.pad(sign_BTD, (0, 0, back, 0), value=1.0)[:, : ids_BT.shape[1]]
-            codes.append(codes[-1] * earlier_BTD.roll(back, dims=2))
+            code_BTD = code_BTD * earlier_BTD.roll(back, dims=2)
+            codes.append(code_BTD)
         return torch.stack(codes, 2).flatten(0, 1)

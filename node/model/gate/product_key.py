@@ -35,7 +35,10 @@ PAIRS_AT_ONCE = 2**22
 
 
 class ProductKeyGate(GateOfHeads):
-    """2 sqrt(E) scores per token; E must be a square."""
+    """2 sqrt(E) scores per token and head; E must be a square. All heads have the same sub-keys.
+
+    What reads fixed codes needs no weights to make queries of them: a code's halves are as random as any mixture.
+    """
 
     def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
         super().__init__(model)
@@ -47,13 +50,15 @@ class ProductKeyGate(GateOfHeads):
             )
         std = self.d_model**-0.5  # each half-query has norm sqrt(D / 2), so that a logit starts with variance 1
         half = self.d_model // 2
-        shape = (self.n_heads * self.d_model, self.d_model)  # one head's query after the other's
-        self.query_weight = nn.Parameter(torch.randn(shape, generator=generator) * std)
+        self.query_weight: Tensor | None = None
+        if model.gate_reads == "hidden":
+            shape = (self.n_heads * self.d_model, self.d_model)  # one head's query after the other's
+            self.query_weight = nn.Parameter(torch.randn(shape, generator=generator) * std)
         self.sub_keys_2SC = nn.Parameter(torch.randn(2, self.n_sub_keys, half, generator=generator) * std)
 
     def choose_more(self, head: int, x_TD: Tensor, taken_TM: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Choose a head's experts for each token; see `GateOfHeads.choose_more`."""
-        query_TD = F.linear(x_TD, self.query_weight.view(self.n_heads, self.d_model, -1)[head])
+        query_TD = x_TD if self.query_weight is None else F.linear(x_TD, self._query(self.query_weight, head))
         # Half-queries are normalised, as the papers do with batch statistics, but per token: no state, no leak
         # between tokens.
         halves = [F.rms_norm(half_TC, half_TC.shape[-1:]) for half_TC in query_TD.chunk(2, dim=-1)]
@@ -62,6 +67,9 @@ class ProductKeyGate(GateOfHeads):
         known_TN = ids_TN.clamp(min=0)
         n = self.n_sub_keys
         return ids_TN, first_TS.gather(1, known_TN // n) + second_TS.gather(1, known_TN % n)
+
+    def _query(self, weight: Tensor, head: int) -> Tensor:
+        return weight.view(self.n_heads, self.d_model, -1)[head]
 
     @torch.no_grad()
     def _select(self, first_TS: Tensor, second_TS: Tensor, taken_TM: Tensor, live_E: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -313,4 +313,4 @@ def test_a_plan_is_the_same_after_its_trip_through_json() -> None:
         spec = json.loads(json.dumps(trial.spec))
         assert spec == trial.spec
         if spec["kind"] != "joint":
-            assert asdict(BranchSchedule.from_json(spec["train"])) == spec["train"]
+            assert BranchSchedule.from_json(spec["train"]).to_json() == spec["train"]

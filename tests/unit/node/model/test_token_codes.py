@@ -55,7 +55,7 @@ def test_a_heads_code_is_of_its_last_tokens_and_of_nothing_else(head: int) -> No
     other = ids_BT.clone()
     other[:, 4] = (other[:, 4] + 1) % 256
     changed = (codes(other).view(3, CONTEXT, 3, -1)[:, :, head] != code_BTD).any(2)
-    assert changed.nonzero()[:, 1].unique().tolist() == list(range(4, 5 + head))
+    assert changed.nonzero()[:, 1].unique().tolist() == list(range(4, 6 + head))
     one_two, two_one = codes(torch.tensor([[1, 2], [2, 1]])).view(2, 2, 3, -1)[:, 1, head]
     assert not torch.equal(one_two, two_one), "order counts"
 

@@ -38,9 +38,9 @@ class TokenCodes(nn.Module):
     """Codes of the last tokens, one for each head of a gate, drawn at the start and never trained.
 
     The first is of a token and the one before it, the second of the last three, and so on: what follows a long context
-    that was seen before is best known by it, and what follows a new one by its end. A gate that reads codes meets the same
-    tokens with the same input for the whole of training, so that what it has learnt to choose stays chosen: hash layers
-    (arXiv 2106.04426) whose hash is learnt.
+    that was seen before is best known by it, and what follows a new one by its end. A gate that reads codes meets the
+    same tokens with the same input for the whole of training, so that what it has learnt to choose stays chosen: hash
+    layers (arXiv 2106.04426) whose hash is learnt.
 
     Each token has random signs; several are bound by multiplying theirs, each turned by its distance ("Multiplicative
     Binding, Representation Operators & Analogy", Gayler, 1998). Codes of two different contexts are as different as

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from experiments.arms import granularity, idiots
+from experiments.arms import choosing, granularity, idiots
 from experiments.arms.arm import Arm, TrainSpec, cost
 from experiments.arms.arms import ArmResults, Arms
 from experiments.arms.gates import HashGate, frozen
@@ -193,6 +194,47 @@ def test_the_finding_follows_the_results_whichever_they_are() -> None:
     assert "worse than a dense model of equal FLOPs (less than the 0.10 that was expected)" in worse.finding
     assert "from 64 to 529 experts the gain is under 0.01" in worse.finding
     assert "Many are dead in: 2 of 8 experts; 8 of 64 experts" in worse.tables["Load"]
+
+
+def test_choosing_sets_what_is_learnt_against_its_nulls() -> None:
+    nats = {choosing.DENSE.label: 1.8, choosing.LEARNT.label: 1.45, choosing.FROZEN.label: 1.4}
+    results = {t.name: result(nats.get(t.spec["arm"]["label"], 1.6), 0.0) for t in choosing.QUICK.plan({})}
+    finding = choosing.EXPERIMENT.report("quick", results).finding
+    assert "0.350" in finding.split(choosing.DENSE.label)[0]
+    assert f"worse than {choosing.FROZEN.label}" in finding
+    assert f"better than {choosing.HASHED_5.label}" in finding
+
+
+def test_the_dense_arm_of_choosing_costs_at_least_what_any_other_does() -> None:
+    def flops(arm: Arm) -> int:
+        return cost(TrainSpec(arm=arm, seed=0, tokens=1, lr=1.0, expert_lr=1.0)).flops_per_token
+
+    assert flops(choosing.DENSE) >= max(map(flops, choosing.ARMS))
+
+
+def test_a_hash_gate_of_several_heads_chooses_each_part_by_one_byte_more() -> None:
+    gate = HashGate(replace(MODEL, gate_heads=4), torch.Generator().manual_seed(0))
+    watched = torch.nn.Identity()
+    gate.watch(watched)
+
+    def chosen(ids: list[int]) -> torch.Tensor:
+        watched(torch.tensor([ids]))
+        found: torch.Tensor = gate(torch.randn(len(ids), 16)).expert_ids_TK
+        return found
+
+    before, after = chosen([65, 66, 67, 68, 69, 70, 71]), chosen([65, 33, 67, 68, 69, 70, 71])
+    changed_TQ = (before != after).view(7, 4, 2).any(2)
+    assert [changed_TQ[:, head].nonzero().flatten().tolist() for head in range(4)] == [
+        [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]
+    ]  # fmt: skip
+
+
+def test_a_spec_of_the_first_recipe_is_written_as_results_have_it_and_another_comes_back_whole() -> None:
+    assert "recipe" not in spec(PRODUCT_KEY).to_json()["arm"]
+    other = spec(choosing.LEARNT)
+    assert TrainSpec.from_json(json.loads(json.dumps(other.to_json()))) == other
+    manifest = other.manifest()
+    assert (manifest.model.gate_heads, manifest.optimizer.gate_lr_fraction) == (4, 0.04)
 
 
 def test_idiots_says_which_size_is_best_and_whether_the_gate_matters() -> None:

@@ -44,9 +44,22 @@ def test_gradcheck_of_tokens_and_gate_in_float64_against_hosts_on_loopback() -> 
         assert swarm.dispatcher.calls_failed == 0
 
 
-@pytest.mark.parametrize(("gate", "kind"), [("topk", "ffn"), ("product_key", "ffn"), ("topk", "lora")])
-def test_a_remote_layer_equals_the_local_one_through_steps(gate: str, kind: str) -> None:
-    manifest = small_manifest(codec="fp64", dtype="fp64", model={"gate": gate, "expert_kind": kind})
+CODES = {"gate_reads": "tokens", "gate_heads": 2, "gate_score": "softmax", "balance": "proportional"}
+
+
+@pytest.mark.parametrize(
+    ("gate", "kind", "reads"),
+    [
+        ("topk", "ffn", {}),
+        ("product_key", "ffn", {}),
+        ("topk", "lora", {}),
+        ("topk", "ffn", CODES),
+        ("product_key", "ffn", CODES),
+    ],
+)
+def test_a_remote_layer_equals_the_local_one_through_steps(gate: str, kind: str, reads: dict[str, object]) -> None:
+    manifest = small_manifest(codec="fp64", dtype="fp64", model={"gate": gate, "expert_kind": kind, **reads})
+    code_TQD = torch.randn(10, 2, 16, dtype=torch.float64, generator=seeded()) if reads else None
     with running_swarm(manifest, n_hosts=3) as swarm:
         local_experts = LocalExperts(manifest)
         remote = RemoteMoE(swarm.dispatcher, 1, seeded()).double()
@@ -56,8 +69,9 @@ def test_a_remote_layer_equals_the_local_one_through_steps(gate: str, kind: str)
             outputs = []
             for layer in (remote, local):
                 x = x_TD.clone().requires_grad_()
-                y = x + layer(x)
+                y = x + layer(x, code_TQD)
                 grads = torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
+                layer.balance()
                 outputs.append((y.detach(), *grads))
             for ours, reference in zip(*outputs, strict=True):
                 torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)

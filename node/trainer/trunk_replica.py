@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from common.errors import InvalidInputError
+from node.model.gate import GATE_BIAS
 from node.model.replica_state import ReplicaState, schema
 from protocol.manifest import TRUNK
 
@@ -38,9 +39,8 @@ class TrunkReplica:
         self._training = training
         model = training.model
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # Biases and mean loads of the gates: balance moves them, Adam does not. What no checkpoint has, nothing moves.
-        kept = model.state_dict(keep_vars=True).keys()
-        self._balanced = {name: b for name, b in model.named_buffers() if b.is_floating_point() and name in kept}
+        # Biases of the gates: balance moves them, Adam does not. The loads that a gate remembers are not averaged.
+        self._balanced = {name: b for name, b in model.named_buffers() if name.endswith(GATE_BIAS)}
         self._own_tokens_at_load = 0
         for parameter in self._trained.values():
             self._adam(parameter)

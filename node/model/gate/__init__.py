@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.errors import ManifestError
-from node.model.gate.base import Gate, GateOutput
+from node.model.gate.base import GATE_BIAS, Gate, GateOutput
 from node.model.gate.product_key import ProductKeyGate
 from node.model.gate.stats import GateStats, LoadWindow
 from node.model.gate.topk import TopKGate
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from protocol.manifest import ModelConfig
 
-__all__ = ["Gate", "GateOutput", "GateStats", "LoadWindow", "ProductKeyGate", "TopKGate", "build_gate"]
+__all__ = ["GATE_BIAS", "Gate", "GateOutput", "GateStats", "LoadWindow", "ProductKeyGate", "TopKGate", "build_gate"]
 
 _KINDS: dict[str, Callable[[ModelConfig, torch.Generator], Gate]] = {"topk": TopKGate, "product_key": ProductKeyGate}
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 MATRIX_DIMS, HEADS_DIMS = 2, 3
 
+GATE_BIAS = "bias_E"
+"""Name of the buffer that balance moves."""
+
 LOAD_MEMORY = 0.9
 """What the mean load that `proportional` balances by keeps of itself in a step."""
 
@@ -74,7 +77,7 @@ class Gate(nn.Module, ABC):
         self.capacity_factor = model.capacity_factor
         self.balance_rate, self.balance = model.balance_rate, model.balance
         self.score: GateScore = model.gate_score
-        self.register_buffer("bias_E", torch.zeros(self.n_experts))
+        self.register_buffer(GATE_BIAS, torch.zeros(self.n_experts))
         if self.balance == "proportional":
             self.register_buffer("mean_load_E", torch.zeros(self.n_experts))
         self._window = LoadWindow(self.n_experts)

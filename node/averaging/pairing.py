@@ -133,9 +133,10 @@ class Pairing:
         claim = Claim(dialler=offer.peer_id, pending=False)
         try:
             answer = await self._answer_to(offer, claim)
+            # Before it is sent: a dialler that breaks off as soon as it has it may cancel this very send.
+            self.tally.agreed = True
             async with within(config.offer_timeout_s, "the answer to an offer"):
                 await self._wire.send(pb.ExchangeMessage(offer=answer).SerializeToString())
-            self.tally.agreed = True
             left = [parse_block_id(b.block) for b in answer.blocks if b.reason == pb.ACCEPTED]
             await self._answer_blocks(left, claim)
         finally:

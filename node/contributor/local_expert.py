@@ -32,7 +32,7 @@ class _Kept(NamedTuple):
 
     @property
     def pairs(self) -> Pairs:
-        """Those of the only expert of its block."""
+        """Name the only expert of its block in every pair."""
         return Pairs(self.token_P, torch.zeros_like(self.token_P), self.weight_P)
 
 

@@ -97,11 +97,13 @@ NO_DISCOVERY = "-relayDiscovery=0"
 
 
 async def echo(_info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):  # circuits are cut here
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
+    try:
+        with contextlib.suppress(ConnectionError):  # circuits are cut here
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+    finally:
+        writer.close()  # also where the peer shuts down, and so cancels this
 
 
 async def reserved(lighthouse: Lighthouse, wanted: int) -> None:

@@ -44,11 +44,13 @@ def tunnels_apart(caller: DhtNode, hidden: str, *offers: RelayOffer) -> Tunnels:
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Until the other side ends, or the connection is cut."""
-    with contextlib.suppress(ConnectionError):
-        while piece := await reader.read(1 << 16):
-            writer.write(piece)
-            await writer.drain()
-    writer.close()
+    try:
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(1 << 16):
+                writer.write(piece)
+                await writer.drain()
+    finally:
+        writer.close()
 
 
 @asynccontextmanager

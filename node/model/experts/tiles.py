@@ -59,12 +59,12 @@ class Chosen(NamedTuple):
 
     @classmethod
     def of(cls, expert_P: torch.Tensor) -> Chosen:
-        """Those of pairs sorted by expert."""
+        """Find the experts of pairs that are sorted by expert."""
         experts_N, counts_N = (t.cpu().numpy() for t in torch.unique_consecutive(expert_P, return_counts=True))
         return cls(experts_N, counts_N, counts_N.cumsum() - counts_N)
 
     def within(self, experts: range) -> Chosen:
-        """Those of a block, counted from its first."""
+        """Take the experts of a block, and count them from its first."""
         start, stop = np.searchsorted(self.experts_N, (experts.start, experts.stop))
         own = slice(start, stop)
         return Chosen(self.experts_N[own] - experts.start, self.counts_N[own], self.starts_N[own])

@@ -257,15 +257,19 @@ def test_proportional_balance_counts_live_experts_only_and_stays_exact_in_half_p
 
 @each_kind
 def test_proportional_balancing_evens_out_a_skewed_load(kind: GateKind) -> None:
-    gate = softmax_gate(kind)
-    x = tokens(512) * 0.5 + torch.randn(16, generator=torch.Generator().manual_seed(9)) * 2
+    assert_balancing_evens_out_a_skewed_load(softmax_gate(kind), rate=0.05)
+
+
+def assert_balancing_evens_out_a_skewed_load(gate: Gate, rate: float) -> None:
+    common = torch.randn(16, generator=torch.Generator().manual_seed(9)) * 2
+    x = tokens(512) * 0.5 + common  # all tokens alike: without balancing a few experts take everything
 
     def spread() -> float:
         load = choose(gate, x).load_E.double()
         return float(load.std() / load.mean())
 
     before = spread()
-    gate.balance_rate = 0.05
+    gate.balance_rate = rate
     for _ in range(300):
         gate.update_balance(choose(gate, x).load_E)
     assert spread() < 0.6 * before
@@ -302,19 +306,7 @@ def test_balance_counts_live_experts_only() -> None:
 
 @each_kind
 def test_balancing_evens_out_a_skewed_load(kind: GateKind) -> None:
-    gate = make_gate(kind)
-    common = torch.randn(16, generator=torch.Generator().manual_seed(9)) * 2
-    x = tokens(512) * 0.5 + common  # all tokens alike: without balancing a few experts take everything
-
-    def spread() -> float:
-        load = choose(gate, x).load_E.double()
-        return float(load.std() / load.mean())
-
-    before = spread()
-    gate.balance_rate = 0.01
-    for _ in range(300):
-        gate.update_balance(choose(gate, x).load_E)
-    assert spread() < 0.6 * before
+    assert_balancing_evens_out_a_skewed_load(make_gate(kind), rate=0.01)
 
 
 @each_kind

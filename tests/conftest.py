@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import or_
@@ -27,6 +28,7 @@ from tests.support import leaks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from types import FrameType
 
     from xdist.remote import Producer
 
@@ -38,6 +40,13 @@ def pytest_configure() -> None:
     """Sees orphans of killed nodes as this process's children, and shares the machine with them: one torch thread."""
     leaks.adopt_orphans()
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # Under nohup: nodes that tests start would inherit it, and be deaf to the hangups that tests send them.
+        signal.signal(signal.SIGHUP, _hear_nothing)
+
+
+def _hear_nothing(_number: int, _frame: FrameType | None) -> None:
+    """Go on, like a process that ignores a signal, but without its children ignoring it."""
 
 
 class _OneSwarmAtATime(LoadFileScheduling):  # type: ignore[misc]  # xdist is not annotated

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from coordinator.coordinator import open_run
 from coordinator.status import run_status
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,15 +48,6 @@ def coordinator(out: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
-
-
-def free_port() -> int:
-    """Below the range from which the kernel gives ports to other programs' connections."""
-    for port in range(20_000 + os.getpid() % 5000, 30_000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free port between 20000 and 30000")
 
 
 def status(*flags: str) -> subprocess.CompletedProcess[str]:

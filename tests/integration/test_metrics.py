@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import socket
 import urllib.request
 
 import pytest
@@ -9,14 +8,8 @@ from common import metrics
 from common.errors import ConfigError
 from common.metrics import serve_metrics
 from node.host.metrics import HostCollector
+from tests.support.ports import free_port
 from tests.support.swarm_parts import running_swarm, small_manifest
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_metrics_are_served_as_prometheus_text_and_a_taken_port_is_one_sentence() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import socket
 import urllib.request
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +16,7 @@ from coordinator.config import LighthouseConfig
 from experiments.live.processes import Node, events
 from protocol.identity import Identity
 from tests.support.dht_nodes import RUN, eventually
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,8 +36,7 @@ class Lighthouse(Node):
     def __init__(self, folder: Path, initial_peers: tuple[str, ...], *flags: str) -> None:
         folder.mkdir(exist_ok=True)
         earlier = len(events(folder / "events.jsonl", "start"))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.metrics_port = free.getsockname()[1]
+        self.metrics_port = free_port()
         where = arguments_for({"run_id": RUN, "initial_peers": initial_peers, "state": folder}, LighthouseConfig)
         super().__init__(folder, ("lighthouse", *where, "--metrics-port", str(self.metrics_port), *flags))
         started = self.wait_for("start", count=earlier + 1)

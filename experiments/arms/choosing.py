@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from experiments.arms.arm import Arm, Recipe
 from experiments.arms.arms import ArmResults, Arms, ArmsExperiment
+from experiments.arms.life_report import life_figures
 from experiments.arms.report import arms_tables, by_progress
 from experiments.harness.experiment import Report
 
@@ -57,6 +58,7 @@ many more tokens. Codes of several bytes are knowledge that a dense layer does n
 def report(found: ArmResults) -> Report:
     """Tables, a plot, and whether what the gate learns matters."""
     figures = {"tokens": ("Held-out loss by tokens, mean of the seeds", by_progress(found, "tokens", lambda _: 1.0))}
+    figures |= life_figures(found)
     return Report(finding=finding(found), tables=arms_tables(found, against=DENSE.label), figures=figures)
 
 

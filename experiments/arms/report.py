@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.arms.life_report import life_figures, life_tables
 from experiments.harness.experiment import markdown_table
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ LOSS = "held-out nats per byte"
 
 
 def arms_tables(found: ArmResults, against: str) -> dict[str, str]:
-    """Loss, cost, load and specialisation by arm."""
+    """Loss, cost, load, life and specialisation by arm."""
     tables = {"Loss": loss_table(found, against), "What it costs": cost_table(found, against)}
     if any(result["gates"] for label in found.labels for result in found.results(label)):
-        tables |= {"Load": load_table(found), "Specialisation": specialisation_table(found)}
+        tables |= {"Load": load_table(found), **life_tables(found), "Specialisation": specialisation_table(found)}
     return tables
 
 
@@ -151,6 +152,7 @@ def arms_figures(found: ArmResults) -> dict[str, tuple[str, Figure]]:
             "Held-out loss by training FLOPs, the gates' counted, mean of the seeds",
             by_progress(found, "training FLOPs", lambda label: 3.0 * found.cost(label).flops_per_token),
         ),
+        **life_figures(found),
     }
 
 

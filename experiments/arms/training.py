@@ -17,6 +17,7 @@ from common.atomic_file import write_atomically
 from common.folders import data_cache
 from experiments.arms.arm import TrainSpec, cost
 from experiments.arms.gates import HashGate, gate_of
+from experiments.arms.life import LOOKS, ablations, busiest_blocks, look
 from experiments.arms.specialisation import specialisation
 from node.data import open_dataset
 from node.host.block_store import BlockStore
@@ -130,6 +131,8 @@ class Log:
     """Tokens, and nats per byte then."""
     train: list[tuple[int, float]] = field(default_factory=list)
     """Tokens, and the mean training loss since the point before."""
+    life: list[dict[str, Any]] = field(default_factory=list)
+    """Tokens, and the statistics of each layer's gate then."""
     seconds: float = 0.0
     """The seconds of training steps alone."""
 
@@ -164,6 +167,8 @@ class TrainRun:
             if self._is_due(step + 1):
                 self._measure(losses)
                 losses = []
+            if self._ends_part(step + 1, LOOKS) and self.model.layers:
+                self._look()
             if (step + 1) % PROGRESS_EVERY_STEPS == 0:
                 self._context.progress(step + 1, self.last_step, f"{result.loss:.3f} nats per byte")
             if not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
@@ -174,15 +179,22 @@ class TrainRun:
         return self.training.step()
 
     def _is_due(self, step: int) -> bool:
-        spec = self.spec
-        before, done = (n * spec.evaluations // spec.steps for n in (step - 1, step))
-        return step == self.last_step or done > before
+        return step == self.last_step or self._ends_part(step, self.spec.evaluations)
+
+    def _ends_part(self, step: int, parts: int) -> bool:
+        before, done = (n * parts // self.spec.steps for n in (step - 1, step))
+        return done > before
 
     def _measure(self, losses: list[float]) -> None:
         nats_N = nats_per_window(self.model.trunk, self._dataset, self.spec, self.spec.eval_bytes)
         tokens = self.training.run_tokens
         self.log.held_out.append((tokens, float(nats_N.mean())))
         self.log.train.append((tokens, sum(losses) / len(losses)))
+
+    def _look(self) -> None:
+        ids_BT = next(iter(self._dataset.held_out_batches(self.spec.batch, self.spec.context)))
+        layers = look(self.model, self.training.probe, ids_BT)
+        self.log.life.append({"tokens": self.training.run_tokens, "layers": layers})
 
     def save(self) -> None:
         """Write what `go` goes on from."""
@@ -245,10 +257,22 @@ def result_of(run: TrainRun, dataset: ByteDataset) -> Result:
         "tokens": run.training.run_tokens,
         "held_out": log.held_out,
         "train": log.train,
+        "life": log.life,
+        "busiest_block": busiest_blocks(run.model, dataset, run.spec.batch),
+        "ablated": ablated(run.model, run.spec, dataset),
         "seconds": round(log.seconds, 1),
         "cpu_seconds": round(log.cpu_seconds, 1),
         **figures_of(run.model, run.spec, dataset),
     }
+
+
+def ablated(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> list[dict[str, Any]]:
+    """What the model loses without some experts; nothing of one that has none."""
+
+    def nats_of(n_bytes: int) -> float:
+        return float(nats_per_window(model.trunk, dataset, spec, n_bytes).mean())
+
+    return ablations(model, dataset, spec.batch, spec.seed, nats_of) if model.layers else []
 
 
 def figures_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result:

@@ -26,7 +26,7 @@ from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
     from node.model.experts.block import BlockGradients
-    from node.model.gate import Gate
+    from node.model.gate import Chosen, Gate
     from protocol.manifest import Manifest
 
 
@@ -56,8 +56,7 @@ class MoE(nn.Module):
         self.layer = layer
         self._experts = experts
         self._lock = CopyableLock()
-        self._load_E: torch.Tensor | None = None
-        self._overflow = 0
+        self._chosen: Chosen | None = None
 
     # There is nothing to compile in calls to other machines: a compiled model is left and entered again here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -94,22 +93,21 @@ class MoE(nn.Module):
             x_TD, choice.weights_TK, choice.expert_ids_TK, self._experts, self.layer, keep
         )
         if self.training:
+            chosen = choice.chosen()
             with self._lock:
-                self._load_E = choice.load_E if self._load_E is None else self._load_E + choice.load_E
-                self._overflow += choice.overflow
+                self._chosen = chosen if self._chosen is None else self._chosen + chosen
         return _renormalise(combined_TD, choice.weights_TK, answered_TK).view(shape)
 
     def balance(self) -> int:
         """Move the gate's biases by the loads since the last call (once per step); returns the pairs over capacity."""
         with self._lock:
-            load_E, overflow = self._load_E, self._overflow
-            self._load_E, self._overflow = None, 0
-        if load_E is None:
+            chosen, self._chosen = self._chosen, None
+        if chosen is None:
             return 0
         live_E = self._experts.live_experts(self.layer)
-        self.gate.update_balance(load_E, live_E)
-        self.gate.observe(load_E, overflow, live_E)
-        return overflow
+        self.gate.update_balance(chosen.load_E, live_E)
+        self.gate.observe(chosen, live_E)
+        return chosen.overflow
 
 
 class LocalMoE(MoE):

@@ -41,12 +41,17 @@ class WaitingEvent(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class GateLoad:
-    """How evenly the gates spread the tokens; `overflow` counts pairs that capacity dropped in this step."""
+    """How evenly the gates spread the tokens; `overflow` counts pairs that capacity dropped in this step.
+
+    `effective_k` and `kept_fraction` are those of `GateStats`, mean of the layers.
+    """
 
     dead_fraction: float
     load_cv: float
     entropy_bits: float
     overflow: int
+    effective_k: float = 0.0
+    kept_fraction: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,8 @@ def _gate_load(gates: Sequence[Gate], overflow: int) -> GateLoad:
         load_cv=round(sum(s.load_cv for s in stats) / n, 4),
         entropy_bits=round(sum(s.load_entropy_bits for s in stats) / n, 4),
         overflow=overflow,
+        effective_k=round(sum(s.effective_k for s in stats) / n, 4),
+        kept_fraction=round(sum(s.kept_fraction for s in stats) / n, 4),
     )
 
 

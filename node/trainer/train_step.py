@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from common.errors import DivergedError, InvalidInputError, TooFewExpertsError
-from node.model.gate import build_gate
+from node.model.gate import ChoiceProbe, build_gate
 from node.model.learning_rate import learning_rate_factor
 from node.model.moe import MoE
 from node.model.transformer import Transformer, bits_per_byte
@@ -89,6 +90,7 @@ class Training:
     ) -> None:
         self.manifest, self.model, self.dataset, self.config = manifest, model, dataset, config
         self.moe_layers = [module for module in model.modules() if isinstance(module, MoE)]
+        self.probe = ChoiceProbe([layer.gate for layer in self.moe_layers])
         self._experts, self._on_too_few = experts, on_too_few
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -166,7 +168,7 @@ class Training:
         batches = self.dataset.held_out_batches(self.config.batch, context, max_bytes)
         with self.trunk_lock.turn():
             self.model.eval()
-            results = self._in_flight(self._held_out, batches)
+            results = self._in_flight(self._held_out, enumerate(batches))
         n_bytes = sum(n for _, n in results)
         return bits_per_byte(sum(nats for nats, _ in results) / n_bytes)
 
@@ -214,9 +216,13 @@ class Training:
         return float(loss.detach()), gradients
 
     @torch.no_grad()
-    def _held_out(self, ids: torch.Tensor) -> tuple[float, int]:
+    def _held_out(self, batch: tuple[int, torch.Tensor]) -> tuple[float, int]:
+        index, ids = batch
         n_bytes = ids[:, 1:].numel()
-        return float(self._finite_loss(ids)) * n_bytes, n_bytes
+        # The first micro-batch stands for all: what gates keep is a mean over thousands of tokens.
+        with self.probe.looking(ids) if index == 0 else nullcontext():
+            loss = float(self._finite_loss(ids))
+        return loss * n_bytes, n_bytes
 
     def _finite_loss(self, ids: torch.Tensor) -> torch.Tensor:
         try:

@@ -72,7 +72,9 @@ def step(number: int, **changes: Any) -> StepEvent:
         time_left_s=0.5 * (400 - number),
         grad_norm=1.2,
         lr=1e-3,
-        gate=GateLoad(dead_fraction=0.012, load_cv=0.43, entropy_bits=8.31, overflow=14_968),
+        gate=GateLoad(
+            dead_fraction=0.012, load_cv=0.43, entropy_bits=8.31, overflow=14_968, effective_k=6.93, kept_fraction=0.921
+        ),
         replicas=ReplicaCounts(min=1, mean=1.5),
         versions=VersionRange(min=1203, max=1450),
         staleness=GradientStaleness(mean=1.25, max=12),

@@ -2,7 +2,7 @@
 
 Path of a step: `transformer.py`, `moe.py`, **gate**, then `node/trainer/dispatch/`. `base` says what every gate does,
 `heads` what one of several heads does, `topk` and `product_key` how each finds its experts, `stats` what is measured
-about the load.
+about what they choose, `probe` how much of it they keep.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from common.errors import ManifestError
 from node.model.gate.base import GATE_BIAS, Gate, GateOutput
+from node.model.gate.probe import ChoiceProbe
 from node.model.gate.product_key import ProductKeyGate
-from node.model.gate.stats import GateStats, LoadWindow
+from node.model.gate.stats import Chosen, GateStats, LoadWindow
 from node.model.gate.topk import TopKGate
 
 if TYPE_CHECKING:
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
 
     from protocol.manifest import ModelConfig
 
-__all__ = ["GATE_BIAS", "Gate", "GateOutput", "GateStats", "LoadWindow", "ProductKeyGate", "TopKGate", "build_gate"]
+__all__ = [
+    "GATE_BIAS",
+    "ChoiceProbe",
+    "Chosen",
+    "Gate",
+    "GateOutput",
+    "GateStats",
+    "LoadWindow",
+    "ProductKeyGate",
+    "TopKGate",
+    "build_gate",
+]
 
 _KINDS: dict[str, Callable[[ModelConfig, torch.Generator], Gate]] = {"topk": TopKGate, "product_key": ProductKeyGate}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import InvalidInputError, ManifestError
-from node.model.gate.stats import GateStats, LoadWindow
+from node.model.gate.stats import Chosen, GateStats, LoadWindow, effective_experts
 from node.model.pairs import NO_EXPERT
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ class GateOutput:
     load_E: Tensor
     overflow: int
 
+    def chosen(self) -> Chosen:
+        """What the statistics count of this."""
+        effective_k, n_tokens = effective_experts(self.weights_TK)
+        return Chosen(load_E=self.load_E, overflow=self.overflow, effective_k=effective_k, n_tokens=n_tokens)
+
 
 class Gate(nn.Module, ABC):
     """Experts are selected by score + bias and weighted by score alone (arXiv 2408.15664).
@@ -81,6 +86,8 @@ class Gate(nn.Module, ABC):
         if self.balance == "proportional":
             self.register_buffer("mean_load_E", torch.zeros(self.n_experts))
         self._window = LoadWindow(self.n_experts)
+        self.kept_fraction = 0.0
+        """What `ChoiceProbe` last found."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,13 +157,13 @@ class Gate(nn.Module, ABC):
         mean_N = self.mean_load_E[live_E]
         return (1 - mean_N / mean_N.mean().clamp(min=torch.finfo(mean_N.dtype).tiny)).clamp(-1, 1)
 
-    def observe(self, load_E: Tensor, overflow: int = 0, live_E: Tensor | None = None) -> None:
-        """Count one optimizer step's load in the statistics."""
-        self._window.observe(load_E, overflow, live_E)
+    def observe(self, chosen: Chosen, live_E: Tensor | None = None) -> None:
+        """Count what one optimizer step's forwards chose in the statistics."""
+        self._window.observe(chosen, live_E)
 
     def stats(self) -> GateStats:
-        """Load statistics over the recent steps that were observed."""
-        return self._window.stats()
+        """Statistics over the recent steps that were observed."""
+        return replace(self._window.stats(), kept_fraction=self.kept_fraction)
 
     def _capacity(self, n_tokens: int, live_E: Tensor | None) -> int | None:
         if not self.training or self.capacity_factor <= 0:

@@ -42,7 +42,7 @@ PLAIN_EVERY_STEPS = 10
 HISTORY = 2048
 """Points kept for the trends; older ones are thinned, so that the trend always spans the run."""
 
-PANEL_ROWS = 17
+PANEL_ROWS = 18
 """Lines of the panel beside the rows of its table of hosts."""
 
 MIN_BAR_WIDTH = 6
@@ -174,6 +174,8 @@ def _facts(state: DisplayState, step: StepEvent, width: int) -> RenderableType:
     gate = step.gate
     balance = f"{100 * gate.dead_fraction:.0f} % idle, {gate.overflow:,} dropped"
     grid.add_row("gate", f"load spread {gate.load_cv:.2f}", f"entropy {gate.entropy_bits:.1f} bits, {balance}")
+    kept = f"{100 * gate.kept_fraction:.0f} % kept since last held-out text" if gate.kept_fraction else ""
+    grid.add_row("", f"{gate.effective_k:.1f} experts a token", kept)
     return grid
 
 

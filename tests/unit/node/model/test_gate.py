@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidInputError, ManifestError
-from node.model.gate import Gate, GateStats, LoadWindow, build_gate, product_key
+from node.model.gate import Gate, GateStats, build_gate, product_key
 from node.model.gate.base import allot, normalised_weights, within_capacity
 from protocol.manifest import GateKind, Manifest, ModelConfig
 
@@ -412,60 +412,6 @@ def test_a_grid_that_the_gate_cannot_serve_is_refused() -> None:
         make_gate("topk", experts=2, k=3)
     with pytest.raises(ManifestError, match="must be one of topk, product_key"):
         make_gate("router")  # type: ignore[arg-type]
-
-
-def test_an_even_load_has_full_entropy_and_no_spread() -> None:
-    window = LoadWindow(8)
-    window.observe(torch.full((8,), 5))
-    stats = window.stats()
-    assert (stats.n_live, stats.dead_fraction, stats.load_cv, stats.load_max_over_mean) == (8, 0.0, 0.0, 1.0)
-    assert stats.load_entropy_bits == pytest.approx(3.0)
-
-
-def test_one_expert_taking_all_has_no_entropy_and_the_rest_are_dead() -> None:
-    window = LoadWindow(8)
-    window.observe(torch.tensor([80, 0, 0, 0, 0, 0, 0, 0]), overflow=20)
-    stats = window.stats()
-    assert stats.dead_fraction == pytest.approx(7 / 8)
-    assert stats.load_max_over_mean == pytest.approx(8.0)
-    assert stats.load_cv == pytest.approx(math.sqrt(7))
-    assert stats.load_entropy_bits == pytest.approx(0.0)
-    assert stats.overflow_fraction == pytest.approx(0.25)
-
-
-def test_an_expert_is_dead_once_it_sat_out_the_whole_window_and_alive_when_chosen_again() -> None:
-    window = LoadWindow(2, window_steps=3)
-    both, first_only = torch.tensor([1, 1]), torch.tensor([2, 0])
-    dead = []
-    for load in (both, first_only, first_only, first_only, both):
-        window.observe(load)
-        dead.append(window.stats().dead_fraction)
-    assert dead == [0.0, 0.0, 0.0, 0.5, 0.0]
-
-
-def test_statistics_are_of_live_experts_and_absence_is_not_idleness() -> None:
-    window = LoadWindow(3, window_steps=2)
-    absent = torch.tensor([True, True, False])
-    for _ in range(4):
-        window.observe(torch.tensor([3, 3, 0]), 0, absent)
-    assert (window.stats().n_live, window.stats().load_cv, window.stats().dead_fraction) == (2, 0.0, 0.0)
-    window.observe(torch.tensor([3, 3, 0]))
-    assert window.stats().n_live == 3
-    assert window.stats().dead_fraction == 0.0  # it came back one step ago
-
-
-def test_there_are_no_numbers_before_there_is_load() -> None:
-    window = LoadWindow(4)
-    assert window.stats() == GateStats()
-    window.observe(torch.zeros(4, dtype=torch.int64), 0, torch.zeros(4, dtype=torch.bool))
-    assert window.stats() == GateStats()
-
-
-def test_the_gate_reports_what_the_trainer_observed() -> None:
-    gate = make_gate("topk")
-    gate.observe(torch.full((64,), 2), overflow=32)
-    assert gate.stats().overflow_fraction == pytest.approx(0.25)
-    assert gate.stats().load_entropy_bits == pytest.approx(6.0)
 
 
 @each_kind

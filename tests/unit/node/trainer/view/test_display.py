@@ -113,7 +113,7 @@ def test_more_hosts_than_lines_are_counted_and_the_busiest_come_first() -> None:
     assert len(text.splitlines()) <= 24
     assert "…3VdZ39" in text
     assert "…3VdZ00" not in text
-    assert "and 33 more hosts" in text
+    assert "and 34 more hosts" in text
 
 
 def test_without_hosts_it_says_so() -> None:

@@ -37,8 +37,8 @@ LIFE_NOTE = """\
 By quarters of the training, each over the last 100 steps before its end, mean of layers and seeds. Kept are those of a
 held-out token's experts that were its own a quarter before: an expert cannot become good at tokens that do not come
 back. The effective experts of a token are 1 / the sum of its weights' squares. Uneven load costs hosts: where each
-has as many blocks, a step waits for the one with the busiest. Its load at the end of the training, over the mean block's,
-is for as many blocks as a block has experts."""
+has as many blocks, a step waits for the one with the busiest. Its load at the end of the training is told over the mean
+block's, for as many blocks as a block has experts."""
 
 ABLATION_NOTE = """\
 What held-out nats per byte rise by when some experts of every layer do not answer, mean of the seeds; a token that had

@@ -15,7 +15,8 @@ from experiments.apart.report import apart_report
 from experiments.apart.shards import SHARDINGS, Sharding
 from experiments.arms.arm import Arm
 from experiments.arms.specialisation import specialisation
-from experiments.arms.training import log_likelihood, nats_per_window, open_text, result_of
+from experiments.arms.text import open_text
+from experiments.arms.training import log_likelihood, nats_per_window, result_of
 from experiments.arms.tuning import SEED
 from experiments.harness.experiment import Trial, no_results
 

@@ -14,6 +14,7 @@ from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from experiments.arms.text import TextName
     from protocol.manifest import BalanceRule, GateInput, GateScore
 
 GateName = Literal["topk", "product_key", "hash"]
@@ -68,6 +69,7 @@ class TrainSpec:
     heads: int = 4
     context: int = 128
     batch: int = 16
+    text: TextName = "summaries"
     warmup: float = 0.03
     """Part of the tokens over which the rate rises."""
     evaluations: int = 8
@@ -121,8 +123,10 @@ class TrainSpec:
         return Manifest(name="experiment", seed=self.seed, model=model, optimizer=optimizer)
 
     def to_json(self) -> dict[str, Any]:
-        """Return this as a trial's spec; without the recipe of the first runs, whose results have none."""
+        """Return this as a trial's spec; without the recipe and the text of the first runs, whose results have none."""
         spec = asdict(self)
+        if self.text == "summaries":
+            del spec["text"]
         if self.arm.recipe == Recipe():
             del spec["arm"]["recipe"]
         return spec

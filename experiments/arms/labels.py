@@ -6,7 +6,7 @@ Shapes: X held-out bytes.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from node.data.dataset import HELD_OUT_FRACTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -43,7 +44,7 @@ def _byte_class(value: int) -> int:
 
 
 class Topics:
-    """Topics of the default corpus, as its package labels the articles."""
+    """Topics of a text's documents: of the default corpus as its package labels the articles."""
 
     def __init__(self, dataset: ByteDataset, seed: int = 0) -> None:
         documents = list(_documents(dataset))
@@ -62,7 +63,15 @@ class Topics:
 
 def _documents(dataset: ByteDataset) -> Iterator[tuple[bytes, str]]:
     """Yield the documents as `node.data` reads them, with their topics."""
-    records = json.loads(dataset.corpus.root.read_bytes())
-    for record in records.values():
-        if isinstance(record, dict) and str(record.get("extract", "")).strip():
-            yield record["extract"].encode("utf-8", errors="replace").strip(b"\r\n"), str(record.get("topic"))
+    for record in _records(dataset.corpus.root):
+        text = str(record.get("text", record.get("extract", ""))) if isinstance(record, dict) else ""
+        if text.strip():
+            yield text.encode("utf-8", errors="replace").strip(b"\r\n"), str(record["topic"])
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    if file.suffix == ".jsonl":
+        with file.open("rb") as lines:
+            yield from map(json.loads, lines)
+    else:
+        yield from json.loads(file.read_bytes()).values()

@@ -14,12 +14,11 @@ import torch
 from torch.nn import functional
 
 from common.atomic_file import write_atomically
-from common.folders import data_cache
 from experiments.arms.arm import TrainSpec, cost
 from experiments.arms.gates import HashGate, gate_of
 from experiments.arms.life import LOOKS, ablations, busiest_blocks, look
 from experiments.arms.specialisation import specialisation
-from node.data import open_dataset
+from experiments.arms.text import open_text
 from node.host.block_store import BlockStore
 from node.model.devices import pick_device
 from node.model.moe import LocalExperts, MoE
@@ -105,11 +104,6 @@ def _trunk(
     manifest: Manifest, layers: Iterable[torch.nn.Module], generator: torch.Generator, device: torch.device
 ) -> Transformer:
     return build_trunk(manifest, list(layers), generator).to(device)  # type: ignore[arg-type]
-
-
-def open_text(seed: int = 0) -> ByteDataset:
-    """The default corpus. Held-out documents are the same for every seed of a model."""
-    return open_dataset(None, cache_dir=data_cache(), seed=seed)
 
 
 def build_training(model: Model, spec: TrainSpec, dataset: ByteDataset) -> Training:
@@ -290,7 +284,8 @@ def figures_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result
 
 def train(spec: dict[str, Any], context: TrialContext) -> Result:
     """A trial that is one training run."""
-    dataset = open_text()
-    run = TrainRun(TrainSpec.from_json(spec), context, dataset)
+    train_spec = TrainSpec.from_json(spec)
+    dataset = open_text(train_spec.text)
+    run = TrainRun(train_spec, context, dataset)
     run.go()
     return result_of(run, dataset)

@@ -12,7 +12,8 @@ from experiments.apart.branches import Branches, BranchSchedule
 from experiments.apart.shards import evenly, split
 from experiments.arms.arm import Arm, TrainSpec, cost
 from experiments.arms.labels import Topics
-from experiments.arms.training import TrainRun, log_likelihood, nats_per_window, open_text
+from experiments.arms.text import open_text
+from experiments.arms.training import TrainRun, log_likelihood, nats_per_window
 from experiments.harness.experiment import Trial
 from experiments.merging.choosing import PREFIX
 from experiments.merging.evaluator import MergeEvaluator, chosen_between, unsearched, ways_apart

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.arms.arm import Arm, TrainSpec
-from experiments.arms.training import open_text
+from experiments.arms.text import open_text
 from experiments.harness.experiment import Trial, no_results
 from experiments.sequential.one_expert import OneExpert, expert_loads, reached_by, trained_model
 from experiments.sequential.report import sequential_report

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.arms import ArmResults
-from experiments.arms.training import open_text
+from experiments.arms.text import open_text
 from experiments.harness.experiment import Trial, no_results
 from experiments.live.placement import Placement
 from experiments.swarm.report import CLOSE, Roles, swarm_report

@@ -13,7 +13,8 @@ from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.arms import ArmResults
 from experiments.arms.life import LOOKS, _to_take, _Without, busiest_blocks
 from experiments.arms.life_report import KEPT, course, life_figures, life_tables
-from experiments.arms.training import TrainRun, open_text, result_of
+from experiments.arms.text import open_text
+from experiments.arms.training import TrainRun, result_of
 from experiments.harness.experiment import Trial
 
 if TYPE_CHECKING:

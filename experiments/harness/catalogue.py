@@ -16,6 +16,7 @@ MODULES = {
     "choosing": "experiments.arms.choosing",
     "granularity": "experiments.arms.granularity",
     "idiots": "experiments.arms.idiots",
+    "longer": "experiments.arms.longer",
     "merging": "experiments.merging.branches",
     "merging-adapters": "experiments.merging.adapters",
     "sequential": "experiments.sequential.experiment",

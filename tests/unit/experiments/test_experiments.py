@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from experiments.arms import choosing, granularity, idiots
+from experiments.arms import choosing, granularity, idiots, longer
 from experiments.arms.arm import Arm, TrainSpec, cost
 from experiments.arms.arms import ArmResults, Arms
 from experiments.arms.gates import HashGate, frozen
@@ -205,11 +205,25 @@ def test_choosing_sets_what_is_learnt_against_its_nulls() -> None:
     assert f"better than {choosing.HASHED_5.label}" in finding
 
 
+def test_longer_says_whether_many_experts_are_better_than_dense_by_as_much_as_is_wanted() -> None:
+    def finding(nats: float) -> str:
+        trials = longer.QUICK.plan({})
+        results = {t.name: result(nats if t.spec["arm"]["label"] == longer.MANY.label else 1.6) for t in trials}
+        said: str = longer.EXPERIMENT.report("quick", results).finding
+        return said
+
+    assert "0.200" in finding(1.4)
+    assert "equal FLOPs (as wanted) after 102,400 tokens" in finding(1.4)
+    assert "(less than the 0.10 that was wanted)" in finding(1.55)
+    assert f"worse than {longer.HASHED_MANY.label}" in finding(1.7)
+    assert {trial.spec["text"] for trial in longer.QUICK.plan({})} == {"long"}
+
+
 def test_the_dense_arm_of_choosing_costs_at_least_what_any_other_does() -> None:
     def flops(arm: Arm) -> int:
         return cost(TrainSpec(arm=arm, seed=0, tokens=1, lr=1.0, expert_lr=1.0)).flops_per_token
 
-    assert flops(choosing.DENSE) >= max(map(flops, choosing.ARMS))
+    assert flops(choosing.DENSE) >= max(map(flops, (*choosing.ARMS, *longer.ARMS)))
 
 
 def test_a_hash_gate_of_several_heads_chooses_each_part_by_one_byte_more() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from experiments.arms.arm import Arm
 from experiments.arms.arms import ArmResults, Arms, ArmsExperiment
-from experiments.arms.choosing import DENSE, FROZEN, HASHED_5, LEARNT
+from experiments.arms.choosing import FROZEN, HASHED_5, LEARNT, SMEARED
 from experiments.arms.report import arms_figures, arms_tables
 from experiments.harness.experiment import Report
 
+DENSE = Arm(label="dense, equal FLOPs", hidden=448, recipe=SMEARED)
 MANY = replace(LEARNT, label="8 of 2,025 experts")
 FEWER = replace(MANY, label="8 of 529 experts", experts=529)
 MOST = replace(MANY, label="8 of 8,281 experts", experts=8281)
@@ -51,9 +53,8 @@ def finding(found: ArmResults) -> str:
     others = [arm for arm in ARMS[2:] if arm.label in found.labels]
     against = "; ".join(f"{found.difference(MANY.label, arm.label).words} than {arm.label}" for arm in others)
     tokens = found.spec(MANY.label).tokens
-    return (
-        f"{MANY.label} are {gain.words} than a dense model of equal FLOPs ({words}) after {tokens:,} tokens; {against}."
-    )
+    verdict = f"{MANY.label} are {gain.words} than a dense model of equal FLOPs ({words}) after {tokens:,} tokens"
+    return f"{verdict}; {against}."
 
 
 EXPERIMENT = ArmsExperiment(

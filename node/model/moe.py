@@ -26,7 +26,7 @@ from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
     from node.model.experts.block import BlockGradients
-    from node.model.gate import Chosen, Gate
+    from node.model.gate import ChoiceSummary, Gate
     from protocol.manifest import Manifest
 
 
@@ -56,7 +56,7 @@ class MoE(nn.Module):
         self.layer = layer
         self._experts = experts
         self._lock = CopyableLock()
-        self._chosen: Chosen | None = None
+        self._chosen: ChoiceSummary | None = None
 
     # There is nothing to compile in calls to other machines: a compiled model is left and entered again here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -13,7 +13,7 @@ from common.errors import ManifestError
 from node.model.gate.base import GATE_BIAS, Gate, GateOutput
 from node.model.gate.probe import ChoiceProbe
 from node.model.gate.product_key import ProductKeyGate
-from node.model.gate.stats import Chosen, GateStats, LoadWindow
+from node.model.gate.stats import ChoiceSummary, GateStats, LoadWindow
 from node.model.gate.topk import TopKGate
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GATE_BIAS",
     "ChoiceProbe",
-    "Chosen",
+    "ChoiceSummary",
     "Gate",
     "GateOutput",
     "GateStats",

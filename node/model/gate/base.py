@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import InvalidInputError, ManifestError
-from node.model.gate.stats import Chosen, GateStats, LoadWindow, effective_experts
+from node.model.gate.stats import ChoiceSummary, GateStats, LoadWindow, effective_experts
 from node.model.pairs import NO_EXPERT
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class GateOutput:
     load_E: Tensor
     overflow: int
 
-    def chosen(self) -> Chosen:
+    def chosen(self) -> ChoiceSummary:
         """What the statistics count of this."""
         effective_k, n_tokens = effective_experts(self.weights_TK)
-        return Chosen(load_E=self.load_E, overflow=self.overflow, effective_k=effective_k, n_tokens=n_tokens)
+        return ChoiceSummary(load_E=self.load_E, overflow=self.overflow, effective_k=effective_k, n_tokens=n_tokens)
 
 
 class Gate(nn.Module, ABC):
@@ -157,7 +157,7 @@ class Gate(nn.Module, ABC):
         mean_N = self.mean_load_E[live_E]
         return (1 - mean_N / mean_N.mean().clamp(min=torch.finfo(mean_N.dtype).tiny)).clamp(-1, 1)
 
-    def observe(self, chosen: Chosen, live_E: Tensor | None = None) -> None:
+    def observe(self, chosen: ChoiceSummary, live_E: Tensor | None = None) -> None:
         """Count what one optimizer step's forwards chose in the statistics."""
         self._window.observe(chosen, live_E)
 

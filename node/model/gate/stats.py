@@ -40,7 +40,7 @@ class GateStats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class ChoiceSummary:
     """What one forward chose, or several: `effective_k` is summed over the `n_tokens` that have experts."""
 
     load_E: Tensor
@@ -48,8 +48,8 @@ class Chosen:
     effective_k: float = 0.0
     n_tokens: int = 0
 
-    def __add__(self, other: Chosen) -> Chosen:
-        return Chosen(
+    def __add__(self, other: ChoiceSummary) -> ChoiceSummary:
+        return ChoiceSummary(
             load_E=self.load_E + other.load_E,
             overflow=self.overflow + other.overflow,
             effective_k=self.effective_k + other.effective_k,
@@ -81,7 +81,7 @@ class LoadWindow:
         self._idle_steps_E = torch.zeros(n_experts, dtype=torch.int64)
         self._live_E = torch.ones(n_experts, dtype=torch.bool)
 
-    def observe(self, chosen: Chosen, live_E: Tensor | None = None) -> None:
+    def observe(self, chosen: ChoiceSummary, live_E: Tensor | None = None) -> None:
         """Count one step. An expert that is not live does not grow idle: it had no chance."""
         load_E = chosen.load_E.detach().cpu()
         self._live_E = torch.ones_like(self._live_E) if live_E is None else live_E.cpu().clone()

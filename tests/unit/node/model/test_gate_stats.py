@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import InvalidInputError
-from node.model.gate import ChoiceProbe, Chosen, Gate, GateStats, LoadWindow, build_gate
+from node.model.gate import ChoiceProbe, ChoiceSummary, Gate, GateStats, LoadWindow, build_gate
 from node.model.gate.probe import kept_fraction
 from node.model.gate.stats import effective_experts
 from protocol.manifest import GateKind, ModelConfig
@@ -39,7 +39,7 @@ def choose(gate: Gate, x_TD: torch.Tensor) -> GateOutput:
 
 def test_an_even_load_has_full_entropy_and_no_spread() -> None:
     window = LoadWindow(8)
-    window.observe(Chosen(load_E=torch.full((8,), 5)))
+    window.observe(ChoiceSummary(load_E=torch.full((8,), 5)))
     stats = window.stats()
     assert (stats.n_live, stats.dead_fraction, stats.load_cv, stats.load_max_over_mean) == (8, 0.0, 0.0, 1.0)
     assert stats.load_entropy_bits == pytest.approx(3.0)
@@ -47,7 +47,7 @@ def test_an_even_load_has_full_entropy_and_no_spread() -> None:
 
 def test_one_expert_taking_all_has_no_entropy_and_the_rest_are_dead() -> None:
     window = LoadWindow(8)
-    window.observe(Chosen(load_E=torch.tensor([80, 0, 0, 0, 0, 0, 0, 0]), overflow=20))
+    window.observe(ChoiceSummary(load_E=torch.tensor([80, 0, 0, 0, 0, 0, 0, 0]), overflow=20))
     stats = window.stats()
     assert stats.dead_fraction == pytest.approx(7 / 8)
     assert stats.load_max_over_mean == pytest.approx(8.0)
@@ -61,7 +61,7 @@ def test_an_expert_is_dead_once_it_sat_out_the_whole_window_and_alive_when_chose
     both, first_only = torch.tensor([1, 1]), torch.tensor([2, 0])
     dead = []
     for load in (both, first_only, first_only, first_only, both):
-        window.observe(Chosen(load_E=load))
+        window.observe(ChoiceSummary(load_E=load))
         dead.append(window.stats().dead_fraction)
     assert dead == [0.0, 0.0, 0.0, 0.5, 0.0]
 
@@ -70,9 +70,9 @@ def test_statistics_are_of_live_experts_and_absence_is_not_idleness() -> None:
     window = LoadWindow(3, window_steps=2)
     absent = torch.tensor([True, True, False])
     for _ in range(4):
-        window.observe(Chosen(load_E=torch.tensor([3, 3, 0])), absent)
+        window.observe(ChoiceSummary(load_E=torch.tensor([3, 3, 0])), absent)
     assert (window.stats().n_live, window.stats().load_cv, window.stats().dead_fraction) == (2, 0.0, 0.0)
-    window.observe(Chosen(load_E=torch.tensor([3, 3, 0])))
+    window.observe(ChoiceSummary(load_E=torch.tensor([3, 3, 0])))
     assert window.stats().n_live == 3
     assert window.stats().dead_fraction == 0.0  # it came back one step ago
 
@@ -80,13 +80,13 @@ def test_statistics_are_of_live_experts_and_absence_is_not_idleness() -> None:
 def test_there_are_no_numbers_before_there_is_load() -> None:
     window = LoadWindow(4)
     assert window.stats() == GateStats()
-    window.observe(Chosen(load_E=torch.zeros(4, dtype=torch.int64)), torch.zeros(4, dtype=torch.bool))
+    window.observe(ChoiceSummary(load_E=torch.zeros(4, dtype=torch.int64)), torch.zeros(4, dtype=torch.bool))
     assert window.stats() == GateStats()
 
 
 def test_the_gate_reports_what_the_trainer_observed() -> None:
     gate = make_gate("topk")
-    gate.observe(Chosen(load_E=torch.full((64,), 2), overflow=32))
+    gate.observe(ChoiceSummary(load_E=torch.full((64,), 2), overflow=32))
     assert gate.stats().overflow_fraction == pytest.approx(0.25)
     assert gate.stats().load_entropy_bits == pytest.approx(6.0)
 
@@ -107,7 +107,7 @@ def test_tokens_without_experts_do_not_count_as_having_few() -> None:
     weights_TK = torch.tensor([[0.5, 0.5], [0.0, 0.0], [1.0, 0.0]])
     summed, n_tokens = effective_experts(weights_TK)
     assert (summed, n_tokens) == (3.0, 2)
-    assert Chosen(load_E=torch.zeros(4)).mean_effective_k == 0.0
+    assert ChoiceSummary(load_E=torch.zeros(4)).mean_effective_k == 0.0
 
 
 def test_what_is_kept_is_counted_by_token_in_any_order_and_without_those_that_had_none() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.arms import ArmResults
+from experiments.arms.choosing import CODES
 from experiments.arms.text import open_text
 from experiments.harness.experiment import Trial, no_results
 from experiments.live.placement import Placement
@@ -23,6 +24,7 @@ DELAY_MEAN_S = 0.1
 FAIL = 0.1
 AT_ONCE = 4
 ONE, ASYNC = "one process", "one process, late gradients"
+FEWER, SLOWER = f"{ASYNC}, two at once", f"{ASYNC}, experts at half the rate"
 ONCE, TWICE = "one replica", "two replicas"
 IN_TURN = f"{ONCE}, no late gradients"
 ALL = f"{TWICE}, all of these"
@@ -43,7 +45,10 @@ SIZES: dict[Preset, Size] = {
     "full": Size(tokens=196_608, seeds=3, kills=6, final_eval_bytes=131_072),
 }
 RATE = 8e-3
-"""Best of three for the same model and eight times the tokens; see granularity."""
+"""The product's, which the recipe was screened with."""
+
+EXPERT_RATES = {SLOWER: RATE / 2}
+"""Of arms whose experts learn at another."""
 
 
 def places(kills: int) -> dict[str, Placement]:
@@ -54,6 +59,8 @@ def places(kills: int) -> dict[str, Placement]:
     return {
         ONE: Placement(),
         ASYNC: Placement(in_flight=AT_ONCE),
+        FEWER: Placement(in_flight=2),
+        SLOWER: Placement(in_flight=AT_ONCE),
         IN_TURN: replace(one, in_flight=1),
         ONCE: one,
         f"{ONCE}, failing calls": replace(one, fail=FAIL),
@@ -67,12 +74,14 @@ def places(kills: int) -> dict[str, Placement]:
 
 FULL = SIZES["full"]
 METHOD = f"""
-The model and text of [granularity](granularity.md), 8 of 64 experts of 32 hidden units, with two layers: trunk, gates
-and experts are trained together on {FULL.tokens:,} tokens, 2,048 a step, in four micro-batches after each of which the
-experts step. Weights, text, order and rate are the same for all arms; what differs is where the experts are.
+The model, text and recipe of [choosing](choosing.md), whose gates read codes of the last two to five bytes, with 8 of
+64 experts of 32 hidden units and two layers: trunk, gates and experts are trained together on {FULL.tokens:,} tokens,
+2,048 a step, in four micro-batches after each of which the experts step. Weights, text, order and rate are the same for
+all arms; what differs is where the experts are.
 
 *{ONE.capitalize()}*: in the trainer's, one micro-batch after the other. *{ASYNC.capitalize()}*: the same with all four
-at once, as over a network, where this hides the latency; no network is involved. *{ONCE.capitalize()}*, *{TWICE}*: a
+at once, as over a network, where this hides the latency; no network is involved. Two arms try to take back what that
+costs: two micro-batches at once instead of four, and experts at half their rate. *{ONCE.capitalize()}*, *{TWICE}*: a
 swarm of real nodes on one machine, `python run_node.py coordinator` and {HOSTS} times `python run_node.py host`, found
 through the DHT and called over gRPC with TLS and signatures, fp32 on the wire; each block of 16 experts is on one host
 or on two, which average it once a second. The trainer's part runs in the trial's own process, with four micro-batches
@@ -90,10 +99,8 @@ Held-out text is the same for all arms and their {FULL.seeds} seeds; a differenc
 window. Intervals are of 95 %; a swarm is called far if it is more than {CLOSE:g} nats per byte worse for certain.
 
 What this cannot show: all nodes share one machine, so that no bandwidth is short and hosts compete with the trainer for
-its cores; and other work was running on it, less of it beside the arms with dying hosts. These ran last, after calls
-that are in flight when a host dies had been made to count as one failure of it and not as many. Tokens per second
-therefore say little, and processor time stands beside them. One trainer, a small model, few tokens, and a rate that was
-tuned neither for late gradients nor for so few.
+its cores. Tokens per second therefore say little, and processor time stands beside them. One trainer, a small model,
+few tokens, and a rate that was tuned neither for late gradients nor for so few.
 """
 
 
@@ -124,7 +131,8 @@ class SwarmExperiment:
         missing = [label for label in places(0) if label not in found.labels]
         if missing:
             raise no_results(self.name, preset, missing[0])
-        return swarm_report(found, Roles(one=ONE, late=ASYNC, in_turn=IN_TURN, quiet=TWICE, worst=ALL))
+        roles = Roles(one=ONE, late=ASYNC, remedies=(FEWER, SLOWER), in_turn=IN_TURN, quiet=TWICE, worst=ALL)
+        return swarm_report(found, roles)
 
 
 EXPERIMENT = SwarmExperiment()
@@ -132,11 +140,11 @@ EXPERIMENT = SwarmExperiment()
 
 def _spec(label: str, seed: int, size: Size) -> TrainSpec:
     return TrainSpec(
-        arm=Arm(label=label, hidden=32, experts=64, per_token=8),
+        arm=Arm(label=label, hidden=32, experts=64, per_token=8, recipe=CODES),
         seed=seed,
         tokens=size.tokens,
         lr=RATE,
-        expert_lr=RATE,
+        expert_lr=EXPERT_RATES.get(label, RATE),
         layers=2,
         final_eval_bytes=size.final_eval_bytes,
     )

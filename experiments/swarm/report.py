@@ -30,12 +30,14 @@ NOT_APPLICABLE = "-"
 class Roles:
     """Which arm is which, by label.
 
-    All are held against `one`; `late` is its twin with late gradients, `in_turn` a swarm without them, `quiet` a swarm
-    with them that nothing disturbs, `worst` the same with every disturbance.
+    All are held against `one`; `late` is its twin with late gradients, `remedies` are twins of that one that might take
+    back what late gradients cost, `in_turn` is a swarm without them, `quiet` a swarm with them that nothing disturbs,
+    `worst` the same with every disturbance.
     """
 
     one: str
     late: str
+    remedies: tuple[str, ...]
     in_turn: str
     quiet: str
     worst: str
@@ -72,10 +74,14 @@ def finding(found: ArmResults, roles: Roles) -> str:
     quiet, in_turn, late = (_signed(found.difference(arm, one)) for arm in (roles.quiet, roles.in_turn, roles.late))
     times = cpu_per_million(found, worst) / cpu_per_million(found, one)
     sent = fmean(result["wire_bytes"] / result["tokens"] for result in found.results(worst)) / found.spec(one).layers
+    remedied = "".join(
+        f", {arm.removeprefix(f'{roles.late}, ')} by {_signed(found.difference(arm, one))}" for arm in roles.remedies
+    )
     return (
         f"{verdict}: after {found.spec(one).tokens:,} tokens a swarm whose calls are late and fail and whose hosts die "
         f"differs by {_signed(gap)} nats per byte from one process, a swarm that nothing disturbs by {quiet}, and a "
-        f"swarm without late gradients by {in_turn}; one process with late gradients differs by {late}. The worst "
+        f"swarm without late gradients by {in_turn}; one process with late gradients differs by {late}"
+        f"{remedied}. The worst "
         f"swarm takes {times:.1f} times the processor time, and sends {sent / KB:.1f} kB for a token and layer."
     )
 

@@ -18,6 +18,7 @@ from experiments.swarm.trial import curve
 from node.model.pairs import NO_EXPERT, Combined
 
 ARMS = list(swarm.places(0))
+HERE = (swarm.ONE, swarm.ASYNC, swarm.FEWER, swarm.SLOWER)
 
 
 class HalfThere:
@@ -147,8 +148,10 @@ def test_all_arms_learn_the_same_from_the_same_start_and_only_swarms_have_hosts(
     assert all(trial.alone for trial in trials)
     first = {trial.spec["train"]["arm"]["label"]: trial.spec for trial in trials[: len(ARMS)]}
     trains = [{**spec["train"], "arm": {**spec["train"]["arm"], "label": ""}} for spec in first.values()]
+    rates = {label: train.pop("expert_lr") for label, train in zip(first, trains, strict=True)}
     assert all(train == trains[0] for train in trains)
-    assert [label for label, spec in first.items() if not spec["place"]["hosts"]] == [swarm.ONE, swarm.ASYNC]
+    assert {label for label, rate in rates.items() if rate != swarm.RATE} == {swarm.SLOWER}
+    assert [label for label, spec in first.items() if not spec["place"]["hosts"]] == list(HERE)
     worst = first[swarm.ALL]["place"]
     assert worst["replicas"] == 2
     assert min(worst["delay_mean_s"], worst["fail"], worst["kills"]) > 0
@@ -175,7 +178,7 @@ def result(nats: float, label: str) -> dict[str, Any]:
         "nats_per_byte": nats, "window_nats": [nats - 0.01, nats + 0.01], "train": [(50, nats + 1), (100, nats)],
         "tokens": 100, "seconds": 2.0, "cpu_seconds": 1.0, "others_cpu_seconds": 0.0 if label == swarm.ONE else 3.0,
         "pairs": pairs, "gates": [gate], "specialisation": {"byte class": [layer], "topic": [layer]},
-        **({} if label in {swarm.ONE, swarm.ASYNC} else calls),
+        **({} if label in HERE else calls),
     }  # fmt: skip
 
 
@@ -193,11 +196,20 @@ def test_the_finding_follows_the_results_whichever_they_are() -> None:
     assert near.finding.startswith("It is not far in loss: after 196,608 tokens a swarm whose calls are late and fail")
     assert "die differs by +0.010 ± 0.002 nats per byte from one process" in near.finding
     assert "takes 4.0 times the processor time, and sends 10.0 kB for a token and layer" in near.finding
-    late = report({swarm.ASYNC: [2.3, 2.31, 2.29], swarm.TWICE: [2.4, 2.41, 2.39], swarm.IN_TURN: [2.1, 2.11, 2.09]})
+    late = report(
+        {
+            swarm.ASYNC: [2.3, 2.31, 2.29],
+            swarm.TWICE: [2.4, 2.41, 2.39],
+            swarm.IN_TURN: [2.1, 2.11, 2.09],
+            swarm.FEWER: [2.2, 2.21, 2.19],
+        }
+    )
     for words in (
         "disturbs by +0.400 ±",
         "without late gradients by +0.100 ±",
         "with late gradients differs by +0.300 ±",
+        "two at once by +0.200 ±",
+        "experts at half the rate by 0.000.",
     ):
         assert words in late.finding
     assert report({swarm.ALL: [2.5, 2.51, 2.49]}).finding.startswith("It is far in loss: ")

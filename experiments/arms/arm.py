@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from experiments.arms.text import TextName
     from protocol.manifest import BalanceRule, GateInput, GateScore
 
+N_TABLES = 4
+"""Tables of n-grams where an arm has any: by the last two bytes, three, four and five, as heads of gates read them."""
+
 GateName = Literal["topk", "product_key", "hash"]
 """The product's two gates, and experts by a hash of the last two bytes."""
 
@@ -48,6 +51,8 @@ class Arm:
     gate: GateName = "topk"
     frozen_gate: bool = False
     recipe: Recipe = Recipe()
+    tables: int = 0
+    """Rows of each table of n-grams at the trunk's input; see `experiments.arms.tables`."""
 
     @property
     def active_width(self) -> int:
@@ -123,8 +128,10 @@ class TrainSpec:
         return Manifest(name="experiment", seed=self.seed, model=model, optimizer=optimizer)
 
     def to_json(self) -> dict[str, Any]:
-        """Return this as a trial's spec; without the recipe and the text of the first runs, whose results have none."""
+        """Return this as a trial's spec; without what is as in the first runs, whose results do not have it."""
         spec = asdict(self)
+        if not self.arm.tables:
+            del spec["arm"]["tables"]
         if self.text == "summaries":
             del spec["text"]
         if self.arm.recipe == Recipe():
@@ -163,7 +170,7 @@ def cost(spec: TrainSpec) -> Cost:
     held = 2 * width * arm.hidden * max(1, arm.experts)
     layers = spec.layers
     return Cost(
-        parameters=outer + layers * (attention + gate_parameters + held),
+        parameters=outer + N_TABLES * arm.tables * width + layers * (attention + gate_parameters + held),
         active_parameters=outer + layers * (attention + gate_parameters + feed_forward),
         flops_per_token=2 * (outer - 256 * width + layers * (attention + attended + gate_adds + feed_forward)),
         gate_flops_per_token=2 * layers * gate_adds,

@@ -1,6 +1,7 @@
 """Gates that nobody would use: nulls that a learnt gate has to beat.
 
-Shapes: B sequences, T tokens, D d_model, E experts of a layer, K experts per token, Q heads, N experts of a head.
+Shapes: B sequences, T tokens, D d_model, E experts of a layer, K experts per token, Q heads, N experts of a head, or
+tokens of all sequences.
 """
 
 from __future__ import annotations
@@ -49,19 +50,23 @@ class HashGate(Gate):
         model.register_forward_pre_hook(self._take)
 
     def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ids_BT = inputs[0].long()
-        row_BT, rows = ids_BT, []
-        for back in range(1, self.n_heads + 1):
-            earlier_BT = functional.pad(ids_BT, (back, 0))[:, : ids_BT.shape[1]]
-            row_BT = (earlier_BT * 256 + row_BT) if back == 1 else (row_BT * MULTIPLIER + earlier_BT) % (2**31)
-            rows.append((row_BT if back == 1 else row_BT * MULTIPLIER // 2**15) % TABLE_ROWS)
-        self._row_TQ = torch.stack(rows, 2).flatten(0, 1)
+        self._row_TQ = context_rows(inputs[0].long(), self.n_heads, TABLE_ROWS)
 
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - all are live here
         """Choose K experts for each token; see `Gate.choose`. Two heads may choose the same one, which counts twice."""
         ids = [table_XN[row_T] for table_XN, row_T in zip(self.table_QXN, self._row_TQ.unbind(1), strict=True)]
         ids_TK = torch.cat(ids, 1)
         return ids_TK, x_TD.new_zeros(ids_TK.shape)
+
+
+def context_rows(ids_BT: Tensor, n_contexts: int, n_rows: int) -> Tensor:
+    """Rows [N, Q] of tables by each token's last two bytes, its last three, and so on; zeros come before the first."""
+    context_BT, rows = ids_BT, []
+    for back in range(1, n_contexts + 1):
+        earlier_BT = functional.pad(ids_BT, (back, 0))[:, : ids_BT.shape[1]]
+        context_BT = (earlier_BT * 256 + context_BT) if back == 1 else (context_BT * MULTIPLIER + earlier_BT) % (2**31)
+        rows.append((context_BT if back == 1 else context_BT * MULTIPLIER // 2**15) % n_rows)
+    return torch.stack(rows, 2).flatten(0, 1)
 
 
 def frozen(gate: Gate) -> Gate:

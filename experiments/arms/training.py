@@ -18,6 +18,7 @@ from experiments.arms.arm import TrainSpec, cost
 from experiments.arms.gates import HashGate, gate_of
 from experiments.arms.life import LOOKS, ablations, busiest_blocks, look
 from experiments.arms.specialisation import specialisation
+from experiments.arms.tables import NgramTables
 from experiments.arms.text import open_text
 from node.host.block_store import BlockStore
 from node.model.devices import pick_device
@@ -44,12 +45,23 @@ PROGRESS_EVERY_STEPS = 5
 
 
 class NoExperts:
-    """What a dense arm calls: nobody."""
+    """What a dense arm calls: nobody. Tables of n-grams, if it has them, learn at the rate that experts would."""
 
-    run_tokens = 0
-
-    def __init__(self) -> None:
+    def __init__(self, trunk: Transformer, tables: NgramTables | None) -> None:
         self.blocks: dict[int, list[Block]] = {}
+        self.tables = tables
+        if tables is not None:
+            tables.watch(trunk)
+
+    @property
+    def run_tokens(self) -> int:
+        """The place in the schedule of rates."""
+        return 0 if self.tables is None else self.tables.run_tokens
+
+    @run_tokens.setter
+    def run_tokens(self, tokens: int) -> None:
+        if self.tables is not None:
+            self.tables.run_tokens = tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +92,8 @@ def build_model(spec: TrainSpec, device: torch.device, experts: LocalExperts | N
     if not arm.experts:
         dense = [DenseFfn(spec.d_model, arm.hidden, generator) for _ in range(spec.layers)]
         trunk = _trunk(manifest, dense, generator, device)
-        return Model(manifest=manifest, trunk=trunk, experts=NoExperts(), device=device)
+        tables = NgramTables(manifest, arm.tables).to(device) if arm.tables else None
+        return Model(manifest=manifest, trunk=trunk, experts=NoExperts(trunk, tables), device=device)
     experts = experts or LocalExperts(manifest, device)
     trunk = trunk_with_experts(spec, manifest, experts, device)
     return Model(manifest=manifest, trunk=trunk, experts=experts, device=device)
@@ -191,7 +204,9 @@ class TrainRun:
         self.log.life.append({"tokens": self.training.run_tokens, "layers": layers})
 
     def save(self) -> None:
-        """Write what `go` goes on from."""
+        """Write what `go` goes on from; of an arm with tables, which are in no checkpoint, nothing: it begins anew."""
+        if self.spec.arm.tables:
+            return
         for blocks in self.model.experts.blocks.values():
             for block in blocks:
                 self._store.write(block.id, *self._store.copy(block))

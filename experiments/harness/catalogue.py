@@ -21,6 +21,7 @@ MODULES = {
     "merging-adapters": "experiments.merging.adapters",
     "sequential": "experiments.sequential.experiment",
     "swarm": "experiments.swarm.experiment",
+    "thousands": "experiments.arms.thousands",
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from experiments.arms import choosing, granularity, idiots, longer
+from experiments.arms import choosing, granularity, idiots, longer, thousands
 from experiments.arms.arm import Arm, TrainSpec, cost
 from experiments.arms.arms import ArmResults, Arms
 from experiments.arms.gates import HashGate, frozen
@@ -225,6 +225,20 @@ def test_the_dense_arm_costs_at_least_what_any_other_does() -> None:
 
     assert flops(choosing.DENSE) >= max(map(flops, choosing.ARMS))
     assert flops(longer.DENSE) >= max(map(flops, longer.ARMS))
+    assert flops(thousands.DENSE_FLOPS) >= max(map(flops, thousands.LADDER))
+
+
+def test_thousands_sets_many_experts_against_tables_of_as_many_parameters() -> None:
+    def parameters(arm: Arm) -> int:
+        return cost(TrainSpec(arm=arm, seed=0, tokens=1, lr=1.0, expert_lr=1.0)).parameters
+
+    assert parameters(thousands.TABLES) == pytest.approx(parameters(thousands.MANY), rel=0.01)
+    nats = {"8 of 64 experts": 1.5, "8 of 529 experts": 1.4, "8 of 2,025 experts": 1.395}
+    results = {t.name: result(nats.get(t.spec["arm"]["label"], 1.6)) for t in thousands.QUICK.plan({})}
+    said = thousands.EXPERIMENT.report("quick", results).finding
+    assert "8 of 2,025 experts are 0.205" in said
+    assert "better than a dense model of equal FLOPs after 102,400 tokens" in said
+    assert "from 529 to 2,025 experts the gain is under 0.01" in said
 
 
 def test_a_hash_gate_of_several_heads_chooses_each_part_by_one_byte_more() -> None:

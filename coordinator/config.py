@@ -30,7 +30,7 @@ from protocol.manifest import (
     OptimizerConfig,
 )
 
-MOST_HEADS = 4
+MOST_HEADS, FEW_HEADS = 8, 4
 """Heads of the gate of a new run, whose codes are of two tokens to five."""
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -60,14 +60,16 @@ class RunConfig:
     """Give each layer this many attention heads."""
     context: int = ModelConfig.context
     """Read this many bytes of text as one sequence."""
-    gate: GateKind = ModelConfig.gate
+    gate: GateKind = "hash"
     """Choose experts by this gate."""
     smear: FileOnly[int] = 2
     """Add so many tokens before each to the trunk's input."""
     gate_reads: FileOnly[GateInput] = "tokens"
     """Choose experts by the layer's input (hidden), or by fixed codes of the last tokens (tokens)."""
     gate_heads: FileOnly[int] = 0
-    """Let so many heads of the gate choose; 0 takes the most, up to 4, that share a token's experts evenly."""
+    """Let so many heads of the gate choose; 0 takes the most, up to 8, that share a token's experts evenly."""
+    gate_shortest: FileOnly[int] = 0
+    """Let the first head read the code of so many tokens; 0 takes 2, or 1 where more than four heads read."""
     gate_score: FileOnly[GateScore] = "softmax"
     """Weigh the chosen experts by this function of their logits."""
     gate_lr_fraction: FileOnly[float] = 0.04
@@ -260,6 +262,7 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         raise ConfigError(
             f"--experts {config.experts}: must be a multiple of --layers {config.layers}, the same number in each"
         )
+    heads = config.gate_heads or most_heads(config.experts_per_token)
     model = ModelConfig(
         d_model=config.d_model,
         n_layers=config.layers,
@@ -273,7 +276,8 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         capacity_factor=config.capacity_factor,
         smear=config.smear,
         gate_reads=config.gate_reads,
-        gate_heads=config.gate_heads or most_heads(config.experts_per_token),
+        gate_heads=heads,
+        gate_shortest=config.gate_shortest or shortest_context(heads),
         gate_score=config.gate_score,
         balance=config.balance,
         balance_rate=config.balance_rate,
@@ -302,6 +306,11 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
 def most_heads(experts_per_token: int) -> int:
     """The most heads, up to MOST_HEADS, that choose equally many of a token's experts each."""
     return next(heads for heads in range(MOST_HEADS, 0, -1) if experts_per_token % heads == 0)
+
+
+def shortest_context(heads: int) -> int:
+    """How many tokens the first head reads: what one says alone is worth an expert to those alone that have many."""
+    return 1 if heads > FEW_HEADS else 2
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -28,6 +28,7 @@ HASH_CHARS = 32
 
 MAX_SMEAR = 16
 MAX_GATE_HEADS = 16
+MAX_GATE_SHORTEST = 16
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ _BLOCK = re.compile(r"(0|[1-9][0-9]{0,4})/(0|[1-9][0-9]{0,8})")
 
 Codec = Literal["fp64", "fp32", "bf16", "fp16", "int8"]
 Dtype = Literal["fp32", "fp64"]
-GateKind = Literal["topk", "product_key"]
+GateKind = Literal["topk", "product_key", "hash"]
 GateInput = Literal["hidden", "tokens"]
 GateScore = Literal["sigmoid", "softmax"]
 BalanceRule = Literal["sign", "proportional"]
@@ -65,7 +66,7 @@ class ModelConfig:
 
     `smear` tokens before each are added to the trunk's input, each times a vector that is learnt. `gate_reads` says
     what the gate chooses by: the layer's input, or fixed codes of the tokens. Each of its `gate_heads` chooses an equal
-    part of a token's experts; the first reads the code of the last two tokens, the second that of three, and so on.
+    part of a token's experts; the first reads the code of the last `gate_shortest` tokens, the next that of one more.
     `gate_score` says what becomes of its logits, and `balance` how its biases follow the load, by at most
     `balance_rate` in a step; see `node/model/gate/base.py`.
     """
@@ -86,6 +87,7 @@ class ModelConfig:
     smear: int = 0
     gate_reads: GateInput = "hidden"
     gate_heads: int = 1
+    gate_shortest: int = 2
     gate_score: GateScore = "sigmoid"
     balance: BalanceRule = "sign"
 
@@ -193,7 +195,10 @@ class Manifest:
         return _build(cls, {**table, "model": model, "optimizer": optimizer, "averaging": averaging}, "")
 
 
-_LATER = {"model": ("smear", "gate_reads", "gate_heads", "gate_score", "balance"), "optimizer": ("gate_lr_fraction",)}
+_LATER = {
+    "model": ("smear", "gate_reads", "gate_heads", "gate_shortest", "gate_score", "balance"),
+    "optimizer": ("gate_lr_fraction",),
+}
 """Fields that are younger than the first runs, whose manifests, and so their ids, must stay as they were."""
 
 _DEFAULTS = {"model": ModelConfig, "optimizer": OptimizerConfig}
@@ -289,6 +294,7 @@ _MODEL_RANGES: dict[str, tuple[float, float]] = {
     "balance_rate": (0, 1),
     "smear": (0, MAX_SMEAR),
     "gate_heads": (1, MAX_GATE_HEADS),
+    "gate_shortest": (1, MAX_GATE_SHORTEST),
 }
 
 _OPTIMIZER_RANGES: dict[str, tuple[float, float]] = {

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from experiments.arms.text import TextName
     from protocol.manifest import BalanceRule, GateInput, GateScore
 
-N_TABLES = 4
-"""Tables of n-grams where an arm has any: by the last two bytes, three, four and five, as heads of gates read them."""
+N_TABLES = 8
+"""Tables of n-grams where an arm has any: by the last byte, two and so on, as the product's gate reads them."""
 
 GateName = Literal["topk", "product_key", "hash"]
-"""The product's two gates, and experts by a hash of the last two bytes."""
+"""The product's gates. A hash whose recipe reads no codes is by tables over the last bytes, as in the first runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Recipe:
     smear: int = 0
     gate_reads: GateInput = "hidden"
     gate_heads: int = 1
+    gate_shortest: int = 2
     gate_score: GateScore = "sigmoid"
     balance: BalanceRule = "sign"
     balance_rate: float = 5e-3
@@ -108,12 +109,13 @@ class TrainSpec:
             experts_per_layer=max(1, arm.experts),
             experts_per_block=max(1, arm.experts),
             experts_per_token=max(1, arm.per_token),
-            gate="product_key" if arm.gate == "product_key" else "topk",
+            gate="topk" if arm.gate == "hash" and arm.recipe.gate_reads == "hidden" else arm.gate,
             capacity_factor=0.0,
             balance_rate=arm.recipe.balance_rate,
             smear=arm.recipe.smear,
             gate_reads=arm.recipe.gate_reads if arm.experts else "hidden",
             gate_heads=arm.recipe.gate_heads if arm.experts else 1,
+            gate_shortest=arm.recipe.gate_shortest if arm.experts else 2,
             gate_score=arm.recipe.gate_score,
             balance=arm.recipe.balance,
         )
@@ -136,6 +138,8 @@ class TrainSpec:
             del spec["text"]
         if self.arm.recipe == Recipe():
             del spec["arm"]["recipe"]
+        elif self.arm.recipe.gate_shortest == Recipe.gate_shortest:
+            del spec["arm"]["recipe"]["gate_shortest"]
         return spec
 
     @classmethod

@@ -25,7 +25,7 @@ MULTIPLIER = 0x9E3779B1
 """A large odd number (Fibonacci hashing, Knuth, "The Art of Computer Programming", volume 3, 6.4)."""
 
 
-class HashGate(Gate):
+class TableGate(Gate):
     """K experts by fixed random tables over the last bytes, evenly weighted (hash layers, arXiv 2106.04426).
 
     With one head by the last two bytes; with more each head's part by one byte more: two, three and so on. Two bytes at
@@ -50,7 +50,7 @@ class HashGate(Gate):
         model.register_forward_pre_hook(self._take)
 
     def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._row_TQ = context_rows(inputs[0].long(), self.n_heads, TABLE_ROWS)
+        self._row_TQ = context_rows(inputs[0].long(), range(2, self.n_heads + 2), TABLE_ROWS)
 
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - all are live here
         """Choose K experts for each token; see `Gate.choose`. Two heads may choose the same one, which counts twice."""
@@ -59,14 +59,14 @@ class HashGate(Gate):
         return ids_TK, x_TD.new_zeros(ids_TK.shape)
 
 
-def context_rows(ids_BT: Tensor, n_contexts: int, n_rows: int) -> Tensor:
-    """Rows [N, Q] of tables by each token's last two bytes, its last three, and so on; zeros come before the first."""
-    context_BT, rows = ids_BT, []
-    for back in range(1, n_contexts + 1):
+def context_rows(ids_BT: Tensor, lengths: range, n_rows: int) -> Tensor:
+    """Rows [N, Q] of tables, each by as many of a token's last bytes as `lengths` say; zeros come before the first."""
+    context_BT, rows = ids_BT, [ids_BT % n_rows]
+    for back in range(1, lengths.stop - 1):
         earlier_BT = functional.pad(ids_BT, (back, 0))[:, : ids_BT.shape[1]]
         context_BT = (earlier_BT * 256 + context_BT) if back == 1 else (context_BT * MULTIPLIER + earlier_BT) % (2**31)
         rows.append((context_BT if back == 1 else context_BT * MULTIPLIER // 2**15) % n_rows)
-    return torch.stack(rows, 2).flatten(0, 1)
+    return torch.stack(rows[lengths.start - 1 :], 2).flatten(0, 1)
 
 
 def frozen(gate: Gate) -> Gate:
@@ -75,6 +75,7 @@ def frozen(gate: Gate) -> Gate:
 
 
 def gate_of(model: ModelConfig, name: str, *, is_frozen: bool, generator: torch.Generator) -> Gate:
-    """A gate by an arm's name for it."""
-    gate = HashGate(model, generator) if name == "hash" else build_gate(model, generator)
+    """A gate by an arm's name for it; "hash" is the product's only where that has codes to read."""
+    has_table = name == "hash" and model.gate_reads == "hidden"
+    gate = TableGate(model, generator) if has_table else build_gate(model, generator)
     return frozen(gate) if is_frozen else gate

@@ -6,20 +6,20 @@ from dataclasses import replace
 
 from experiments.arms.arm import Arm
 from experiments.arms.arms import ArmResults, Arms, ArmsExperiment
-from experiments.arms.choosing import FROZEN, HASHED_5, LEARNT, SMEARED
+from experiments.arms.choosing import LEARNT_8, PRODUCT, SMEARED
 from experiments.arms.report import arms_figures, arms_tables
 from experiments.harness.experiment import Report
 
 DENSE = Arm(label="dense, equal FLOPs", hidden=448, recipe=SMEARED)
-MANY = replace(LEARNT, label="8 of 2,025 experts")
+MANY = replace(PRODUCT, label="8 of 2,025 experts")
 FEWER = replace(MANY, label="8 of 529 experts", experts=529)
 MOST = replace(MANY, label="8 of 8,281 experts", experts=8281)
-FROZEN_MANY = replace(FROZEN, label="8 of 2,025 experts, frozen gate")
-HASHED_MANY = replace(HASHED_5, label="8 of 2,025 experts, hash of 2 to 5 bytes")
-ARMS = (DENSE, MANY, HASHED_MANY, FROZEN_MANY, FEWER, MOST)
+LEARNT_MANY = replace(LEARNT_8, label="8 of 2,025 experts, learnt gate")
+FROZEN_MANY = replace(LEARNT_MANY, label="8 of 2,025 experts, frozen gate", frozen_gate=True)
+ARMS = (DENSE, MANY, LEARNT_MANY, MOST, FEWER, FROZEN_MANY)
 RATES = (4e-3, 8e-3)
 FULL = Arms(arms=ARMS, tokens=16_384_000, seeds=3, tuning_tokens=512_000, rates=RATES, text="long")
-QUICK = Arms(arms=(DENSE, MANY, HASHED_MANY), tokens=102_400, seeds=1, text="long")
+QUICK = Arms(arms=(DENSE, MANY, LEARNT_MANY), tokens=102_400, seeds=1, text="long")
 WANTED = 0.10
 """Nats per byte that many experts are to be better than a dense model of equal FLOPs."""
 
@@ -31,10 +31,10 @@ Python sources of matplotlib, numpy and scipy in the versions of the lock file. 
 out. Tokens are bytes; 2,048 make a step.
 
 The arms are those that decide: a dense model that costs at least as many FLOPs as any other; 8 of 529, 2,025 and 8,281
-experts of 32 hidden units, chosen by the product's gate; and for 2,025 experts two nulls, the same gate with keys that
-are never learnt and a fixed hash of the same bytes. The learning rate is tuned for each arm alike, on
-{FULL.tuning_tokens:,} tokens with a seed of its own, out of {" and ".join(f"{rate:g}" for rate in RATES)}. Intervals
-are of 95 %.
+experts of 32 hidden units, chosen as in new runs by a hash of the last one to eight bytes; and for 2,025 experts a gate
+that learns to choose by codes of the same bytes, and its null, whose keys are never learnt. The learning rate is tuned
+for each arm alike, on {FULL.tuning_tokens:,} tokens with a seed of its own, out of
+{" and ".join(f"{rate:g}" for rate in RATES)}. Intervals are of 95 %.
 
 What this cannot show: what larger models would do, or tokens of more than a byte. Most of the text is Python.
 """

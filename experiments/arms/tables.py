@@ -48,7 +48,7 @@ class NgramTables(nn.Module):
         trunk.layers[0].register_forward_pre_hook(self._add)  # type: ignore[index, union-attr]
 
     def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._row_NQ = context_rows(inputs[0].long(), N_TABLES, self.rows_QRD.shape[1])
+        self._row_NQ = context_rows(inputs[0].long(), range(1, N_TABLES + 1), self.rows_QRD.shape[1])
 
     def _add(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BTD, *others = inputs

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from common.atomic_file import write_atomically
 from experiments.arms.arm import TrainSpec, cost
-from experiments.arms.gates import HashGate, gate_of
+from experiments.arms.gates import TableGate, gate_of
 from experiments.arms.life import LOOKS, ablations, busiest_blocks, look
 from experiments.arms.specialisation import specialisation
 from experiments.arms.tables import NgramTables
@@ -108,7 +108,7 @@ def trunk_with_experts(spec: TrainSpec, manifest: Manifest, experts: Experts, de
     layers = [MoE(gate, experts, layer) for layer, gate in enumerate(gates)]
     trunk = _trunk(manifest, layers, generator, device)
     for gate in gates:
-        if isinstance(gate, HashGate):
+        if isinstance(gate, TableGate):
             gate.watch(trunk)
     return trunk
 

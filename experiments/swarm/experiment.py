@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.arms import ArmResults
-from experiments.arms.choosing import CODES
+from experiments.arms.choosing import HASH
 from experiments.arms.text import open_text
 from experiments.harness.experiment import Trial, no_results
 from experiments.live.placement import Placement
@@ -74,10 +74,10 @@ def places(kills: int) -> dict[str, Placement]:
 
 FULL = SIZES["full"]
 METHOD = f"""
-The model, text and recipe of [choosing](choosing.md), whose gates read codes of the last two to five bytes, with 8 of
-64 experts of 32 hidden units and two layers: trunk, gates and experts are trained together on {FULL.tokens:,} tokens,
-2,048 a step, in four micro-batches after each of which the experts step. Weights, text, order and rate are the same for
-all arms; what differs is where the experts are.
+The model and text of [choosing](choosing.md), where a hash of the last one to eight bytes chooses, with 8 of 64 experts
+of 32 hidden units and two layers: trunk and experts are trained together on {FULL.tokens:,} tokens, 2,048 a step, in
+four micro-batches after each of which the experts step. Weights, text, order and rate are the same for all arms; what
+differs is where the experts are.
 
 *{ONE.capitalize()}*: in the trainer's, one micro-batch after the other. *{ASYNC.capitalize()}*: the same with all four
 at once, as over a network, where this hides the latency; no network is involved. Two arms try to take back what that
@@ -140,7 +140,7 @@ EXPERIMENT = SwarmExperiment()
 
 def _spec(label: str, seed: int, size: Size) -> TrainSpec:
     return TrainSpec(
-        arm=Arm(label=label, hidden=32, experts=64, per_token=8, recipe=CODES),
+        arm=Arm(label=label, hidden=32, experts=64, per_token=8, gate="hash", recipe=HASH),
         seed=seed,
         tokens=size.tokens,
         lr=RATE,

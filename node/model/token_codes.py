@@ -37,8 +37,8 @@ def smeared(x_BTD: Tensor, weights_JD: Tensor) -> Tensor:
 class TokenCodes(nn.Module):
     """Codes of the last tokens, one for each head of a gate, drawn at the start and never trained.
 
-    The first is of a token and the one before it, the second of the last three, and so on: what follows a long context
-    that was seen before is best known by it, and what follows a new one by its end. A gate that reads codes meets the
+    The first is of the last `gate_shortest` tokens, the second of one more, and so on: what follows a long context that
+    was seen before is best known by it, and what follows a new one by its end. A gate that reads codes meets the
     same tokens with the same input for the whole of training, so that what it has learnt to choose stays chosen: hash
     layers (arXiv 2106.04426) whose hash is learnt.
 
@@ -50,7 +50,7 @@ class TokenCodes(nn.Module):
 
     def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
         super().__init__()
-        self._n_heads = model.gate_heads
+        self._lengths = range(model.gate_shortest, model.gate_shortest + model.gate_heads)
         signs_VD = torch.randint(0, 2, (model.vocab_size, model.d_model), generator=generator) * 2.0 - 1.0
         self.register_buffer("signs_VD", signs_VD, persistent=False)
         self.signs_VD: Tensor
@@ -59,9 +59,9 @@ class TokenCodes(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Codes [N, Q, D] of ones and minus ones. Before the first position nothing is bound."""
         sign_BTD = code_BTD = F.embedding(ids_BT, self.signs_VD)
-        codes = []
-        for back in range(1, self._n_heads + 1):
+        codes = [code_BTD]
+        for back in range(1, self._lengths.stop - 1):
             earlier_BTD = F.pad(sign_BTD, (0, 0, back, 0), value=1.0)[:, : ids_BT.shape[1]]
             code_BTD = code_BTD * earlier_BTD.roll(back, dims=2)
             codes.append(code_BTD)
-        return torch.stack(codes, 2).flatten(0, 1)
+        return torch.stack(codes[self._lengths.start - 1 :], 2).flatten(0, 1)

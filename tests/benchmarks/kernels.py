@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import nn
 
-from common.allocator import keep_freed_memory
+from common.allocator import keep_all_memory, keep_freed_memory
 from node.model.experts.layer import layer_backward, layer_forward
 from node.model.moe import LocalExperts
 from node.model.pairs import Pairs
@@ -81,6 +81,7 @@ def main(config: KernelsBenchmark) -> None:
         ):
             figures = alternate({OURS: timed(ours, case), DENSE: timed(theirs, case)}, config.runs, tell)
             rows.append(row_of(case, metric, figures, DENSE))
+    keep_all_memory()  # as a trial's process does
     for case in GRANULARITY:
         both, memory = Sparse(case).both, Memory(case).move
         figures = alternate({OURS: timed(both, case), MEMORY: timed(memory, case)}, config.runs, tell)

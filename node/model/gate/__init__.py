@@ -1,8 +1,8 @@
 """The gate: scores tokens against experts and picks K of them. Part of `node/model`.
 
 Path of a step: `transformer.py`, `moe.py`, **gate**, then `node/trainer/dispatch/`. `base` says what every gate does,
-`heads` what one of several heads does, `topk` and `product_key` how each finds its experts, `stats` what is measured
-about what they choose, `probe` how much of it they keep.
+`heads` what one of several heads does, `topk`, `product_key` and `hashed` how each finds its experts, `stats` what is
+measured about what they choose, `probe` how much of it they keep.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import ManifestError
 from node.model.gate.base import GATE_BIAS, Gate, GateOutput
+from node.model.gate.hashed import HashGate
 from node.model.gate.probe import ChoiceProbe
 from node.model.gate.product_key import ProductKeyGate
 from node.model.gate.stats import ChoiceSummary, GateStats, LoadWindow
@@ -30,13 +31,18 @@ __all__ = [
     "Gate",
     "GateOutput",
     "GateStats",
+    "HashGate",
     "LoadWindow",
     "ProductKeyGate",
     "TopKGate",
     "build_gate",
 ]
 
-_KINDS: dict[str, Callable[[ModelConfig, torch.Generator], Gate]] = {"topk": TopKGate, "product_key": ProductKeyGate}
+_KINDS: dict[str, Callable[[ModelConfig, torch.Generator], Gate]] = {
+    "topk": TopKGate,
+    "product_key": ProductKeyGate,
+    "hash": HashGate,
+}
 
 
 def build_gate(model: ModelConfig, generator: torch.Generator) -> Gate:

@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     import torch
 
     from node.trainer.dispatch.dispatcher import Dispatcher
+    from protocol.manifest import ModelConfig
 
 
 class RemoteMoE(MoE):
-    """MoE layer `layer` of a run whose experts live on other peers."""
+    """MoE layer `layer` of a run whose experts live on other peers, with the run's gate or that of `model`."""
 
-    def __init__(self, dispatcher: Dispatcher, layer: int, generator: torch.Generator) -> None:
-        super().__init__(build_gate(dispatcher.manifest.model, generator), dispatcher, layer)
+    def __init__(
+        self, dispatcher: Dispatcher, layer: int, generator: torch.Generator, model: ModelConfig | None = None
+    ) -> None:
+        super().__init__(build_gate(model or dispatcher.manifest.model, generator), dispatcher, layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dht.directory import Directory
     from node.membership.config import ReachConfig, SwarmConfig
     from node.rpc.security import Caller
-    from protocol.manifest import Manifest
+    from protocol.manifest import GateKind, Manifest
 
 R = TypeVar("R")
 
@@ -71,9 +72,18 @@ class SwarmClient:
         """Counts the bytes on the wire."""
         return self._dispatcher.client
 
-    def moe_layer(self, layer: int, generator: torch.Generator | None = None) -> RemoteMoE:
-        """MoE layer `layer` of the run as a torch module, with a gate of its own to train."""
-        return RemoteMoE(self.dispatcher, layer, generator or torch.Generator().manual_seed(self.manifest.seed))
+    def moe_layer(
+        self, layer: int, generator: torch.Generator | None = None, gate: GateKind | None = None
+    ) -> RemoteMoE:
+        """MoE layer `layer` of the run as a torch module, with a gate of its own to train.
+
+        Without `gate` it is of the run's kind; but `topk` where that is `hash`, which needs codes of tokens and so has
+        to be asked for (`node.model.token_codes.TokenCodes` makes them).
+        """
+        model = self.manifest.model
+        kind = gate or ("topk" if model.gate == "hash" else model.gate)
+        model = replace(model, gate=kind, gate_reads="tokens" if kind == "hash" else "hidden")
+        return RemoteMoE(self.dispatcher, layer, generator or torch.Generator().manual_seed(self.manifest.seed), model)
 
     def wait_for_all_blocks(self, timeout_s: float) -> None:
         """Return once every block has a live replica; raises UnavailableError naming how many have none."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ import torch
 from common.errors import DrainingError, TooFewExpertsError
 from experiments.live.processes import wait_until
 from node.host.serving.runtime import RuntimeConfig
+from node.model.gate import HashGate, TopKGate
 from node.model.moe import LocalExperts, LocalMoE
 from node.trainer.dispatch.dispatcher import DispatchConfig
 from node.trainer.remote_moe import RemoteMoE
+from node.trainer.swarm_client import SwarmClient
 from protocol.manifest import BlockId, all_blocks
 from tests.support.swarm_parts import forget, running_swarm, small_manifest
 
@@ -55,6 +59,7 @@ CODES = {"gate_reads": "tokens", "gate_heads": 2, "gate_score": "softmax", "bala
         ("topk", "lora", {}),
         ("topk", "ffn", CODES),
         ("product_key", "ffn", CODES),
+        ("hash", "ffn", CODES),
     ],
 )
 def test_a_remote_layer_equals_the_local_one_through_steps(gate: str, kind: str, reads: dict[str, object]) -> None:
@@ -81,6 +86,16 @@ def test_a_remote_layer_equals_the_local_one_through_steps(gate: str, kind: str,
             for name, weights in block.params.items():
                 torch.testing.assert_close(theirs.params[name], weights, rtol=0, atol=1e-12)
                 assert bool(weights.any())
+
+
+def test_a_layer_of_ones_own_learns_to_choose_where_the_run_hashes_tokens_unless_told() -> None:
+    manifest = small_manifest(model={"gate": "hash", **CODES})
+    swarm: Any = SimpleNamespace(manifest=manifest, dispatcher=SimpleNamespace(manifest=manifest))
+    assert isinstance(SwarmClient.moe_layer(swarm, 0).gate, TopKGate)
+    assert isinstance(SwarmClient.moe_layer(swarm, 0, gate="hash").gate, HashGate)
+    swarm.manifest = small_manifest(model={"gate": "product_key", **CODES})
+    layer = SwarmClient.moe_layer(swarm, 0)
+    assert dict(layer.gate.named_parameters()).keys() == {"query_weight", "sub_keys_2SC"}, "it reads the layer's input"
 
 
 def test_one_request_per_peer_and_layer() -> None:

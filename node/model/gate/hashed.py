@@ -5,7 +5,7 @@ arXiv 2106.04426): an expert meets the same contexts for the whole of training. 
 """
 
 # Shapes: T tokens, D d_model, Q heads, N experts that a head chooses, M chosen by heads before it, R candidates of a
-#         token in the order in which they are wanted, X strides, L live experts, E experts of the layer, B bits.
+#         token in the order in which they are wanted, X strides, L live experts, E experts of the layer.
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.errors import InvalidInputError
 from node.model.gate.base import HEADS_DIMS
 from node.model.gate.heads import GateOfHeads
 from node.model.pairs import NO_EXPERT
@@ -38,9 +39,6 @@ class HashGate(GateOfHeads):
 
     The first that are live are chosen, so that the choice of a token whose experts are live is never another. All weigh
     alike, and nothing balances the load: it is as uneven as the contexts are.
-
-    An input that is no code, [T, D] for all heads, is hashed by no more of its signs than number the experts, and each
-    head has its own: what is alike in them goes to the same expert.
     """
 
     def __init__(self, model: ModelConfig, generator: torch.Generator) -> None:
@@ -56,14 +54,14 @@ class HashGate(GateOfHeads):
         self.salt_Q: Tensor
 
     def choose(self, x_TD: Tensor, live_E: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Choose K experts for each token; see `GateOfHeads.choose`."""
-        return super().choose(x_TD if x_TD.dim() == HEADS_DIMS else self._parts(x_TD), live_E)
-
-    def _parts(self, x_TD: Tensor) -> Tensor:
-        """The entries [T, Q, B] of each row that each head hashes the signs of."""
-        n_bits = max(1, math.ceil(math.log2(self.n_experts)))
-        columns = torch.arange(self.n_heads * n_bits, device=x_TD.device) % self.d_model
-        return x_TD[:, columns.view(self.n_heads, n_bits)]
+        """Choose K experts for each token; see `GateOfHeads.choose`. InvalidInputError for what cannot be codes."""
+        if x_TD.dim() != HEADS_DIMS:
+            raise InvalidInputError(
+                "x_TD",
+                "is one input for all heads; the gate hash chooses by a code of the tokens for each: give codes as the "
+                "layer's second argument, or take a gate that learns, such as topk",
+            )
+        return super().choose(x_TD, live_E)
 
     def update_balance(self, load_E: Tensor, live_E: Tensor | None = None) -> None:
         """Nothing: the choice does not go by biases."""

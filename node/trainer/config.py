@@ -61,6 +61,8 @@ class TrainConfig(EventLogConfig, ReachConfig, SwarmConfig):
     """Draw the order of the data and the sample with this seed."""
     plain: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print lines instead of the live display."""
+    metrics_port: FileOnly[int] = 0
+    """Serve Prometheus metrics at this port; 0 serves none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, DrainingError
 from common.events import EventLog
 from common.folders import FolderClaim, claimed, data_cache
+from common.metrics import serve_metrics
 from common.settings import check_minimums
 from common.tasks import until_stopped
 from dht.announcer import Announcement, Announcer
@@ -40,6 +41,7 @@ from node.trainer.training_reports import TrainingReports
 from node.trainer.trunk_sharing import TrunkSharing
 from node.trainer.trunk_state import load_trunk
 from node.trainer.view.display import open_display
+from node.trainer.view.metrics import TrainerCollector
 from node.trainer.view.report import keep_curve
 from protocol.announcements import PeerRecord
 from protocol.endpoints import Address
@@ -62,6 +64,7 @@ MINIMUMS = {
     "shard": 0,
     "n_shards": 1,
     "port": 0,
+    "metrics_port": 0,
     "wait_for_blocks_s": 0,
     "k_min": 1,
     "call_timeout_s": 0.1,
@@ -104,7 +107,10 @@ async def _train_at_one_address(config: TrainConfig, swarm: Swarm, events: Event
         _tell_left_out(dataset, events)
         watch = swarm.address_watch()
         async with watch.stopping(stop) as ended:
-            with open_display(events, plain=config.plain):
+            collector = TrainerCollector()
+            events.subscribe(collector.on_event)
+            metrics = serve_metrics(collector, swarm.listen, config.metrics_port)
+            with metrics, open_display(events, plain=config.plain):
                 await Trainer(config, swarm, dataset, events).run(ended)
             moved = bool(watch.moved_to) and ended.is_set()
         swarm.dht.raise_if_lost()

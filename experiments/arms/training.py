@@ -156,6 +156,8 @@ class TrainRun:
         self.spec, self._context, self._dataset = spec, context, dataset
         self.model = model or build_model(spec, pick_device(context.device))
         self.last_step = spec.steps
+        self.keeps_checkpoints = not spec.arm.tables
+        """Tables are in no checkpoint: what has them begins anew."""
         self.training = build_training(self.model, spec, dataset)
         self.log = Log()
         self._store = BlockStore(context.folder, self.model.manifest, self.model.device)
@@ -178,7 +180,7 @@ class TrainRun:
                 self._look()
             if (step + 1) % PROGRESS_EVERY_STEPS == 0:
                 self._context.progress(step + 1, self.last_step, f"{result.loss:.3f} nats per byte")
-            if not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
+            if self.keeps_checkpoints and not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
                 self.save()
         self.training.close()
 
@@ -204,9 +206,7 @@ class TrainRun:
         self.log.life.append({"tokens": self.training.run_tokens, "layers": layers})
 
     def save(self) -> None:
-        """Write what `go` goes on from; of an arm with tables, which are in no checkpoint, nothing: it begins anew."""
-        if self.spec.arm.tables:
-            return
+        """Write what `go` goes on from."""
         for blocks in self.model.experts.blocks.values():
             for block in blocks:
                 self._store.write(block.id, *self._store.copy(block))

@@ -1,4 +1,4 @@
-"""The arms of `longer` on a machine with a GPU, in so many minutes: `python -m experiments.gpu --minutes 8`.
+"""python -m experiments.gpu --minutes 8: the arms of `longer` in so many minutes, where a GPU is at hand.
 
 Nothing has to be chosen there. The arms' speeds are measured first; then all learn as many tokens as fit into the time,
 one after the other, and the figures of each are in the file as soon as it has ended. Without a GPU it runs too.

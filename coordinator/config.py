@@ -78,7 +78,7 @@ class RunConfig:
     """Move the gate's biases by a fixed step (sign), or by how far the load is off (proportional)."""
     balance_rate: FileOnly[float] = 5e-4
     """Move a bias by at most this much in a step."""
-    capacity_factor: FileOnly[float] = ModelConfig.capacity_factor
+    capacity_factor: FileOnly[float] = 0.0
     """Cap an expert's tokens at this multiple of the mean; 0 sets no limit."""
     codec: Codec = Manifest.codec
     """Send tokens and gradients in this format."""

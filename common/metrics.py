@@ -18,8 +18,8 @@ JOIN_TIMEOUT_S = 2.0
 
 
 @contextmanager
-def serve_metrics(collector: Collector, address: str, port: int) -> Iterator[None]:
-    """Serve `/metrics` while the context lasts; port 0 serves nothing. Raises ConfigError."""
+def serve_metrics(collector: Collector, address: str, port: int, *, setting: str = "--metrics-port") -> Iterator[None]:
+    """Serve `/metrics` while the context lasts; port 0 serves nothing. Raises ConfigError, which names `setting`."""
     if not port:
         yield
         return
@@ -28,7 +28,7 @@ def serve_metrics(collector: Collector, address: str, port: int) -> Iterator[Non
     try:
         server, thread = start_http_server(port, address, registry)
     except OSError as error:
-        raise ConfigError(f"--metrics-port: cannot listen on {address}:{port}: {error.strerror}") from None
+        raise ConfigError(f"{setting}: cannot listen on {address}:{port}: {error.strerror}") from None
     try:
         yield
     finally:

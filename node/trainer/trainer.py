@@ -109,7 +109,7 @@ async def _train_at_one_address(config: TrainConfig, swarm: Swarm, events: Event
         async with watch.stopping(stop) as ended:
             collector = TrainerCollector()
             events.subscribe(collector.on_event)
-            metrics = serve_metrics(collector, swarm.listen, config.metrics_port)
+            metrics = serve_metrics(collector, swarm.listen, config.metrics_port, setting="metrics_port")
             with metrics, open_display(events, plain=config.plain):
                 await Trainer(config, swarm, dataset, events).run(ended)
             moved = bool(watch.moved_to) and ended.is_set()

@@ -24,6 +24,11 @@ def test_metrics_are_served_as_prometheus_text_and_a_taken_port_is_one_sentence(
                 serve_metrics(collector, "127.0.0.1", port),
             ):
                 pass
+            with (
+                pytest.raises(ConfigError, match=r"^metrics_port: cannot listen on 127\.0\.0\.1"),
+                serve_metrics(collector, "127.0.0.1", port, setting="metrics_port"),
+            ):
+                pass
     assert 'kilohive_block_version{block="3",layer="1"} 0.0' in text
     assert "kilohive_queue_tokens 0.0" in text
 

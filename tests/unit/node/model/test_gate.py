@@ -20,9 +20,10 @@ from protocol.manifest import GateKind, Manifest, ModelConfig
 if TYPE_CHECKING:
     from node.model.gate import GateOutput
 
-KINDS: tuple[GateKind, ...] = get_args(GateKind)
+KINDS: tuple[GateKind, ...] = tuple(kind for kind in get_args(GateKind) if kind != "hash")
+"""Those that choose by scores of their input; what a hash does is in `test_hash_gate.py`."""
+
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_kind_with_scores = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hash"])
 
 
 def make_gate(kind: GateKind, *, experts: int = 64, k: int = 4, capacity_factor: float = 0.0, seed: int = 0) -> Gate:
@@ -83,7 +84,7 @@ def assert_valid(output: GateOutput, live_E: torch.Tensor, k: int) -> None:
         assert len(real) == len(set(real))
 
 
-@each_kind_with_scores
+@each_kind
 def test_takes_the_k_highest_scores_and_weighs_by_them(kind: GateKind) -> None:
     gate, x = make_gate(kind).double(), tokens().double()
     output = choose(gate, x)
@@ -121,7 +122,7 @@ def test_product_keys_find_experts_that_no_pair_of_best_sub_keys_reaches() -> No
     assert_valid(output, live_E, k=2)
 
 
-@each_kind_with_scores
+@each_kind
 def test_no_live_expert_gives_zeros_and_no_nan_even_in_the_gradient(kind: GateKind) -> None:
     gate, x = make_gate(kind, capacity_factor=1.0), tokens().requires_grad_()
     output = choose(gate, x, torch.zeros(64, dtype=torch.bool))
@@ -163,7 +164,7 @@ def test_weights_pass_gradcheck_for_tokens_and_every_parameter(kind: GateKind) -
     assert torch.autograd.gradcheck(weights, (x, *parameters.values()))
 
 
-@each_kind_with_scores
+@each_kind
 def test_with_softmax_the_k_highest_logits_are_chosen_and_weighed_by_their_softmax(kind: GateKind) -> None:
     gate, x = softmax_gate(kind).double(), tokens().double() * 8
     gate.bias_E.copy_(torch.rand(64, generator=torch.Generator().manual_seed(2)) * 0.01)
@@ -190,7 +191,7 @@ def test_heads_choose_other_live_experts_each_and_as_many_as_there_are(
     assert_valid(choose(gate_of_heads(kind, n_heads), tokens().double(), live_E), live_E, k=4)
 
 
-@each_kind_with_scores
+@each_kind
 def test_each_head_reads_its_own_input_and_all_are_weighed_together(kind: GateKind) -> None:
     gate, x_TQD = gate_of_heads(kind, 2), torch.randn(50, 2, 16, dtype=torch.float64)
     output = choose(gate, x_TQD)
@@ -256,7 +257,7 @@ def test_proportional_balance_counts_live_experts_only_and_stays_exact_in_half_p
     torch.testing.assert_close(gate.bias_E, torch.tensor([-1e-3, 1e-3, 0.0, 0.0]))
 
 
-@each_kind_with_scores
+@each_kind
 def test_proportional_balancing_evens_out_a_skewed_load(kind: GateKind) -> None:
     assert_balancing_evens_out_a_skewed_load(softmax_gate(kind), rate=0.05)
 
@@ -276,7 +277,7 @@ def assert_balancing_evens_out_a_skewed_load(gate: Gate, rate: float) -> None:
     assert spread() < 0.6 * before
 
 
-@each_kind_with_scores
+@each_kind
 def test_the_bias_changes_which_experts_are_chosen_but_not_how_they_weigh(kind: GateKind) -> None:
     gate, x = make_gate(kind).double(), tokens().double()
     plain = choose(gate, x)
@@ -305,7 +306,7 @@ def test_balance_counts_live_experts_only() -> None:
     torch.testing.assert_close(gate.bias_E, torch.tensor([-1e-3, 1e-3, 0.0, 0.0]))
 
 
-@each_kind_with_scores
+@each_kind
 def test_balancing_evens_out_a_skewed_load(kind: GateKind) -> None:
     assert_balancing_evens_out_a_skewed_load(make_gate(kind), rate=0.01)
 
@@ -415,7 +416,7 @@ def test_a_grid_that_the_gate_cannot_serve_is_refused() -> None:
         make_gate("router")  # type: ignore[arg-type]
 
 
-@each_kind_with_scores
+@each_kind
 def test_biases_stay_precise_in_a_model_of_half_precision(kind: GateKind) -> None:
     gate = make_gate(kind).to(torch.bfloat16)
     assert gate.dtype == torch.bfloat16

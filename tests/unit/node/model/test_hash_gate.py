@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,25 @@ def test_chosen_are_other_live_experts_each_and_as_many_as_there_are(
         chosen = [number for number in ids if number >= 0]
         assert set(chosen) <= live
         assert len(chosen) == len(set(chosen)) == min(4, len(live))
+
+
+def test_capacity_drops_what_is_over_it_and_the_rest_is_weighed_anew() -> None:
+    gate = gate_of(replace(MODEL, capacity_factor=1.0))
+    output = choose(gate, some_codes())
+    kept_TK = output.expert_ids_TK >= 0
+    assert output.overflow == int((~kept_TK).sum()) > 0
+    assert int(output.expert_ids_TK[kept_TK].bincount().max()) <= math.ceil(500 * 4 / 60)
+    has_any_T = kept_TK.any(1)
+    torch.testing.assert_close(output.weights_TK.sum(1)[has_any_T], torch.ones(int(has_any_T.sum())))
+
+
+def test_threads_share_a_gate_and_no_tokens_are_a_batch_too() -> None:
+    gate, codes_NQD = gate_of(), some_codes()
+    expected = choose(gate, codes_NQD).expert_ids_TK
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: choose(gate, codes_NQD).expert_ids_TK, range(16)))
+    assert all(torch.equal(ids, expected) for ids in found)
+    assert choose(gate, codes_NQD[:0]).expert_ids_TK.shape == (0, 4)
 
 
 def test_every_stride_reaches_every_expert() -> None:

@@ -72,11 +72,10 @@ def life_table(found: ArmResults, labels: list[str]) -> str:
 def course(results: list[Result], trait: str) -> list[float]:
     """Return a trait at each look, mean of layers and seeds; what is kept has no value at the first."""
     of, looks = TRAITS[trait], [result["life"] for result in results]
-    values = [
-        statistics.fmean(of(layer) for look in at_once for layer in look["layers"])
-        for at_once in zip(*looks, strict=True)
-    ]
-    return values[1:] if trait == KEPT else values
+    at_each = [[layer for look in at_once for layer in look["layers"]] for at_once in zip(*looks, strict=True)]
+    if trait == KEPT:  # a run that was cut has nothing to compare the first look after that with
+        at_each = [[layer for layer in layers if layer["kept_fraction"] is not None] for layers in at_each[1:]]
+    return [statistics.fmean(map(of, layers)) if layers else math.nan for layers in at_each]
 
 
 def ablation_table(found: ArmResults, labels: list[str]) -> str:

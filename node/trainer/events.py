@@ -43,7 +43,7 @@ class WaitingEvent(Event):
 class GateLoad:
     """How evenly the gates spread the tokens; `overflow` counts pairs that capacity dropped in this step.
 
-    `effective_k` and `kept_fraction` are those of `GateStats`, mean of the layers.
+    `effective_k` and `kept_fraction` are those of `GateStats`, mean of the layers; null until there are any.
     """
 
     dead_fraction: float
@@ -51,7 +51,7 @@ class GateLoad:
     entropy_bits: float
     overflow: int
     effective_k: float = 0.0
-    kept_fraction: float = 0.0
+    kept_fraction: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,13 +107,14 @@ def _three_digits(value: float) -> float:
 def _gate_load(gates: Sequence[Gate], overflow: int) -> GateLoad:
     stats = [gate.stats() for gate in gates]
     n = len(stats)
+    kept = [s.kept_fraction for s in stats if s.kept_fraction is not None]
     return GateLoad(
         dead_fraction=round(sum(s.dead_fraction for s in stats) / n, 4),
         load_cv=round(sum(s.load_cv for s in stats) / n, 4),
         entropy_bits=round(sum(s.load_entropy_bits for s in stats) / n, 4),
         overflow=overflow,
         effective_k=round(sum(s.effective_k for s in stats) / n, 4),
-        kept_fraction=round(sum(s.kept_fraction for s in stats) / n, 4),
+        kept_fraction=round(sum(kept) / len(kept), 4) if kept else None,
     )
 
 

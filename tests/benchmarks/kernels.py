@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LR = 1e-3
 FORWARD, BACKWARD = "forward, tokens/s", "backward and step, tokens/s"
 BOTH = "forward, backward and step, tokens/s"
+APART = f"{BOTH}, of experts that have taken different numbers of steps"
 OURS, DENSE, MEMORY = "blocks of experts", "one dense FFN", "memory alone"
 
 PASSES = 7
@@ -86,6 +87,11 @@ def main(config: KernelsBenchmark) -> None:
         both, memory = Sparse(case).both, Memory(case).move
         figures = alternate({OURS: timed(both, case), MEMORY: timed(memory, case)}, config.runs, tell)
         rows.append(row_of(case, BOTH, figures, MEMORY))
+    case = GRANULARITY[-1]
+    apart, memory = Sparse(case), Memory(case).move
+    apart.step_apart()
+    figures = alternate({OURS: timed(apart.both, case), MEMORY: timed(memory, case)}, config.runs, tell)
+    rows.append(row_of(case, APART, figures, MEMORY))
     config.publish("kernels", rows, NOTES)
 
 
@@ -136,6 +142,12 @@ class Sparse:
             self._grad_TD,
             lambda block, own: block.step(own, LR, self._optimizer),
         )
+
+    def step_apart(self) -> None:
+        """Have the experts take different numbers of steps, as early in a training."""
+        for block in self._blocks:
+            generator = torch.Generator().manual_seed(1)
+            block.adam.steps_E.copy_(torch.randint(20, block.adam.steps_E.shape, generator=generator))
 
     def both(self) -> None:
         """A step of the layer."""

@@ -86,7 +86,7 @@ class Gate(nn.Module, ABC):
         if self.balance == "proportional":
             self.register_buffer("mean_load_E", torch.zeros(self.n_experts))
         self._window = LoadWindow(self.n_experts)
-        self.kept_fraction = 0.0
+        self.kept_fraction: float | None = None
         """What `ChoiceProbe` last found."""
 
     @property

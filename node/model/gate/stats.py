@@ -26,7 +26,8 @@ class GateStats:
     load_entropy_bits: log2(n_live) when even, 0 when one expert takes all.
     overflow_fraction: pairs dropped by capacity over pairs chosen.
     effective_k: the experts that a token's weights amount to, 1 / sum of their squares; K when they weigh alike.
-    kept_fraction: the part of some held-out tokens' experts that were theirs at the look before; see `ChoiceProbe`.
+    kept_fraction: the part of some held-out tokens' experts that were theirs at the look before; None until there was
+        one. See `ChoiceProbe`.
     """
 
     n_live: int = 0
@@ -36,7 +37,7 @@ class GateStats:
     load_entropy_bits: float = 0.0
     overflow_fraction: float = 0.0
     effective_k: float = 0.0
-    kept_fraction: float = 0.0
+    kept_fraction: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,7 +174,8 @@ def _facts(state: DisplayState, step: StepEvent, width: int) -> RenderableType:
     gate = step.gate
     balance = f"{100 * gate.dead_fraction:.0f} % idle, {gate.overflow:,} dropped"
     grid.add_row("gate", f"load spread {gate.load_cv:.2f}", f"entropy {gate.entropy_bits:.1f} bits, {balance}")
-    kept = f"{100 * gate.kept_fraction:.0f} % kept since last held-out text" if gate.kept_fraction else ""
+    share = gate.kept_fraction
+    kept = "" if share is None else f"{100 * share:.0f} % of them kept since the evaluation before"
     grid.add_row("", f"{gate.effective_k:.1f} experts a token", kept)
     return grid
 

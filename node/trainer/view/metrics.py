@@ -53,9 +53,11 @@ def _of_step(step: StepEvent) -> Iterator[Metric]:
         ("gate_load_cv", "Spread of the load of experts, 0 is even", gate.load_cv),
         ("gate_entropy_bits", "Entropy of the load of experts", gate.entropy_bits),
         ("gate_effective_experts", "Experts that a token's weights amount to", gate.effective_k),
-        ("gate_kept_fraction", "Experts of held-out tokens kept since the evaluation before", gate.kept_fraction),
     ):
         yield GaugeMetricFamily(f"kilohive_{name}", words, value)
+    if gate.kept_fraction is not None:
+        words = "Experts of held-out tokens kept since the evaluation before"
+        yield GaugeMetricFamily("kilohive_gate_kept_fraction", words, gate.kept_fraction)
     yield CounterMetricFamily("kilohive_train_steps", "Steps of this trainer", step.step)
     yield CounterMetricFamily("kilohive_train_tokens", "Tokens of this trainer", step.own_tokens)
     yield CounterMetricFamily("kilohive_train_calls_ok", "Calls to hosts that were answered", step.calls_ok)

@@ -54,7 +54,7 @@ def test_a_run_tells_at_each_quarter_what_its_gates_choose_and_what_they_keep(en
     assert [look["tokens"] for look in result["life"]] == [quarter * SPEC.tokens // LOOKS for quarter in (1, 2, 3, 4)]
     gates = [look["layers"] for look in result["life"]]
     assert [len(layers) for layers in gates] == [SPEC.layers] * LOOKS
-    assert all(gate["kept_fraction"] == 0.0 for gate in gates[0]), "there was nothing to compare with"
+    assert all(gate["kept_fraction"] is None for gate in gates[0]), "there was nothing to compare with"
     assert all(0.5 < gate["kept_fraction"] <= 1.0 for layers in gates[1:] for gate in layers)
     assert all(1.0 < gate["effective_k"] <= 8.0 for layers in gates for gate in layers)
 
@@ -96,13 +96,15 @@ def test_tokens_make_do_with_the_experts_that_are_left_or_with_none(ended: tuple
     assert torch.equal(gate(reads_NQD).expert_ids_TK, before.expert_ids_TK), "they answer again"
 
 
-def gate_stats(**traits: float) -> dict[str, float]:
+def gate_stats(**traits: float | None) -> dict[str, float | None]:
     even = {"n_live": 64, "dead_fraction": 0.0, "load_cv": 0.5, "load_max_over_mean": 2.0, "load_entropy_bits": 5.4}
-    return {**even, "effective_k": 7.0, "kept_fraction": 0.0, **traits}
+    return {**even, "effective_k": 7.0, "kept_fraction": None, **traits}
 
 
 def lived(kept: float) -> dict[str, Any]:
-    looks = [{"tokens": 512 * n, "layers": [gate_stats(kept_fraction=kept * (n > 1))] * 2} for n in (1, 2, 3, 4)]
+    looks = [
+        {"tokens": 512 * n, "layers": [gate_stats(kept_fraction=kept if n > 1 else None)] * 2} for n in (1, 2, 3, 4)
+    ]
     taken = [{"taken": "1% at random", "experts": 2, "nats": 0.01}]
     return {"life": looks, "ablated": taken, "busiest_block": [1.2, 1.4]}
 
@@ -115,6 +117,11 @@ def found(*results: dict[str, Any]) -> ArmResults:
 def test_tables_and_plots_tell_the_mean_of_the_seeds_by_quarter() -> None:
     results = [lived(0.8), lived(0.9)]
     assert course(results, KEPT) == pytest.approx([85.0] * 3), "the first quarter has nothing before it"
+    cut = lived(0.7)
+    cut["life"][2] = {"tokens": 1536, "layers": [gate_stats()] * 2}
+    assert course([*results, cut], KEPT) == pytest.approx([80.0, 85.0, 80.0]), (
+        "what was not looked at counts for nothing"
+    )
     tables = life_tables(found(*results))
     assert (
         "| 8 of 64 | 0 0 0 0 | 0.5 0.5 0.5 0.5 | 2 2 2 2 | 90 90 90 90 | 7 7 7 7 | 85 85 85 | 1.30 |"

@@ -124,5 +124,10 @@ class ArmResults:
         seeds = sorted(ours.keys() & theirs.keys())
         return difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
 
+    def compared(self, label: str, others: Sequence[Arm]) -> list[str]:
+        """Say of each of the `others` that has results how much better or worse than it an arm is."""
+        known = [arm.label for arm in others if arm.label in self.labels]
+        return [f"{self.difference(label, other).words} than {other}" for other in known]
+
     def _windows(self, label: str) -> dict[int, list[float]]:
         return {spec.seed: result["window_nats"] for spec, result in self._rows[label]}

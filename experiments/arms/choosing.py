@@ -73,12 +73,9 @@ def report(found: ArmResults) -> Report:
 
 def finding(found: ArmResults) -> str:
     """Say in a sentence or two what the results decide."""
-    gains = [f"{found.difference(PRODUCT.label, arm.label).words} than {arm.label}" for arm in (DENSE, FIRST)]
+    gains = found.compared(PRODUCT.label, (DENSE, FIRST))
     learning = found.difference(LEARNT_8.label, PRODUCT.label).words
-    pairs = ((LEARNT, FROZEN), (LEARNT, HASHED_5), (LEARNT, HASHED))
-    others = "; ".join(
-        f"{ours.label}: {found.difference(ours.label, null.label).words} than {null.label}" for ours, null in pairs
-    )
+    others = "; ".join(f"{LEARNT.label}: {words}" for words in found.compared(LEARNT.label, (FROZEN, HASHED_5, HASHED)))
     return (
         f"Experts that a {PRODUCT.label} chooses are {' and '.join(gains)}. A gate that learns to choose by codes of "
         f"the same bytes is {learning} than the hash; {others}."

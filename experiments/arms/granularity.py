@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 from experiments.arms.arm import Arm
 from experiments.arms.arms import ArmResults, Arms, ArmsExperiment
-from experiments.arms.report import arms_figures, arms_tables
+from experiments.arms.report import arms_figures, arms_tables, saturation
 from experiments.arms.tuning import RATES
 from experiments.harness.experiment import Report
 
@@ -30,8 +28,6 @@ FULL = Arms(
     tuning_tokens=512_000,
 )
 QUICK = Arms(arms=(DENSE, DENSE_FLOPS, *EXPERTS[:4]), tokens=1_024_000, seeds=1)
-WORTH_MORE = 0.01
-"""Nats per byte: four times the experts that gain less than that are no longer worth it."""
 
 EXPECTED = 0.10
 MANY = 512
@@ -72,16 +68,7 @@ def finding(found: ArmResults) -> str:
         f"{best} are {gain.words} than a dense model of equal FLOPs ({expected}), and {eight.words} than 2 of 8, "
         f"after {found.spec(best).tokens:,} tokens"
     )
-    return f"{verdict}; {saturation(found)}."
-
-
-def saturation(found: ArmResults) -> str:
-    """Say from which number of experts on more of them gain little."""
-    ladder = [arm for arm in EXPERTS[1:] if arm.label in found.labels]
-    for few, more in itertools.pairwise(ladder):
-        if found.mean(few.label) - found.mean(more.label) < WORTH_MORE:
-            return f"from {few.experts:,} to {more.experts:,} experts the gain is under {WORTH_MORE:g}"
-    return f"more experts helped up to the most that were tried, {ladder[-1].experts:,}"
+    return f"{verdict}; {saturation(found, EXPERTS[1:])}."
 
 
 EXPERIMENT = ArmsExperiment(

@@ -50,8 +50,7 @@ def finding(found: ArmResults) -> str:
     """Say in a sentence or two what the results decide."""
     gain = found.difference(MANY.label, DENSE.label)
     words = "as wanted" if -gain.mean >= WANTED else f"less than the {WANTED:.2f} that was wanted"
-    others = [arm for arm in ARMS[2:] if arm.label in found.labels]
-    against = "; ".join(f"{found.difference(MANY.label, arm.label).words} than {arm.label}" for arm in others)
+    against = "; ".join(found.compared(MANY.label, ARMS[2:]))
     tokens = found.spec(MANY.label).tokens
     verdict = f"{MANY.label} are {gain.words} than a dense model of equal FLOPs ({words}) after {tokens:,} tokens"
     return f"{verdict}; {against}."

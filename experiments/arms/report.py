@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from experiments.arms.arms import ArmResults
     from experiments.harness.experiment import Result
 
+WORTH_MORE = 0.01
+"""Nats per byte: four times the experts that gain less than that are no longer worth it."""
+
 MANY_DEAD = 0.05
 """Part of the experts from which a page says so."""
 
@@ -38,6 +41,15 @@ def arms_tables(found: ArmResults, against: str) -> dict[str, str]:
     if any(result["gates"] for label in found.labels for result in found.results(label)):
         tables |= {"Load": load_table(found), **life_tables(found), "Specialisation": specialisation_table(found)}
     return tables
+
+
+def saturation(found: ArmResults, ladder: Sequence[Arm]) -> str:
+    """Say from which number of experts on more of them gain little; `ladder` are arms of more and more."""
+    known = [arm for arm in ladder if arm.label in found.labels]
+    for few, more in itertools.pairwise(known):
+        if found.mean(few.label) - found.mean(more.label) < WORTH_MORE:
+            return f"from {few.experts:,} to {more.experts:,} experts the gain is under {WORTH_MORE:g}"
+    return f"more experts helped up to the most that were tried, {known[-1].experts:,}"
 
 
 def loss_table(found: ArmResults, against: str) -> str:

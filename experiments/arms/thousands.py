@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 from experiments.arms.arm import N_TABLES, Arm
 from experiments.arms.arms import ArmResults, Arms, ArmsExperiment
 from experiments.arms.choosing import LEARNT_8, PRODUCT, SMEARED
-from experiments.arms.report import arms_figures, arms_tables
+from experiments.arms.report import arms_figures, arms_tables, saturation
 from experiments.harness.experiment import Report
 
 DENSE = Arm(label="dense, equal active width", hidden=256, recipe=SMEARED)
@@ -38,8 +37,6 @@ ARMS = (
 RATES = (4e-3, 8e-3)
 FULL = Arms(arms=ARMS, tokens=4_096_000, seeds=3, tuning_tokens=256_000, rates=RATES)
 QUICK = Arms(arms=(DENSE_FLOPS, *LADDER[:3], LEARNT_MANY), tokens=102_400, seeds=1)
-WORTH_MORE = 0.01
-"""Nats per byte: four times the experts that gain less than that are no longer worth it."""
 
 
 METHOD = f"""
@@ -74,20 +71,10 @@ def report(found: ArmResults) -> Report:
 def finding(found: ArmResults) -> str:
     """Say in a sentence or two what the results decide."""
     gain = found.difference(MANY.label, DENSE_FLOPS.label).words
-    others = [arm for arm in (TABLES, LEARNT_MANY, FROZEN_MANY) if arm.label in found.labels]
-    against = "; ".join(f"{found.difference(MANY.label, arm.label).words} than {arm.label}" for arm in others)
+    against = "; ".join(found.compared(MANY.label, (TABLES, LEARNT_MANY, FROZEN_MANY)))
     tokens = found.spec(MANY.label).tokens
     verdict = f"{MANY.label} are {gain} than a dense model of equal FLOPs after {tokens:,} tokens; {against}"
-    return f"{verdict}; {saturation(found)}."
-
-
-def saturation(found: ArmResults) -> str:
-    """Say from which number of experts on more of them gain little."""
-    ladder = [arm for arm in LADDER if arm.label in found.labels]
-    for few, more in itertools.pairwise(ladder):
-        if found.mean(few.label) - found.mean(more.label) < WORTH_MORE:
-            return f"from {few.experts:,} to {more.experts:,} experts the gain is under {WORTH_MORE:g}"
-    return f"more experts helped up to the most that were tried, {ladder[-1].experts:,}"
+    return f"{verdict}; {saturation(found, LADDER)}."
 
 
 EXPERIMENT = ArmsExperiment(

@@ -45,7 +45,7 @@ def test_the_topics_of_the_long_text_are_those_of_its_bytes(tmp_path: Path, monk
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "SOURCES", ("no-such-package",))
-    with pytest.raises(DataError, match="no-such-package, which is not installed: make setup-dev"):
+    with pytest.raises(DataError, match="no-such-package, which is not installed: make setup"):
         long_text(tmp_path)
 
 

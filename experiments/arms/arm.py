@@ -56,6 +56,11 @@ class Arm:
     """Rows of each table of n-grams at the trunk's input; see `experiments.arms.tables`."""
 
     @property
+    def has_table(self) -> bool:
+        """Whether its gate is the table of the first runs, which reads no codes, and not one of the product's."""
+        return self.gate == "hash" and self.recipe.gate_reads == "hidden"
+
+    @property
     def active_width(self) -> int:
         """Hidden units that work for one token in one layer."""
         return self.hidden * (self.per_token if self.experts else 1)
@@ -109,7 +114,7 @@ class TrainSpec:
             experts_per_layer=max(1, arm.experts),
             experts_per_block=max(1, arm.experts),
             experts_per_token=max(1, arm.per_token),
-            gate="topk" if arm.gate == "hash" and arm.recipe.gate_reads == "hidden" else arm.gate,
+            gate="topk" if arm.has_table else arm.gate,
             capacity_factor=0.0,
             balance_rate=arm.recipe.balance_rate,
             smear=arm.recipe.smear,

@@ -16,6 +16,7 @@ from node.model.gate import Gate, build_gate
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from experiments.arms.arm import Arm
     from protocol.manifest import ModelConfig
 
 TABLE_ROWS = 2**16
@@ -74,8 +75,7 @@ def frozen(gate: Gate) -> Gate:
     return gate.requires_grad_(requires_grad=False)
 
 
-def gate_of(model: ModelConfig, name: str, *, is_frozen: bool, generator: torch.Generator) -> Gate:
-    """A gate by an arm's name for it; "hash" is the product's only where that has codes to read."""
-    has_table = name == "hash" and model.gate_reads == "hidden"
-    gate = TableGate(model, generator) if has_table else build_gate(model, generator)
-    return frozen(gate) if is_frozen else gate
+def gate_of(arm: Arm, model: ModelConfig, generator: torch.Generator) -> Gate:
+    """An arm's gate for one layer: one of the product's, or a null."""
+    gate = TableGate(model, generator) if arm.has_table else build_gate(model, generator)
+    return frozen(gate) if arm.frozen_gate else gate

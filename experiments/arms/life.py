@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, K experts per token, E experts of a layer, X e
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,21 @@ def look(model: AnyModel, probe: ChoiceProbe, ids_BT: torch.Tensor) -> list[dict
     return [asdict(layer.gate.stats()) for layer in model.layers]
 
 
+def held_out_loads(model: AnyModel, dataset: ByteDataset, batch: int) -> list[Ints]:
+    """Return the pairs [E] that each expert of each layer has of held-out text."""
+    chosen, _ = chosen_experts(model, dataset, batch)
+    n_experts = model.manifest.model.experts_per_layer
+    return [np.bincount(ids[ids != NO_EXPERT], minlength=n_experts) for ids in chosen]
+
+
+def busiest_blocks(loads: Sequence[Ints]) -> list[float]:
+    """Return for each layer the load of the busiest block over the mean, were there sqrt(E) blocks."""
+    blocks = [[part.sum() for part in np.array_split(load_E, math.isqrt(len(load_E)))] for load_E in loads]
+    return [float(max(parts) / np.mean(parts)) for parts in blocks]
+
+
 def ablations(
-    model: AnyModel, dataset: ByteDataset, batch: int, seed: int, nats_of: Callable[[int], float]
+    model: AnyModel, loads: Sequence[Ints], seed: int, nats_of: Callable[[int], float]
 ) -> list[dict[str, Any]]:
     """Return what held-out nats per byte rise by without some of each layer's experts, `experts` of them.
 
@@ -53,29 +67,19 @@ def ablations(
     """
     whole = nats_of(ABLATION_BYTES)
     found = []
-    for words, experts in _to_take(model, dataset, batch, seed):
-        with _Without(model, experts):
+    for words, experts in to_take(loads, seed):
+        with without(model, experts):
             rise = nats_of(ABLATION_BYTES) - whole
         found.append({"taken": words, "experts": len(experts[0]), "nats": rise})
     return found
 
 
-def busiest_blocks(model: AnyModel, dataset: ByteDataset, batch: int) -> list[float]:
-    """Return for each layer the load of the busiest block on held-out text over the mean, were there sqrt(E) blocks."""
-    n_experts = model.manifest.model.experts_per_layer
-    chosen, _ = chosen_experts(model, dataset, batch)
-    loads = [np.bincount(ids[ids >= 0], minlength=n_experts) for ids in chosen]
-    blocks = [[part.sum() for part in np.array_split(load_E, math.isqrt(n_experts))] for load_E in loads]
-    return [float(max(parts) / np.mean(parts)) for parts in blocks]
-
-
-def _to_take(model: AnyModel, dataset: ByteDataset, batch: int, seed: int) -> Iterator[tuple[str, list[Ints]]]:
+def to_take(loads: Sequence[Ints], seed: int) -> Iterator[tuple[str, list[Ints]]]:
     """Which experts of each layer are taken away, in words and by index [X]."""
-    n_experts = model.manifest.model.experts_per_layer
+    n_experts = len(loads[0])
     rng = np.random.default_rng(seed)
-    chosen, _ = chosen_experts(model, dataset, batch)
-    by_load = [np.bincount(ids.ravel() + 1, minlength=n_experts + 1)[1:].argsort(kind="stable") for ids in chosen]
-    at_random = [rng.permutation(n_experts) for _ in chosen]
+    by_load = [load_E.argsort(kind="stable") for load_E in loads]
+    at_random = [rng.permutation(n_experts) for _ in loads]
     few, some = (max(1, round(part * n_experts)) for part in (FEW, SOME))
     yield f"{FEW:.0%} at random", [order[:few] for order in at_random]
     yield f"{SOME:.0%} at random", [order[:some] for order in at_random]
@@ -83,20 +87,17 @@ def _to_take(model: AnyModel, dataset: ByteDataset, batch: int, seed: int) -> It
     yield "the idler half", [order[: n_experts // 2] for order in by_load]
 
 
-class _Without:
+@contextmanager
+def without(model: AnyModel, experts: Sequence[Ints]) -> Iterator[None]:
     """While it lasts, gates choose as ever, but some experts [X] of each layer do not answer."""
-
-    def __init__(self, model: AnyModel, experts: Sequence[Ints]) -> None:
-        self._model, self._experts = model, experts
-
-    def __enter__(self) -> None:
-        self._hooks = [
-            layer.gate.register_forward_hook(_loss_of(torch.from_numpy(experts_X).to(self._model.device)))
-            for layer, experts_X in zip(self._model.layers, self._experts, strict=True)
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
+    hooks = [
+        layer.gate.register_forward_hook(_loss_of(torch.from_numpy(experts_X).to(model.device)))
+        for layer, experts_X in zip(model.layers, experts, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
 
 

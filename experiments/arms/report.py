@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 WORTH_MORE = 0.01
 """Nats per byte: four times the experts that gain less than that are no longer worth it."""
 
+LOAD_TRAITS = ("n_live", "dead_fraction", "load_cv", "load_max_over_mean", "load_entropy_bits")
+
 MANY_DEAD = 0.05
 """Part of the experts from which a page says so."""
 
@@ -117,7 +119,7 @@ def load_table_of(gates_by_arm: Mapping[str, Sequence[Result]]) -> str:
     """Make the table of load from the gates' statistics, by arm."""
     rows, unused = [], []
     for label, gates in gates_by_arm.items():
-        mean = {key: statistics.fmean(gate[key] for gate in gates) for key in gates[0]}
+        mean = {trait: statistics.fmean(gate[trait] for gate in gates) for trait in LOAD_TRAITS}
         even = np.log2(mean["n_live"])
         if mean["dead_fraction"] > MANY_DEAD:
             unused.append(label)

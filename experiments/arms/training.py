@@ -16,7 +16,7 @@ from torch.nn import functional
 from common.atomic_file import write_atomically
 from experiments.arms.arm import TrainSpec, cost
 from experiments.arms.gates import TableGate, gate_of
-from experiments.arms.life import LOOKS, ablations, busiest_blocks, look
+from experiments.arms.life import LOOKS, ablations, busiest_blocks, held_out_loads, look
 from experiments.arms.specialisation import specialisation
 from experiments.arms.tables import NgramTables
 from experiments.arms.text import open_text
@@ -102,9 +102,7 @@ def build_model(spec: TrainSpec, device: torch.device, experts: LocalExperts | N
 def trunk_with_experts(spec: TrainSpec, manifest: Manifest, experts: Experts, device: torch.device) -> Transformer:
     """The trunk and gates of an arm that has experts, as they are before training, wherever the experts are."""
     arm, generator = spec.arm, torch.Generator().manual_seed(spec.seed)
-    gates = [
-        gate_of(manifest.model, arm.gate, is_frozen=arm.frozen_gate, generator=generator) for _ in range(spec.layers)
-    ]
+    gates = [gate_of(arm, manifest.model, generator) for _ in range(spec.layers)]
     layers = [MoE(gate, experts, layer) for layer, gate in enumerate(gates)]
     trunk = _trunk(manifest, layers, generator, device)
     for gate in gates:
@@ -267,21 +265,21 @@ def result_of(run: TrainRun, dataset: ByteDataset) -> Result:
         "held_out": log.held_out,
         "train": log.train,
         "life": log.life,
-        "busiest_block": busiest_blocks(run.model, dataset, run.spec.batch),
-        "ablated": ablated(run.model, run.spec, dataset),
+        **(worth_of(run.model, run.spec, dataset) if run.model.layers else {}),
         "seconds": round(log.seconds, 1),
         "cpu_seconds": round(log.cpu_seconds, 1),
         **figures_of(run.model, run.spec, dataset),
     }
 
 
-def ablated(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> list[dict[str, Any]]:
-    """What the model loses without some experts; nothing of one that has none."""
+def worth_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result:
+    """What the experts' load on held-out text costs hosts, and what the model loses without some of them."""
 
     def nats_of(n_bytes: int) -> float:
         return float(nats_per_window(model.trunk, dataset, spec, n_bytes).mean())
 
-    return ablations(model, dataset, spec.batch, spec.seed, nats_of) if model.layers else []
+    loads = held_out_loads(model, dataset, spec.batch)
+    return {"busiest_block": busiest_blocks(loads), "ablated": ablations(model, loads, spec.seed, nats_of)}
 
 
 def figures_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result:

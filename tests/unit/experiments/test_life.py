@@ -11,7 +11,7 @@ import torch
 from experiments.arms import choosing
 from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.arms import ArmResults
-from experiments.arms.life import LOOKS, _to_take, _Without, busiest_blocks
+from experiments.arms.life import LOOKS, busiest_blocks, held_out_loads, to_take, without
 from experiments.arms.life_report import KEPT, course, life_figures, life_tables
 from experiments.arms.text import open_text
 from experiments.arms.training import TrainRun, result_of
@@ -64,7 +64,7 @@ def test_what_is_taken_away_is_so_many_experts_and_the_busiest_are_the_busiest(e
     assert [(ablation["taken"], ablation["experts"]) for ablation in result["ablated"]] == [
         ("1% at random", 1), ("10% at random", 6), ("the busiest 1%", 1), ("the idler half", 32)
     ]  # fmt: skip
-    taken = dict(_to_take(run.model, open_text(), SPEC.batch, SPEC.seed))
+    taken = dict(to_take(held_out_loads(run.model, open_text(), SPEC.batch), SPEC.seed))
     assert not set(taken["the busiest 1%"][0].tolist()) & set(taken["the idler half"][0].tolist())
 
 
@@ -72,8 +72,8 @@ def test_the_busiest_block_has_at_least_the_mean_load(ended: tuple[TrainRun, Res
     run, result = ended
     assert len(result["busiest_block"]) == SPEC.layers
     assert all(1.0 <= ratio < 4.0 for ratio in result["busiest_block"])
-    with _Without(run.model, [np.arange(8, 64), np.arange(8, 64)]):
-        assert busiest_blocks(run.model, open_text(), SPEC.batch) == [8.0, 8.0], (
+    with without(run.model, [np.arange(8, 64), np.arange(8, 64)]):
+        assert busiest_blocks(held_out_loads(run.model, open_text(), SPEC.batch)) == [8.0, 8.0], (
             "one block of eight has all of the load"
         )
 
@@ -85,13 +85,13 @@ def test_tokens_make_do_with_the_experts_that_are_left_or_with_none(ended: tuple
     before = gate(reads_NQD)
     lost = before.expert_ids_TK[0, :3].numpy()
     everyone = np.arange(64)
-    with torch.no_grad(), _Without(run.model, [lost, lost]):
+    with torch.no_grad(), without(run.model, [lost, lost]):
         after = gate(reads_NQD)
     assert not np.isin(after.expert_ids_TK.numpy(), lost).any()
     kept_TK = after.expert_ids_TK == before.expert_ids_TK
     assert bool((kept_TK | (after.expert_ids_TK == -1)).all()), "what answers is chosen as ever"
     assert torch.allclose(after.weights_TK.sum(1), torch.ones(20))
-    with torch.no_grad(), _Without(run.model, [everyone, everyone]):
+    with torch.no_grad(), without(run.model, [everyone, everyone]):
         assert bool((gate(reads_NQD).weights_TK == 0).all())
     assert torch.equal(gate(reads_NQD).expert_ids_TK, before.expert_ids_TK), "they answer again"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,22 +22,27 @@ from rich.console import Console
 from common.allocator import keep_all_memory
 from common.atomic_file import write_atomically
 from common.errors import KilohiveError
+from common.settings import check_minimums
 from experiments.arms.arm import TrainSpec
 from experiments.arms.longer import ARMS
 from experiments.arms.text import TextName, open_text
 from experiments.arms.training import TrainRun, result_of
 from experiments.harness.provenance import commit, machine
+from experiments.harness.view import new_bars
 from node.model.devices import pick_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from rich.progress import Progress, TaskID
 
     from experiments.arms.arm import Arm
     from node.data import ByteDataset
 
 WARM_STEPS, TIMED_STEPS = 3, 5
+MINIMUMS = {"minutes": 0.1, "tokens": 1, "batch": 1, "lr": 0}
 SPARED: Final = 0.85
-"""The part of the time that is planned for training: measuring, and steps that are slower than the first, take more."""
+"""The part of the time that is planned for training: the rest is for evaluations, and for steps that are slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +67,17 @@ class GpuConfig:
     """Write the figures to this file."""
 
 
-class Clock:
-    """As much of a trial's context as a run asks for; says on one line how far it is."""
+class ArmContext:
+    """What a run asks for of a trial's context: a folder, a device, and somebody who sees how far it is."""
 
-    def __init__(self, folder: Path, device: str, label: str, console: Console) -> None:
+    def __init__(self, folder: Path, device: str, bars: Progress, bar: TaskID) -> None:
         self.folder = self.shared = folder
         self.device = device
-        self._label, self._console = label, console
+        self._bars, self._bar = bars, bar
 
     def progress(self, done: float, total: float, words: str) -> None:
-        """Tell a person, over the line before."""
-        if self._console.is_terminal:
-            self._console.print(f"{self._label}: step {done:.0f} of {total:.0f}, {words}", end="\r", highlight=False)
+        """Move the arm's bar."""
+        self._bars.update(self._bar, completed=done, total=total, words=words)
 
 
 def spec_of(config: GpuConfig, arm: Arm, tokens: int) -> TrainSpec:
@@ -81,17 +86,20 @@ def spec_of(config: GpuConfig, arm: Arm, tokens: int) -> TrainSpec:
     return TrainSpec(arm=arm, seed=config.seed, tokens=tokens, lr=rate, expert_lr=rate, batch=batch, text=config.text)
 
 
-def new_run(config: GpuConfig, spec: TrainSpec, dataset: ByteDataset, folder: Path, console: Console) -> TrainRun:
-    """A run that keeps no checkpoints: writing them would take the time that there is."""
-    run = TrainRun(spec, Clock(folder, config.device, spec.arm.label, console), dataset)
-    run.keeps_checkpoints = False
-    return run
-
-
-def seconds_per_token(config: GpuConfig, arm: Arm, dataset: ByteDataset, console: Console) -> float:
-    """Seconds of a training step over its tokens, after the first steps."""
+@contextmanager
+def new_run(config: GpuConfig, spec: TrainSpec, dataset: ByteDataset, bars: Progress) -> Iterator[TrainRun]:
+    """A run with a bar, which keeps no checkpoints: writing them would take the time that there is."""
+    bar = bars.add_task(spec.arm.label, total=spec.steps, words="starting")
     with TemporaryDirectory() as folder:
-        run = new_run(config, spec_of(config, arm, config.tokens), dataset, Path(folder), console)
+        run = TrainRun(spec, ArmContext(Path(folder), config.device, bars, bar), dataset)
+        run.keeps_checkpoints = False
+        yield run
+    bars.remove_task(bar)
+
+
+def seconds_per_token(config: GpuConfig, arm: Arm, dataset: ByteDataset, bars: Progress) -> float:
+    """Seconds of a training step over its tokens, after the first steps."""
+    with new_run(config, spec_of(config, arm, config.tokens), dataset, bars) as run:
         for _ in range(WARM_STEPS):
             run.training.step()
         started = time.perf_counter()
@@ -109,34 +117,33 @@ def tokens_for(config: GpuConfig, seconds_per_token: Sequence[float], seconds_le
     return max(step, min(config.tokens, fitting) // step * step)
 
 
-def trained(config: GpuConfig, arm: Arm, tokens: int, dataset: ByteDataset, console: Console) -> dict[str, Any]:
+def trained(config: GpuConfig, arm: Arm, tokens: int, dataset: ByteDataset, bars: Progress) -> dict[str, Any]:
     """The figures of an arm, and its spec."""
-    with TemporaryDirectory() as folder:
-        run = new_run(config, spec_of(config, arm, tokens), dataset, Path(folder), console)
+    with new_run(config, spec_of(config, arm, tokens), dataset, bars) as run:
         run.go()
         return {"spec": run.spec.to_json(), "result": result_of(run, dataset)}
 
 
 def run_arms(config: GpuConfig, arms: Sequence[Arm], console: Console) -> None:
-    """Measure, plan, train; the file holds what has ended."""
-    started = time.monotonic()
-    dataset = open_text(config.text)
-    speeds = []
-    for arm in arms:
-        speeds.append(seconds_per_token(config, arm, dataset, console))
-        console.print(f"{arm.label}: {1 / speeds[-1]:,.0f} tokens a second", highlight=False)
-    tokens = tokens_for(config, speeds, 60 * config.minutes - (time.monotonic() - started))
-    console.print(f"{tokens:,} tokens for each of {len(arms)} arms", highlight=False)
-    device = pick_device(config.device)
+    """Measure, plan, train; the file holds what has ended. Raises ConfigError."""
+    check_minimums(config, MINIMUMS)
+    started, dataset, device = time.monotonic(), open_text(config.text), pick_device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     document: dict[str, Any] = {"commit": commit(), "machine": machine(), "device": name, "trials": {}}
-    for arm in arms:
-        trial = trained(config, arm, tokens, dataset, console)
-        document["trials"][TrainSpec.from_json(trial["spec"]).slug] = trial
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.out, json.dumps(document).encode())
-        console.print(f"{arm.label}: {trial['result']['nats_per_byte']:.4f} nats per byte", highlight=False)
-    console.print(f"Figures: {config.out}", highlight=False)
+    with new_bars(console) as bars:
+        speeds = []
+        for arm in arms:
+            speeds.append(seconds_per_token(config, arm, dataset, bars))
+            console.print(f"{arm.label}: {1 / speeds[-1]:,.0f} tokens a second on {name}", highlight=False)
+        tokens = tokens_for(config, speeds, 60 * config.minutes - (time.monotonic() - started))
+        console.print(f"{tokens:,} tokens for each of {len(arms)} arms", highlight=False)
+        for arm in arms:
+            trial = trained(config, arm, tokens, dataset, bars)
+            document["trials"][TrainSpec.from_json(trial["spec"]).slug] = trial
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(config.out, json.dumps(document).encode())
+            nats = trial["result"]["nats_per_byte"]
+            console.print(f"{arm.label}: {nats:.4f} held-out nats per byte, in {config.out}", highlight=False)
 
 
 def main() -> int:
@@ -148,6 +155,9 @@ def main() -> int:
     except KilohiveError as error:
         console.print(f"error: {error}", highlight=False, markup=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("stopped: the file has the arms that had ended", highlight=False)
+        return 130
     return 0
 
 

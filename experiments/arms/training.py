@@ -177,7 +177,7 @@ class TrainRun:
             if self._ends_part(step + 1, LOOKS) and self.model.layers:
                 self._look()
             if (step + 1) % PROGRESS_EVERY_STEPS == 0:
-                self._context.progress(step + 1, self.last_step, f"{result.loss:.3f} nats per byte")
+                self._context.progress(step + 1, self.last_step, f"training loss {result.loss:.3f} nats per byte")
             if self.keeps_checkpoints and not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
                 self.save()
         self.training.close()

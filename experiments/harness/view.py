@@ -17,22 +17,27 @@ if TYPE_CHECKING:
 PARTS = 1000
 
 
+def new_bars(console: Console) -> Progress:
+    """Make bars with `words` after them, which nobody sees but on a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class View:
     """Bars on a terminal; in a file a line for each trial that ends."""
 
     def __init__(self, name: str, console: Console) -> None:
         self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bars = new_bars(console)
         self._all = self._bars.add_task(f"[bold]{name}", words="")
         self._tasks: dict[str, TaskID] = {}
         self._words: dict[str, str] = {}

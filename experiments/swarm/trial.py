@@ -52,7 +52,7 @@ class SwarmTrial:
                 losses.append(result.loss)
                 seconds += result.seconds
                 if (step + 1) % PROGRESS_EVERY_STEPS == 0:
-                    context.progress(step + 1, spec.steps, f"{result.loss:.3f} nats per byte")
+                    context.progress(step + 1, spec.steps, f"training loss {result.loss:.3f} nats per byte")
         finally:
             self.training.close()
         return {

@@ -7,8 +7,10 @@ from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING
 
+import pytest
 from rich.console import Console
 
+from common.errors import ConfigError
 from experiments import gpu
 from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.choosing import PRODUCT
@@ -16,8 +18,6 @@ from experiments.gpu import GpuConfig, run_arms, tokens_for
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 DENSE = Arm(label="dense", hidden=8)
 FEW = replace(PRODUCT, label="8 of 16", experts=16, hidden=4)
@@ -42,6 +42,18 @@ def test_every_arm_is_in_the_file_with_its_figures(tmp_path: Path, monkeypatch: 
         assert 3.0 < trial["result"]["nats_per_byte"] < 6.0
     assert document["device"] == "cpu"
     assert "2,048 tokens for each of 2 arms" in said.getvalue()
+
+
+def test_what_cannot_be_trained_is_named_and_an_interrupt_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--batch: must be 1 or more, is 0"):
+        run_arms(GpuConfig(batch=0), (DENSE,), Console(file=StringIO()))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    monkeypatch.setattr(gpu, "run_arms", interrupted)
+    assert gpu.main() == 130
 
 
 def small(config: GpuConfig, arm: Arm, tokens: int) -> TrainSpec:

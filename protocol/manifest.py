@@ -343,7 +343,10 @@ def _check_model(model: ModelConfig) -> None:
             f"model.gate_heads: must divide experts_per_token = {model.experts_per_token}, is {model.gate_heads}"
         )
     if model.gate == "hash" and model.gate_reads != "tokens":
-        raise ManifestError(f"model.gate_reads: must be tokens where gate is hash, is {model.gate_reads!r}")
+        raise ManifestError(
+            f"model.gate_reads: must be tokens where gate is hash, is {model.gate_reads!r}; or take "
+            "another gate, such as topk"
+        )
     if model.gate == "product_key" and math.isqrt(model.experts_per_layer) ** 2 != model.experts_per_layer:
         raise ManifestError(
             f"model.experts_per_layer: product keys need a square number such as 256, 1024 or 4096, "

@@ -1,6 +1,6 @@
 """One expert trained at home: the run's trunk and all other experts give gradients, and learn nothing from it."""
 
-# Shapes: T tokens of a call, K experts per token, D model width, P tokens that chose the expert.
+# Shapes: T tokens of a call, K experts per token, D model width, P tokens that chose the expert, N tokens of a batch.
 
 from __future__ import annotations
 
@@ -94,15 +94,21 @@ class LocalExpertSteps:
 
     def __init__(self, model: Transformer, layer: MoE, experts: ExpertsWithOneLocal, device: torch.device) -> None:
         self._model, self._experts, self._device = model.eval().requires_grad_(requires_grad=False), experts, device
-        # Autograd then goes from the loss down to the gate beside the expert, and no further.
-        self._down_to = list(layer.gate.requires_grad_().parameters())
+        # Autograd then goes from the loss down to what the expert's layer reads, and no further.
+        layer.register_forward_pre_hook(self._begin)
+        self._read_ND = torch.empty(0)
 
     def step(self, ids: torch.Tensor, lr: float) -> float:
         """Learn from windows [B, T + 1] at rate `lr`; nats per byte before. TooFewExpertsError if it cannot."""
         loss = next_byte_loss(self._model, ids, self._device)
-        torch.autograd.grad(loss, self._down_to, allow_unused=True)
+        torch.autograd.grad(loss, self._read_ND)
         self._experts.step(lr)
         return float(loss.detach())
+
+    def _begin(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x_ND, *others = inputs
+        self._read_ND = x_ND.detach().requires_grad_()
+        return self._read_ND, *others
 
 
 def _block_of_one(place: ExpertId, weights: Weights, manifest: Manifest) -> Block:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PLACE = ExpertId(1, 2)
 # The run itself learns nothing: whatever is gained is the contributor's.
 MANIFEST = small_manifest(
-    model={"experts_per_layer": 4, "experts_per_block": 4},
+    model={"experts_per_layer": 4, "experts_per_block": 4, "gate": "hash", "gate_reads": "tokens"},
     optimizer={"expert_lr": 0.0, "lr": 0.0, "total_tokens": 100_000_000},
     averaging=AveragingConfig(period_s=0.5, max_staleness=5000),
 )

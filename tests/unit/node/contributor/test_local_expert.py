@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from node.model.experts.block import Block, BlockGradients
     from node.model.moe import Experts
     from node.model.transformer import Transformer
+    from protocol.manifest import Manifest
 
 MANIFEST = small_manifest(dtype="fp64", codec="fp64")
+HASHED = small_manifest(
+    dtype="fp64", codec="fp64", model={"gate": "hash", "gate_reads": "tokens", "gate_heads": 2, "smear": 2}
+)
+each_manifest = pytest.mark.parametrize("manifest", [MANIFEST, HASHED], ids=["topk", "hash"])
 RATE = MANIFEST.optimizer.expert_lr * learning_rate_factor(MANIFEST.optimizer, 0)
 CPU = torch.device("cpu")
 
@@ -32,8 +37,8 @@ class NotTaught(LocalExperts):
         pass
 
 
-def model_of(experts: Experts) -> Transformer:
-    return build_model(MANIFEST, experts, torch.Generator().manual_seed(1)).eval()
+def model_of(experts: Experts, manifest: Manifest = MANIFEST) -> Transformer:
+    return build_model(manifest, experts, torch.Generator().manual_seed(1)).eval()
 
 
 def layer_of(model: Transformer, layer: int) -> MoE:
@@ -47,16 +52,17 @@ def windows(seed: int) -> torch.Tensor:
     return torch.randint(256, (8, MANIFEST.model.context + 1), generator=generator)
 
 
+@each_manifest
 @pytest.mark.parametrize("place", [ExpertId(0, 5), ExpertId(1, 5)], ids=["below others", "in the last layer"])
-def test_a_first_step_is_that_of_a_host(place: ExpertId) -> None:
-    hosted = LocalExperts(MANIFEST)
-    next_byte_loss(model_of(hosted), windows(0), CPU).backward()
-    home = ExpertsWithOneLocal(NotTaught(MANIFEST), place, present(LocalExperts(MANIFEST), place), MANIFEST)
-    model = model_of(home)
+def test_a_first_step_is_that_of_a_host(place: ExpertId, manifest: Manifest) -> None:
+    hosted = LocalExperts(manifest)
+    next_byte_loss(model_of(hosted, manifest), windows(0), CPU).backward()
+    home = ExpertsWithOneLocal(NotTaught(manifest), place, present(LocalExperts(manifest), place), manifest)
+    model = model_of(home, manifest)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     LocalExpertSteps(model, layer_of(model, place.layer), home, CPU).step(windows(0), RATE)
     for name, tensor in home.weights.items():
-        assert not torch.equal(tensor, present(LocalExperts(MANIFEST), place)[name])
+        assert not torch.equal(tensor, present(LocalExperts(manifest), place)[name])
         torch.testing.assert_close(tensor, present(hosted, place)[name], rtol=0, atol=1e-12)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -49,7 +49,7 @@ from node.contributor.config import ContributeConfig
 from node.host.config import ControlConfig, HostConfig
 from node.limits.config import LimitsConfig
 from node.rpc.config import HealthConfig
-from node.trainer.config import CacheConfig, EvaluateConfig, SampleConfig, TrainConfig
+from node.trainer.config import CacheConfig, EvaluateConfig, SampleConfig, TokenizerConfig, TrainConfig
 from protocol.version import VERSION
 
 if TYPE_CHECKING:
@@ -197,6 +197,13 @@ COMMANDS = (
             "contribute --layer 1 --expert 7 --join invite.txt",
         ),
         entry="node.contributor.command:run_contribute",
+    ),
+    Command(
+        name="tokenizer",
+        summary="train a tokenizer on text, for a run to come.",
+        config=TokenizerConfig,
+        examples=("tokenizer --data texts --vocab-size 8192 --out tokenizer.json",),
+        entry="node.trainer.tokenizer_command:run_tokenizer",
     ),
     Command(
         name="cache",

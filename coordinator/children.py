@@ -11,15 +11,19 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
+
+PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "run_node.py"))
+"""The command line up to the subcommand."""
 
 POLL_S = 0.02
 REAP_TIMEOUT_S = 5.0
@@ -70,6 +74,11 @@ class Child:
     def ended(self) -> bool:
         """Whether it has exited; it is not reaped yet, so that its process group's number cannot be anyone else's."""
         return self._popen.returncode is not None or self._process.status() == psutil.STATUS_ZOMBIE
+
+    async def wait(self, stop: asyncio.Event) -> None:
+        """Return once it has exited, or once `stop` is set."""
+        while not self.ended() and not stop.is_set():  # noqa: ASYNC110 - as `end_all` does
+            await asyncio.sleep(POLL_S)
 
     def ask_to_stop(self) -> None:
         """Send SIGTERM."""

@@ -15,6 +15,7 @@ import tyro
 from common.config import EventLogConfig
 from common.errors import ConfigError, ManifestError, RecordError
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from coordinator.tokens import tokens_of
 from dht.swarm_config import SwarmChoice
 from protocol.announcements import PeerRecord
 from protocol.manifest import (
@@ -22,6 +23,7 @@ from protocol.manifest import (
     AveragingConfig,
     BalanceRule,
     Codec,
+    DataConfig,
     GateInput,
     GateKind,
     GateScore,
@@ -59,7 +61,11 @@ class RunConfig:
     heads: int = ModelConfig.n_heads
     """Give each layer this many attention heads."""
     context: int = ModelConfig.context
-    """Read this many bytes of text as one sequence."""
+    """Read this many tokens of text as one sequence."""
+    tokenizer: Path | None = None
+    """Take tokens of this tokenizer.json, not bytes."""
+    train_tokenizer: int = 0
+    """Train a tokenizer of so many tokens; 0 for bytes."""
     gate: GateKind = "hash"
     """Choose experts by this gate."""
     smear: FileOnly[int] = 2
@@ -112,6 +118,8 @@ class CoordinatorConfig(RunConfig, EventLogConfig):
     """Keep the run and its key in this folder."""
     manifest: Path | None = None
     """Take the run from this TOML file instead of flags."""
+    data: Path | None = None
+    """Train the tokenizer on this text; otherwise Wikipedia."""
     total_tokens: int = OptimizerConfig.total_tokens
     """Decay the learning rate over so many tokens."""
     listen: str = "127.0.0.1"
@@ -172,7 +180,7 @@ class LocalConfig(RunConfig, EventLogConfig):
     out: Path | None = None
     """Write the run to this folder [runs/NAME]."""
     data: Path | None = None
-    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    """Read this text, file or folder; otherwise Wikipedia."""
     strict: Flag = False
     """Refuse text with a bad row instead of skipping that."""
     resume: Flag = False
@@ -262,12 +270,14 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         raise ConfigError(
             f"--experts {config.experts}: must be a multiple of --layers {config.layers}, the same number in each"
         )
+    data, vocab_size = tokens_of(config.tokenizer) if config.tokenizer else (DataConfig(), ModelConfig.vocab_size)
     heads = config.gate_heads or most_heads(config.experts_per_token)
     model = ModelConfig(
         d_model=config.d_model,
         n_layers=config.layers,
         n_heads=config.heads,
         context=config.context,
+        vocab_size=vocab_size,
         expert_hidden=config.expert_hidden,
         experts_per_layer=config.experts // config.layers,
         experts_per_block=config.experts_per_block,
@@ -298,6 +308,7 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
             model=model,
             optimizer=optimizer,
             averaging=config.averaging(),
+            data=data,
         )
     except ManifestError as error:
         raise ConfigError(str(error)) from None
@@ -356,10 +367,10 @@ def check_evaluators(peer_ids: tuple[str, ...]) -> None:
 
 def _settings(manifest: Manifest) -> dict[str, object]:
     """The manifest's fields, flat: model.d_model and so on."""
-    table = asdict(manifest)
-    parts = ("model", "optimizer", "averaging")
-    flat = {f"{part}.{name}": value for part in parts for name, value in table.pop(part).items()}
-    return {**table, **flat}
+    flat: dict[str, object] = {}
+    for name, value in asdict(manifest).items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def program_name() -> str:

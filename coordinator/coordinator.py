@@ -33,6 +33,7 @@ from coordinator.config import (
     read_manifest,
 )
 from coordinator.events import PeerLeaveEvent, PeerStartEvent
+from coordinator.tokens import check_training, keep_tokenizer, trained_tokenizer
 from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
 from dht.daemon import is_free
@@ -64,6 +65,7 @@ MINIMUMS = {
     "relay_reservations": 1,
     **EVENT_LOG_MINIMUMS,
 }
+MANIFEST_FILE = "manifest.toml"
 DAY_S = 86_400
 PORT_RETRY_S = 0.2
 PORT_TIMEOUT_S = 3.0
@@ -77,13 +79,18 @@ async def run_coordinator(config: CoordinatorConfig, stop: asyncio.Event) -> Non
     """Open the run and be its first peer until `stop`. Raises a KilohiveError if that cannot start."""
     check_minimums(config, MINIMUMS)
     check_evaluators(config.evaluators)
+    check_training(config)
     with claimed(FolderClaim(folder=config.out, role="coordinator", flag="--out", lock=SWARM_LOCK)):
         await _coordinate(config, stop)
 
 
 async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
     identity = Identity.load_or_create(config.out / "owner.key")
+    if config.train_tokenizer and not (config.out / MANIFEST_FILE).exists():
+        tokenizer = await trained_tokenizer(config, config.data, config.out, stop)
+        config = replace(config, tokenizer=tokenizer, train_tokenizer=0)
     manifest = open_run(config, identity.peer_id)
+    keep_tokenizer(manifest, config.out, config.tokenizer)
     admission = Admission(manifest.run_id, owners_token(config.out / "admission.token", create=config.admission))
     async with AsyncExitStack() as stack:
         log, max_bytes = config.out / "coordinator" / "events.jsonl", config.event_log_bytes
@@ -137,7 +144,7 @@ async def _publish_again(dht: DhtNode, identity: Identity, manifest: Manifest) -
 
 def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
     """The run in `config.out`, or a new one that is written there. Raises ConfigError."""
-    path = config.out / "manifest.toml"
+    path = config.out / MANIFEST_FILE
     given = read_manifest(config.manifest) if config.manifest is not None else None
     if not path.exists():
         wanted = given or manifest_of(config, owner=owner, total_tokens=config.total_tokens)

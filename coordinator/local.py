@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,7 +22,7 @@ from common.folders import LOCAL_LOCK, NODE_LOCK, SWARM_LOCK, FolderClaim, claim
 from common.log_files import LogPlace, LogReader, end_of_log
 from common.settings import check_minimums
 from coordinator.blocks import block_list_text, split_blocks
-from coordinator.children import Child, ChildSpec, end_all, exit_words
+from coordinator.children import PROGRAM, Child, ChildSpec, end_all, exit_words
 from coordinator.config import (
     CoordinatorConfig,
     LocalConfig,
@@ -35,17 +33,19 @@ from coordinator.config import (
     read_manifest,
 )
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent
+from coordinator.tokens import check_training, trained_tokenizer
 from dht.socket_folder import remove_stale_folders
 from protocol.announcements import MAX_EVALUATORS
 from protocol.identity import Identity
 from protocol.node_events import TrainingStartEvent
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from protocol.manifest import BlockId, Manifest
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "run_node.py"))
 SWARM_FILE_TIMEOUT_S = 60.0
 WATCH_PERIOD_S = 0.1
 FINISH_PATIENCE_S = 15.0
@@ -74,6 +74,9 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
     check(config)
     with claimed(claim):
         await asyncio.to_thread(_wait_for_nodes_to_leave, config)
+        if config.train_tokenizer and not config.resume:
+            tokenizer = await trained_tokenizer(config, config.data, config.folder, stop)
+            config = replace(config, tokenizer=tokenizer, train_tokenizer=0)
         return await LocalSwarm(config, stop, PROGRAM).run()
 
 
@@ -81,6 +84,7 @@ def check(config: LocalConfig) -> None:
     """Find every mistake that can be found before a process is started; raises ConfigError."""
     whole = ("hosts", "replicas", "trainers", "steps", "batch", "micro_batches", "threads")
     check_minimums(config, dict.fromkeys(whole, 1) | EVENT_LOG_MINIMUMS)
+    check_training(config)
     if config.eval_every < 0:
         raise ConfigError(f"--eval-every: must be 0 (only at the start and the end) or more, is {config.eval_every}")
     stored = config.folder / "manifest.toml"

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from experiments.arms.arm import Arm
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 WARM_STEPS, TIMED_STEPS = 3, 5
 MINIMUMS = {"minutes": 0.1, "tokens": 1, "batch": 1, "lr": 0}
@@ -87,7 +87,7 @@ def spec_of(config: GpuConfig, arm: Arm, tokens: int) -> TrainSpec:
 
 
 @contextmanager
-def new_run(config: GpuConfig, spec: TrainSpec, dataset: ByteDataset, bars: Progress) -> Iterator[TrainRun]:
+def new_run(config: GpuConfig, spec: TrainSpec, dataset: TextDataset, bars: Progress) -> Iterator[TrainRun]:
     """A run with a bar, which keeps no checkpoints: writing them would take the time that there is."""
     bar = bars.add_task(spec.arm.label, total=spec.steps, words="starting")
     with TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def new_run(config: GpuConfig, spec: TrainSpec, dataset: ByteDataset, bars: Prog
     bars.remove_task(bar)
 
 
-def seconds_per_token(config: GpuConfig, arm: Arm, dataset: ByteDataset, bars: Progress) -> float:
+def seconds_per_token(config: GpuConfig, arm: Arm, dataset: TextDataset, bars: Progress) -> float:
     """Seconds of a training step over its tokens, after the first steps."""
     with new_run(config, spec_of(config, arm, config.tokens), dataset, bars) as run:
         for _ in range(WARM_STEPS):
@@ -117,7 +117,7 @@ def tokens_for(config: GpuConfig, seconds_per_token: Sequence[float], seconds_le
     return max(step, min(config.tokens, fitting) // step * step)
 
 
-def trained(config: GpuConfig, arm: Arm, tokens: int, dataset: ByteDataset, bars: Progress) -> dict[str, Any]:
+def trained(config: GpuConfig, arm: Arm, tokens: int, dataset: TextDataset, bars: Progress) -> dict[str, Any]:
     """The figures of an arm, and its spec."""
     with new_run(config, spec_of(config, arm, tokens), dataset, bars) as run:
         run.go()

@@ -16,7 +16,9 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import tomli_w
 
+from common.assets import Asset
 from common.errors import ManifestError
+from common.vocabulary import BYTE_VALUES, BYTES, MAX_TOKENIZER_BYTES, MAX_VOCABULARY
 from protocol import limits
 from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION, VERSION, is_older, is_version
 
@@ -32,6 +34,7 @@ MAX_GATE_SHORTEST = 16
 
 T = TypeVar("T")
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = re.compile(r"(0|[1-9][0-9]{0,4})/(0|[1-9][0-9]{0,8})")
 
 Codec = Literal["fp64", "fp32", "bf16", "fp16", "int8"]
@@ -75,7 +78,7 @@ class ModelConfig:
     n_layers: int = 2
     n_heads: int = 4
     context: int = 128
-    vocab_size: int = 256
+    vocab_size: int = BYTE_VALUES
     expert_kind: ExpertKindName = "ffn"
     expert_hidden: int = 32
     experts_per_layer: int = 512
@@ -143,6 +146,24 @@ class AveragingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a token is: a byte, or a piece of text as a file says, in the form of the library `tokenizers`.
+
+    `tokenizer` is "bytes" or the file's SHA-256 in hex digits, and `tokenizer_bytes` the file's size.
+    """
+
+    tokenizer: str = BYTES
+    tokenizer_bytes: int = 0
+
+    @property
+    def tokenizer_asset(self) -> Asset | None:
+        """The tokenizer's file; None where tokens are bytes."""
+        if self.tokenizer == BYTES:
+            return None
+        return Asset(sha256=self.tokenizer, n_bytes=self.tokenizer_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that defines a run. `owner` is the peer id of the key that signs it.
 
@@ -159,6 +180,7 @@ class Manifest:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         _check_manifest(self)
@@ -175,6 +197,8 @@ class Manifest:
             for name in names:
                 if table[part][name] == getattr(_DEFAULTS[part], name):
                     del table[part][name]
+            if not table[part]:
+                del table[part]
         return tomli_w.dumps(table)
 
     @classmethod
@@ -192,16 +216,19 @@ class Manifest:
         model = _build(ModelConfig, table.pop("model", {}), "model.")
         optimizer = _build(OptimizerConfig, table.pop("optimizer", {}), "optimizer.")
         averaging = _build(AveragingConfig, table.pop("averaging", {}), "averaging.")
-        return _build(cls, {**table, "model": model, "optimizer": optimizer, "averaging": averaging}, "")
+        data = _build(DataConfig, table.pop("data", {}), "data.")
+        parts = {"model": model, "optimizer": optimizer, "averaging": averaging, "data": data}
+        return _build(cls, {**table, **parts}, "")
 
 
 _LATER = {
     "model": ("smear", "gate_reads", "gate_heads", "gate_shortest", "gate_score", "balance"),
     "optimizer": ("gate_lr_fraction",),
+    "data": ("tokenizer", "tokenizer_bytes"),
 }
 """Fields that are younger than the first runs, whose manifests, and so their ids, must stay as they were."""
 
-_DEFAULTS = {"model": ModelConfig, "optimizer": OptimizerConfig}
+_DEFAULTS = {"model": ModelConfig, "optimizer": OptimizerConfig, "data": DataConfig}
 
 
 def parse_block_id(text: str) -> BlockId:
@@ -264,6 +291,7 @@ def _check_manifest(manifest: Manifest) -> None:
     _check_ranges(manifest.optimizer, _OPTIMIZER_RANGES, "optimizer.")
     _check_ranges(manifest.averaging, _AVERAGING_RANGES, "averaging.")
     _check_model(manifest.model)
+    _check_data(manifest.data, manifest.model.vocab_size)
 
 
 def _check_versions(protocol_version: object, minimum_version: object) -> None:
@@ -285,7 +313,7 @@ _MODEL_RANGES: dict[str, tuple[float, float]] = {
     "n_layers": (1, limits.MAX_LAYERS),
     "n_heads": (1, 1024),
     "context": (1, limits.MAX_TOKENS),
-    "vocab_size": (256, 256),
+    "vocab_size": (2, MAX_VOCABULARY),
     "expert_hidden": (1, limits.MAX_WIDTH),
     "experts_per_layer": (1, limits.MAX_EXPERTS_PER_LAYER),
     "experts_per_block": (1, limits.MAX_EXPERTS_PER_LAYER),
@@ -352,3 +380,16 @@ def _check_model(model: ModelConfig) -> None:
             f"model.experts_per_layer: product keys need a square number such as 256, 1024 or 4096, "
             f"is {model.experts_per_layer}"
         )
+
+
+def _check_data(data: DataConfig, vocab_size: int) -> None:
+    if data.tokenizer == BYTES:
+        if vocab_size != BYTE_VALUES:
+            raise ManifestError(f"model.vocab_size: must be {BYTE_VALUES} where tokens are bytes, is {vocab_size}")
+        if data.tokenizer_bytes:
+            raise ManifestError(f"data.tokenizer_bytes: must be 0 where tokens are bytes, is {data.tokenizer_bytes}")
+        return
+    if not _SHA256.fullmatch(data.tokenizer):
+        raise ManifestError(f"data.tokenizer: must be {BYTES} or 64 hex digits, is {data.tokenizer[:80]!r}")
+    if not 1 <= data.tokenizer_bytes <= MAX_TOKENIZER_BYTES:
+        raise ManifestError(f"data.tokenizer_bytes: must be from 1 to {MAX_TOKENIZER_BYTES}, is {data.tokenizer_bytes}")

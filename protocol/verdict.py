@@ -47,7 +47,7 @@ class Offered:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`low` to `high`: the mean gain in nats per byte, over `n_windows`; `version` of the block it was held against."""
+    """A gain of `low` to `high` nats per token over `n_windows`; `version` of the block it was held against."""
 
     offered: Offered
     version: int

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from experiments.apart.shards import Sharding
     from experiments.harness.experiment import TrialContext
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.experts.block import Block, BlockGradients
     from node.trainer.train_step import StepResult
     from protocol.manifest import Manifest
@@ -128,7 +128,7 @@ class StageRun(TrainRun):
         course: BranchSchedule,
         stage: Stage,
         context: TrialContext,
-        dataset: ByteDataset,
+        dataset: TextDataset,
         start: Path | None,
     ) -> None:
         spec = course
@@ -174,9 +174,9 @@ class Within:
 class Branches:
     """Trained starts and participants of one course. Folders hold what `TrainRun.save` writes; `load` reads them."""
 
-    def __init__(self, course: BranchSchedule, context: TrialContext, dataset: ByteDataset) -> None:
+    def __init__(self, course: BranchSchedule, context: TrialContext, dataset: TextDataset) -> None:
         self._course, self._context, self._dataset = course, context, dataset
-        self._texts: dict[Sharding, list[ByteDataset]] = {}
+        self._texts: dict[Sharding, list[TextDataset]] = {}
         key = hashlib.sha256(json.dumps(course.to_json(), sort_keys=True).encode()).hexdigest()[:16]
         self._folder = context.shared / f"{course.slug}-seed{course.seed}-{key}"
 
@@ -204,7 +204,7 @@ class Branches:
         """All of them as one model, which has learnt nothing since."""
         return merge(self._course, self.participants(sharding), self._folder / f"{sharding}-merged")
 
-    def text(self, sharding: Sharding, index: int) -> ByteDataset:
+    def text(self, sharding: Sharding, index: int) -> TextDataset:
         """What a participant reads; held-out text is everybody's."""
         if sharding not in self._texts:
             course = self._course
@@ -221,10 +221,10 @@ class Branches:
         run.model.trunk.eval()
         return run.model
 
-    def _trained(self, name: str, stage: Stage, text: ByteDataset, start: Path | None) -> Path:
+    def _trained(self, name: str, stage: Stage, text: TextDataset, start: Path | None) -> Path:
         return self._trained_in(self._folder / name, stage, text, start)
 
-    def _trained_in(self, folder: Path, stage: Stage, text: ByteDataset, start: Path | None) -> Path:
+    def _trained_in(self, folder: Path, stage: Stage, text: TextDataset, start: Path | None) -> Path:
         done = folder / "done"
         if not done.exists():
             run = StageRun(self._course, stage, Within(self._context, folder), text, start)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from experiments.apart.branches import BranchSchedule
     from experiments.arms.training import Model
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 
 def merge(course: BranchSchedule, folders: Sequence[Path], into: Path) -> Path:
@@ -85,6 +85,6 @@ def evenly_weighted(log_p_PNT: torch.Tensor) -> torch.Tensor:
     return -(torch.logsumexp(log_p_PNT, 0) - math.log(len(log_p_PNT))).mean(1)
 
 
-def held_out(course: BranchSchedule, dataset: ByteDataset) -> Iterable[torch.Tensor]:
+def held_out(course: BranchSchedule, dataset: TextDataset) -> Iterable[torch.Tensor]:
     """The windows that every arm is measured on."""
     return dataset.held_out_batches(course.batch, course.context, course.final_eval_bytes)

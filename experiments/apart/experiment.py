@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from experiments.arms.training import Model
     from experiments.harness.experiment import Preset, Report, Result, TrialContext
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 ARM = Arm(label="8 of 256 experts", hidden=32, experts=256, per_token=8)
 STEP = 2048
@@ -107,7 +107,7 @@ class Bench:
     sharding: Sharding
     branches: Branches
     context: TrialContext
-    dataset: ByteDataset
+    dataset: TextDataset
 
 
 class Apart:

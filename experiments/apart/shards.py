@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
     Ints = NDArray[np.int64]
 
@@ -34,7 +34,7 @@ FEATURES = 4096
 ROUNDS = 30
 
 
-def texts_of(dataset: ByteDataset, sharding: Sharding, n_shards: int, seed: int) -> list[ByteDataset]:
+def texts_of(dataset: TextDataset, sharding: Sharding, n_shards: int, seed: int) -> list[TextDataset]:
     """The training text in `n_shards` parts; the held-out text of each is the whole one."""
     documents = split(dataset.train)
     shard_N = shards_of(dataset, documents, sharding, n_shards, seed)
@@ -52,7 +52,7 @@ def split(text: NDArray[np.uint8]) -> list[bytes]:
     return [part + SEPARATOR for part in text.tobytes().removesuffix(SEPARATOR).split(SEPARATOR)]
 
 
-def shards_of(dataset: ByteDataset, documents: Sequence[bytes], sharding: Sharding, n_shards: int, seed: int) -> Ints:
+def shards_of(dataset: TextDataset, documents: Sequence[bytes], sharding: Sharding, n_shards: int, seed: int) -> Ints:
     """Shard of each document."""
     sizes_N = np.array([len(document) for document in documents])
     rng = np.random.default_rng(seed)

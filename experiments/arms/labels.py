@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 BYTE_CLASSES = ("space", "digit", "capital", "vowel", "consonant", "punctuation", "beyond ASCII")
 
@@ -46,7 +46,7 @@ def _byte_class(value: int) -> int:
 class Topics:
     """Topics of a text's documents: of the default corpus as its package labels the articles."""
 
-    def __init__(self, dataset: ByteDataset, seed: int = 0) -> None:
+    def __init__(self, dataset: TextDataset, seed: int = 0) -> None:
         documents = list(_documents(dataset))
         self.names = sorted({topic for _, topic in documents})
         limit = int(HELD_OUT_FRACTION * 2**64)
@@ -61,7 +61,7 @@ class Topics:
         return np.repeat(numbers, [len(document) + len(SEPARATOR) for document, _ in documents])
 
 
-def _documents(dataset: ByteDataset) -> Iterator[tuple[bytes, str]]:
+def _documents(dataset: TextDataset) -> Iterator[tuple[bytes, str]]:
     """Yield the documents as `node.data` reads them, with their topics."""
     for record in _records(dataset.corpus.root):
         text = str(record.get("text", record.get("extract", ""))) if isinstance(record, dict) else ""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from experiments.arms.training import AnyModel
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.gate import ChoiceProbe, GateOutput
 
     Ints = NDArray[np.int64]
@@ -45,7 +45,7 @@ def look(model: AnyModel, probe: ChoiceProbe, ids_BT: torch.Tensor) -> list[dict
     return [asdict(layer.gate.stats()) for layer in model.layers]
 
 
-def held_out_loads(model: AnyModel, dataset: ByteDataset, batch: int) -> list[Ints]:
+def held_out_loads(model: AnyModel, dataset: TextDataset, batch: int) -> list[Ints]:
     """Return the pairs [E] that each expert of each layer has of held-out text."""
     chosen, _ = chosen_experts(model, dataset, batch)
     n_experts = model.manifest.model.experts_per_layer

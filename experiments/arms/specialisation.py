@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from experiments.arms.training import AnyModel
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.gate import GateOutput
 
     Ints = NDArray[np.int64]
@@ -53,7 +53,7 @@ def excess(expert_RM: Ints, label_R: Ints, rng: np.random.Generator) -> dict[str
 
 
 @torch.no_grad()
-def chosen_experts(model: AnyModel, dataset: ByteDataset, batch: int) -> tuple[list[Ints], Ints]:
+def chosen_experts(model: AnyModel, dataset: TextDataset, batch: int) -> tuple[list[Ints], Ints]:
     """Return each layer's experts of held-out windows [N, T * K], and the bytes of those windows [N, T]."""
     chosen: list[list[Ints]] = [[] for _ in model.layers]
     hooks = [layer.gate.register_forward_hook(_collector(chosen[index])) for index, layer in enumerate(model.layers)]
@@ -78,7 +78,7 @@ def _collector(into: list[Ints]) -> Callable[[torch.nn.Module, object, GateOutpu
     return collect
 
 
-def specialisation(model: AnyModel, dataset: ByteDataset, batch: int, seed: int) -> dict[str, list[dict[str, float]]]:
+def specialisation(model: AnyModel, dataset: TextDataset, batch: int, seed: int) -> dict[str, list[dict[str, float]]]:
     """Return the excess by label for each layer; see `excess`. A window's topic is that of its first byte."""
     per_layer, bytes_NT = chosen_experts(model, dataset, batch)
     context = bytes_NT.shape[1]

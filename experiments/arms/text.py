@@ -18,7 +18,7 @@ from node.data.sources import WIKIPEDIA_PACKAGE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 TextName = Literal["summaries", "long"]
 
@@ -30,7 +30,7 @@ MAX_SOURCE_BYTES: Final = 2**18
 """Larger files are tables that somebody has generated."""
 
 
-def open_text(name: TextName = "summaries", seed: int = 0) -> ByteDataset:
+def open_text(name: TextName = "summaries", seed: int = 0) -> TextDataset:
     """A text by its name. Held-out documents are the same for every seed of a model."""
     path = None if name == "summaries" else long_text(data_cache())
     return open_dataset(path, cache_dir=data_cache(), seed=seed)

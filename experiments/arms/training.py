@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from common.errors import TooFewExpertsError
     from experiments.harness.experiment import Result, TrialContext
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.experts.block import Block
     from node.model.moe import Experts
     from node.model.transformer import Transformer
@@ -117,7 +117,7 @@ def _trunk(
     return build_trunk(manifest, list(layers), generator).to(device)  # type: ignore[arg-type]
 
 
-def build_training(model: Model, spec: TrainSpec, dataset: ByteDataset) -> Training:
+def build_training(model: Model, spec: TrainSpec, dataset: TextDataset) -> Training:
     """One micro-batch a step: experts and trunk step alike."""
     experts = cast("Experts", model.experts)
     config = StepConfig(batch=spec.batch, micro_batches=1, in_flight=1, seed=spec.seed)
@@ -149,7 +149,7 @@ class TrainRun:
     """One run of a spec; `go` trains it to its end, from the last checkpoint if there is one."""
 
     def __init__(
-        self, spec: TrainSpec, context: TrialContext, dataset: ByteDataset, model: Model | None = None
+        self, spec: TrainSpec, context: TrialContext, dataset: TextDataset, model: Model | None = None
     ) -> None:
         self.spec, self._context, self._dataset = spec, context, dataset
         self.model = model or build_model(spec, pick_device(context.device))
@@ -239,7 +239,7 @@ def _counters(training: Training) -> dict[str, Any]:
     return {"version": training.version, "run_tokens": training.run_tokens, "own_tokens": training.own_tokens}
 
 
-def nats_per_window(trunk: Transformer, dataset: ByteDataset, spec: TrainSpec, max_bytes: int) -> torch.Tensor:
+def nats_per_window(trunk: Transformer, dataset: TextDataset, spec: TrainSpec, max_bytes: int) -> torch.Tensor:
     """Mean nats per byte of each held-out window, [N] float64: the same windows for every arm."""
     return -log_likelihood(trunk, dataset.held_out_batches(spec.batch, spec.context, max_bytes)).mean(1)
 
@@ -257,7 +257,7 @@ def log_likelihood(trunk: Transformer, batches: Iterable[torch.Tensor]) -> torch
     return torch.cat(found)
 
 
-def result_of(run: TrainRun, dataset: ByteDataset) -> Result:
+def result_of(run: TrainRun, dataset: TextDataset) -> Result:
     """The figures of a run that has ended."""
     log = run.log
     return {
@@ -272,7 +272,7 @@ def result_of(run: TrainRun, dataset: ByteDataset) -> Result:
     }
 
 
-def worth_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result:
+def worth_of(model: AnyModel, spec: TrainSpec, dataset: TextDataset) -> Result:
     """What the experts' load on held-out text costs hosts, and what the model loses without some of them."""
 
     def nats_of(n_bytes: int) -> float:
@@ -282,7 +282,7 @@ def worth_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result:
     return {"busiest_block": busiest_blocks(loads), "ablated": ablations(model, loads, spec.seed, nats_of)}
 
 
-def figures_of(model: AnyModel, spec: TrainSpec, dataset: ByteDataset) -> Result:
+def figures_of(model: AnyModel, spec: TrainSpec, dataset: TextDataset) -> Result:
     """What a trained model is worth on held-out text, how it uses its experts, and what it costs."""
     gates = [asdict(layer.gate.stats()) for layer in model.layers]
     nats_N = nats_per_window(model.trunk, dataset, spec, spec.final_eval_bytes)

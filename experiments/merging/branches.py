@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from experiments.harness.experiment import Preset, Result, TrialContext
     from experiments.merging.merges import Weights
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.transformer import Transformer
 
 ARM = Arm(label="dense", hidden=256)
@@ -170,16 +170,16 @@ EXPERIMENT = MergingExperiment(
 class MergeTexts:
     """The held-out text in two: to choose on, and for the figures. `topic_X`: of the latter's bytes."""
 
-    chosen_on: ByteDataset
-    figures: ByteDataset
+    chosen_on: TextDataset
+    figures: TextDataset
     topic_X: NDArray[np.uint8]
 
-    def topics(self) -> ByteDataset:
+    def topics(self) -> TextDataset:
         """The text for the figures with each byte's topic in its place: the same windows are cut from it."""
         return replace(self.figures, held_out=self.topic_X)
 
 
-def held_out_in_two(dataset: ByteDataset) -> MergeTexts:
+def held_out_in_two(dataset: TextDataset) -> MergeTexts:
     """Split the held-out text in two, document by document."""
     sizes = [len(document) for document in split(dataset.held_out)]
     is_for_choosing_X = np.repeat(np.arange(len(sizes)) % VALIDATION_EVERY == 0, sizes)
@@ -190,7 +190,7 @@ def held_out_in_two(dataset: ByteDataset) -> MergeTexts:
     )
 
 
-def joint(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> Result:
+def joint(spec: dict[str, Any], dataset: TextDataset, context: TrialContext) -> Result:
     """One model, trained on everything to the end."""
     train = TrainSpec.from_json(spec["train"])
     run = TrainRun(train, context, dataset)
@@ -199,7 +199,7 @@ def joint(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> 
     return {"nats": float(nats_N.mean()), "tokens": run.training.run_tokens}
 
 
-def apart(spec: dict[str, Any], dataset: ByteDataset, context: TrialContext) -> Result:
+def apart(spec: dict[str, Any], dataset: TextDataset, context: TrialContext) -> Result:
     """A branch and its participants; every way to make one prediction of them."""
     course = BranchSchedule.from_json(spec["train"])
     branches = Branches(course, context, dataset)
@@ -241,7 +241,7 @@ class InTrunk:
         return log_likelihood(self._trunk, windows)
 
 
-def owners(dataset: ByteDataset, texts: MergeTexts, course: BranchSchedule) -> torch.Tensor:
+def owners(dataset: TextDataset, texts: MergeTexts, course: BranchSchedule) -> torch.Tensor:
     """Return for each window of the figures [N] the participant whose shard holds the topic of its first byte."""
     shard_of_topic = evenly(np.bincount(Topics(dataset).train_X).tolist(), course.participants)
     windows = torch.cat(list(texts.topics().held_out_batches(course.batch, course.context, course.final_eval_bytes)))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from experiments.arms.training import Model
     from experiments.harness.experiment import Preset, Report, Result, TrialContext
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 LOADS = (0.1, 0.5, 0.9)
 """Which experts are changed: their places among those of their layer, by the tokens that reach them."""
@@ -104,7 +104,7 @@ def _spec(n_experts: int, seed: int, tokens: int) -> TrainSpec:
     return TrainSpec(arm=arm, seed=seed, tokens=tokens, lr=RATE, expert_lr=RATE, d_model=64, layers=2, evaluations=1)
 
 
-def run_trial(spec: dict[str, Any], model: Model, dataset: ByteDataset, context: TrialContext) -> Result:
+def run_trial(spec: dict[str, Any], model: Model, dataset: TextDataset, context: TrialContext) -> Result:
     """Updates of some experts of one model, each measured and tested."""
     rows: list[Result] = []
     workshops = _workshops(spec["train"]["seed"], model, dataset)
@@ -124,7 +124,7 @@ def run_trial(spec: dict[str, Any], model: Model, dataset: ByteDataset, context:
     }
 
 
-def _workshops(seed: int, model: Model, dataset: ByteDataset) -> list[Workshop]:
+def _workshops(seed: int, model: Model, dataset: TextDataset) -> list[Workshop]:
     context = model.trunk.context
     training = [
         dataset.train_batch(step, shard=0, n_shards=1, batch=BATCH, context=context, seed=seed + 1)

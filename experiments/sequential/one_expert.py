@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from experiments.arms.arm import TrainSpec
     from experiments.arms.training import Model
     from experiments.harness.experiment import TrialContext
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.gate import GateOutput
     from node.model.moe import MoE
     from node.model.transformer import Transformer, TransformerLayer
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Weights = dict[str, torch.Tensor]
 
 
-def trained_model(spec: TrainSpec, dataset: ByteDataset, context: TrialContext) -> Model:
+def trained_model(spec: TrainSpec, dataset: TextDataset, context: TrialContext) -> Model:
     """Train what `spec` describes, or take it from where a trial that was cut has left it."""
     run = TrainRun(spec, context, dataset)
     run.go()

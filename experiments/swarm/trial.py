@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from experiments.arms.arm import TrainSpec
     from experiments.harness.experiment import Result, TrialContext
     from experiments.live.placement import Placement, Where
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 CPU = torch.device("cpu")
 PROGRESS_EVERY_STEPS = 4
@@ -27,7 +27,7 @@ POINTS = 16
 class SwarmTrial:
     """A trial while its experts are there; a trial that was cut begins again."""
 
-    def __init__(self, spec: TrainSpec, place: Placement, where: Where, dataset: ByteDataset) -> None:
+    def __init__(self, spec: TrainSpec, place: Placement, where: Where, dataset: TextDataset) -> None:
         self._spec, self._where, self._dataset = spec, where, dataset
         self.experts = CountedExperts(where.experts)
         manifest = manifest_of(spec, place)
@@ -73,7 +73,7 @@ class SwarmTrial:
         return found
 
 
-def run_trial(spec: TrainSpec, place: Placement, context: TrialContext, dataset: ByteDataset) -> Result:
+def run_trial(spec: TrainSpec, place: Placement, context: TrialContext, dataset: TextDataset) -> Result:
     """Train, end all disturbance, measure."""
     with experts_at(place, manifest_of(spec, place), spec.steps, context.folder) as where:
         trial = SwarmTrial(spec, place, where, dataset)

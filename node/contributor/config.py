@@ -28,6 +28,8 @@ class ContributeConfig(CallerConfig):
     """Train the file's expert, or the present one, for so many steps and offer nothing."""
     data: Path | None = None
     """Train on this text, a file or a folder; otherwise on Wikipedia."""
+    tokenizer: FileOnly[str] = ""
+    """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
     batch: FileOnly[int] = 16
     """Train on this many windows of text in a step."""
     lr: float = 0.0

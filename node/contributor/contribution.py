@@ -167,7 +167,7 @@ def _progress(status: pb.OfferStatus) -> str:
 def _gain(status: pb.OfferStatus) -> str:
     if not (math.isfinite(status.low) and math.isfinite(status.high) and status.n_windows):
         return "gain not known yet"
-    return f"it gains {status.low:.3g} to {status.high:.3g} nats per byte"
+    return f"it gains {status.low:.3g} to {status.high:.3g} nats per token"
 
 
 def _reason(status: pb.OfferStatus) -> str:

@@ -13,7 +13,7 @@ from node.model.experts.block import Block
 from node.model.experts.kinds import expert_kind
 from node.model.experts.layer import layer_backward, layer_forward
 from node.model.pairs import NO_EXPERT, Combined, Pairs
-from node.trainer.train_step import next_byte_loss
+from node.trainer.train_step import next_token_loss
 
 if TYPE_CHECKING:
     from node.model.expert_file import ExpertId, Weights
@@ -99,8 +99,8 @@ class LocalExpertSteps:
         self._read_ND = torch.empty(0)
 
     def step(self, ids: torch.Tensor, lr: float) -> float:
-        """Learn from windows [B, T + 1] at rate `lr`; nats per byte before. TooFewExpertsError if it cannot."""
-        loss = next_byte_loss(self._model, ids, self._device)
+        """Learn from windows [B, T + 1] at rate `lr`; nats per token before. TooFewExpertsError if it cannot."""
+        loss = next_token_loss(self._model, ids, self._device)
         torch.autograd.grad(loss, self._read_ND)
         self._experts.step(lr)
         return float(loss.detach())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from common.errors import TooFewExpertsError
     from node.averaging.joining import Downloader
     from node.contributor.config import ContributeConfig
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.membership.swarm import Swarm
     from node.model.expert_file import ExpertId, Weights
 
@@ -51,7 +51,7 @@ NORMAL_95 = 1.96
 
 
 class Gain(NamedTuple):
-    """What an expert gains over the present one, in nats per byte, with half of its 95 % interval (normal)."""
+    """What an expert gains over the present one, in nats per token, with half of its 95 % interval (normal)."""
 
     mean: float
     half: float
@@ -64,7 +64,7 @@ class Gain(NamedTuple):
 
     def __str__(self) -> str:
         where = f"on {self.n_windows} held-out windows of this text"
-        return f"{self.mean:.2g} ± {self.half:.2g} nats per byte over the present one {where}"
+        return f"{self.mean:.2g} ± {self.half:.2g} nats per token over the present one {where}"
 
 
 class LocalExpert(NamedTuple):
@@ -86,7 +86,7 @@ class LocalTraining:
         swarm: Swarm,
         downloads: Downloader,
         local_expert: LocalExpert,
-        dataset: ByteDataset,
+        dataset: TextDataset,
     ) -> None:
         self._config, self._swarm, self._downloads, self._place = config, swarm, downloads, local_expert.place
         self.weights, self.steps, self.done = local_expert.start, config.train, 0
@@ -101,7 +101,7 @@ class LocalTraining:
         self._home = LocalExpertSteps(model, self._training.moe_layers[local_expert.place.layer], self._experts, device)
 
     async def run(self, stop: asyncio.Event, tell: Callable[[int, float], None]) -> None:
-        """Train until the last step or until `stop` is set; `tell` hears of each step and its loss, nats per byte."""
+        """Train until the last step or until `stop` is set; `tell` hears of each step and its loss, nats per token."""
         await until_stopped(wait_for_blocks(self._swarm.directory, BLOCKS_S), stop)
         loop, rate, trunk_s = asyncio.get_running_loop(), self._first_rate(), 0.0
         for number in range(self.steps):

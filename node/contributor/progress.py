@@ -8,15 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
+
+from common.progress import LOG_EVERY_S, progress_shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 logger = logging.getLogger(__name__)
-
-LOG_EVERY_S = 5.0
 
 
 @contextmanager
@@ -32,15 +31,9 @@ def words_shown(at_first: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def steps_shown(steps: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar; it is told how many steps are done, and the last one's loss in nats per byte."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        log = _Log()
-        yield lambda done, loss: log.tell(f"step {done:,}/{steps:,}, train {loss:.3f} nats/byte")
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("training", total=steps)
-        yield lambda done, loss: bar.update(task, completed=done, description=f"train {loss:.3f} nats/byte")
+    """Give what is to be told how many steps are done, and the last one's loss in nats per token."""
+    with progress_shown(steps) as tell:
+        yield lambda done, loss: tell(done, f"step {done:,}/{steps:,}, train {loss:.3f} nats/token")
 
 
 class _Log:

@@ -6,7 +6,7 @@ two memory-mapped files (training and held-out), `shuffle` orders windows, `data
 
 from __future__ import annotations
 
-from node.data.dataset import ByteDataset, open_dataset
+from node.data.dataset import TextDataset, open_dataset
 from node.data.sources import WIKIPEDIA_ATTRIBUTION
 
-__all__ = ["WIKIPEDIA_ATTRIBUTION", "ByteDataset", "open_dataset"]
+__all__ = ["WIKIPEDIA_ATTRIBUTION", "TextDataset", "open_dataset"]

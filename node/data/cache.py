@@ -1,13 +1,13 @@
-"""A corpus laid down once as two files of bytes, training and held-out, that every later start maps into memory.
+"""A corpus laid down once as two files of tokens, training and held-out, that every later start maps into memory.
 
 Before the path of a step. A corpus has one folder in the cache:
 
     NAME-HASH/train.bin  held_out.bin  index.json      index.json names the source's fingerprint and the files' sizes
     NAME-HASH.lock                                     held while building, so that two trainers do not build at once
 
-The folder appears by one rename, after an fsync: a reader sees a whole cache or none. A crash leaves
-NAME-HASH.building, which the next build removes. Whoever maps a corpus holds a shared lock on its train.bin, by which
-`eviction` knows what is in use; the time of index.json is that of its last use.
+It has one for each tokenizer. The folder appears by one rename, after an fsync: a reader sees a whole cache or none. A
+crash leaves NAME-HASH.building, which the next build removes. Whoever maps a corpus holds a shared lock on its
+train.bin, by which `eviction` knows what is in use; the time of index.json is that of its last use.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
@@ -27,20 +28,23 @@ import numpy as np
 from common.atomic_file import sync_folder
 from common.errors import DataError
 from common.folders import locked
+from common.tokenizer import token_dtype
 from node.data.bad_rows import BadRows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
+    from common.tokenizer import Tokenizer, Tokens
     from node.data.sources import Corpus
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 SEPARATOR: Final = b"\n\n"  # ends every document in the files
 HASH_BITS: Final = 64
 CONTENT_BYTES: Final = 16
+BATCH_BYTES: Final = 1 << 20
+"""Documents are given to the tokenizer in lots of about this size, which it spreads over the processor's cores."""
+
 TRAIN_FILE, HELD_OUT_FILE, INDEX_FILE = "train.bin", "held_out.bin", "index.json"
 
 
@@ -54,7 +58,7 @@ class SplitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """What a cache folder holds; separators count as bytes.
+    """What a cache folder holds, in documents, bytes of text and tokens; separators count.
 
     `fingerprint` tells whether its source is as it was, `content` is a hash of all documents. The rest is what was
     wrong in the source.
@@ -64,8 +68,10 @@ class Index:
     content: str
     train_documents: int
     train_bytes: int
+    train_tokens: int
     held_out_documents: int
     held_out_bytes: int
+    held_out_tokens: int
     skipped_rows: int = 0
     first_skipped_row: str = ""
     not_utf8: int = 0
@@ -79,16 +85,22 @@ class Documents(Protocol):
         """Return the documents."""
 
 
-class _Source:
-    """A corpus that can be read more than once, each time from its beginning."""
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A corpus that can be read more than once, each time from its beginning, and how it is cut into tokens.
 
-    def __init__(self, documents: Documents, *, strict: bool) -> None:
-        self._documents, self._strict = documents, strict
+    With `strict` a bad row is an error. `tell` is called with the bytes that were read so far.
+    """
+
+    documents: Documents
+    tokenizer: Tokenizer
+    strict: bool = False
+    tell: Callable[[int], None] = lambda _: None
 
     def read(self) -> tuple[Iterable[bytes], BadRows]:
         """The documents and, filled while they are read, what was wrong."""
-        bad_rows = BadRows(strict=self._strict)
-        return self._documents(bad_rows), bad_rows
+        bad_rows = BadRows(strict=self.strict)
+        return self.documents(bad_rows), bad_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,36 +108,32 @@ class MappedCorpus:
     """A corpus of the cache, which is kept there for as long as its two parts are mapped."""
 
     index: Index
-    train: NDArray[np.uint8]
-    held_out: NDArray[np.uint8]
+    train: Tokens
+    held_out: Tokens
 
 
-def cached_corpus(
-    cache_dir: Path, corpus: Corpus, split: SplitConfig, documents: Documents, *, strict: bool = False
-) -> MappedCorpus:
-    """`corpus` from the cache, built from `documents` unless it is there and as new as its source.
-
-    With `strict` a corpus with a bad row is refused. Raises DataError.
-    """
-    folder = cache_dir / _folder_name(corpus, split)
-    fingerprint = _fingerprint(corpus, split)
+def cached_corpus(cache_dir: Path, corpus: Corpus, split: SplitConfig, reading: Reading) -> MappedCorpus:
+    """`corpus` from the cache, built by `reading` unless it is there and as new as its source. Raises DataError."""
+    dtype = token_dtype(reading.tokenizer.vocab_size)
+    folder = cache_dir / _folder_name(corpus, split, reading.tokenizer)
+    fingerprint = _fingerprint(corpus, split, reading.tokenizer)
     with _naming_write_errors(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{folder.name}.lock")):
-            index = _read_index(folder, fingerprint)
-            if strict and index is not None and (index.first_skipped_row or index.first_not_utf8):
+            index = _read_index(folder, fingerprint, dtype)
+            if reading.strict and index is not None and (index.first_skipped_row or index.first_not_utf8):
                 raise DataError(index.first_skipped_row or index.first_not_utf8)
-            index = index or _build(folder, fingerprint, split, _Source(documents, strict=strict))
+            index = index or _build(folder, fingerprint, split, reading)
             with suppress(PermissionError):  # another user's: the time of its last use is not ours to set
                 os.utime(folder / INDEX_FILE)
-            train, held_out = _map(folder / TRAIN_FILE), _map(folder / HELD_OUT_FILE)
+            train, held_out = _map(folder / TRAIN_FILE, dtype), _map(folder / HELD_OUT_FILE, dtype)
             return MappedCorpus(index=index, train=train, held_out=held_out)
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
+def _map(path: Path, dtype: np.dtype[np.unsignedinteger]) -> Tokens:
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # lasts as long as the mapping, which keeps the open file
-        return np.memmap(file, dtype=np.uint8, mode="r")
+        return np.memmap(file, dtype=dtype, mode="r")
 
 
 def held_out_hash(document: bytes, seed: int) -> int:
@@ -134,36 +142,36 @@ def held_out_hash(document: bytes, seed: int) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _folder_name(corpus: Corpus, split: SplitConfig) -> str:
+def _folder_name(corpus: Corpus, split: SplitConfig, tokenizer: Tokenizer) -> str:
     name = re.sub(r"[^A-Za-z0-9]+", "-", corpus.title).strip("-").lower()[:40] or "corpus"
-    return f"{name}-{_sha256([str(corpus.root.resolve()), asdict(split)])[:12]}"
+    return f"{name}-{_sha256([str(corpus.root.resolve()), asdict(split), tokenizer.name])[:12]}"
 
 
-def _fingerprint(corpus: Corpus, split: SplitConfig) -> str:
-    return _sha256([FORMAT, asdict(split), corpus.file_stamps])
+def _fingerprint(corpus: Corpus, split: SplitConfig, tokenizer: Tokenizer) -> str:
+    return _sha256([FORMAT, asdict(split), corpus.file_stamps, tokenizer.name])
 
 
 def _sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _read_index(folder: Path, fingerprint: str) -> Index | None:
+def _read_index(folder: Path, fingerprint: str, dtype: np.dtype[np.unsignedinteger]) -> Index | None:
     """None when the cache is absent, of another source, or damaged: all are mended by building it."""
     try:
         index = Index(**json.loads((folder / INDEX_FILE).read_bytes()))
         sizes = tuple((folder / name).stat().st_size for name in (TRAIN_FILE, HELD_OUT_FILE))
     except (OSError, ValueError, TypeError):
         return None
-    whole = index.fingerprint == fingerprint and sizes == (index.train_bytes, index.held_out_bytes)
-    return index if whole else None
+    wanted = (index.train_tokens * dtype.itemsize, index.held_out_tokens * dtype.itemsize)
+    return index if index.fingerprint == fingerprint and sizes == wanted else None
 
 
-def _build(folder: Path, fingerprint: str, split: SplitConfig, source: _Source) -> Index:
+def _build(folder: Path, fingerprint: str, split: SplitConfig, reading: Reading) -> Index:
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
-        index = _write_parts(building, fingerprint, split, source)
+        index = _write_parts(building, fingerprint, split, reading)
         with _synced(building / INDEX_FILE) as file:
             file.write(json.dumps(asdict(index)).encode())
         # A trainer that still maps the old files keeps them until it ends.
@@ -175,10 +183,9 @@ def _build(folder: Path, fingerprint: str, split: SplitConfig, source: _Source) 
     return index
 
 
-def _write_parts(building: Path, fingerprint: str, split: SplitConfig, source: _Source) -> Index:
+def _write_parts(building: Path, fingerprint: str, split: SplitConfig, reading: Reading) -> Index:
     parts = _Parts(building, split.seed, limit=int(split.fraction * 2**HASH_BITS))
-    documents, bad_rows = source.read()
-    parts.write(documents)
+    bad_rows = parts.write(reading)
     if parts.lowest >= parts.highest:
         if bad_rows.skipped:
             raise DataError(
@@ -193,13 +200,17 @@ def _write_parts(building: Path, fingerprint: str, split: SplitConfig, source: _
         # So few documents that the fraction left one side empty: that side gets the one document nearest to it.
         limit = parts.highest if parts.n_documents[HELD_OUT_FILE] else parts.lowest + 1
         parts = _Parts(building, split.seed, limit=limit)
-        parts.write(source.read()[0])
+        parts.write(reading)
+    if not parts.n_tokens[HELD_OUT_FILE] or not parts.n_tokens[TRAIN_FILE]:
+        raise DataError("The tokenizer makes no tokens of this text; give more text, or another tokenizer.")
     return Index(
         fingerprint=fingerprint,
         train_documents=parts.n_documents[TRAIN_FILE],
         train_bytes=parts.n_bytes[TRAIN_FILE],
+        train_tokens=parts.n_tokens[TRAIN_FILE],
         held_out_documents=parts.n_documents[HELD_OUT_FILE],
         held_out_bytes=parts.n_bytes[HELD_OUT_FILE],
+        held_out_tokens=parts.n_tokens[HELD_OUT_FILE],
         content=parts.content(),
         skipped_rows=bad_rows.skipped,
         first_skipped_row=bad_rows.first_skipped,
@@ -213,8 +224,7 @@ class _Parts:
 
     def __init__(self, folder: Path, seed: int, limit: int) -> None:
         self._folder, self._seed, self._limit = folder, seed, limit
-        self.n_documents = {TRAIN_FILE: 0, HELD_OUT_FILE: 0}
-        self.n_bytes = {TRAIN_FILE: 0, HELD_OUT_FILE: 0}
+        self.n_documents, self.n_bytes, self.n_tokens = Counter[str](), Counter[str](), Counter[str]()
         self.lowest, self.highest = 2**HASH_BITS, -1
         self._content = hashlib.blake2b(digest_size=CONTENT_BYTES)
 
@@ -222,17 +232,41 @@ class _Parts:
         """A hash of all documents that were written, in their order."""
         return self._content.hexdigest()
 
-    def write(self, documents: Iterable[bytes]) -> None:
+    def write(self, reading: Reading) -> BadRows:
+        """Write every document; what was wrong in the corpus."""
+        documents, bad_rows = reading.read()
         with ExitStack() as stack:
-            files = {name: stack.enter_context(_synced(self._folder / name)) for name in self.n_documents}
-            for document in documents:
-                place = held_out_hash(document, self._seed)
-                self.lowest, self.highest = min(self.lowest, place), max(self.highest, place)
-                name = HELD_OUT_FILE if place < self._limit else TRAIN_FILE
-                self.n_documents[name] += 1
-                piece = document + SEPARATOR
-                self._content.update(piece)
-                self.n_bytes[name] += files[name].write(piece)
+            files = {name: stack.enter_context(_synced(self._folder / name)) for name in (TRAIN_FILE, HELD_OUT_FILE)}
+            for lot in _lots(documents):
+                names = [self._count(document) for document in lot]
+                tokens = reading.tokenizer.encode([document + SEPARATOR for document in lot])
+                for name, tokens_L in zip(names, tokens, strict=True):
+                    self.n_tokens[name] += len(tokens_L)
+                    files[name].write(tokens_L.tobytes())
+                reading.tell(self.n_bytes.total())
+        return bad_rows
+
+    def _count(self, document: bytes) -> str:
+        """The file that `document` belongs in."""
+        place = held_out_hash(document, self._seed)
+        self.lowest, self.highest = min(self.lowest, place), max(self.highest, place)
+        name = HELD_OUT_FILE if place < self._limit else TRAIN_FILE
+        self.n_documents[name] += 1
+        self.n_bytes[name] += len(document) + len(SEPARATOR)
+        self._content.update(document + SEPARATOR)
+        return name
+
+
+def _lots(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    lot, n_bytes = list[bytes](), 0
+    for document in documents:
+        lot.append(document)
+        n_bytes += len(document)
+        if n_bytes >= BATCH_BYTES:
+            yield lot
+            lot, n_bytes = [], 0
+    if lot:
+        yield lot
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""Batches of bytes: training windows in a shuffled order that any step can be read from, and fixed held-out windows.
+"""Batches of tokens: training windows in a shuffled order that any step can be read from, and fixed held-out windows.
 
 Path of a step: **data** -> transformer -> gate -> dispatch. Everything is a function of its arguments, so a resumed
 trainer reads on exactly where it stopped, and any number of threads may read at once.
 """
 
-# Shapes: B sequences of a batch, T positions (context); a window is T + 1 bytes, the inputs and the targets one later.
+# Shapes: B sequences of a batch, T positions (context); a window is T + 1 tokens, the inputs and the targets one later.
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ import torch
 
 from common.errors import ConfigError, DataError, InvalidInputError
 from common.folders import data_cache_bytes
-from node.data.cache import SplitConfig, cached_corpus
+from common.tokenizer import ByteTokenizer
+from node.data.cache import Reading, SplitConfig, cached_corpus
 from node.data.eviction import trim
+from node.data.progress import reading_shown
 from node.data.shuffle import keys_of, shuffled
 from node.data.sources import find_corpus, read_documents
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from common.tokenizer import Tokenizer, Tokens
     from node.data.cache import Index
     from node.data.sources import Corpus
 
@@ -44,21 +47,27 @@ def open_dataset(
     held_out_fraction: float = HELD_OUT_FRACTION,
     seed: int = 0,
     strict: bool = False,
-) -> ByteDataset:
+    tokenizer: Tokenizer | None = None,
+) -> TextDataset:
     """The corpus at `path` (None: the default corpus), read into `cache_dir` on first use and mapped from there.
 
     `path` is a text file (cut into documents of about 2 KiB at blank lines), a JSON-lines or JSON file with a field
     named text, extract or content, or a folder of such files. About `held_out_fraction` of the documents, chosen by
-    content and `seed`, are held out. Files and rows that cannot be read are left out and told; with `strict` such a
-    row is refused. Raises DataError, or ConfigError for the fraction and the cache's bound.
+    content and `seed`, are held out. Tokens are those of `tokenizer`, or bytes. Files and rows that cannot be read are
+    left out and told; with `strict` such a row is refused. Raises DataError, or ConfigError for the fraction and the
+    cache's bound.
     """
     if not 0.0 < held_out_fraction < 1.0:
         raise ConfigError(f"held_out_fraction: is {held_out_fraction}, must lie between 0 and 1; 0.05 is usual.")
     max_bytes = data_cache_bytes()
     corpus = find_corpus(path, exclude=cache_dir)
     split = SplitConfig(fraction=held_out_fraction, seed=seed)
-    mapped = cached_corpus(cache_dir, corpus, split, partial(read_documents, corpus), strict=strict)
-    dataset = ByteDataset(corpus=corpus, index=mapped.index, train=mapped.train, held_out=mapped.held_out)
+    with reading_shown(corpus) as tell:
+        reading = Reading(
+            documents=partial(read_documents, corpus), tokenizer=tokenizer or ByteTokenizer(), strict=strict, tell=tell
+        )
+        mapped = cached_corpus(cache_dir, corpus, split, reading)
+    dataset = TextDataset(corpus=corpus, index=mapped.index, train=mapped.train, held_out=mapped.held_out)
     for problem in dataset.problems():
         logger.warning("%s", problem)
     if max_bytes:
@@ -74,13 +83,23 @@ def _trim(cache_dir: Path, max_bytes: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByteDataset:
-    """Training and held-out bytes, mapped from disk. `index` counts documents and bytes of both."""
+class TextDataset:
+    """Training and held-out tokens, mapped from disk. `index` counts documents, bytes and tokens of both."""
 
     corpus: Corpus
     index: Index
-    train: NDArray[np.uint8]
-    held_out: NDArray[np.uint8]
+    train: Tokens
+    held_out: Tokens
+
+    @property
+    def train_bytes_per_token(self) -> float:
+        """How many bytes of the training text a token stands for, on average; 1 where tokens are bytes."""
+        return self.index.train_bytes / self.index.train_tokens
+
+    @property
+    def held_out_bytes_per_token(self) -> float:
+        """How many bytes of the held-out text a token stands for, on average; 1 where tokens are bytes."""
+        return self.index.held_out_bytes / self.index.held_out_tokens
 
     def describe(self) -> str:
         """One line for a person: title, documents and bytes of each part, files left out."""
@@ -88,6 +107,7 @@ class ByteDataset:
         return (
             f"{self.corpus.title}: {index.train_documents:,} documents, {index.train_bytes / 1e6:.1f} MB to train on; "
             f"{index.held_out_documents:,} documents, {index.held_out_bytes / 1e6:.2f} MB held out"
+            + ("" if index.train_tokens == index.train_bytes else f"; {self.train_bytes_per_token:.2f} bytes a token")
             + (f"; {skipped:,} files that are not text left out" if skipped else "")
         )
 
@@ -111,8 +131,8 @@ class ByteDataset:
     def train_batch(self, step: int, *, shard: int, n_shards: int, batch: int, context: int, seed: int) -> torch.Tensor:
         """Batch number `step` of a shard: int64 [B, T + 1].
 
-        The training bytes are cut into windows; window i belongs to shard i mod n_shards, so that shards never share a
-        target byte. In each epoch a shard meets each of its windows once, in an order of its own.
+        The training tokens are cut into windows; window i belongs to shard i mod n_shards, so that shards never share a
+        target token. In each epoch a shard meets each of its windows once, in an order of its own.
         """
         _check_positive(batch=batch, context=context, n_shards=n_shards)
         if step < 0 or not 0 <= shard < n_shards:
@@ -121,7 +141,7 @@ class ByteDataset:
         n_own = -(-(n_windows - shard) // n_shards)
         if n_own <= 0:
             raise DataError(
-                f"{self.corpus.title}: {len(self.train)} training bytes give {n_windows} windows of {context + 1}, "
+                f"{self.corpus.title}: {len(self.train)} training tokens give {n_windows} windows of {context + 1}, "
                 f"too few for {n_shards} trainers: give more text, or a shorter context."
             )
         positions = np.arange(step * batch, (step + 1) * batch, dtype=np.uint64)
@@ -131,16 +151,19 @@ class ByteDataset:
     def held_out_batches(self, batch: int, context: int, max_bytes: int | None = None) -> Iterator[torch.Tensor]:
         """Held-out windows, int64 [up to B, T + 1]: the same ones each time, their targets never overlapping.
 
-        With `max_bytes` only as many as predict that many bytes (at least one), spread evenly over the held-out text.
+        With `max_bytes` only as many as predict about that many bytes (at least one), spread evenly over the held-out
+        text.
         """
         _check_positive(batch=batch, context=context)
         n_windows = _n_windows(self.held_out, context)
         if not n_windows:
             raise DataError(
-                f"{self.corpus.title}: {len(self.held_out)} held-out bytes are fewer than one window of {context + 1}: "
-                "give more text, or a larger held-out fraction."
+                f"{self.corpus.title}: {len(self.held_out)} held-out tokens are fewer than one window of "
+                f"{context + 1}: give more text, or a larger held-out fraction."
             )
-        n_wanted = n_windows if max_bytes is None else min(n_windows, max(1, max_bytes // context))
+        n_wanted = n_windows
+        if max_bytes is not None:
+            n_wanted = min(n_windows, max(1, int(max_bytes / self.held_out_bytes_per_token) // context))
         chosen = np.arange(n_wanted, dtype=np.int64) * n_windows // n_wanted
         starts = range(0, n_wanted, batch)
         return (_windows(self.held_out, chosen[start : start + batch], context) for start in starts)
@@ -155,11 +178,11 @@ class ByteDataset:
         return _windows(self.held_out, numbers, context)
 
 
-def _n_windows(part: NDArray[np.uint8], context: int) -> int:
+def _n_windows(part: Tokens, context: int) -> int:
     return (len(part) - 1) // context
 
 
-def _windows(part: NDArray[np.uint8], numbers: NDArray[np.int64], context: int) -> torch.Tensor:
+def _windows(part: Tokens, numbers: NDArray[np.int64], context: int) -> torch.Tensor:
     ids_BT = part[numbers[:, None] * context + np.arange(context + 1)]
     return torch.from_numpy(ids_BT.astype(np.int64))
 

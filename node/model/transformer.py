@@ -1,4 +1,4 @@
-"""The trunk: a byte-level transformer whose feed-forward layers are mixture-of-experts layers given from outside.
+"""The trunk: a transformer whose feed-forward layers are mixture-of-experts layers given from outside.
 
 Path of a step: data -> **transformer** -> gate -> dispatch -> hosts, and back. Nothing in this file knows whether an
 MoE layer is in this process (LocalMoE), on other peers (RemoteMoE) or dense (DenseFfn): each maps tokens x_ND -> y_ND.
@@ -7,7 +7,7 @@ Forward changes no module state, so several micro-batches may run it, and its ba
 """
 
 # Shapes: B sequences, T positions of a sequence, N = B * T tokens (what gate and dispatch call T), D d_model,
-#         V byte values, A attention heads, C = D / A channels of a head, H hidden width of DenseFfn.
+#         V tokens of the vocabulary, A attention heads, C = D / A channels of a head, H hidden width of DenseFfn.
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ MATRIX_DIMS = 2
 DOCUMENT_START = b"\n\n"  # what separates documents in the training bytes; an empty prompt begins there
 
 
-def bits_per_byte(loss_nats: float) -> float:
-    """Mean cross-entropy in nats per byte, as bits per byte."""
-    return loss_nats / math.log(2.0)
+def bits_per_byte(loss_nats: float, bytes_per_token: float = 1.0) -> float:
+    """Mean cross-entropy in nats per token, as bits per byte of the text that the tokens stand for."""
+    return loss_nats / math.log(2.0) / bytes_per_token
 
 
 def normal_parameter(shape: tuple[int, ...], std: float, generator: torch.Generator) -> nn.Parameter:
@@ -110,7 +110,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Bytes in, logits of the next byte out.
+    """Tokens in, logits of the next token out.
 
     `moe_layers[i]` becomes the feed-forward part of layer i and a sub-module: its parameters are in `parameters()`.
     Parameters start in float32; `.to(torch.float64)` gives the same start for a parity check.
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         """Integer ids_BT in [0, V), T <= context -> logits_BTV. InvalidInputError when T does not fit the context."""
         if ids_BT.dim() != MATRIX_DIMS or not 0 < ids_BT.shape[1] <= self.context:
             shape = tuple(ids_BT.shape)
-            raise InvalidInputError("ids_BT", f"has shape {shape}; it takes (sequences, 1 to {self.context} bytes)")
+            raise InvalidInputError("ids_BT", f"has shape {shape}; it takes (sequences, 1 to {self.context} tokens)")
         ids_BT = ids_BT.long()
         x_BTD = F.embedding(ids_BT, self.embedding_VD)
         x_BTD = x_BTD if self.smear_JD is None else smeared(x_BTD, self.smear_JD)

@@ -21,6 +21,8 @@ class TrainConfig(EventLogConfig, ReachConfig, SwarmConfig):
     """Write checkpoint, event log, summary and plot to this folder."""
     data: Path | None = None
     """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    tokenizer: FileOnly[str] = ""
+    """Read the run's tokenizer from this file; otherwise from this machine's cache or from another trainer."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Refuse text with a bad row instead of skipping that."""
     steps: int = 0
@@ -66,6 +68,20 @@ class TrainConfig(EventLogConfig, ReachConfig, SwarmConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Train a tokenizer on text: byte-level pairs, for a run to come."""
+
+    vocab_size: int = 4096
+    """Give it this many tokens."""
+    data: Path | None = None
+    """Train it on this text, a file or a folder; otherwise on Wikipedia."""
+    out: Path = Path("tokenizer.json")
+    """Write it to this file."""
+    seed: int = 0
+    """Leave out the text that a run of this seed holds out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """Show or empty the cache of prepared text."""
 
@@ -81,6 +97,8 @@ class EvaluateConfig(CallerConfig):
     """Take the trunk's checkpoint from this folder."""
     data: Path | None = None
     """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    tokenizer: FileOnly[str] = ""
+    """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
     n_bytes: int = 65_536
     """Score this many held-out bytes."""
     batch: int = 16

@@ -21,6 +21,7 @@ from node.membership.swarm import Swarm
 from node.model.devices import pick_device
 from node.model.transformer import bits_per_byte
 from node.trainer.dispatch.dispatcher import DispatchConfig, dispatch_over
+from node.trainer.run_tokenizer import open_tokenizer
 from node.trainer.sampling import sample_text
 from node.trainer.train_step import build_model, mean_nats
 from node.trainer.trunk_state import TrainingProgress, load_trunk_weights
@@ -50,11 +51,15 @@ async def run_evaluate(config: EvaluateConfig, stop: asyncio.Event) -> None:
     """Print held-out bits per byte."""
     check_minimums(config, {"n_bytes": 1, "batch": 1, "threads": 1, "join_timeout_s": 0.1})
     async with _trained_model(config, stop) as trained:
+        tokenizer = open_tokenizer(trained.manifest, config.tokenizer)
         seed, context = trained.manifest.seed, trained.manifest.model.context
-        dataset = await asyncio.to_thread(open_dataset, config.data, cache_dir=data_cache(), seed=seed)
+        dataset = await asyncio.to_thread(
+            open_dataset, config.data, cache_dir=data_cache(), seed=seed, tokenizer=tokenizer
+        )
         batches = dataset.held_out_batches(config.batch, context, config.n_bytes)
         loss = await until_stopped(asyncio.to_thread(mean_nats, trained.model, batches, trained.device), stop)
-    print_result(f"{bits_per_byte(loss):.4f} held-out bits per byte at step {trained.progress.step}")
+    bits = bits_per_byte(loss, dataset.held_out_bytes_per_token)
+    print_result(f"{bits:.4f} held-out bits per byte ({loss:.4f} nats per token) at step {trained.progress.step}")
 
 
 async def run_sample(config: SampleConfig, stop: asyncio.Event) -> None:

@@ -101,7 +101,10 @@ class HostLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent(Event):
-    """A step was trained. `own_tokens` are this trainer's, `run_tokens` those of all `trainers` that are live."""
+    """A step was trained; `loss` in nats per token.
+
+    `own_tokens` are this trainer's, `run_tokens` those of all `trainers` that are live.
+    """
 
     event: ClassVar[str] = "step"
 
@@ -134,18 +137,19 @@ class StepEvent(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalEvent(Event):
-    """Held-out text was measured."""
+    """Held-out text was measured; `loss` in nats per token."""
 
     event: ClassVar[str] = "eval"
 
     step: int
     bits_per_byte: float
     run_tokens: int
+    loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfferEvent(Event):
-    """An offered expert was tried; its gain is between `low` and `high` nats per byte, None where there is no bound."""
+    """An offered expert was tried; it gains `low` to `high` nats per token, None where there is no bound."""
 
     event: ClassVar[str] = "offer"
 

@@ -34,6 +34,7 @@ class StepReport:
     `steps` is how many this trainer is expected to take in all, `trainers` how many are live; `staleness` is mean and
     most of this step's backwards, in optimizer steps of the experts; `divergence` the trunk's; `exchanged_bytes` what
     this trainer has sent and received to average it; `step_wire_bytes` what this step's calls were and were answered.
+    `bytes_per_token` of the training text.
     """
 
     result: StepResult
@@ -45,6 +46,7 @@ class StepReport:
     divergence: float = 0.0
     exchanged_bytes: int = 0
     step_wire_bytes: int = 0
+    bytes_per_token: float = 1.0
 
 
 def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, pairs: Counter[str]) -> StepEvent:
@@ -58,7 +60,7 @@ def step_event(report: StepReport, gates: Sequence[Gate], directory: Directory, 
         step=progress.step,
         steps=report.steps,
         loss=round(result.loss, 5),
-        bits_per_byte=round(bits_per_byte(result.loss), 5),
+        bits_per_byte=round(bits_per_byte(result.loss, report.bytes_per_token), 5),
         run_tokens=progress.run_tokens,
         own_tokens=progress.own_tokens,
         trainers=report.trainers,

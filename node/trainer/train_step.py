@@ -22,7 +22,7 @@ from common.errors import DivergedError, InvalidInputError, TooFewExpertsError
 from node.model.gate import ChoiceProbe, build_gate
 from node.model.learning_rate import learning_rate_factor
 from node.model.moe import MoE
-from node.model.transformer import Transformer, bits_per_byte
+from node.model.transformer import Transformer
 from node.trainer.concurrency_tuner import ConcurrencyTuner
 from node.trainer.trunk_lock import TrunkLock
 from protocol.tensors import DTYPES
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Future
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.moe import Experts
     from protocol.manifest import Manifest
 
@@ -56,7 +56,7 @@ class StepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One step. `loss` in nats per byte; `overflow` pairs dropped by the gate's capacity; `in_flight` micro-batches."""
+    """One step. `loss` in nats per token; `overflow` pairs beyond the gate's capacity; `in_flight` micro-batches."""
 
     loss: float
     grad_norm: float
@@ -84,7 +84,7 @@ class Training:
         manifest: Manifest,
         model: Transformer,
         experts: Experts,
-        dataset: ByteDataset,
+        dataset: TextDataset,
         config: StepConfig,
         on_too_few: Callable[[TooFewExpertsError], None],
     ) -> None:
@@ -163,14 +163,13 @@ class Training:
         )
 
     def evaluate(self, max_bytes: int) -> float:
-        """Held-out bits per byte over the first `max_bytes` of the held-out text."""
+        """Held-out loss in nats per token, over about `max_bytes` from all over the held-out text."""
         context = self.manifest.model.context
         batches = self.dataset.held_out_batches(self.config.batch, context, max_bytes)
         with self.trunk_lock.turn():
             self.model.eval()
             results = self._in_flight(self._held_out, enumerate(batches))
-        n_bytes = sum(n for _, n in results)
-        return bits_per_byte(sum(nats for nats, _ in results) / n_bytes)
+        return sum(nats for nats, _ in results) / sum(n for _, n in results)
 
     def close(self) -> None:
         """End the threads; a micro-batch that still waits must have been released by `on_too_few` or its calls."""
@@ -218,15 +217,15 @@ class Training:
     @torch.no_grad()
     def _held_out(self, batch: tuple[int, torch.Tensor]) -> tuple[float, int]:
         index, ids = batch
-        n_bytes = ids[:, 1:].numel()
+        n_tokens = ids[:, 1:].numel()
         # The first micro-batch stands for all: what gates keep is a mean over thousands of tokens.
         with self.probe.looking(ids) if index == 0 else nullcontext():
             loss = float(self._finite_loss(ids))
-        return loss * n_bytes, n_bytes
+        return loss * n_tokens, n_tokens
 
     def _finite_loss(self, ids: torch.Tensor) -> torch.Tensor:
         try:
-            loss = next_byte_loss(self.model, ids, self.device)
+            loss = next_token_loss(self.model, ids, self.device)
         except InvalidInputError as error:  # nothing but the trunk makes what goes to the experts
             raise DivergedError(f"the trunk computes what no host would take ({error})") from None
         if not math.isfinite(float(loss.detach())):
@@ -272,8 +271,8 @@ def _raise_first(done: Iterable[Future[R]]) -> None:
         future.result()
 
 
-def next_byte_loss(model: Transformer, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Mean cross-entropy, in nats per byte, of windows [B, T + 1]."""
+def next_token_loss(model: Transformer, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Mean cross-entropy, in nats per token, of windows [B, T + 1]."""
     ids = ids.to(device)
     logits_BTV = model(ids[:, :-1])
     return functional.cross_entropy(logits_BTV.flatten(0, 1), ids[:, 1:].flatten())
@@ -281,8 +280,8 @@ def next_byte_loss(model: Transformer, ids: torch.Tensor, device: torch.device) 
 
 @torch.no_grad()
 def mean_nats(model: Transformer, batches: Iterable[torch.Tensor], device: torch.device) -> float:
-    """Nats per byte over windows [B, T + 1], one batch after the other."""
-    sums = [(float(next_byte_loss(model, ids, device)) * ids[:, 1:].numel(), ids[:, 1:].numel()) for ids in batches]
+    """Nats per token over windows [B, T + 1], one batch after the other."""
+    sums = [(float(next_token_loss(model, ids, device)) * ids[:, 1:].numel(), ids[:, 1:].numel()) for ids in batches]
     return sum(nats for nats, _ in sums) / sum(n for _, n in sums)
 
 

@@ -35,6 +35,7 @@ from node.trainer.evaluator.trial_builder import TrialBuilder
 from node.trainer.events import LeftOutEvent, StoppedEvent
 from node.trainer.host_wait import HostWait
 from node.trainer.progress_tracker import ProgressTracker
+from node.trainer.run_tokenizer import open_tokenizer
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.training_loop import TrainingLoop
 from node.trainer.training_reports import TrainingReports
@@ -49,8 +50,9 @@ from protocol.identity import Identity
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.trainer.config import TrainConfig
+    from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ async def _train_at_one_address(config: TrainConfig, swarm: Swarm, events: Event
     try:
         await until_stopped(swarm.join(), stop)
         swarm.dht.on_lost(stop.set)
-        dataset = await asyncio.to_thread(_open_data, config, swarm.manifest.seed)
+        dataset = await asyncio.to_thread(_open_data, config, swarm.manifest)
         _tell_left_out(dataset, events)
         watch = swarm.address_watch()
         async with watch.stopping(stop) as ended:
@@ -130,11 +132,14 @@ def _open_log(config: TrainConfig) -> EventLog:
     )
 
 
-def _open_data(config: TrainConfig, seed: int) -> ByteDataset:
-    return open_dataset(config.data, cache_dir=data_cache(), seed=seed, strict=config.strict)
+def _open_data(config: TrainConfig, manifest: Manifest) -> TextDataset:
+    tokenizer = open_tokenizer(manifest, config.tokenizer)
+    return open_dataset(
+        config.data, cache_dir=data_cache(), seed=manifest.seed, strict=config.strict, tokenizer=tokenizer
+    )
 
 
-def _tell_left_out(dataset: ByteDataset, events: EventLog) -> None:
+def _tell_left_out(dataset: TextDataset, events: EventLog) -> None:
     files, index = dataset.corpus.left_out, dataset.index
     if files or index.skipped_rows:
         names = tuple(map(str, files[:MAX_NAMES_TOLD]))
@@ -145,7 +150,7 @@ def _tell_left_out(dataset: ByteDataset, events: EventLog) -> None:
 class Trainer:
     """One trainer, of several perhaps. The event loop's thread never computes: steps run on threads of their own."""
 
-    def __init__(self, config: TrainConfig, swarm: Swarm, dataset: ByteDataset, events: EventLog) -> None:
+    def __init__(self, config: TrainConfig, swarm: Swarm, dataset: TextDataset, events: EventLog) -> None:
         self._config, self._swarm, self._events = config, swarm, events
         self._manifest = swarm.manifest
         self._dispatcher = dispatch_over(
@@ -210,7 +215,7 @@ class Trainer:
             self._events.emit(StoppedEvent(step=self._tracker.progress.step))
             logger.info("Stopped after step %d; the same command with --resume goes on", self._tracker.progress.step)
 
-    def _build(self, dataset: ByteDataset) -> Training:
+    def _build(self, dataset: TextDataset) -> Training:
         config, manifest = self._config, self._manifest
         generator = torch.Generator().manual_seed(manifest.seed)
         model = build_model(manifest, self._dispatcher, generator).to(pick_device(config.device))

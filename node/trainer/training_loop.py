@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from common.errors import CheckpointError, DivergedError
+from node.model.transformer import bits_per_byte
 from node.trainer.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
 from node.trainer.trunk_state import FILE_NAME, save_trunk, stored_step
 
@@ -66,11 +67,11 @@ class TrainingLoop:
                 await asyncio.to_thread(self.save)
             if config.eval_every and progress.step % config.eval_every == 0 and not self._tracker.is_trained:
                 await self._evaluate(1)
-        bits_per_byte = await self._evaluate(FINAL_EVALUATION_FACTOR)
+        bits = await self._evaluate(FINAL_EVALUATION_FACTOR)
         text = await asyncio.to_thread(self._sample)
         self._reports.sample(text)
         await asyncio.to_thread(self.save)
-        await asyncio.to_thread(self._reports.done, config.out, bits_per_byte, text)
+        await asyncio.to_thread(self._reports.done, config.out, bits, text)
 
     def _after_divergence(self, error: DivergedError) -> str:
         """What to tell; a trunk that was stored before is better than today's, which leads to no finite loss."""
@@ -101,9 +102,10 @@ class TrainingLoop:
         return result.seconds
 
     async def _evaluate(self, factor: int) -> float:
-        bits_per_byte = await asyncio.to_thread(self._training.evaluate, self._config.eval_bytes * factor)
-        self._reports.evaluation(bits_per_byte)
-        return bits_per_byte
+        """Held-out bits per byte."""
+        loss = await asyncio.to_thread(self._training.evaluate, self._config.eval_bytes * factor)
+        self._reports.evaluation(loss)
+        return bits_per_byte(loss, self._training.dataset.held_out_bytes_per_token)
 
     def _sample(self) -> str:
         model, seed = self._training.model, self._config.seed

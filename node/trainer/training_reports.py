@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from node.model.experts.kinds import expert_parameters
+from node.model.transformer import bits_per_byte
 from node.trainer.events import DoneEvent, EvalEvent, SampleEvent, StepEvent, TrunkCheckpointFailedEvent
 from node.trainer.step_report import StepReport, step_event
 from node.trainer.view.report import report_files, write_report
@@ -69,10 +70,14 @@ class TrainingReports:
         """A step was done, whose calls took `wire_bytes`."""
         self._events.emit(self._step_event(result, n_trainers, wire_bytes))
 
-    def evaluation(self, bits_per_byte: float) -> None:
-        """The trunk was evaluated."""
-        step, run_tokens = self._tracker.progress.step, self._tracker.progress.run_tokens
-        self._events.emit(EvalEvent(step=step, bits_per_byte=round(bits_per_byte, 4), run_tokens=run_tokens))
+    def evaluation(self, loss: float) -> None:
+        """The trunk was evaluated; `loss` in nats per token."""
+        progress, bits = self._tracker.progress, bits_per_byte(loss, self._training.dataset.held_out_bytes_per_token)
+        self._events.emit(
+            EvalEvent(
+                step=progress.step, loss=round(loss, 5), bits_per_byte=round(bits, 4), run_tokens=progress.run_tokens
+            )
+        )
 
     def sample(self, text: str) -> None:
         """What the model writes at the end."""
@@ -82,7 +87,7 @@ class TrainingReports:
         """The trunk could not be written."""
         self._events.emit(TrunkCheckpointFailedEvent(reason=str(error)))
 
-    def done(self, out: Path, bits_per_byte: float, sample: str) -> None:
+    def done(self, out: Path, bits: float, sample: str) -> None:
         """The end: the summary is written to folder `out`."""
         totals, corpus = self._tracker.totals(), self._training.dataset.corpus
         done = DoneEvent(
@@ -93,7 +98,7 @@ class TrainingReports:
             steps=totals.step,
             tokens=totals.run_tokens,
             bits_per_byte_start=round(totals.bits_per_byte_start or 0.0, 4),
-            bits_per_byte_end=round(bits_per_byte, 4),
+            bits_per_byte_end=round(bits, 4),
             tokens_per_s=round(totals.own_tokens / max(totals.train_seconds, 1e-9), 1),
             calls_failed=totals.calls_failed,
             wall_s=round(totals.wall_s, 1),
@@ -121,6 +126,7 @@ class TrainingReports:
             divergence=averager.divergence(TRUNK),
             exchanged_bytes=averager.exchanged_bytes,
             step_wire_bytes=wire_bytes,
+            bytes_per_token=self._training.dataset.train_bytes_per_token,
         )
         gates = [layer.gate for layer in self._training.moe_layers]
         return step_event(report, gates, self._swarm.directory, dispatcher.take_pairs_by_peer())

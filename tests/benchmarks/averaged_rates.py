@@ -28,6 +28,7 @@ from node.averaging.gossip import GossipLimits, Move, apply_move, share_R
 from node.data import open_dataset
 from node.model.experts.state import block_state
 from node.model.moe import LocalExperts
+from node.model.transformer import bits_per_byte
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.trunk_replica import TrunkReplica
 from protocol.manifest import TRUNK, Manifest, OptimizerConfig, all_blocks
@@ -35,7 +36,7 @@ from tests.benchmarks.report import Row, Teller, compare, document, publish
 
 if TYPE_CHECKING:
     from common.errors import TooFewExpertsError
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.experts.block import Block
     from node.model.replica_state import ReplicaState
     from protocol.manifest import BlockId
@@ -165,7 +166,7 @@ class Trunks:
         exchange(self._manifest, TRUNK, (mine, theirs), before)
 
 
-def new_training(manifest: Manifest, experts: Replicas, dataset: ByteDataset, steps: StepConfig) -> Training:
+def new_training(manifest: Manifest, experts: Replicas, dataset: TextDataset, steps: StepConfig) -> Training:
     """A trainer without a swarm."""
     generator = torch.Generator().manual_seed(manifest.seed)
     return Training(manifest, build_model(manifest, experts, generator), experts, dataset, steps, give_up)
@@ -202,7 +203,7 @@ def train(arm: Arm, config: RatesBenchmark, seed: int, tell: Teller) -> float:
                     experts.meet(block_id)
             if last or step % TOLD_EVERY == 0:
                 tell(f"{arm.name}, seed {seed}: step {step} of {n_steps}, {losses[0] / math.log(2):.3f} bits per byte")
-        return trainings[0].evaluate(HELD_OUT_BYTES)
+        return bits_per_byte(trainings[0].evaluate(HELD_OUT_BYTES))
     finally:
         for training in trainings:
             training.close()

@@ -19,6 +19,7 @@ import tyro
 from common.folders import data_cache
 from node.data import open_dataset
 from node.model.moe import LocalExperts
+from node.model.transformer import bits_per_byte
 from node.trainer.train_step import StepConfig, Training, build_model
 from protocol.manifest import Manifest, OptimizerConfig
 from tests.benchmarks.report import Row, Teller, compare, document, publish
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from common.errors import TooFewExpertsError
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 FULL_TOKENS = 819_200
 HELD_OUT_BYTES = 65_536
@@ -74,7 +75,7 @@ def main(config: DelayBenchmark) -> None:
     publish(config.json, document("delayed_gradients", rows_of(losses), notes))
 
 
-def train(tokens: int, delay: int, rate: float, dataset: ByteDataset, tell: Teller) -> float:
+def train(tokens: int, delay: int, rate: float, dataset: TextDataset, tell: Teller) -> float:
     """Held-out bits per byte at the end."""
     optimizer = OptimizerConfig(total_tokens=tokens)
     manifest = Manifest(name="bench", optimizer=replace(optimizer, lr=rate * optimizer.lr))
@@ -88,7 +89,7 @@ def train(tokens: int, delay: int, rate: float, dataset: ByteDataset, tell: Tell
             loss = training.step().loss
             if step % TOLD_EVERY == 0:
                 tell(f"{case_of(delay, rate)}: step {step} of {n_steps}, {loss:.3f} nats per byte")
-        return training.evaluate(HELD_OUT_BYTES)
+        return bits_per_byte(training.evaluate(HELD_OUT_BYTES))
     finally:
         training.close()
 

@@ -21,7 +21,7 @@ from common.folders import data_cache
 from node.data import open_dataset
 from node.model.gate import build_gate
 from node.model.moe import MoE
-from node.trainer.train_step import build_trunk, mean_nats, next_byte_loss
+from node.trainer.train_step import build_trunk, mean_nats, next_token_loss
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class TextTask:
         ids = self._dataset.train_batch(
             index, shard=0, n_shards=1, batch=self._batch, context=self._context, seed=self._seed
         )
-        return next_byte_loss(self._model, ids, CPU)
+        return next_token_loss(self._model, ids, CPU)
 
     def held_out(self) -> float:
         """Nats per byte."""

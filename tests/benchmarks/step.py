@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from common.errors import TooFewExpertsError
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 METRIC = "tokens/s"
 STEPS = StepConfig(batch=16, micro_batches=2)
@@ -96,7 +96,7 @@ def small_model(experts: int) -> ModelConfig:
     )
 
 
-def local_training(experts: LocalExperts, dataset: ByteDataset) -> Training:
+def local_training(experts: LocalExperts, dataset: TextDataset) -> Training:
     """The same model in this process."""
     manifest = experts.manifest
     generator = torch.Generator().manual_seed(manifest.seed)

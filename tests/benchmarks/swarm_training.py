@@ -15,6 +15,7 @@ from coordinator.blocks import block_list_text, split_blocks
 from experiments.live.faulty_client import Faults, FaultyClient
 from experiments.live.processes import process_swarm
 from node.membership.config import SwarmConfig
+from node.model.transformer import bits_per_byte
 from node.trainer.dispatch.dispatcher import DispatchConfig
 from node.trainer.swarm_client import SwarmClient
 from node.trainer.train_step import Training, build_trunk
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from common.errors import TooFewExpertsError
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.trainer.train_step import StepConfig
     from protocol.manifest import Manifest
     from tests.benchmarks.report import Teller
@@ -57,7 +58,7 @@ class Outcome:
     in_flight: int
 
 
-def train_over_hosts(plan: Plan, dataset: ByteDataset, tell: Teller) -> Outcome:
+def train_over_hosts(plan: Plan, dataset: TextDataset, tell: Teller) -> Outcome:
     """Train over fresh hosts that share the blocks of every layer; faults end before the held-out loss is measured."""
     with (
         client_of_hosts(plan.manifest, plan.faults) as client,
@@ -85,7 +86,7 @@ def client_of_hosts(manifest: Manifest, faults: Faults) -> Iterator[SwarmClient]
 
 
 @contextmanager
-def training_over(client: SwarmClient, steps: StepConfig, dataset: ByteDataset) -> Iterator[Training]:
+def training_over(client: SwarmClient, steps: StepConfig, dataset: TextDataset) -> Iterator[Training]:
     """A trainer with a fresh trunk."""
     manifest = client.manifest
     generator = torch.Generator().manual_seed(manifest.seed)
@@ -116,7 +117,7 @@ def _train(client: SwarmClient, training: Training, plan: Plan, tell: Teller) ->
     _end_faults(client)
     return Outcome(
         tokens_per_s=(plan.n_steps - 1) * training.tokens_per_step / seconds,
-        bits_per_byte=training.evaluate(HELD_OUT_BYTES),
+        bits_per_byte=bits_per_byte(training.evaluate(HELD_OUT_BYTES)),
         calls_failed=failed,
         in_flight=result.in_flight,
     )

@@ -33,7 +33,7 @@ from tests.support.trials import Context, bee_dataset
 if TYPE_CHECKING:
     from experiments.harness.experiment import Trial
     from experiments.harness.worker import TrialProgress
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 CONFIG = RunnerConfig(module=small_experiment.__name__, preset="quick", jobs=2, threads=1, device="cpu", only="")
 
@@ -222,11 +222,11 @@ SPEC = TrainSpec(
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     return bee_dataset(tmp_path_factory.mktemp("data"))
 
 
-def test_a_training_run_that_was_cut_ends_as_one_that_was_not(tmp_path: Path, dataset: ByteDataset) -> None:
+def test_a_training_run_that_was_cut_ends_as_one_that_was_not(tmp_path: Path, dataset: TextDataset) -> None:
     whole = TrainRun(SPEC, Context(tmp_path / "whole"), dataset)
     whole.go()
     assert len(whole.log.held_out) == SPEC.evaluations
@@ -248,7 +248,7 @@ def test_a_training_run_that_was_cut_ends_as_one_that_was_not(tmp_path: Path, da
             assert all(one.params[name].equal(other.params[name]) for name in one.params)
 
 
-def test_a_dense_run_needs_no_experts_and_resumes_too(tmp_path: Path, dataset: ByteDataset) -> None:
+def test_a_dense_run_needs_no_experts_and_resumes_too(tmp_path: Path, dataset: TextDataset) -> None:
     spec = TrainSpec.from_json({**SPEC.to_json(), "arm": {"label": "dense", "hidden": 16}})
     run = TrainRun(spec, Context(tmp_path / "own"), dataset)
     run.go()

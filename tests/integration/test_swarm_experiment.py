@@ -19,7 +19,7 @@ from tests.support.trials import Context, bee_dataset
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 SPEC = TrainSpec(
     arm=Arm(label="2 of 8 experts", hidden=8, experts=8, per_token=2), seed=3, tokens=40 * 256, lr=1e-2,
@@ -30,11 +30,11 @@ DISTURBED = Placement(hosts=2, replicas=2, experts_per_block=4, in_flight=4, del
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     return bee_dataset(tmp_path_factory.mktemp("data"))
 
 
-def trained(place: Placement, dataset: ByteDataset, folder: Path) -> tuple[dict[str, Any], float]:
+def trained(place: Placement, dataset: TextDataset, folder: Path) -> tuple[dict[str, Any], float]:
     """What training told, and the held-out loss once nothing is disturbed any more."""
     folder.mkdir()
     context = Context(folder)
@@ -50,7 +50,7 @@ def trained(place: Placement, dataset: ByteDataset, folder: Path) -> tuple[dict[
 
 
 def test_a_swarm_whose_calls_fail_and_whose_host_dies_learns_what_one_process_learns(
-    tmp_path: Path, dataset: ByteDataset
+    tmp_path: Path, dataset: TextDataset
 ) -> None:
     here, nats_here = trained(HERE, dataset, tmp_path / "here")
     told, nats = trained(DISTURBED, dataset, tmp_path / "swarm")

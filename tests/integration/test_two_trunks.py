@@ -30,7 +30,7 @@ from tests.support.swarm_parts import make_replica, small_manifest
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 MANIFEST = small_manifest(
     optimizer={"lr": 1e-2, "total_tokens": 20_000}, averaging=AveragingConfig(period_s=0.05, clip_radius=2.0)
@@ -39,7 +39,7 @@ HANG_S = 30.0
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     folder = tmp_path_factory.mktemp("data")
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Ant number {n} carries leaf {n % 7}." for n in range(900)))
@@ -126,7 +126,7 @@ def give_up(error: TooFewExpertsError) -> None:
     raise error
 
 
-def new_training(dataset: ByteDataset, shard: int, seed: int) -> Training:
+def new_training(dataset: TextDataset, shard: int, seed: int) -> Training:
     generator, experts = torch.Generator().manual_seed(seed), LocalExperts(MANIFEST)
     model = build_model(MANIFEST, experts, generator)
     config = StepConfig(batch=4, micro_batches=1, shard=shard, n_shards=2)
@@ -135,7 +135,7 @@ def new_training(dataset: ByteDataset, shard: int, seed: int) -> Training:
 
 @asynccontextmanager
 async def trainer(
-    dataset: ByteDataset,
+    dataset: TextDataset,
     directory: TrunkDirectory,
     peer_id: str,
     *,
@@ -166,7 +166,7 @@ def distance_between(one: ReplicaState, other: ReplicaState) -> float:
     return relative_distance({name: other.params[name] - p for name, p in one.params.items()}, one.params)
 
 
-async def distance_of_strangers(dataset: ByteDataset, n_steps: int) -> float:
+async def distance_of_strangers(dataset: TextDataset, n_steps: int) -> float:
     """How far two trunks come apart that never exchange."""
     states = []
     for shard in (0, 1):
@@ -184,7 +184,7 @@ def assert_same(states: Sequence[ReplicaState]) -> None:
         torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-async def test_two_trunks_that_learnt_apart_meet_at_the_mean_of_what_they_learnt(dataset: ByteDataset) -> None:
+async def test_two_trunks_that_learnt_apart_meet_at_the_mean_of_what_they_learnt(dataset: TextDataset) -> None:
     directory = TrunkDirectory()
     async with (
         trainer(dataset, directory, "peer-a", shard=0) as a,
@@ -211,7 +211,7 @@ async def test_two_trunks_that_learnt_apart_meet_at_the_mean_of_what_they_learnt
         assert a.sharing.record().divergence > 1e-3
 
 
-async def test_trunks_that_train_all_the_while_stay_together(dataset: ByteDataset) -> None:
+async def test_trunks_that_train_all_the_while_stay_together(dataset: TextDataset) -> None:
     """Steps, evaluations and exchanges of both go on at once; every exchange that is begun must come out whole."""
     apart = await distance_of_strangers(dataset, n_steps=20)
     directory = TrunkDirectory()
@@ -228,7 +228,7 @@ async def test_trunks_that_train_all_the_while_stay_together(dataset: ByteDatase
         assert not any(told.problem for told in one.exchanges + other.exchanges)
 
 
-async def test_the_loop_itself_averages_once_started(dataset: ByteDataset) -> None:
+async def test_the_loop_itself_averages_once_started(dataset: TextDataset) -> None:
     directory = TrunkDirectory()
     async with trainer(dataset, directory, "peer-a") as a, trainer(dataset, directory, "peer-b", shard=1) as b:
         await a.steps(2)
@@ -239,7 +239,7 @@ async def test_the_loop_itself_averages_once_started(dataset: ByteDataset) -> No
         assert a.sharing.averaging.averager.exchanged_bytes > 0
 
 
-async def test_a_newcomer_downloads_the_trunk_before_it_is_announced_and_then_catches_up(dataset: ByteDataset) -> None:
+async def test_a_newcomer_downloads_the_trunk_before_it_is_announced_and_then_catches_up(dataset: TextDataset) -> None:
     directory = TrunkDirectory()
     async with trainer(dataset, directory, "peer-a") as old:
         await old.steps(5)
@@ -255,7 +255,7 @@ async def test_a_newcomer_downloads_the_trunk_before_it_is_announced_and_then_ca
             assert (await young.state()).version == 8
 
 
-async def test_a_newcomer_that_can_download_from_nobody_does_not_start_from_scratch(dataset: ByteDataset) -> None:
+async def test_a_newcomer_that_can_download_from_nobody_does_not_start_from_scratch(dataset: TextDataset) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         gone = make_replica(TRUNK, "gone", f"127.0.0.1:{unused.getsockname()[1]}")
@@ -265,7 +265,7 @@ async def test_a_newcomer_that_can_download_from_nobody_does_not_start_from_scra
                 pass
 
 
-async def test_a_newcomer_waits_until_the_record_of_a_trainer_that_died_expires(dataset: ByteDataset) -> None:
+async def test_a_newcomer_waits_until_the_record_of_a_trainer_that_died_expires(dataset: TextDataset) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         gone = make_replica(TRUNK, "gone", f"127.0.0.1:{unused.getsockname()[1]}")
@@ -276,7 +276,7 @@ async def test_a_newcomer_waits_until_the_record_of_a_trainer_that_died_expires(
             assert await alone.sharing.averaging.averager.exchange_once() is None
 
 
-async def test_a_resumed_trunk_that_is_ahead_is_kept(dataset: ByteDataset) -> None:
+async def test_a_resumed_trunk_that_is_ahead_is_kept(dataset: TextDataset) -> None:
     directory = TrunkDirectory()
     async with trainer(dataset, directory, "peer-a") as behind:
         await behind.steps(1)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dht.view import PeerInfo
-from node.trainer.train_step import next_byte_loss
+from node.trainer.train_step import next_token_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.expert_file import ExpertId
     from node.model.moe import LocalExperts
     from node.model.transformer import Transformer
@@ -46,7 +46,7 @@ def _where(experts: LocalExperts, place: ExpertId) -> Any:
 
 
 def train_one(
-    experts: LocalExperts, model: Transformer, dataset: ByteDataset, place: ExpertId, steps: int
+    experts: LocalExperts, model: Transformer, dataset: TextDataset, place: ExpertId, steps: int
 ) -> dict[str, torch.Tensor]:
     """The expert of a place after so many steps of its own, everything else as it was; `experts` has it then."""
     block, row = _where(experts, place)
@@ -54,7 +54,7 @@ def train_one(
     others = torch.arange(len(block.experts)) != row
     for step in range(steps):
         ids = dataset.train_batch(step, shard=0, n_shards=1, batch=16, context=model.context, seed=1)
-        next_byte_loss(model, ids, torch.device("cpu")).backward()
+        next_token_loss(model, ids, torch.device("cpu")).backward()
         for name, p in block.params.items():
             p[others] = before[name][others]
     return present(experts, place)

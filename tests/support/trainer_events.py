@@ -91,7 +91,7 @@ def step_s(number: int) -> float:
 
 
 def evaluation(number: int, bits_per_byte: float) -> EvalEvent:
-    return EvalEvent(step=number, bits_per_byte=bits_per_byte, run_tokens=4096 * number)
+    return EvalEvent(step=number, loss=bits_per_byte * 0.693, bits_per_byte=bits_per_byte, run_tokens=4096 * number)
 
 
 def waiting(what: str = "hosts: 12 of 32 blocks have no live replica") -> WaitingEvent:

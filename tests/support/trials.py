@@ -11,7 +11,7 @@ from node.data import open_dataset
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 
 @dataclass
@@ -33,14 +33,14 @@ class Context:
         self.told += 1
 
 
-def bee_dataset(folder: Path) -> ByteDataset:
+def bee_dataset(folder: Path) -> TextDataset:
     """Two thousand short documents, a third of them held out."""
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Bee number {n} flies to flower {n * n % 97}." for n in range(2000)))
     return open_dataset(text, cache_dir=folder / "cache", held_out_fraction=0.3)
 
 
-def topical_dataset(folder: Path) -> ByteDataset:
+def topical_dataset(folder: Path) -> TextDataset:
     """Sixteen hundred articles as the default corpus has them, on four topics, each with words of its own."""
     words = {"Bees": ("hive", "queen"), "Stars": ("orbit", "moon"), "Ships": ("sail", "deck"), "Bread": ("rye", "oven")}
     topics = [(topic, words[topic][n % 2], n) for n in range(400) for topic in words]

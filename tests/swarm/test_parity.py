@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from common.errors import TooFewExpertsError
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.moe import Experts, MoE
     from protocol.manifest import Manifest
 
@@ -38,7 +38,7 @@ def fail(error: TooFewExpertsError) -> None:
     raise error
 
 
-def training(manifest: Manifest, experts: Experts, layers: list[MoE], dataset: ByteDataset) -> Training:
+def training(manifest: Manifest, experts: Experts, layers: list[MoE], dataset: TextDataset) -> Training:
     model = build_trunk(manifest, layers, torch.Generator().manual_seed(manifest.seed))
     # One micro-batch: with more in flight, the order of the hosts' steps is not defined.
     return Training(manifest, model, experts, dataset, StepConfig(batch=8, micro_batches=1), fail)

@@ -87,7 +87,7 @@ def paired_experts_model(
 
 @torch.no_grad()
 def window_gains(model: Transformer, ids: torch.Tensor) -> list[float]:
-    """Return each window's [B, T + 1] gain: the present expert's loss less the offered one's, nats per byte."""
+    """Return each window's [B, T + 1] gain: the present expert's loss less the offered one's, nats per token."""
     twice = torch.cat((ids, ids)).to(model.embedding_VD.device)
     logits_NV = model(twice[:, :-1]).flatten(0, 1)
     losses_N = functional.cross_entropy(logits_NV, twice[:, 1:].flatten(), reduction="none")

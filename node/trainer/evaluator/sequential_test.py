@@ -44,7 +44,7 @@ HALVINGS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialTestConfig:
-    """Gains in nats per byte, of the mean over the whole text.
+    """Gains in nats per token, of the mean over the whole text.
 
     An update that gains `margin` or less is accepted with a probability of at most `alpha`; one that gains `worth` or
     more is rejected with at most that, if none of its windows is beyond the bound. One that gains less than `worth` is
@@ -94,7 +94,7 @@ class SequentialTest:
         self._refusal = ""
 
     def add(self, difference: float) -> None:
-        """The next window's loss with the present expert less that with the offered one, nats per byte."""
+        """The next window's loss with the present expert less that with the offered one, nats per token."""
         if self.n_windows == self.n_total:
             raise InvalidInputError("difference", f"is one more than the {self.n_total} windows that there are")
         if not abs(difference) <= MAX_NATS:
@@ -123,7 +123,7 @@ class SequentialTest:
 
     def _bet(self, difference: float) -> None:
         if difference < -self._bound:
-            loss = f"a window became worse by {-difference:.3g} nats per byte, more than {self._bound:.3g}"
+            loss = f"a window became worse by {-difference:.3g} nats per token, more than {self._bound:.3g}"
             self._refusal = self._refusal or loss
         clipped = min(max(difference, -self._bound), self._bound)
         for capital in (self._above, self._below):
@@ -138,15 +138,15 @@ class SequentialTest:
             return "reject", self._refusal
         if self.n_windows == self.n_total:
             is_better = mean > config.margin and mean >= config.worth
-            why = f"it gains {mean:.3g} nats per byte over the whole held-out text"
+            why = f"it gains {mean:.3g} nats per token over the whole held-out text"
             return ("accept" if is_better else "reject"), why
         if self._met:
             needed = math.log(1.0 / config.alpha)
             # First: a gain that is only rounding's may well have a sign.
             if self._below.best >= needed:
-                return "reject", f"it gains less than {config.worth:.3g} nats per byte"
+                return "reject", f"it gains less than {config.worth:.3g} nats per token"
             if self._above.best >= needed:
-                return "accept", f"it gains more than {config.margin:.3g} nats per byte"
+                return "accept", f"it gains more than {config.margin:.3g} nats per token"
         return "undecided", f"{self.n_windows} of {self.n_total} windows do not tell yet"
 
     def _interval(self) -> tuple[float, float]:

@@ -160,7 +160,7 @@ def _facts(state: DisplayState, step: StepEvent, width: int) -> RenderableType:
     grid.add_column(style="cyan", no_wrap=True, width=LABEL_WIDTH)
     grid.add_column(no_wrap=True, width=VALUE_WIDTH)
     grid.add_column(no_wrap=True, overflow="ellipsis", width=width - LABEL_WIDTH - VALUE_WIDTH - 4)
-    grid.add_row("train", _bits(step.bits_per_byte), _trend(state.train, trend, f"loss {step.loss:.3f} nats"))
+    grid.add_row("train", _bits(step.bits_per_byte), _trend(state.train, trend, f"loss {step.loss:.3f} nats/token"))
     held_out = _bits(state.held_out[-1]) if state.held_out else Text("not measured yet", style="dim")
     since = f"from {state.first_held_out:.3f}" if state.first_held_out is not None else ""
     grid.add_row("held-out", held_out, _trend(state.held_out, trend, since))

@@ -17,7 +17,7 @@ from experiments.arms.training import nats_per_window
 from tests.support.trials import Context, bee_dataset
 
 if TYPE_CHECKING:
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 ARM = Arm(label="2 of 8 experts", hidden=16, experts=8, per_token=2)
 COURSE = BranchSchedule(
@@ -28,7 +28,7 @@ DENSE = replace(COURSE, arm=Arm(label="dense", hidden=16))
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     return bee_dataset(tmp_path_factory.mktemp("data"))
 
 
@@ -37,18 +37,18 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     return Context(tmp_path_factory.mktemp("trials") / "trial")
 
 
-def test_the_shards_of_a_text_are_all_of_it_and_share_nothing(dataset: ByteDataset) -> None:
+def test_the_shards_of_a_text_are_all_of_it_and_share_nothing(dataset: TextDataset) -> None:
     texts = texts_of(dataset, "random", 4, seed=0)
     parts = [part for text in texts for part in split(text.train)]
     assert sorted(parts) == sorted(split(dataset.train))
     assert all(text.held_out is dataset.held_out for text in texts)
 
 
-def test_a_text_is_split_without_losing_a_byte(dataset: ByteDataset) -> None:
+def test_a_text_is_split_without_losing_a_byte(dataset: TextDataset) -> None:
     assert b"".join(split(dataset.train)) == dataset.train.tobytes()
 
 
-def test_random_shards_differ_by_seed(dataset: ByteDataset) -> None:
+def test_random_shards_differ_by_seed(dataset: TextDataset) -> None:
     documents = split(dataset.train)
     one, other = (shards_of(dataset, documents, "random", 4, seed) for seed in (0, 1))
     assert (one != other).any()
@@ -67,7 +67,7 @@ def test_clusters_put_documents_of_one_subject_together() -> None:
     assert cluster_N[0] != cluster_N[1]
 
 
-def test_a_participant_moves_its_own_experts_and_no_others(dataset: ByteDataset, context: Context) -> None:
+def test_a_participant_moves_its_own_experts_and_no_others(dataset: TextDataset, context: Context) -> None:
     branches = Branches(COURSE, context, dataset)
     start, ours = branches.load(branches.branch()), branches.load(branches.participant("random", 2), 2)
     for layer, (own,) in ours.experts.blocks.items():
@@ -82,7 +82,7 @@ def test_a_participant_moves_its_own_experts_and_no_others(dataset: ByteDataset,
 
 @pytest.mark.parametrize("course", [COURSE, DENSE], ids=["experts", "dense"])
 def test_participants_learn_apart_from_one_start_and_are_not_trained_twice(
-    course: BranchSchedule, dataset: ByteDataset, context: Context
+    course: BranchSchedule, dataset: TextDataset, context: Context
 ) -> None:
     branches = Branches(course, context, dataset)
     folders = branches.participants("random")
@@ -94,7 +94,7 @@ def test_participants_learn_apart_from_one_start_and_are_not_trained_twice(
         assert not one.trunk.head_VD.equal(other.trunk.head_VD)
 
 
-def test_a_participant_that_goes_on_alone_begins_where_it_was(dataset: ByteDataset, context: Context) -> None:
+def test_a_participant_that_goes_on_alone_begins_where_it_was(dataset: TextDataset, context: Context) -> None:
     branches = Branches(DENSE, context, dataset)
     first = branches.load(branches.participant("random", 1), 1)
     end = branches.load(branches.to_the_end("random", 1), 1)

@@ -43,7 +43,7 @@ from tests.support.trials import Context, topical_dataset
 
 if TYPE_CHECKING:
     from experiments.merging.merges import Weights
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 COURSE = BranchSchedule(
     arm=Arm(label="dense", hidden=16), seed=0, tokens=2_560, lr=5e-3, expert_lr=5e-3, d_model=16, layers=2, heads=2,
@@ -56,7 +56,7 @@ SPEC: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     return topical_dataset(tmp_path_factory.mktemp("data"))
 
 
@@ -66,7 +66,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 
 @pytest.fixture(scope="module")
-def found(dataset: ByteDataset, context: Context) -> dict[str, Any]:
+def found(dataset: TextDataset, context: Context) -> dict[str, Any]:
     """Of a trial."""
     result: dict[str, Any] = json.loads(json.dumps(apart(SPEC, dataset, context)))
     return result
@@ -181,7 +181,7 @@ def test_the_best_in_hindsight_bounds_every_choice_of_one_model() -> None:
     assert (by_posterior(log_p_PNT) <= bound_N + math.log(4) / 16 + 1e-9).all()
 
 
-def test_the_held_out_text_is_cut_in_two_by_document(dataset: ByteDataset) -> None:
+def test_the_held_out_text_is_cut_in_two_by_document(dataset: TextDataset) -> None:
     texts = held_out_in_two(dataset)
     documents, chosen_on, figures = (split(t.held_out) for t in (dataset, texts.chosen_on, texts.figures))
     assert sorted(chosen_on + figures) == sorted(documents)
@@ -191,7 +191,7 @@ def test_the_held_out_text_is_cut_in_two_by_document(dataset: ByteDataset) -> No
     assert texts.figures.train is dataset.train
 
 
-def test_a_windows_owner_is_the_participant_that_has_read_its_topic(dataset: ByteDataset, context: Context) -> None:
+def test_a_windows_owner_is_the_participant_that_has_read_its_topic(dataset: TextDataset, context: Context) -> None:
     texts = held_out_in_two(dataset)
     owner_N = owners(dataset, texts, COURSE)
     branches = Branches(COURSE, context, dataset)
@@ -202,7 +202,7 @@ def test_a_windows_owner_is_the_participant_that_has_read_its_topic(dataset: Byt
     assert [words[owner] for owner in owner_N] == [f"{names[topic]} "[:5].encode() for topic in windows[:, 0]]
 
 
-def test_a_trial_measures_every_way_and_what_it_cost(found: dict[str, Any], dataset: ByteDataset) -> None:
+def test_a_trial_measures_every_way_and_what_it_cost(found: dict[str, Any], dataset: TextDataset) -> None:
     ways = found["ways"]
     assert set(MERGES) < set(ways)
     assert {name: way["nats"] for name, way in ways.items() if not 2.0 < way["nats"] < 5.5} == {}
@@ -215,7 +215,7 @@ def test_a_trial_measures_every_way_and_what_it_cost(found: dict[str, Any], data
 
 
 def test_a_trial_that_was_cut_goes_on_to_the_same_result(
-    found: dict[str, Any], dataset: ByteDataset, context: Context
+    found: dict[str, Any], dataset: TextDataset, context: Context
 ) -> None:
     told = context.told
     again = json.loads(json.dumps(apart(SPEC, dataset, context)))
@@ -224,7 +224,7 @@ def test_a_trial_that_was_cut_goes_on_to_the_same_result(
 
 
 def test_the_joint_model_learns_from_as_many_tokens_as_branch_and_participants(
-    dataset: ByteDataset, context: Context
+    dataset: TextDataset, context: Context
 ) -> None:
     spec = {"train": {key: value for key, value in COURSE.to_json().items() if key not in {
         "participants", "branch_tokens", "apart_tokens"}}}  # fmt: skip

@@ -20,7 +20,7 @@ from tests.support.trials import Context, bee_dataset
 if TYPE_CHECKING:
     from experiments.arms.training import Model
     from experiments.sequential.one_expert import Reached
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 ARM = Arm(label="2 of 8 experts", hidden=16, experts=8, per_token=2)
 TRAIN = TrainSpec(
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     return bee_dataset(tmp_path_factory.mktemp("data"))
 
 
@@ -41,12 +41,12 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 
 @pytest.fixture(scope="module")
-def trained(dataset: ByteDataset, context: Context) -> Model:
+def trained(dataset: TextDataset, context: Context) -> Model:
     return trained_model(TRAIN, dataset, context)
 
 
 @pytest.fixture(scope="module")
-def workshop(trained: Model, dataset: ByteDataset) -> Workshop:
+def workshop(trained: Model, dataset: TextDataset) -> Workshop:
     busiest = int(expert_loads(trained, dataset.held_out_batches(64, 16)).argmax())
     expert = OneExpert(trained, busiest)
     (text,) = reached_by(trained, [expert], training(dataset))
@@ -54,12 +54,12 @@ def workshop(trained: Model, dataset: ByteDataset) -> Workshop:
     return Workshop(expert, text, held_out)
 
 
-def training(dataset: ByteDataset) -> list[torch.Tensor]:
+def training(dataset: TextDataset) -> list[torch.Tensor]:
     return [dataset.train_batch(n, shard=0, n_shards=1, batch=64, context=16, seed=1) for n in range(8)]
 
 
 def whole_model_gain(
-    trained: Model, dataset: ByteDataset, expert: OneExpert, offered: dict[str, torch.Tensor]
+    trained: Model, dataset: TextDataset, expert: OneExpert, offered: dict[str, torch.Tensor]
 ) -> float:
     block = next(b for b in trained.experts.blocks[1] if expert.index in b.experts)
     place = expert.index - block.experts.start
@@ -73,7 +73,7 @@ def whole_model_gain(
 
 
 def test_an_updates_gain_is_what_the_whole_model_gains(
-    trained: Model, dataset: ByteDataset, workshop: Workshop
+    trained: Model, dataset: TextDataset, workshop: Workshop
 ) -> None:
     offered = trained_further(workshop.expert, workshop.text, steps=100, lr=1e-2, seed=0)
     gain = workshop.expert.gains(workshop.held_out, offered).mean()
@@ -118,7 +118,7 @@ def test_updates_come_in_every_kind_and_a_stretched_one_gains_nothing(workshop: 
 
 
 def test_a_trial_that_was_cut_goes_on_with_the_model_that_it_had_trained(
-    trained: Model, dataset: ByteDataset, context: Context
+    trained: Model, dataset: TextDataset, context: Context
 ) -> None:
     told = context.told
     again = trained_model(TRAIN, dataset, context)
@@ -129,7 +129,7 @@ def test_a_trial_that_was_cut_goes_on_with_the_model_that_it_had_trained(
 
 
 def test_a_trial_tells_each_update_and_its_result_is_json(
-    trained: Model, dataset: ByteDataset, context: Context
+    trained: Model, dataset: TextDataset, context: Context
 ) -> None:
     result = json.loads(json.dumps(run_trial(SPEC, trained, dataset, context)))
     assert len(result["updates"]) == 3 * len(STEPS) * len(KINDS)

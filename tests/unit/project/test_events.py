@@ -35,7 +35,7 @@ StepEvent: step step steps loss bits_per_byte run_tokens own_tokens trainers tok
     experts_total calls_ok calls_failed wire_bytes wire_bytes_per_token time_left_s grad_norm lr gate(dead_fraction \
     load_cv entropy_bits overflow effective_k kept_fraction) replicas(min mean) versions(min max) staleness(mean max) \
     divergence(trunk blocks) exchanged_bytes hosts(peer_id endpoint n_blocks queue_tokens tokens_per_s avoided share)
-EvalEvent: eval step bits_per_byte run_tokens
+EvalEvent: eval step bits_per_byte run_tokens loss
 OfferEvent: offer layer expert peer state why windows low high seconds
 RetryEvent: retry step reason
 TrunkCheckpointFailedEvent: checkpoint_failed reason

@@ -12,6 +12,7 @@ from protocol.manifest import (
     TRUNK,
     AveragingConfig,
     BlockId,
+    DataConfig,
     Manifest,
     ModelConfig,
     OptimizerConfig,
@@ -49,6 +50,7 @@ def test_a_run_that_is_older_than_a_field_keeps_its_id() -> None:
         Manifest(name="a", model=ModelConfig(gate_score="softmax")),
         Manifest(name="a", model=ModelConfig(balance="proportional")),
         Manifest(name="a", optimizer=OptimizerConfig(gate_lr_fraction=0.04)),
+        Manifest(name="a", model=ModelConfig(vocab_size=300), data=DataConfig(tokenizer="0" * 64, tokenizer_bytes=9)),
     )
     assert len({Manifest(name="a").run_id, *(manifest.run_id for manifest in younger)}) == 1 + len(younger)
     for manifest in younger:
@@ -78,6 +80,14 @@ def test_a_run_that_is_older_than_a_field_keeps_its_id() -> None:
         ('name = "a"\n[model]\ngate_score = "relu"', "model.gate_score"),
         ('name = "a"\n[model]\nbalance = "loss"', "model.balance"),
         ('name = "a"\n[optimizer]\ngate_lr_fraction = -0.1', "optimizer.gate_lr_fraction"),
+        ('name = "a"\n[model]\nvocab_size = 300', "model.vocab_size"),
+        ('name = "a"\n[model]\nvocab_size = 262145', "model.vocab_size"),
+        ('name = "a"\ndata = 1', "data"),
+        ('name = "a"\n[data]\ntokenizer = "gpt2"', "data.tokenizer"),
+        (f'name = "a"\n[data]\ntokenizer = "{64 * "A"}"\ntokenizer_bytes = 9', "data.tokenizer"),
+        (f'name = "a"\n[data]\ntokenizer = "{64 * "0"}"', "data.tokenizer_bytes"),
+        (f'name = "a"\n[data]\ntokenizer = "{64 * "0"}"\ntokenizer_bytes = 67108865', "data.tokenizer_bytes"),
+        ('name = "a"\n[data]\ntokenizer_bytes = 9', "data.tokenizer_bytes"),
         ('name = "a"\n[model]\nd_model = 0', "model.d_model"),
         ('name = "a"\n[model]\nd_model = 130', "model.d_model"),
         ('name = "a"\n[model]\nd_model = true', "model.d_model"),

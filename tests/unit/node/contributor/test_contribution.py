@@ -101,7 +101,7 @@ async def test_an_expert_that_gains_is_brought_to_every_host_of_its_block(monkey
     outcome = await swarm.run()
     assert outcome == (
         True,
-        "taken in by 2 of 2 hosts of block 1/1: it gains 0.001 to 0.002 nats per byte over 130 held-out windows",
+        "taken in by 2 of 2 hosts of block 1/1: it gains 0.001 to 0.002 nats per token over 130 held-out windows",
     )
     assert sorted(swarm.delivered) == [("host-0", [b"as signed"]), ("host-1", [b"as signed"])]
     assert any("waits behind 2 others" in words for words in swarm.told)
@@ -114,7 +114,7 @@ async def test_a_refusal_is_told_in_plain_words_and_no_host_is_asked(monkeypatch
     outcome = await swarm.run()
     assert not outcome.taken_in
     assert outcome.words == (
-        "not taken in: no gain was found: ?[31mso (it gains -0.002 to 1e-05 nats per byte, 99 windows)"
+        "not taken in: no gain was found: ?[31mso (it gains -0.002 to 1e-05 nats per token, 99 windows)"
     )
     assert swarm.calls == {"offer": 1}
 

@@ -11,7 +11,7 @@ from node.contributor.local_expert import ExpertsWithOneLocal, LocalExpertSteps
 from node.model.expert_file import ExpertId
 from node.model.learning_rate import learning_rate_factor
 from node.model.moe import LocalExperts, MoE
-from node.trainer.train_step import build_model, next_byte_loss
+from node.trainer.train_step import build_model, next_token_loss
 from tests.support.offers import present
 from tests.support.swarm_parts import small_manifest
 
@@ -56,7 +56,7 @@ def windows(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("place", [ExpertId(0, 5), ExpertId(1, 5)], ids=["below others", "in the last layer"])
 def test_a_first_step_is_that_of_a_host(place: ExpertId, manifest: Manifest) -> None:
     hosted = LocalExperts(manifest)
-    next_byte_loss(model_of(hosted, manifest), windows(0), CPU).backward()
+    next_token_loss(model_of(hosted, manifest), windows(0), CPU).backward()
     home = ExpertsWithOneLocal(NotTaught(manifest), place, present(LocalExperts(manifest), place), manifest)
     model = model_of(home, manifest)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

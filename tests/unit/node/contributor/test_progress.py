@@ -21,7 +21,7 @@ def test_a_terminal_gets_a_bar_with_the_loss_and_a_line_that_changes(
     with words_shown("looking for evaluators") as tell:
         tell("[red]as a peer may say[/red]")
     seen = capsys.readouterr()
-    assert "train 1.500 nats/byte" in seen.err
+    assert "train 1.500 nats/token" in seen.err
     assert "50%" in seen.err
     assert "[red]as a peer may say[/red]" in seen.err
     assert not seen.out
@@ -29,9 +29,9 @@ def test_a_terminal_gets_a_bar_with_the_loss_and_a_line_that_changes(
 
 def test_a_log_gets_a_line_from_time_to_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now_s = 100.0
-    monkeypatch.setattr("node.contributor.progress.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("common.progress.time.monotonic", lambda: now_s)
     with caplog.at_level(logging.INFO), steps_shown(1000) as tell:
         for done in range(1, 7):
             tell(done, 2.0)
             now_s += 2.0
-    assert caplog.messages == ["step 1/1,000, train 2.000 nats/byte", "step 4/1,000, train 2.000 nats/byte"]
+    assert caplog.messages == ["step 1/1,000, train 2.000 nats/token", "step 4/1,000, train 2.000 nats/token"]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from common.errors import ConfigError, DataError, InvalidInputError
 from common.folders import data_cache_bytes
-from node.data import ByteDataset, open_dataset
+from node.data import TextDataset, open_dataset
 from node.data import cache as cache_module
 from node.data import sources as sources_module
 from node.data.cache import SEPARATOR, held_out_hash
@@ -42,7 +42,7 @@ def articles(n: int = 200) -> list[str]:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> ByteDataset:
+def dataset(tmp_path: Path) -> TextDataset:
     path = write_json_lines(tmp_path / "corpus.jsonl", articles())
     return open_dataset(path, cache_dir=tmp_path / "cache", held_out_fraction=0.2, seed=0)
 
@@ -56,7 +56,7 @@ def split_back(part: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.uint8]])
 # The split
 
 
-def test_every_document_is_in_exactly_one_part_and_the_counts_say_so(dataset: ByteDataset) -> None:
+def test_every_document_is_in_exactly_one_part_and_the_counts_say_so(dataset: TextDataset) -> None:
     train, held_out = split_back(dataset.train), split_back(dataset.held_out)
     assert sorted(train + held_out) == sorted(article.strip("\n").encode() for article in articles())
     index = dataset.index
@@ -65,7 +65,7 @@ def test_every_document_is_in_exactly_one_part_and_the_counts_say_so(dataset: By
     assert 20 <= len(held_out) <= 60  # 40 expected of 200
 
 
-def test_what_is_held_out_depends_on_content_not_on_order_or_neighbours(tmp_path: Path, dataset: ByteDataset) -> None:
+def test_what_is_held_out_depends_on_content_not_on_order_or_neighbours(tmp_path: Path, dataset: TextDataset) -> None:
     more = [*reversed(articles()), *(f"another document {i}" for i in range(50))]
     path = write_json_lines(tmp_path / "more.jsonl", more)
     other = open_dataset(path, cache_dir=tmp_path / "cache", held_out_fraction=0.2)
@@ -73,7 +73,7 @@ def test_what_is_held_out_depends_on_content_not_on_order_or_neighbours(tmp_path
     assert set(split_back(other.held_out)) & originals == set(split_back(dataset.held_out))
 
 
-def test_another_seed_holds_out_other_documents(tmp_path: Path, dataset: ByteDataset) -> None:
+def test_another_seed_holds_out_other_documents(tmp_path: Path, dataset: TextDataset) -> None:
     other = open_dataset(tmp_path / "corpus.jsonl", cache_dir=tmp_path / "cache", held_out_fraction=0.2, seed=1)
     assert set(split_back(other.held_out)) != set(split_back(dataset.held_out))
 
@@ -107,7 +107,7 @@ def test_fewer_than_two_different_documents_cannot_be_split(tmp_path: Path, docu
 
 
 def test_the_second_start_maps_the_cache_and_reads_no_source(
-    tmp_path: Path, dataset: ByteDataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: TextDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources_module, "_read_file", None)  # reading a document would now be a TypeError
     again = open_dataset(tmp_path / "corpus.jsonl", cache_dir=tmp_path / "cache", held_out_fraction=0.2)
@@ -116,7 +116,7 @@ def test_the_second_start_maps_the_cache_and_reads_no_source(
 
 
 def test_a_changed_source_replaces_the_cache_while_old_readers_keep_theirs(
-    tmp_path: Path, dataset: ByteDataset
+    tmp_path: Path, dataset: TextDataset
 ) -> None:
     before = bytes(dataset.train)
     path = write_json_lines(tmp_path / "corpus.jsonl", [article.upper() for article in articles()])
@@ -128,7 +128,7 @@ def test_a_changed_source_replaces_the_cache_while_old_readers_keep_theirs(
 
 
 @pytest.mark.parametrize("damage", ["truncate", "no index", "bad index", "other index", "no bytes"])
-def test_a_damaged_cache_is_built_again(tmp_path: Path, dataset: ByteDataset, damage: str) -> None:
+def test_a_damaged_cache_is_built_again(tmp_path: Path, dataset: TextDataset, damage: str) -> None:
     before = bytes(dataset.train)
     (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
     if damage == "truncate":
@@ -220,7 +220,7 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_no_half_cache(
 # The bound of the cache
 
 
-def corpus_of(folder: Path, name: str, used_s: int) -> ByteDataset:
+def corpus_of(folder: Path, name: str, used_s: int) -> TextDataset:
     path = write_json_lines(folder / f"{name}.jsonl", articles())
     dataset = open_dataset(path, cache_dir=folder / "cache")
     (index,) = (folder / "cache").glob(f"{name}-jsonl-*/index.json")
@@ -302,25 +302,25 @@ async def test_the_cache_is_shown_and_emptied_but_for_what_is_in_use(
 # Batches
 
 
-def train_batch(dataset: ByteDataset, step: int, shard: int = 0, n_shards: int = 1, batch: int = 4) -> torch.Tensor:
+def train_batch(dataset: TextDataset, step: int, shard: int = 0, n_shards: int = 1, batch: int = 4) -> torch.Tensor:
     return dataset.train_batch(step, shard=shard, n_shards=n_shards, batch=batch, context=16, seed=3)
 
 
-def starts_of(dataset: ByteDataset, ids_BT1: torch.Tensor) -> list[int]:
-    """Where each window of the batch lies in the training bytes."""
+def starts_of(dataset: TextDataset, ids_BT1: torch.Tensor) -> list[int]:
+    """Where each window of the batch lies in the training tokens."""
     text = bytes(dataset.train)
     windows = [bytes(row) for row in ids_BT1.tolist()]
     found = [[i for i in range(0, len(text) - 16, 16) if text[i : i + 17] == window] for window in windows]
     return [places[0] for places in found]
 
 
-def unique_dataset(tmp_path: Path) -> ByteDataset:
+def unique_dataset(tmp_path: Path) -> TextDataset:
     """No two windows of 16 bytes are alike, so that a window tells where it came from."""
     path = write_json_lines(tmp_path / "unique.jsonl", [f"{i:08d}" * 2 for i in range(60)])
     return open_dataset(path, cache_dir=tmp_path / "cache", held_out_fraction=0.1)
 
 
-def test_a_batch_is_int64_bytes_with_one_more_than_the_context(dataset: ByteDataset) -> None:
+def test_a_batch_is_int64_bytes_with_one_more_than_the_context(dataset: TextDataset) -> None:
     ids = train_batch(dataset, 0)
     assert ids.dtype == torch.int64
     assert ids.shape == (4, 17)
@@ -328,7 +328,7 @@ def test_a_batch_is_int64_bytes_with_one_more_than_the_context(dataset: ByteData
 
 
 def test_a_step_reads_the_same_whenever_and_in_whatever_order_it_is_asked_for(
-    tmp_path: Path, dataset: ByteDataset
+    tmp_path: Path, dataset: TextDataset
 ) -> None:
     straight = [train_batch(dataset, step) for step in range(20)]
     resumed = open_dataset(tmp_path / "corpus.jsonl", cache_dir=tmp_path / "cache", held_out_fraction=0.2)
@@ -365,7 +365,7 @@ def test_shards_share_no_window_and_together_hold_all(tmp_path: Path) -> None:
     assert set.union(*seen) == {16 * i for i in range(n_windows)}
 
 
-def test_seed_shard_and_epoch_each_change_the_order(dataset: ByteDataset) -> None:
+def test_seed_shard_and_epoch_each_change_the_order(dataset: TextDataset) -> None:
     args = {"n_shards": 1, "batch": 8, "context": 16}
     base = dataset.train_batch(0, shard=0, seed=0, **args)
     assert not torch.equal(base, dataset.train_batch(0, shard=0, seed=1, **args))
@@ -393,7 +393,7 @@ def test_the_shuffle_spreads_evenly_and_forgets_neighbours() -> None:
     assert quarter.max() < 160
 
 
-def test_held_out_windows_are_in_order_do_not_overlap_and_are_the_same_each_time(dataset: ByteDataset) -> None:
+def test_held_out_windows_are_in_order_do_not_overlap_and_are_the_same_each_time(dataset: TextDataset) -> None:
     batches = list(dataset.held_out_batches(8, 16))
     n_windows = (len(dataset.held_out) - 1) // 16
     windows = torch.cat(batches)
@@ -403,7 +403,7 @@ def test_held_out_windows_are_in_order_do_not_overlap_and_are_the_same_each_time
     assert torch.equal(torch.cat(list(dataset.held_out_batches(3, 16))), windows)
 
 
-def test_a_limit_on_held_out_bytes_takes_windows_from_all_over(dataset: ByteDataset) -> None:
+def test_a_limit_on_held_out_bytes_takes_windows_from_all_over(dataset: TextDataset) -> None:
     every = torch.cat(list(dataset.held_out_batches(8, 16)))
     some = torch.cat(list(dataset.held_out_batches(8, 16, max_bytes=160)))
     assert len(some) == 10
@@ -412,9 +412,9 @@ def test_a_limit_on_held_out_bytes_takes_windows_from_all_over(dataset: ByteData
     assert torch.equal(torch.cat(list(dataset.held_out_batches(8, 16, max_bytes=10**9))), every)
 
 
-def test_a_corpus_too_short_for_the_context_or_the_shards_says_so(dataset: ByteDataset) -> None:
+def test_a_corpus_too_short_for_the_context_or_the_shards_says_so(dataset: TextDataset) -> None:
     n_bytes = len(dataset.train)
-    with pytest.raises(DataError, match=f"{n_bytes} training bytes.*too few for 1 trainers.*shorter context"):
+    with pytest.raises(DataError, match=f"{n_bytes} training tokens.*too few for 1 trainers.*shorter context"):
         dataset.train_batch(0, shard=0, n_shards=1, batch=1, context=n_bytes, seed=0)
     with pytest.raises(DataError, match="too few for 100000 trainers"):
         dataset.train_batch(0, shard=99_999, n_shards=100_000, batch=1, context=16, seed=0)
@@ -422,7 +422,7 @@ def test_a_corpus_too_short_for_the_context_or_the_shards_says_so(dataset: ByteD
         dataset.held_out_batches(1, n_bytes)
 
 
-def test_impossible_arguments_name_the_field(dataset: ByteDataset) -> None:
+def test_impossible_arguments_name_the_field(dataset: TextDataset) -> None:
     with pytest.raises(InvalidInputError, match="batch: is 0"):
         train_batch(dataset, 0, batch=0)
     with pytest.raises(InvalidInputError, match=r"shard, step: are 2, 0; shard is in \[0, 2\)"):

@@ -236,7 +236,7 @@ def test_generation_leaves_the_mode_and_the_gradients_alone() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 25), (2, 0), (24,)])
 def test_ids_that_do_not_fit_are_refused_with_their_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InvalidInputError, match=r"ids_BT.*1 to 24 bytes"):
+    with pytest.raises(InvalidInputError, match=r"ids_BT.*1 to 24 tokens"):
         dense_model()(torch.zeros(shape, dtype=torch.int64))
 
 

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from protocol.manifest import Manifest
 
 MANIFEST = small_manifest(optimizer={"lr": 1e-2, "expert_lr": 1e-2, "total_tokens": 20_000, "warmup_tokens": 256})
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     folder = tmp_path_factory.mktemp("data")
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Bee number {n} flies to flower {n % 7}." for n in range(600)))
@@ -44,7 +44,7 @@ class Bench:
 
     def __init__(
         self,
-        dataset: ByteDataset,
+        dataset: TextDataset,
         manifest: Manifest = MANIFEST,
         experts: LocalExperts | None = None,
         config: StepConfig | None = None,
@@ -60,14 +60,14 @@ class Bench:
 
 
 @pytest.fixture
-def bench(dataset: ByteDataset) -> Iterator[Bench]:
+def bench(dataset: TextDataset) -> Iterator[Bench]:
     bench = Bench(dataset)
     yield bench
     bench.training.close()
 
 
 @pytest.fixture
-def other(dataset: ByteDataset) -> Iterator[Bench]:
+def other(dataset: TextDataset) -> Iterator[Bench]:
     bench = Bench(dataset)
     yield bench
     bench.training.close()
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_losses(bench: Bench, other: Bench) -> None
     assert bench.losses(5) == other.losses(5)
 
 
-def test_micro_batches_in_flight_read_the_batches_that_one_at_a_time_would(dataset: ByteDataset) -> None:
+def test_micro_batches_in_flight_read_the_batches_that_one_at_a_time_would(dataset: TextDataset) -> None:
     still = {"expert_lr": 0.0, "lr": 0.0}
     manifest = small_manifest(dtype="fp64", codec="fp64", optimizer=still, model={"balance_rate": 0.0})
     experts = LocalExperts(manifest)
@@ -108,7 +108,7 @@ def test_micro_batches_in_flight_read_the_batches_that_one_at_a_time_would(datas
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
-def test_no_more_micro_batches_run_than_are_told_and_the_next_starts_when_one_has_ended(dataset: ByteDataset) -> None:
+def test_no_more_micro_batches_run_than_are_told_and_the_next_starts_when_one_has_ended(dataset: TextDataset) -> None:
     bench = Bench(dataset, config=StepConfig(batch=1, micro_batches=6, in_flight=2))
     lock, running, most, both = threading.Lock(), 0, 0, threading.Barrier(2)
 
@@ -165,7 +165,7 @@ def test_one_gradient_that_is_not_finite_is_left_out_and_ten_in_a_row_end_the_tr
     assert bench.training.is_sound
 
 
-def test_a_resumed_training_goes_on_exactly(dataset: ByteDataset, bench: Bench, other: Bench, tmp_path: Path) -> None:
+def test_a_resumed_training_goes_on_exactly(dataset: TextDataset, bench: Bench, other: Bench, tmp_path: Path) -> None:
     wanted = bench.losses(6)
     assert other.losses(3) == wanted[:3]
     save_trunk(tmp_path, other.training, TrainingProgress(step=3, run_tokens=other.training.run_tokens, calls_failed=2))
@@ -184,7 +184,7 @@ RECIPE = small_manifest(
 )
 
 
-def test_a_resumed_training_of_a_younger_manifest_goes_on_exactly(dataset: ByteDataset, tmp_path: Path) -> None:
+def test_a_resumed_training_of_a_younger_manifest_goes_on_exactly(dataset: TextDataset, tmp_path: Path) -> None:
     whole, part = Bench(dataset, RECIPE), Bench(dataset, RECIPE)
     wanted = whole.losses(6)
     assert part.losses(3) == wanted[:3]
@@ -197,7 +197,7 @@ def test_a_resumed_training_of_a_younger_manifest_goes_on_exactly(dataset: ByteD
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.04])
-def test_a_gate_learns_at_its_own_part_of_the_rate(dataset: ByteDataset, fraction: float) -> None:
+def test_a_gate_learns_at_its_own_part_of_the_rate(dataset: TextDataset, fraction: float) -> None:
     manifest = replace(RECIPE, optimizer=replace(RECIPE.optimizer, gate_lr_fraction=fraction))
     bench = Bench(dataset, manifest)
     parameters = [next(bench.training.moe_layers[0].gate.parameters()), bench.training.model.head_VD]
@@ -210,7 +210,7 @@ def test_a_gate_learns_at_its_own_part_of_the_rate(dataset: ByteDataset, fractio
     assert float(moved_gate) == pytest.approx(fraction * lr, rel=1e-3, abs=1e-9)
 
 
-def resumed_with(folder: Path, dataset: ByteDataset, **changes: int) -> None:
+def resumed_with(folder: Path, dataset: TextDataset, **changes: int) -> None:
     resumed = Bench(dataset, config=StepConfig(**{"batch": 8, "micro_batches": 1, **changes}))
     try:
         assert load_trunk(folder, resumed.training) is not None
@@ -220,7 +220,7 @@ def resumed_with(folder: Path, dataset: ByteDataset, **changes: int) -> None:
 
 @pytest.mark.parametrize("name", ["batch", "micro_batches", "seed", "n_shards", "shard"])
 def test_resuming_with_another_setting_of_the_data_is_one_warning_that_says_what_was_and_is(
-    dataset: ByteDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    dataset: TextDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     save_trunk(tmp_path, bench.training, TrainingProgress(step=3))
     resumed_with(tmp_path, dataset)
@@ -232,7 +232,7 @@ def test_resuming_with_another_setting_of_the_data_is_one_warning_that_says_what
 
 
 def test_resuming_with_another_corpus_is_a_warning_and_with_a_copy_of_it_is_none(
-    dataset: ByteDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dataset: TextDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_trunk(tmp_path, bench.training, TrainingProgress(step=3))
     text = dataset.corpus.root.read_text(encoding="utf-8")
@@ -247,7 +247,7 @@ def test_resuming_with_another_corpus_is_a_warning_and_with_a_copy_of_it_is_none
 
 
 def test_a_checkpoint_that_does_not_tell_what_was_read_is_resumed_without_a_word(
-    dataset: ByteDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dataset: TextDataset, bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_trunk(tmp_path, bench.training, TrainingProgress(step=3))
     stored = read_checkpoint(tmp_path / FILE_NAME)
@@ -258,7 +258,7 @@ def test_a_checkpoint_that_does_not_tell_what_was_read_is_resumed_without_a_word
     assert caplog.messages == []
 
 
-def test_a_trunk_of_another_run_is_refused(dataset: ByteDataset, bench: Bench, tmp_path: Path) -> None:
+def test_a_trunk_of_another_run_is_refused(dataset: TextDataset, bench: Bench, tmp_path: Path) -> None:
     save_trunk(tmp_path, bench.training, TrainingProgress())
     stranger = Bench(dataset, small_manifest(seed=99))
     try:
@@ -277,7 +277,7 @@ def test_a_corrupt_trunk_is_one_clear_sentence(bench: Bench, tmp_path: Path) -> 
         load_trunk_weights(tmp_path / "elsewhere", bench.training.model, MANIFEST.run_id)
 
 
-def test_a_micro_batch_is_tried_again_when_too_few_experts_answer(dataset: ByteDataset) -> None:
+def test_a_micro_batch_is_tried_again_when_too_few_experts_answer(dataset: TextDataset) -> None:
     bench = Bench(dataset)
     waited: list[str] = []
     bench.training.close()

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from node.averaging.replica import AveragedReplica
-    from node.data import ByteDataset
+    from node.data import TextDataset
 
 MANIFEST = small_manifest(optimizer={"lr": 1e-2, "total_tokens": 20_000})
 HANG_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     folder = tmp_path_factory.mktemp("data")
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Wasp number {n} finds jar {n % 7}." for n in range(600)))
@@ -41,7 +41,7 @@ def give_up(error: TooFewExpertsError) -> None:
 
 
 @pytest.fixture
-def new_training(dataset: ByteDataset) -> Iterator[Callable[..., Training]]:
+def new_training(dataset: TextDataset) -> Iterator[Callable[..., Training]]:
     made: list[Training] = []
 
     def make(seed: int, micro_batches: int = 2) -> Training:
@@ -80,7 +80,7 @@ def test_it_is_one_row_of_every_parameter_bias_and_moment(training: Training) ->
     assert state.learnt_R.tolist() == [training.tokens_per_step]
 
 
-def test_biases_are_averaged_and_loads_and_codes_are_not(dataset: ByteDataset) -> None:
+def test_biases_are_averaged_and_loads_and_codes_are_not(dataset: TextDataset) -> None:
     manifest = small_manifest(model={"gate_reads": "tokens", "balance": "proportional"})
     experts = LocalExperts(manifest)
     model = build_model(manifest, experts, torch.Generator().manual_seed(0))

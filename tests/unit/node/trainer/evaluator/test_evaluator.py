@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dht.view import Replica
-    from node.data import ByteDataset
+    from node.data import TextDataset
     from node.model.replica_state import ReplicaState
     from node.model.transformer import Transformer
 
@@ -52,7 +52,7 @@ PLACE = ExpertId(1, 2)
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ByteDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     folder = tmp_path_factory.mktemp("data")
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Row {n}: the square of {n % 50} is {(n % 50) ** 2}." for n in range(2000)))
@@ -119,7 +119,7 @@ def _one_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def trainer(dataset: ByteDataset, tmp_path: Path) -> Iterator[Trainer]:
+def trainer(dataset: TextDataset, tmp_path: Path) -> Iterator[Trainer]:
     experts, model = small_model()
     training = Training(MANIFEST, model, experts, dataset, StepConfig(batch=8, micro_batches=1), give_up)
     try:
@@ -133,7 +133,7 @@ def give_up(error: TooFewExpertsError) -> None:
 
 
 @pytest.fixture(scope="module")
-def better(dataset: ByteDataset) -> dict[str, torch.Tensor]:
+def better(dataset: TextDataset) -> dict[str, torch.Tensor]:
     """What 25 steps at home make of the expert."""
     experts, model = small_model()
     return train_one(experts, model.eval(), dataset, PLACE, 25)

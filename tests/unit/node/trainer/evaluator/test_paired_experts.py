@@ -12,7 +12,7 @@ from node.model.expert_file import ExpertId
 from node.model.moe import LocalExperts
 from node.trainer.evaluator.paired_experts import PairedExperts, paired_experts_model, window_gains
 from node.trainer.evaluator.sequential_test import SequentialTestConfig, decide
-from node.trainer.train_step import build_model, next_byte_loss
+from node.trainer.train_step import build_model, next_token_loss
 from tests.support.offers import present, put, weights
 from tests.support.swarm_parts import small_manifest
 
@@ -40,7 +40,7 @@ def windows(n: int) -> torch.Tensor:
 
 def losses(model: Transformer, ids: torch.Tensor) -> list[float]:
     with torch.no_grad():
-        return [float(next_byte_loss(model, window[None], torch.device("cpu"))) for window in ids]
+        return [float(next_token_loss(model, window[None], torch.device("cpu"))) for window in ids]
 
 
 def tried(model: Transformer, experts: LocalExperts, offered: dict[str, torch.Tensor], place: ExpertId) -> Transformer:

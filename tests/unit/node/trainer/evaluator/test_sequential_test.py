@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 N_WINDOWS = 400
-SPREAD = 1e-3  # nats per byte, the standard deviation of a window's gain
+SPREAD = 1e-3  # nats per token, the standard deviation of a window's gain
 SHAPES = ("normal", "heavy tails", "heavy lower tail", "documents alike")
 HARDEST = SequentialTestConfig(pilot=32, worth=0.0)  # no early way out for updates that gain nothing
 
@@ -129,7 +129,7 @@ def test_one_window_far_worse_than_all_before_rejects_an_update_that_gained() ->
     gains = [1e-4, 2e-4] * 8
     decision = decide([*gains, -1.0, *gains], 10_000, SequentialTestConfig(pilot=8))
     assert (decision.verdict, decision.n_windows) == ("reject", 17)
-    assert "a window became worse by 1 nats per byte" in decision.why
+    assert "a window became worse by 1 nats per token" in decision.why
 
 
 def test_one_window_far_better_than_all_before_does_not_make_up_for_the_others() -> None:

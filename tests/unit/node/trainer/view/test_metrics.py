@@ -29,7 +29,7 @@ def test_nothing_is_said_before_the_first_step() -> None:
 def test_the_latest_step_and_evaluation_are_served() -> None:
     collector, first = TrainerCollector(), step(1)
     later: StepEvent = replace(first, step=2, bits_per_byte=1.25, calls_failed=3)
-    for event in (first, EvalEvent(step=1, bits_per_byte=2.5, run_tokens=10), later):
+    for event in (first, EvalEvent(step=1, loss=1.7, bits_per_byte=2.5, run_tokens=10), later):
         collector.on_event(event, 0.0)
     values = scraped(collector)
     assert values["kilohive_train_bits_per_byte"] == 1.25

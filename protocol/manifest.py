@@ -190,6 +190,11 @@ class Manifest:
         """Name and hash: the same manifest has the same id everywhere. Every request carries it, so it is kept."""
         return f"{self.name}-{hashlib.sha256(self.to_toml().encode()).hexdigest()[:HASH_CHARS]}"
 
+    @property
+    def assets(self) -> tuple[Asset, ...]:
+        """The files that trainers need."""
+        return tuple(filter(None, (self.data.tokenizer_asset,)))
+
     def to_toml(self) -> str:
         """Canonical text: fields in the order of the dataclasses, without younger ones that are at their defaults."""
         table = asdict(self)

@@ -27,7 +27,7 @@ from node.model.devices import pick_device
 from node.model.expert_file import MAX_FILE_BYTES, ExpertId, expert_file, metadata_of, read_expert
 from node.trainer.evaluation import print_result
 from node.trainer.evaluator.fetch_expert import fetch_expert
-from node.trainer.run_tokenizer import open_tokenizer
+from node.trainer.run_tokenizer import fetch_tokenizer
 from protocol.identity import Identity
 from protocol.verdict import Offered
 
@@ -109,7 +109,7 @@ async def _fetch(path: Path, swarm: Swarm, place: ExpertId) -> int:
 async def _train(config: ContributeConfig, swarm: Swarm, place: ExpertId, data: bytes, stop: asyncio.Event) -> int:
     """What was learnt is in the file also if `stop` or an error ends it early."""
     torch.set_num_threads(config.threads)
-    tokenizer = open_tokenizer(swarm.manifest, config.tokenizer)
+    tokenizer = await fetch_tokenizer(swarm, config.tokenizer, config.join_timeout_s, stop)
     opening = asyncio.to_thread(
         open_dataset, config.data, cache_dir=data_cache(), seed=swarm.manifest.seed, tokenizer=tokenizer
     )

@@ -21,7 +21,7 @@ from node.membership.swarm import Swarm
 from node.model.devices import pick_device
 from node.model.transformer import bits_per_byte
 from node.trainer.dispatch.dispatcher import DispatchConfig, dispatch_over
-from node.trainer.run_tokenizer import open_tokenizer
+from node.trainer.run_tokenizer import fetch_tokenizer
 from node.trainer.sampling import sample_text
 from node.trainer.train_step import build_model, mean_nats
 from node.trainer.trunk_state import TrainingProgress, load_trunk_weights
@@ -42,6 +42,7 @@ class TrainedModel:
     """A trunk in evaluation mode over remote experts, and how far it was trained."""
 
     model: Transformer
+    swarm: Swarm
     manifest: Manifest
     progress: TrainingProgress
     device: torch.device
@@ -51,7 +52,7 @@ async def run_evaluate(config: EvaluateConfig, stop: asyncio.Event) -> None:
     """Print held-out bits per byte."""
     check_minimums(config, {"n_bytes": 1, "batch": 1, "threads": 1, "join_timeout_s": 0.1})
     async with _trained_model(config, stop) as trained:
-        tokenizer = open_tokenizer(trained.manifest, config.tokenizer)
+        tokenizer = await fetch_tokenizer(trained.swarm, config.tokenizer, config.join_timeout_s, stop)
         seed, context = trained.manifest.seed, trained.manifest.model.context
         dataset = await asyncio.to_thread(
             open_dataset, config.data, cache_dir=data_cache(), seed=seed, tokenizer=tokenizer
@@ -89,6 +90,6 @@ async def _trained_model(config: EvaluateConfig | SampleConfig, stop: asyncio.Ev
         generator = torch.Generator().manual_seed(manifest.seed)
         model = build_model(manifest, dispatcher, generator).to(device).eval()
         progress = load_trunk_weights(config.out, model, manifest.run_id)
-        yield TrainedModel(model=model, manifest=manifest, progress=progress, device=device)
+        yield TrainedModel(model=model, swarm=swarm, manifest=manifest, progress=progress, device=device)
     finally:
         await swarm.leave()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.allocator import keep_freed_memory
+from common.assets import asset_store
 from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, DrainingError
 from common.events import EventLog
@@ -25,6 +26,8 @@ from node.membership.endpoint import NodeEndpoint
 from node.membership.swarm import Swarm
 from node.model.devices import pick_device
 from node.rpc.health import server_told
+from node.trainer.asset_service import SERVICE_NAME as ASSETS
+from node.trainer.asset_service import AssetService
 from node.trainer.dispatch.dispatcher import DispatchConfig, dispatch_over
 from node.trainer.evaluator.evaluation_service import SERVICE_NAME as EVALUATION
 from node.trainer.evaluator.evaluation_service import EvaluationService
@@ -35,7 +38,7 @@ from node.trainer.evaluator.trial_builder import TrialBuilder
 from node.trainer.events import LeftOutEvent, StoppedEvent
 from node.trainer.host_wait import HostWait
 from node.trainer.progress_tracker import ProgressTracker
-from node.trainer.run_tokenizer import open_tokenizer
+from node.trainer.run_tokenizer import fetch_tokenizer
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.training_loop import TrainingLoop
 from node.trainer.training_reports import TrainingReports
@@ -50,9 +53,9 @@ from protocol.identity import Identity
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
+    from common.tokenizer import Tokenizer
     from node.data import TextDataset
     from node.trainer.config import TrainConfig
-    from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +108,8 @@ async def _train_at_one_address(config: TrainConfig, swarm: Swarm, events: Event
     try:
         await until_stopped(swarm.join(), stop)
         swarm.dht.on_lost(stop.set)
-        dataset = await asyncio.to_thread(_open_data, config, swarm.manifest)
+        tokenizer = await fetch_tokenizer(swarm, config.tokenizer, config.join_timeout_s, stop)
+        dataset = await asyncio.to_thread(_open_data, config, swarm.manifest.seed, tokenizer)
         _tell_left_out(dataset, events)
         watch = swarm.address_watch()
         async with watch.stopping(stop) as ended:
@@ -132,11 +136,8 @@ def _open_log(config: TrainConfig) -> EventLog:
     )
 
 
-def _open_data(config: TrainConfig, manifest: Manifest) -> TextDataset:
-    tokenizer = open_tokenizer(manifest, config.tokenizer)
-    return open_dataset(
-        config.data, cache_dir=data_cache(), seed=manifest.seed, strict=config.strict, tokenizer=tokenizer
-    )
+def _open_data(config: TrainConfig, seed: int, tokenizer: Tokenizer) -> TextDataset:
+    return open_dataset(config.data, cache_dir=data_cache(), seed=seed, strict=config.strict, tokenizer=tokenizer)
 
 
 def _tell_left_out(dataset: TextDataset, events: EventLog) -> None:
@@ -164,7 +165,10 @@ class Trainer:
         self._node_endpoint = NodeEndpoint(swarm, events)
         offers = OfferQueue(time.monotonic)
         peer_id, peers = swarm.identity.peer_id, swarm.directory.peers
-        services = {EVALUATION: EvaluationService(self._manifest, peer_id, offers, peers).handler()}
+        services = {
+            EVALUATION: EvaluationService(self._manifest, peer_id, offers, peers).handler(),
+            ASSETS: AssetService(self._manifest, asset_store()).handler(),
+        }
         self._sharing = TrunkSharing(config, swarm, self._training, events, self._node_endpoint, services)
         self._tracker = ProgressTracker(self._training, self._dispatcher, swarm.directory, peer_id, config.steps)
         self._loop = self._build_loop(offers)

@@ -33,7 +33,6 @@ NORM_EPS = 1e-6
 EMBEDDING_STD = 1.0
 HEAD_STD = 0.02
 MATRIX_DIMS = 2
-DOCUMENT_START = b"\n\n"  # what separates documents in the training bytes; an empty prompt begins there
 
 
 def bits_per_byte(loss_nats: float) -> float:
@@ -169,23 +168,6 @@ class Transformer(nn.Module):
         """Logits [..., V] of what the last layer gave [..., D]."""
         return F.linear(self.final_norm(x_BTD), self.head_VD)
 
-    @torch.no_grad()
-    def generate(self, prompt: bytes, n_bytes: int, temperature: float, generator: torch.Generator) -> bytes:
-        """`n_bytes` sampled after `prompt`, each from the last `context` bytes; temperature 0 takes the likeliest.
-
-        An empty prompt begins a new document. The caller chooses `eval()`; switching it here would change the mode
-        under threads that train. Sampling is on the CPU, so that a seeded CPU generator gives the same bytes anywhere.
-        """
-        if n_bytes < 0 or not (math.isfinite(temperature) and temperature >= 0):
-            raise InvalidInputError("temperature, n_bytes", f"are {temperature}, {n_bytes}; both take 0 or more")
-        text = bytearray(prompt or DOCUMENT_START)
-        n_prompt = len(text)
-        for _ in range(n_bytes):
-            window = list(text[-self.context :])
-            logits_V = self(torch.tensor([window], device=self.embedding_VD.device))[0, -1]
-            text.append(_sample(logits_V.cpu().double(), temperature, generator))
-        return bytes(text[n_prompt:])
-
 
 class DenseFfn(nn.Module):
     """D-H-D with GELU over every token: an MoE layer's interface without experts, for tests and as a dense arm."""
@@ -200,12 +182,6 @@ class DenseFfn(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         """x_ND -> y_ND."""
         return F.linear(F.gelu(F.linear(x_ND, self.in_weight, self.in_bias)), self.out_weight, self.out_bias)
-
-
-def _sample(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    return int(torch.multinomial(torch.softmax(logits_V / temperature, dim=0), 1, generator=generator))
 
 
 def _check_shape(model: ModelConfig, n_given: int) -> None:

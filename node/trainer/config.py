@@ -85,9 +85,9 @@ class EvaluateConfig(CallerConfig):
     """Score this many held-out bytes."""
     batch: int = 16
     """Score this many sequences at once."""
-    device: str = "auto"
+    device: FileOnly[str] = "auto"
     """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
-    threads: int = 1
+    threads: FileOnly[int] = 1
     """Use this many CPU threads for the trunk."""
 
 
@@ -103,9 +103,19 @@ class SampleConfig(CallerConfig):
     """Write this many bytes."""
     temperature: float = 0.8
     """Write more freely with a higher value; 0 always takes the likeliest byte."""
+    top_k: int = 0
+    """Draw among so many of the likeliest bytes; 0 among all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest bytes that are so probable together."""
+    stop: tuple[str, ...] = ()
+    """End a text before the first of these that it comes to."""
+    n: int = 1
+    """Write this many texts at once."""
     seed: int = 0
-    """Draw the bytes with this seed."""
-    device: str = "auto"
+    """Draw the bytes of the first text with this seed, of the second with the next."""
+    device: FileOnly[str] = "auto"
     """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
-    threads: int = 1
+    threads: FileOnly[int] = 1
     """Use this many CPU threads for the trunk."""
+    wait_for_experts_s: FileOnly[float] = 60.0
+    """Wait up to this many seconds in mid-text for hosts that have gone."""

@@ -185,8 +185,11 @@ COMMANDS = (
         name="sample",
         summary="let the model of a run that is up write text.",
         config=SampleConfig,
-        examples=('sample --join runs/local/swarm.toml --prompt "The city "',),
-        entry="node.trainer.evaluation:run_sample",
+        examples=(
+            'sample --join runs/local/swarm.toml --prompt "The city "',
+            'sample --join runs/local/swarm.toml --top-p 0.9 --stop "." --n 3',
+        ),
+        entry="node.trainer.sample_command:run_sample",
     ),
     Command(
         name="contribute",

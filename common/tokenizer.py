@@ -33,6 +33,9 @@ class TextStream(Protocol):
     def add(self, token: int) -> str:
         """Return what `token` completes; empty where a character is not whole yet."""
 
+    def end(self) -> str:
+        """Return what is left where no token follows: replacement characters, if anything."""
+
 
 class Tokenizer(Protocol):
     """Cuts text into tokens, and puts it together again."""
@@ -81,6 +84,9 @@ class _ByteStream:
     def add(self, token: int) -> str:
         return self._decoder.decode(bytes((token,)))
 
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
 
 class FileTokenizer:
     """The tokenizer whose file has the bytes `data`; raises DataError if it is none, or has too many tokens."""
@@ -112,9 +118,15 @@ class _FileStream:
     def __init__(self, library: tokenizers.Tokenizer) -> None:
         self._library = library
         self._stream = DecodeStream(skip_special_tokens=False)
+        self._held: list[int] = []
 
     def add(self, token: int) -> str:
-        return self._stream.step(self._library, token) or ""
+        text = self._stream.step(self._library, token) or ""
+        self._held = [] if text else [*self._held, token]
+        return text
+
+    def end(self) -> str:
+        return self._library.decode(self._held, skip_special_tokens=False)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:

@@ -9,7 +9,7 @@ trainer reads on exactly where it stopped, and any number of threads may read at
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,9 @@ def open_dataset(
             documents=partial(read_documents, corpus), tokenizer=tokenizer or ByteTokenizer(), strict=strict, tell=tell
         )
         mapped = cached_corpus(cache_dir, corpus, split, reading)
-    dataset = TextDataset(corpus=corpus, index=mapped.index, train=mapped.train, held_out=mapped.held_out)
+    dataset = TextDataset(
+        corpus=corpus, index=mapped.index, train=mapped.train, held_out=mapped.held_out, tokenizer=reading.tokenizer
+    )
     for problem in dataset.problems():
         logger.warning("%s", problem)
     if max_bytes:
@@ -90,6 +92,7 @@ class TextDataset:
     index: Index
     train: Tokens
     held_out: Tokens
+    tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
 
     @property
     def train_bytes_per_token(self) -> float:

@@ -55,12 +55,17 @@ class TokenCodes(nn.Module):
         self.register_buffer("signs_VD", signs_VD, persistent=False)
         self.signs_VD: Tensor
 
+    @property
+    def n_back(self) -> int:
+        """How many tokens before a position's own its longest code is of."""
+        return self._lengths.stop - 2
+
     @torch.no_grad()
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Codes [N, Q, D] of ones and minus ones. Before the first position nothing is bound."""
         sign_BTD = code_BTD = F.embedding(ids_BT, self.signs_VD)
         codes = [code_BTD]
-        for back in range(1, self._lengths.stop - 1):
+        for back in range(1, self.n_back + 1):
             earlier_BTD = F.pad(sign_BTD, (0, 0, back, 0), value=1.0)[:, : ids_BT.shape[1]]
             code_BTD = code_BTD * earlier_BTD.roll(back, dims=2)
             codes.append(code_BTD)

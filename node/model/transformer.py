@@ -22,16 +22,17 @@ from common.errors import InvalidInputError, ManifestError
 from node.model.token_codes import TokenCodes, first_weights, smeared
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from protocol.manifest import ModelConfig
+
+    Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 ROPE_BASE = 10_000.0
 NORM_EPS = 1e-6
 EMBEDDING_STD = 1.0
 HEAD_STD = 0.02
 MATRIX_DIMS = 2
-DOCUMENT_START = b"\n\n"  # what separates documents in the training bytes; an empty prompt begins there
 
 
 def bits_per_byte(loss_nats: float, bytes_per_token: float = 1.0) -> float:
@@ -63,6 +64,11 @@ def rotate(x_BATC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos_TC - second * sin_TC, first * sin_TC + second * cos_TC), dim=-1)
 
 
+def attend_to_earlier(query_BATC: Tensor, key_BATC: Tensor, value_BATC: Tensor) -> Tensor:
+    """Mix values [B, A, T, C] for queries of the same T positions; position t sees positions 0..t."""
+    return F.scaled_dot_product_attention(query_BATC, key_BATC, value_BATC, is_causal=True)
+
+
 class CausalAttention(nn.Module):
     """Multi-head attention over the past with rotary positions; queries and keys are RMS-normalised per head.
 
@@ -78,15 +84,14 @@ class CausalAttention(nn.Module):
         self.query_norm = nn.RMSNorm(width // model.n_heads, eps=NORM_EPS)
         self.key_norm = nn.RMSNorm(width // model.n_heads, eps=NORM_EPS)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """x_BTD -> [B, T, D]; position t sees positions 0..t."""
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend = attend_to_earlier) -> Tensor:
+        """x_BTD -> [B, T, D]; `attend` says what a position sees. It gets queries and keys after their rotation."""
         heads = F.linear(x_BTD, self.qkv_weight).view(*x_BTD.shape[:2], 3, self.n_heads, -1)
         query_BATC, key_BATC, value_BATC = heads.permute(2, 0, 3, 1, 4)
-        mixed_BATC = F.scaled_dot_product_attention(
+        mixed_BATC = attend(
             rotate(self.query_norm(query_BATC), rotation),
             rotate(self.key_norm(key_BATC), rotation),
             value_BATC,
-            is_causal=True,
         )
         return F.linear(mixed_BATC.transpose(1, 2).flatten(2), self.out_weight)
 
@@ -101,9 +106,15 @@ class TransformerLayer(nn.Module):
         self.moe_norm = nn.RMSNorm(model.d_model, eps=NORM_EPS)
         self.moe = moe
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], code_NQD: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        code_NQD: Tensor | None = None,
+        attend: Attend = attend_to_earlier,
+    ) -> Tensor:
         """x_BTD -> [B, T, D]; `code_NQD` is what each of the gate's heads reads where they do not read x."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, attend)
         x_ND = self.moe_norm(x_BTD).flatten(0, 1)
         y_ND: Tensor = self.moe(x_ND) if code_NQD is None else self.moe(x_ND, code_NQD)
         return x_BTD + y_ND.view_as(x_BTD)
@@ -135,31 +146,27 @@ class Transformer(nn.Module):
         if ids_BT.dim() != MATRIX_DIMS or not 0 < ids_BT.shape[1] <= self.context:
             shape = tuple(ids_BT.shape)
             raise InvalidInputError("ids_BT", f"has shape {shape}; it takes (sequences, 1 to {self.context} tokens)")
-        ids_BT = ids_BT.long()
-        x_BTD = F.embedding(ids_BT, self.embedding_VD)
-        x_BTD = x_BTD if self.smear_JD is None else smeared(x_BTD, self.smear_JD)
-        code_NQD = None if self.codes is None else self.codes(ids_BT)
+        x_BTD, code_NQD = self.embedded(ids_BT.long())
         rotation = rope_rotation(ids_BT.shape[1], self.channels, x_BTD)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rotation, code_NQD)
+        return self.logits(x_BTD)
+
+    @property
+    def n_back(self) -> int:
+        """How many tokens before a position's own what `embedded` gives for it is of."""
+        smear = 0 if self.smear_JD is None else len(self.smear_JD)
+        return max(smear, 0 if self.codes is None else self.codes.n_back)
+
+    def embedded(self, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the first layer reads [B, T, D], and the codes [N, Q, D] that gates choose by, None if by x itself."""
+        x_BTD = F.embedding(ids_BT, self.embedding_VD)
+        x_BTD = x_BTD if self.smear_JD is None else smeared(x_BTD, self.smear_JD)
+        return x_BTD, None if self.codes is None else self.codes(ids_BT)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Logits [..., V] of what the last layer gave [..., D]."""
         return F.linear(self.final_norm(x_BTD), self.head_VD)
-
-    @torch.no_grad()
-    def generate(self, prompt: bytes, n_bytes: int, temperature: float, generator: torch.Generator) -> bytes:
-        """`n_bytes` sampled after `prompt`, each from the last `context` bytes; temperature 0 takes the likeliest.
-
-        An empty prompt begins a new document. The caller chooses `eval()`; switching it here would change the mode
-        under threads that train. Sampling is on the CPU, so that a seeded CPU generator gives the same bytes anywhere.
-        """
-        if n_bytes < 0 or not (math.isfinite(temperature) and temperature >= 0):
-            raise InvalidInputError("temperature, n_bytes", f"are {temperature}, {n_bytes}; both take 0 or more")
-        text = bytearray(prompt or DOCUMENT_START)
-        n_prompt = len(text)
-        for _ in range(n_bytes):
-            window = list(text[-self.context :])
-            logits_V = self(torch.tensor([window], device=self.embedding_VD.device))[0, -1]
-            text.append(_sample(logits_V.cpu().double(), temperature, generator))
-        return bytes(text[n_prompt:])
 
 
 class DenseFfn(nn.Module):
@@ -175,12 +182,6 @@ class DenseFfn(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         """x_ND -> y_ND."""
         return F.linear(F.gelu(F.linear(x_ND, self.in_weight, self.in_bias)), self.out_weight, self.out_bias)
-
-
-def _sample(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    return int(torch.multinomial(torch.softmax(logits_V / temperature, dim=0), 1, generator=generator))
 
 
 def _check_shape(model: ModelConfig, n_given: int) -> None:

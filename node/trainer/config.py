@@ -117,13 +117,25 @@ class SampleConfig(CallerConfig):
     """Take the trunk's checkpoint from this folder."""
     prompt: str = "The "
     """Go on from this text."""
-    n_bytes: int = 256
-    """Write this many bytes."""
+    tokenizer: FileOnly[str] = ""
+    """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
+    n_tokens: int = 256
+    """Write this many tokens, which are bytes unless the run has a tokenizer."""
     temperature: float = 0.8
-    """Write more freely with a higher value; 0 always takes the likeliest byte."""
+    """Write more freely with a higher value; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Draw among so many of the likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that are so probable together."""
+    stop: tuple[str, ...] = ()
+    """End a text before the first of these that it comes to."""
+    n: int = 1
+    """Write this many texts at once."""
     seed: int = 0
-    """Draw the bytes with this seed."""
+    """Draw the tokens of the first text with this seed, of the second with the next."""
     device: str = "auto"
     """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
     threads: int = 1
     """Use this many CPU threads for the trunk."""
+    wait_for_experts_s: FileOnly[float] = 60.0
+    """Wait up to this many seconds in mid-text for hosts that have gone."""

@@ -7,8 +7,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from common.errors import CheckpointError, DivergedError
+from node.model.next_token import GenerationConfig
 from node.model.transformer import bits_per_byte
-from node.trainer.sampling import SAMPLE_BYTES, SAMPLE_PROMPT, sample_text
+from node.trainer.sampling import SAMPLE_PROMPT, SAMPLE_TEMPERATURE, SAMPLE_TOKENS, sample_text
 from node.trainer.trunk_state import FILE_NAME, save_trunk, stored_step
 
 if TYPE_CHECKING:
@@ -108,9 +109,8 @@ class TrainingLoop:
         return bits_per_byte(loss, self._training.dataset.held_out_bytes_per_token)
 
     def _sample(self) -> str:
-        model, seed = self._training.model, self._config.seed
-        with self._training.trunk_lock.turn():
-            model.eval()
-            return self._training.until_enough(
-                lambda prompt: sample_text(model, prompt, SAMPLE_BYTES, 0.8, seed), SAMPLE_PROMPT
-            )
+        training = self._training
+        config = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=self._config.seed)
+        with training.trunk_lock.turn():
+            training.model.eval()
+            return sample_text(training.model, training.dataset.tokenizer, SAMPLE_PROMPT, config, training.until_enough)

@@ -30,6 +30,7 @@ BENCHMARKS = (
     "dispatch",
     "workload",
     "step",
+    "generation",
     "density",
     "joining",
     "limits",

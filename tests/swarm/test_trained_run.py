@@ -54,11 +54,11 @@ def test_evaluate_prints_the_bits_per_byte_that_training_ended_with(trained: Pro
 
 
 def test_sample_continues_the_prompt_and_repeats_with_the_seed(trained: ProcessSwarm) -> None:
-    arguments = ("sample", "--out", str(trained.folder / "trainer"), "--prompt", "Line ", "--n-bytes", "40")
-    first = run(trained, *arguments)
+    arguments = ("sample", "--out", str(trained.folder / "trainer"), "--prompt", "Line ", "--n-tokens", "40")
+    first, other = run(trained, *arguments), run(trained, *arguments, "--seed", "1")
     assert first.startswith("Line ")
-    assert run(trained, *arguments) == first
-    assert run(trained, *arguments, "--seed", "1") != first
+    assert other != first
+    assert run(trained, *arguments, "--n", "2") == f"[1 of 2]\n{first}[2 of 2]\n{other}"
 
 
 def test_status_shows_peers_and_blocks_from_the_dht_alone(trained: ProcessSwarm) -> None:

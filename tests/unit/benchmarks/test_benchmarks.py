@@ -21,6 +21,7 @@ from tests.benchmarks import (
     delayed_gradients,
     density,
     dispatch,
+    generation,
     joining,
     latency,
     latency_grid,
@@ -328,3 +329,10 @@ def test_what_an_expert_takes_is_compared_with_hivemind() -> None:
 def test_a_process_tree_has_memory() -> None:
     memory = density.tree_memory(os.getpid())
     assert 0 < memory.pss <= memory.rss
+
+
+def test_both_ways_to_generate_write_the_same() -> None:
+    model, firsts = generation.new_model(context=6), generation.prompts(3)
+    ours, theirs = (write(model, firsts, 10) for write in (generation.with_cache, generation.without_cache))
+    assert ours == theirs
+    assert [len(of_stream) for of_stream in ours] == [10] * 3

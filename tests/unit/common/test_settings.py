@@ -12,7 +12,8 @@ from node.host.config import HostConfig
 from node.host.host import MINIMUMS as HOST_MINIMUMS
 from node.host.host import run_host
 from node.trainer.config import EvaluateConfig, SampleConfig, TrainConfig
-from node.trainer.evaluation import run_evaluate, run_sample
+from node.trainer.evaluation import run_evaluate
+from node.trainer.sample_command import run_sample
 from node.trainer.trainer import MINIMUMS as TRAIN_MINIMUMS
 from node.trainer.trainer import run_trainer
 
@@ -37,6 +38,11 @@ def test_the_defaults_pass() -> None:
         (run_trainer, TrainConfig(swarm=NOWHERE, shard=2, n_shards=2), "--shard: must be below --n-shards 2, is 2"),
         (run_evaluate, EvaluateConfig(swarm=NOWHERE, batch=0), "--batch: must be 1 or more, is 0"),
         (run_sample, SampleConfig(swarm=NOWHERE, temperature=-1.0), "--temperature: must be 0 or more, is -1"),
+        (run_sample, SampleConfig(swarm=NOWHERE, top_k=-1), "--top-k: must be 0 or more, is -1"),
+        (run_sample, SampleConfig(swarm=NOWHERE, top_p=0.0), "--top-p: must be more than 0 and at most 1, is 0"),
+        (run_sample, SampleConfig(swarm=NOWHERE, n=10**9), "--n: must be at most 1024, is 1000000000"),
+        (run_sample, SampleConfig(swarm=NOWHERE, stop=("a", "")), "--stop: is empty"),
+        (run_sample, SampleConfig(swarm=NOWHERE, stop=("a\udcff",)), "--stop: is not UTF-8"),
     ],
 )
 async def test_a_number_below_its_minimum_is_one_sentence_before_anything_starts(

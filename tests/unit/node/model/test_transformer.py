@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from common.errors import InvalidInputError, ManifestError
 from node.model.gate import build_gate
+from node.model.generation import Generation, Prompt
+from node.model.next_token import GenerationConfig
 from node.model.transformer import (
     CausalAttention,
     DenseFfn,
@@ -167,8 +169,9 @@ def test_overfits_a_short_text() -> None:
         loss.backward()
         optimizer.step()
     assert bits_per_byte(float(loss_of(model, windows).detach())) < 0.4
-    said = model.generate(b"the swarm trains", 40, 0.0, seeded())
-    assert said == b" one model out of many tiny experts. the"
+    greedy = GenerationConfig(max_new_tokens=40, temperature=0.0)
+    steps = Generation(model, [Prompt(ids=b"the swarm trains", config=greedy)])
+    assert bytes(new.token for (new,) in steps) == b" one model out of many tiny experts. the"
 
 
 class _GatedFfn(nn.Module):
@@ -203,47 +206,10 @@ def test_threads_running_micro_batches_at_once_get_what_each_gets_alone() -> Non
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
-def test_generation_is_seeded_and_slides_past_the_context() -> None:
-    model = dense_model().eval()
-    first = model.generate(b"hello", 60, 0.8, seeded(1))
-    assert len(first) == 60 > TINY.context
-    assert model.generate(b"hello", 60, 0.8, seeded(1)) == first
-    assert model.generate(b"hello", 60, 0.8, seeded(2)) != first
-    # Only the last `context` bytes of a long prompt are seen.
-    tail = bytes(range(24))
-    assert model.generate(b"x" * 100 + tail, 5, 0.8, seeded()) == model.generate(tail, 5, 0.8, seeded())
-
-
-def test_temperature_zero_takes_the_likeliest_byte_and_high_temperature_spreads() -> None:
-    model = dense_model().eval()
-    likeliest = int(model(torch.tensor([list(b"ab")]))[0, -1].argmax())
-    assert model.generate(b"ab", 1, 0.0, seeded()) == bytes([likeliest])
-    assert len(set(model.generate(b"ab", 200, 100.0, seeded()))) > 100
-
-
-def test_an_empty_prompt_begins_a_document_and_no_bytes_may_be_asked_for() -> None:
-    model = dense_model().eval()
-    assert model.generate(b"", 5, 0.0, seeded()) == model.generate(b"\n\n", 5, 0.0, seeded())
-    assert model.generate(b"a", 0, 1.0, seeded()) == b""
-
-
-def test_generation_leaves_the_mode_and_the_gradients_alone() -> None:
-    model = dense_model().train()
-    model.generate(b"a", 2, 1.0, seeded())
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("shape", [(2, 25), (2, 0), (24,)])
 def test_ids_that_do_not_fit_are_refused_with_their_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidInputError, match=r"ids_BT.*1 to 24 tokens"):
         dense_model()(torch.zeros(shape, dtype=torch.int64))
-
-
-@pytest.mark.parametrize(("n_bytes", "temperature"), [(-1, 1.0), (1, -0.1), (1, math.nan), (1, math.inf)])
-def test_generation_refuses_what_it_cannot_do(n_bytes: int, temperature: float) -> None:
-    with pytest.raises(InvalidInputError, match="temperature"):
-        dense_model().generate(b"a", n_bytes, temperature, seeded())
 
 
 def test_a_model_that_cannot_be_built_is_refused() -> None:

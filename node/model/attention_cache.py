@@ -1,0 +1,159 @@
+"""Keys and values of the tokens that a model has read, so that generation reads each token once. No sockets.
+
+Several sequences are read at once, each from where it stands. The tokens of a pass are packed, one after the other and
+without padding, so that a layer's experts get them in one call and get nothing else. Attention alone is computed per
+sequence, over that sequence's own keys: what stands in others has no part in it.
+"""
+
+# Shapes: B sequences of the cache, R those that a pass reads, N tokens of a pass, T the most of one sequence,
+#         P positions of the cache, S those of a pass, W tokens of a sequence that are embedded, A attention heads,
+#         C channels of a head, D d_model, Q heads of the gate, X = R * W, V vocabulary.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name torch's own documentation uses)
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from common.errors import LimitExceededError
+from node.model.transformer import rope_rotation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from node.model.transformer import Attend, Transformer
+
+MAX_CACHE_BYTES = 1 << 32
+"""Keys and values of all sequences and layers together; more sequences are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """What a pass reads of one sequence: the ids of `window` from position `start` to before position `stop`.
+
+    `place` is the sequence's in the cache. Position 0 is the window's first token, and nothing is before it; the tokens
+    before `start` have been read.
+    """
+
+    place: int
+    window: Sequence[int]
+    start: int
+    stop: int
+
+
+class AttentionCache:
+    """Room for the keys, after their rotation, and the values of `n_sequences` windows of up to `n_positions` tokens.
+
+    What is written for a position replaces what was there, so that a pass that failed on its way can be repeated.
+    """
+
+    def __init__(self, model: Transformer, n_sequences: int, n_positions: int) -> None:
+        like = model.embedding_VD
+        n_heads = like.shape[1] // model.channels
+        per_sequence = 2 * len(model.layers) * n_positions * like.shape[1] * like.element_size()
+        if n_sequences * per_sequence > MAX_CACHE_BYTES:
+            why = f"their keys and values take {per_sequence:,} bytes each, and {MAX_CACHE_BYTES:,} in all are the most"
+            raise LimitExceededError("sequences", n_sequences, MAX_CACHE_BYTES // per_sequence, why)
+        shape = (n_sequences, n_heads, n_positions, model.channels)
+        self._keys_BAPC = [like.new_zeros(shape) for _ in model.layers]
+        self._values_BAPC = [like.new_zeros(shape) for _ in model.layers]
+        self.rotation_PC = rope_rotation(n_positions, model.channels, like)
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences that have a place."""
+        return len(self._keys_BAPC[0])
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Give up all places but these, which become places 0, 1, ... in the order that is given."""
+        for kept in (self._keys_BAPC, self._values_BAPC):
+            for layer, of_layer_BAPC in enumerate(kept):
+                kept[layer] = of_layer_BAPC[list(places)]
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, A, P, C]; may be written to."""
+        return self._keys_BAPC[layer], self._values_BAPC[layer]
+
+
+class Pass:
+    """Where each token of a pass belongs: its stretch, its column there, its position in the window.
+
+    `rotation` is that of each token, as `rotate` takes it for N sequences of one token.
+    """
+
+    def __init__(self, cache: AttentionCache, stretches: Sequence[Stretch]) -> None:
+        self._cache = cache
+        device = cache.rotation_PC[0].device
+        place_R, start_R, stop_R = torch.tensor(
+            [(of.place, of.start, of.stop) for of in stretches], device=device
+        ).unbind(1)
+        length_R = stop_R - start_R
+        self.last_R = length_R.cumsum(0) - 1
+        self.stretch_N = torch.repeat_interleave(length_R)
+        self.column_N = torch.arange(len(self.stretch_N), device=device) - (self.last_R + 1 - length_R)[self.stretch_N]
+        self.position_N = start_R[self.stretch_N] + self.column_N
+        self._place_N = place_R[self.stretch_N]
+        cos_PC, sin_PC = cache.rotation_PC
+        self.rotation = (cos_PC[self.position_N, None, None], sin_PC[self.position_N, None, None])
+        # Slices are no copies: in all steps but the first few every sequence reads, in the order of its place.
+        is_all = [of.place for of in stretches] == list(range(cache.n_sequences))
+        self._places: Tensor | slice = slice(None) if is_all else place_R
+        self._shape = (len(stretches), max(of.stop - of.start for of in stretches))
+        self._n_seen = max(of.stop for of in stretches)
+        position_RT = start_R[:, None] + torch.arange(self._shape[1], device=device)
+        self._sees_R1TS = (torch.arange(self._n_seen, device=device) <= position_RT[:, :, None])[:, None]
+
+    def attend(self, layer: int) -> Attend:
+        """What tokens see in this layer: those of their sequence that are in the cache, and themselves."""
+        keys_BAPC, values_BAPC = self._cache.of_layer(layer)
+
+        def attend(query_NA1C: Tensor, key_NA1C: Tensor, value_NA1C: Tensor) -> Tensor:
+            keys_BAPC[self._place_N, :, self.position_N] = key_NA1C[:, :, 0]
+            values_BAPC[self._place_N, :, self.position_N] = value_NA1C[:, :, 0]
+            query_RTAC = query_NA1C.new_zeros(*self._shape, *query_NA1C.shape[1::2])
+            query_RTAC[self.stretch_N, self.column_N] = query_NA1C[:, :, 0]
+            mixed_RATC = F.scaled_dot_product_attention(
+                query_RTAC.transpose(1, 2),
+                keys_BAPC[self._places, :, : self._n_seen],
+                values_BAPC[self._places, :, : self._n_seen],
+                attn_mask=self._sees_R1TS,
+            )
+            return mixed_RATC[self.stretch_N, :, self.column_N, None]
+
+        return attend
+
+
+@torch.no_grad()
+def read(model: Transformer, cache: AttentionCache, stretches: Sequence[Stretch]) -> Tensor:
+    """Logits [R, V] of what follows each stretch; the cache then has its keys and values.
+
+    They are those of `model(window[:stop])`, with each layer called once for the tokens of all stretches. What the
+    experts raise, TooFewExpertsError for one, leaves a cache for which the same pass can be repeated.
+    """
+    at = Pass(cache, stretches)
+    x_ND, code_NQD = _embedded(model, stretches, at)
+    # To a layer they are N sequences of one token each; `attend` knows which of them belong together.
+    x_N1D = x_ND[:, None]
+    for index, layer in enumerate(model.layers):
+        x_N1D = layer(x_N1D, at.rotation, code_NQD, at.attend(index))
+    return model.logits(x_N1D[at.last_R, 0])
+
+
+def _embedded(model: Transformer, stretches: Sequence[Stretch], at: Pass) -> tuple[Tensor, Tensor | None]:
+    """What the first layer [N, D] and the gates [N, Q, D] read, of a token and those before it in its window.
+
+    Windows of different lengths are padded behind their ends, where nothing that is read looks.
+    """
+    device = model.embedding_VD.device
+    firsts = [max(0, of.start - model.n_back) for of in stretches]
+    windows = [torch.tensor(of.window[first : of.stop]) for of, first in zip(stretches, firsts, strict=True)]
+    ids_RW = pad_sequence(windows, batch_first=True).to(device)
+    x_RWD, code_XQD = model.embedded(ids_RW)
+    known_R = torch.tensor([of.start - first for of, first in zip(stretches, firsts, strict=True)], device=device)
+    column_N = at.column_N + known_R[at.stretch_N]
+    x_ND = x_RWD[at.stretch_N, column_N]
+    return x_ND, None if code_XQD is None else code_XQD.unflatten(0, ids_RW.shape)[at.stretch_N, column_N]

@@ -1,0 +1,162 @@
+"""Generation: many sequences in one batch, a token each at a time, over what they have read before. No sockets.
+
+Path of a token: next_token -> **generation** -> attention_cache -> transformer -> gate -> dispatch -> hosts, and back.
+It knows ids only; `node/trainer/sampling.py` turns text into ids and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from common.errors import InvalidInputError
+from node.model.attention_cache import AttentionCache, Stretch, read
+from node.model.next_token import GenerationConfig, choose
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+    from torch import Tensor
+
+    from node.model.transformer import Transformer
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of all sequences that one pass through the model reads: long prompts are read in several."""
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One sequence to go on from, at least one id, and how it goes on."""
+
+    ids: Sequence[int]
+    config: GenerationConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewToken:
+    """The next token of the sequence that goes on from prompt `sequence`, counted from 0.
+
+    log_probability: in nats, as the model has it, before temperature, top_k and top_p.
+    finish: why it is the sequence's last one, if it is: it completes a `stop`, or is the max_new_tokens-th.
+    """
+
+    sequence: int
+    token: int
+    log_probability: float
+    finish: Finish | None
+
+
+class Generation:
+    """An iterator of steps, each with a new token for every sequence that goes on; those that are finished drop out.
+
+    No sequence has a part in another's arithmetic, and each draws from a generator of its own, so that what it says
+    does not depend on what else is in the batch (but for rounding, where products of more rows add up in another
+    order). A step calls each layer once, with the new tokens of all sequences together.
+
+    The model never sees more than its context. A sequence that reaches it loses the older half of what it has, and the
+    rest is read again as a new window, so that a token costs at most two on average. Of a prompt that is longer than
+    the context the end is read.
+
+    A step that raises TooFewExpertsError leaves everything as it was before it: the next step tries again. Experts that
+    come and go between steps change what is written from then on; what was read stays as it was read.
+
+    The caller chooses `eval()`; switching it here would change the mode under threads that train.
+    """
+
+    def __init__(self, model: Transformer, prompts: Sequence[Prompt], tokens_at_once: int = TOKENS_AT_ONCE) -> None:
+        """InvalidInputError for a prompt that has no ids or unknown ones; LimitExceededError for too many prompts."""
+        for prompt in prompts:
+            _check(prompt, len(model.embedding_VD))
+        self._model, self._tokens_at_once = model, tokens_at_once
+        self._sequences = [
+            _Sequence.of(index, prompt, model.context)
+            for index, prompt in enumerate(prompts)
+            if prompt.config.max_new_tokens
+        ]
+        # The last token that is written is never read.
+        longest = max((len(of.window) + of.config.max_new_tokens - 1 for of in self._sequences), default=1)
+        self._cache = AttentionCache(model, len(self._sequences), min(model.context, longest))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every sequence is finished."""
+        return not self._sequences
+
+    def finish(self, sequences: Sequence[int]) -> None:
+        """Go on without these, between two steps; those that are finished already are left alone."""
+        kept = [place for place, of in enumerate(self._sequences) if of.index not in sequences]
+        if len(kept) < len(self._sequences):
+            self._cache.keep(kept)
+            self._sequences = [self._sequences[place] for place in kept]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[NewToken, ...]:
+        if self.is_done:
+            raise StopIteration
+        self._read_all()
+        tokens = tuple(of.next_token() for of in self._sequences)
+        self.finish([new.sequence for new in tokens if new.finish])
+        return tokens
+
+    def _read_all(self) -> None:
+        for sequence in self._sequences:
+            sequence.slide(self._model.context)
+        while unread := [(place, of) for place, of in enumerate(self._sequences) if of.n_read < len(of.window)]:
+            share = max(1, self._tokens_at_once // len(unread))
+            stretches = [of.stretch(place, share) for place, of in unread]
+            logits_RV = read(self._model, self._cache, stretches).cpu()
+            for (_, of), stretch, logits_V in zip(unread, stretches, logits_RV, strict=True):
+                of.n_read, of.logits_V = stretch.stop, logits_V
+
+
+@dataclass(kw_only=True)
+class _Sequence:
+    """What is kept of a sequence: the window that the model sees, how much of it was read, and what follows that."""
+
+    index: int
+    config: GenerationConfig
+    window: list[int]
+    generator: torch.Generator
+    n_read: int = 0
+    logits_V: Tensor = field(default_factory=lambda: torch.empty(0))
+    written: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, index: int, prompt: Prompt, context: int) -> _Sequence:
+        generator = torch.Generator().manual_seed(prompt.config.seed)
+        return cls(index=index, config=prompt.config, window=list(prompt.ids[-context:]), generator=generator)
+
+    def slide(self, context: int) -> None:
+        """Drop the older half of a window that has outgrown the context."""
+        if len(self.window) > context:
+            self.window, self.n_read = self.window[-((context + 1) // 2) :], 0
+
+    def stretch(self, place: int, n_tokens: int) -> Stretch:
+        stop = min(len(self.window), self.n_read + n_tokens)
+        return Stretch(place=place, window=self.window, start=self.n_read, stop=stop)
+
+    def next_token(self) -> NewToken:
+        token, log_probability = choose(self.logits_V, self.config, self.generator)
+        self.window.append(token)
+        self.written.append(token)
+        return NewToken(sequence=self.index, token=token, log_probability=log_probability, finish=self._finish())
+
+    def _finish(self) -> Finish | None:
+        if any(tuple(self.written[-len(stop) :]) == stop for stop in self.config.stop):
+            return "stop"
+        return "length" if len(self.written) >= self.config.max_new_tokens else None
+
+
+def _check(prompt: Prompt, n_tokens: int) -> None:
+    if not prompt.ids:
+        raise InvalidInputError("prompt.ids", "is empty; it takes at least one token to go on from")
+    wrong = next((token for token in prompt.ids if not 0 <= token < n_tokens), None)
+    if wrong is not None:
+        raise InvalidInputError("prompt.ids", f"holds {wrong}; the model knows ids from 0 to {n_tokens - 1}")

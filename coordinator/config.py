@@ -15,6 +15,7 @@ import tyro
 from common.config import EventLogConfig
 from common.errors import ConfigError, ManifestError, RecordError
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from coordinator.pretrained import parts_of, with_defaults
 from coordinator.tokens import tokens_of
 from dht.swarm_config import SwarmChoice
 from protocol.announcements import PeerRecord
@@ -23,7 +24,7 @@ from protocol.manifest import (
     AveragingConfig,
     BalanceRule,
     Codec,
-    DataConfig,
+    ExpertKindName,
     GateInput,
     GateKind,
     GateScore,
@@ -31,6 +32,7 @@ from protocol.manifest import (
     ModelConfig,
     OptimizerConfig,
 )
+from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedDtype
 
 MOST_HEADS, FEW_HEADS = 8, 4
 """Heads of the gate of a new run, whose codes are of two tokens to five."""
@@ -66,8 +68,16 @@ class RunConfig:
     """Take tokens of this tokenizer.json, not bytes."""
     train_tokenizer: int = 0
     """Train a tokenizer of so many tokens; 0 for bytes."""
+    model: str = ""
+    """Put experts into this pretrained model: a folder, smollm2."""
+    pretrained_dtype: FileOnly[PretrainedDtype] = "fp32"
+    """Keep the pretrained model's weights in this type."""
+    unfreeze: FileOnly[tuple[str, ...]] = ()
+    """Train the pretrained model's parameters whose names begin so."""
+    expert_kind: FileOnly[ExpertKindName] = ModelConfig.expert_kind
+    """Build experts of this kind: of two layers, or a low-rank product."""
     gate: GateKind = "hash"
-    """Choose experts by this gate."""
+    """Use this gate."""
     smear: FileOnly[int] = 2
     """Add so many tokens before each to the trunk's input."""
     gate_reads: FileOnly[GateInput] = "tokens"
@@ -266,18 +276,25 @@ class ExperimentConfig:
 
 def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest:
     """The manifest that the flags describe; raises ConfigError naming what cannot be."""
+    config = with_defaults(config)
     if config.layers < 1 or config.experts < 1 or config.experts % config.layers:
         raise ConfigError(
             f"--experts {config.experts}: must be a multiple of --layers {config.layers}, the same number in each"
         )
     data, vocab_size = tokens_of(config.tokenizer) if config.tokenizer else (DataConfig(), ModelConfig.vocab_size)
+    pretrained, d_model, n_heads = PretrainedConfig(), config.d_model, config.heads
+    if config.model:
+        pretrained, data, shape = parts_of(config)
+        vocab_size, d_model, n_heads = shape.vocab_size, shape.d_model, 1
     heads = config.gate_heads or most_heads(config.experts_per_token)
     model = ModelConfig(
-        d_model=config.d_model,
+        d_model=d_model,
         n_layers=config.layers,
-        n_heads=config.heads,
+        n_heads=n_heads,
         context=config.context,
         vocab_size=vocab_size,
+        trunk="hf" if config.model else "transformer",
+        expert_kind=config.expert_kind,
         expert_hidden=config.expert_hidden,
         experts_per_layer=config.experts // config.layers,
         experts_per_block=config.experts_per_block,
@@ -309,6 +326,7 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
             optimizer=optimizer,
             averaging=config.averaging(),
             data=data,
+            pretrained=pretrained,
         )
     except ManifestError as error:
         raise ConfigError(str(error)) from None
@@ -350,7 +368,7 @@ def check_same_run(config: RunConfig, manifest: Manifest, where: str) -> None:
     default = _settings(manifest_of(type(config)(), owner="", total_tokens=1))
     held = _settings(manifest)
     for name, value in asked.items():
-        if value not in {default[name], held[name]} and name not in {"name", "owner", "optimizer.total_tokens"}:
+        if value not in (default[name], held[name]) and name not in {"name", "owner", "optimizer.total_tokens"}:
             raise ConfigError(
                 f"{name}: is {value}, but the run in {where} has {held[name]}, which cannot change; "
                 "leave that flag out, or choose another --out"

@@ -33,6 +33,7 @@ from coordinator.config import (
     read_manifest,
 )
 from coordinator.events import PeerLeaveEvent, PeerStartEvent
+from coordinator.pretrained import keep_pretrained
 from coordinator.tokens import check_training, keep_tokenizer, trained_tokenizer
 from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
@@ -90,6 +91,7 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         tokenizer = await trained_tokenizer(config, config.data, config.out, stop)
         config = replace(config, tokenizer=tokenizer, train_tokenizer=0)
     manifest = open_run(config, identity.peer_id)
+    await asyncio.to_thread(keep_pretrained, manifest, config.out, config.model)
     keep_tokenizer(manifest, config.out, config.tokenizer)
     admission = Admission(manifest.run_id, owners_token(config.out / "admission.token", create=config.admission))
     async with AsyncExitStack() as stack:

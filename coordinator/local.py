@@ -33,6 +33,7 @@ from coordinator.config import (
     read_manifest,
 )
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent
+from coordinator.pretrained import with_defaults
 from coordinator.tokens import check_training, trained_tokenizer
 from dht.socket_folder import remove_stale_folders
 from protocol.announcements import MAX_EVALUATORS
@@ -71,6 +72,7 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
     """
     claim = FolderClaim(folder=config.folder, role="local", flag="--out", lock=LOCAL_LOCK)
     wait_until_free(claim, patience_s=0.0)
+    config = with_defaults(config)
     check(config)
     with claimed(claim):
         await asyncio.to_thread(_wait_for_nodes_to_leave, config)

@@ -11,7 +11,7 @@ from common.command_line import arguments_for
 from common.errors import ConfigError, UnavailableError
 from common.vocabulary import BYTE_VALUES, MAX_TOKENIZER_BYTES, MAX_VOCABULARY
 from coordinator.children import PROGRAM, Child, ChildSpec, end_all, exit_words
-from protocol.manifest import DataConfig
+from protocol.run_assets import DataConfig
 
 if TYPE_CHECKING:
     import asyncio

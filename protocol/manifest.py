@@ -10,17 +10,20 @@ import hashlib
 import math
 import re
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from common.assets import Asset
 from common.errors import ManifestError
-from common.vocabulary import BYTE_VALUES, BYTES, MAX_TOKENIZER_BYTES, MAX_VOCABULARY
+from common.vocabulary import BYTE_VALUES, MAX_VOCABULARY
 from protocol import limits
+from protocol.run_assets import DataConfig, PretrainedConfig, check_data, check_pretrained
 from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION, VERSION, is_older, is_version
+
+if TYPE_CHECKING:
+    from common.assets import Asset
 
 MAX_TOML_BYTES = 8192
 MAX_NAME_CHARS = 48
@@ -34,11 +37,11 @@ MAX_GATE_SHORTEST = 16
 
 T = TypeVar("T")
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = re.compile(r"(0|[1-9][0-9]{0,4})/(0|[1-9][0-9]{0,8})")
 
 Codec = Literal["fp64", "fp32", "bf16", "fp16", "int8"]
 Dtype = Literal["fp32", "fp64"]
+TrunkKind = Literal["transformer", "hf"]
 GateKind = Literal["topk", "product_key", "hash"]
 GateInput = Literal["hidden", "tokens"]
 GateScore = Literal["sigmoid", "softmax"]
@@ -67,6 +70,7 @@ TRUNK = BlockId(-1, 0)
 class ModelConfig:
     """Shape of the model, trunk and grid of experts, and how the gate chooses among them.
 
+    `trunk` is a transformer of our own, or with hf a pretrained model that `PretrainedConfig` names.
     `smear` tokens before each are added to the trunk's input, each times a vector that is learnt. `gate_reads` says
     what the gate chooses by: the layer's input, or fixed codes of the tokens. Each of its `gate_heads` chooses an equal
     part of a token's experts; the first reads the code of the last `gate_shortest` tokens, the next that of one more.
@@ -79,6 +83,7 @@ class ModelConfig:
     n_heads: int = 4
     context: int = 128
     vocab_size: int = BYTE_VALUES
+    trunk: TrunkKind = "transformer"
     expert_kind: ExpertKindName = "ffn"
     expert_hidden: int = 32
     experts_per_layer: int = 512
@@ -146,24 +151,6 @@ class AveragingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a token is: a byte, or a piece of text as a file says, in the form of the library `tokenizers`.
-
-    `tokenizer` is "bytes" or the file's SHA-256 in hex digits, and `tokenizer_bytes` the file's size.
-    """
-
-    tokenizer: str = BYTES
-    tokenizer_bytes: int = 0
-
-    @property
-    def tokenizer_asset(self) -> Asset | None:
-        """The tokenizer's file; None where tokens are bytes."""
-        if self.tokenizer == BYTES:
-            return None
-        return Asset(sha256=self.tokenizer, n_bytes=self.tokenizer_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that defines a run. `owner` is the peer id of the key that signs it.
 
@@ -181,6 +168,7 @@ class Manifest:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
 
     def __post_init__(self) -> None:
         _check_manifest(self)
@@ -193,7 +181,8 @@ class Manifest:
     @property
     def assets(self) -> tuple[Asset, ...]:
         """The files that trainers need."""
-        return tuple(filter(None, (self.data.tokenizer_asset,)))
+        tokenizer = self.data.tokenizer_asset
+        return (*((tokenizer,) if tokenizer else ()), *(file.asset for file in self.pretrained.files))
 
     def to_toml(self) -> str:
         """Canonical text: fields in the order of the dataclasses, without younger ones that are at their defaults."""
@@ -222,18 +211,20 @@ class Manifest:
         optimizer = _build(OptimizerConfig, table.pop("optimizer", {}), "optimizer.")
         averaging = _build(AveragingConfig, table.pop("averaging", {}), "averaging.")
         data = _build(DataConfig, table.pop("data", {}), "data.")
+        pretrained = _build(PretrainedConfig, table.pop("pretrained", {}), "pretrained.")
         parts = {"model": model, "optimizer": optimizer, "averaging": averaging, "data": data}
-        return _build(cls, {**table, **parts}, "")
+        return _build(cls, {**table, **parts, "pretrained": pretrained}, "")
 
 
 _LATER = {
-    "model": ("smear", "gate_reads", "gate_heads", "gate_shortest", "gate_score", "balance"),
+    "model": ("trunk", "smear", "gate_reads", "gate_heads", "gate_shortest", "gate_score", "balance"),
     "optimizer": ("gate_lr_fraction",),
     "data": ("tokenizer", "tokenizer_bytes"),
+    "pretrained": ("files", "dtype", "attach", "unfreeze"),
 }
 """Fields that are younger than the first runs, whose manifests, and so their ids, must stay as they were."""
 
-_DEFAULTS = {"model": ModelConfig, "optimizer": OptimizerConfig, "data": DataConfig}
+_DEFAULTS = {"model": ModelConfig, "optimizer": OptimizerConfig, "data": DataConfig, "pretrained": PretrainedConfig}
 
 
 def parse_block_id(text: str) -> BlockId:
@@ -261,13 +252,19 @@ def _build(cls: type[T], table: object, prefix: str) -> T:
         if key not in hints:
             raise ManifestError(f"{prefix}{key}: unknown field; this run may need a newer kilohive")
         values[key] = _typed(f"{prefix}{key}", value, hints[key])
-    missing = [f.name for f in fields(cls) if f.name not in values and f.name == "name"]  # type: ignore[arg-type]
+    missing = [
+        f.name
+        for f in fields(cls)  # type: ignore[arg-type]
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING
+    ]
     if missing:
         raise ManifestError(f"{prefix}{missing[0]}: missing")
     return cls(**values)
 
 
 def _typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401 - a type, or a Literal
+    if get_origin(hint) is tuple:
+        return _typed_items(name, value, get_args(hint)[0])
     choices = get_args(hint)
     if choices:
         if value not in choices:
@@ -278,6 +275,14 @@ def _typed(name: str, value: object, hint: Any) -> object:  # noqa: ANN401 - a t
     if type(value) is not hint or (type(value) is int and abs(value) > MAX_INTEGER):
         raise ManifestError(f"{name}: must be {hint.__name__}, is {type(value).__name__} {str(value)[:60]}")
     return value
+
+
+def _typed_items(name: str, values: object, hint: Any) -> tuple[object, ...]:  # noqa: ANN401 - see _typed
+    if not isinstance(values, list):
+        raise ManifestError(f"{name}: must be a list")
+    if is_dataclass(hint):
+        return tuple(_build(cast("type[object]", hint), value, f"{name}.") for value in values)
+    return tuple(_typed(name, value, hint) for value in values)
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -296,7 +301,9 @@ def _check_manifest(manifest: Manifest) -> None:
     _check_ranges(manifest.optimizer, _OPTIMIZER_RANGES, "optimizer.")
     _check_ranges(manifest.averaging, _AVERAGING_RANGES, "averaging.")
     _check_model(manifest.model)
-    _check_data(manifest.data, manifest.model.vocab_size)
+    check_data(manifest.data, manifest.model.vocab_size)
+    model = manifest.model
+    check_pretrained(manifest.pretrained, model.trunk, model.gate, model.n_layers)
 
 
 def _check_versions(protocol_version: object, minimum_version: object) -> None:
@@ -385,16 +392,3 @@ def _check_model(model: ModelConfig) -> None:
             f"model.experts_per_layer: product keys need a square number such as 256, 1024 or 4096, "
             f"is {model.experts_per_layer}"
         )
-
-
-def _check_data(data: DataConfig, vocab_size: int) -> None:
-    if data.tokenizer == BYTES:
-        if vocab_size != BYTE_VALUES:
-            raise ManifestError(f"model.vocab_size: must be {BYTE_VALUES} where tokens are bytes, is {vocab_size}")
-        if data.tokenizer_bytes:
-            raise ManifestError(f"data.tokenizer_bytes: must be 0 where tokens are bytes, is {data.tokenizer_bytes}")
-        return
-    if not _SHA256.fullmatch(data.tokenizer):
-        raise ManifestError(f"data.tokenizer: must be {BYTES} or 64 hex digits, is {data.tokenizer[:80]!r}")
-    if not 1 <= data.tokenizer_bytes <= MAX_TOKENIZER_BYTES:
-        raise ManifestError(f"data.tokenizer_bytes: must be from 1 to {MAX_TOKENIZER_BYTES}, is {data.tokenizer_bytes}")

@@ -23,9 +23,10 @@ from experiments.arms.text import open_text
 from node.host.block_store import BlockStore
 from node.model.devices import pick_device
 from node.model.moe import LocalExperts, MoE
-from node.model.transformer import DenseFfn
-from node.trainer.train_step import StepConfig, Training, build_trunk
+from node.model.transformer import DenseFfn, Transformer
+from node.trainer.train_step import StepConfig, Training
 from node.trainer.trunk_state import TrainingProgress, load_trunk, save_trunk
+from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from node.data import TextDataset
     from node.model.experts.block import Block
     from node.model.moe import Experts
-    from node.model.transformer import Transformer
     from node.trainer.train_step import StepResult
     from protocol.manifest import Manifest
 
@@ -114,7 +114,7 @@ def trunk_with_experts(spec: TrainSpec, manifest: Manifest, experts: Experts, de
 def _trunk(
     manifest: Manifest, layers: Iterable[torch.nn.Module], generator: torch.Generator, device: torch.device
 ) -> Transformer:
-    return build_trunk(manifest, list(layers), generator).to(device)  # type: ignore[arg-type]
+    return Transformer(manifest.model, list(layers), generator).to(device, DTYPES[manifest.dtype])
 
 
 def build_training(model: Model, spec: TrainSpec, dataset: TextDataset) -> Training:

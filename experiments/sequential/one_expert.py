@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from experiments.arms.training import TrainRun
-from node.model.transformer import rope_rotation
+from node.model.rope import rope_rotation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

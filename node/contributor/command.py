@@ -27,7 +27,7 @@ from node.model.devices import pick_device
 from node.model.expert_file import MAX_FILE_BYTES, ExpertId, expert_file, metadata_of, read_expert
 from node.trainer.evaluation import print_result
 from node.trainer.evaluator.fetch_expert import fetch_expert
-from node.trainer.run_tokenizer import fetch_tokenizer
+from node.trainer.run_files import fetch_tokenizer
 from protocol.identity import Identity
 from protocol.verdict import Offered
 

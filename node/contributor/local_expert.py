@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from node.model.expert_file import ExpertId, Weights
     from node.model.experts.block import BlockGradients
     from node.model.moe import Experts, MoE
-    from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
     from protocol.manifest import Manifest
 
 
@@ -92,7 +92,7 @@ class ExpertsWithOneLocal:
 class LocalExpertSteps:
     """Steps of the expert in `layer` of `model`, whose trunk stays as it is, on `device`; the expert is on the CPU."""
 
-    def __init__(self, model: Transformer, layer: MoE, experts: ExpertsWithOneLocal, device: torch.device) -> None:
+    def __init__(self, model: Trunk, layer: MoE, experts: ExpertsWithOneLocal, device: torch.device) -> None:
         self._model, self._experts, self._device = model.eval().requires_grad_(requires_grad=False), experts, device
         # Autograd then goes from the loss down to what the expert's layer reads, and no further.
         layer.register_forward_pre_hook(self._begin)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import LimitExceededError
-from node.model.transformer import rope_rotation
+from node.model.rope import rope_rotation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from common.errors import InvalidInputError
-from node.model.attention_cache import AttentionCache, Stretch, read
+from node.model.attention_cache import Stretch
 from node.model.next_token import GenerationConfig, choose
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
 
 TOKENS_AT_ONCE = 4096
 """Tokens of all sequences that one pass through the model reads: long prompts are read in several."""
@@ -68,10 +68,10 @@ class Generation:
     The caller chooses `eval()`; switching it here would change the mode under threads that train.
     """
 
-    def __init__(self, model: Transformer, prompts: Sequence[Prompt], tokens_at_once: int = TOKENS_AT_ONCE) -> None:
+    def __init__(self, model: Trunk, prompts: Sequence[Prompt], tokens_at_once: int = TOKENS_AT_ONCE) -> None:
         """InvalidInputError for a prompt that has no ids or unknown ones; LimitExceededError for too many prompts."""
         for prompt in prompts:
-            _check(prompt, len(model.embedding_VD))
+            _check(prompt, model.vocab_size)
         self._model, self._tokens_at_once = model, tokens_at_once
         self._sequences = [
             _Sequence.of(index, prompt, model.context)
@@ -80,7 +80,7 @@ class Generation:
         ]
         # The last token that is written is never read.
         longest = max((len(of.window) + of.config.max_new_tokens - 1 for of in self._sequences), default=1)
-        self._cache = AttentionCache(model, len(self._sequences), min(model.context, longest))
+        self._cache = model.new_cache(len(self._sequences), min(model.context, longest))
 
     @property
     def is_done(self) -> bool:
@@ -111,7 +111,7 @@ class Generation:
         while unread := [(place, of) for place, of in enumerate(self._sequences) if of.n_read < len(of.window)]:
             share = max(1, self._tokens_at_once // len(unread))
             stretches = [of.stretch(place, share) for place, of in unread]
-            logits_RV = read(self._model, self._cache, stretches).cpu()
+            logits_RV = self._model.read(self._cache, stretches).cpu()
             for (_, of), stretch, logits_V in zip(unread, stretches, logits_RV, strict=True):
                 of.n_read, of.logits_V = stretch.stop, logits_V
 

@@ -19,16 +19,19 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import InvalidInputError, ManifestError
+from node.model.attention_cache import AttentionCache, read
+from node.model.rope import rope_rotation, rotate
 from node.model.token_codes import TokenCodes, first_weights, smeared
+from node.model.trunk import Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from node.model.attention_cache import Stretch
     from protocol.manifest import ModelConfig
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-ROPE_BASE = 10_000.0
 NORM_EPS = 1e-6
 EMBEDDING_STD = 1.0
 HEAD_STD = 0.02
@@ -43,25 +46,6 @@ def bits_per_byte(loss_nats: float, bytes_per_token: float = 1.0) -> float:
 def normal_parameter(shape: tuple[int, ...], std: float, generator: torch.Generator) -> nn.Parameter:
     """A parameter drawn on the CPU in float32, so that one seed gives the same start on every device and dtype."""
     return nn.Parameter(torch.randn(shape, generator=generator) * std)
-
-
-def rope_rotation(n_positions: int, n_channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary position embedding (arXiv 2104.09864), each [n_positions, n_channels / 2].
-
-    They are made per forward, not kept: they cost microseconds, and a buffer would be one more thing that `.to(dtype)`
-    rounds. Angles are taken in float64 and only then rounded to the dtype of `like`.
-    """
-    half = n_channels // 2
-    frequency = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle_TC = torch.arange(n_positions, dtype=torch.float64)[:, None] * frequency
-    return angle_TC.cos().to(like), angle_TC.sin().to(like)
-
-
-def rotate(x_BATC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (channel c, channel c + C/2) by its position's angle; shape and dtype stay."""
-    cos_TC, sin_TC = rotation
-    first, second = x_BATC.chunk(2, dim=-1)
-    return torch.cat((first * cos_TC - second * sin_TC, first * sin_TC + second * cos_TC), dim=-1)
 
 
 def attend_to_earlier(query_BATC: Tensor, key_BATC: Tensor, value_BATC: Tensor) -> Tensor:
@@ -120,7 +104,7 @@ class TransformerLayer(nn.Module):
         return x_BTD + y_ND.view_as(x_BTD)
 
 
-class Transformer(nn.Module):
+class Transformer(Trunk):
     """Tokens in, logits of the next token out.
 
     `moe_layers[i]` becomes the feed-forward part of layer i and a sub-module: its parameters are in `parameters()`.
@@ -130,7 +114,7 @@ class Transformer(nn.Module):
     def __init__(self, model: ModelConfig, moe_layers: Sequence[nn.Module], generator: torch.Generator) -> None:
         super().__init__()
         _check_shape(model, len(moe_layers))
-        self.context = model.context
+        self.context, self.vocab_size = model.context, model.vocab_size
         self.channels = model.d_model // model.n_heads
         self.moe_layers = tuple(moe_layers)
         self.embedding_VD = normal_parameter((model.vocab_size, model.d_model), EMBEDDING_STD, generator)
@@ -153,6 +137,11 @@ class Transformer(nn.Module):
         return self.logits(x_BTD)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.embedding_VD.device
+
+    @property
     def n_back(self) -> int:
         """How many tokens before a position's own what `embedded` gives for it is of."""
         smear = 0 if self.smear_JD is None else len(self.smear_JD)
@@ -163,6 +152,14 @@ class Transformer(nn.Module):
         x_BTD = F.embedding(ids_BT, self.embedding_VD)
         x_BTD = x_BTD if self.smear_JD is None else smeared(x_BTD, self.smear_JD)
         return x_BTD, None if self.codes is None else self.codes(ids_BT)
+
+    def new_cache(self, n_sequences: int, n_positions: int) -> AttentionCache:
+        """Room for what is read of so many sequences; LimitExceededError for too many."""
+        return AttentionCache(self, n_sequences, n_positions)
+
+    def read(self, cache: AttentionCache, stretches: Sequence[Stretch]) -> Tensor:
+        """Read stretches of sequences whose earlier tokens are in `cache`; see `attention_cache.read`."""
+        return read(self, cache, stretches)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits [..., V] of what the last layer gave [..., D]."""

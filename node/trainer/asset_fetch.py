@@ -6,13 +6,13 @@ the hash: where it has not, and more than one trainer sent of it, the last one i
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
 import grpc
 
-from common.assets import asset_of
-from common.errors import InvalidInputError, KilohiveError, UnavailableError
+from common.errors import DataError, InvalidInputError, KilohiveError, UnavailableError
 from common.text import peer_words, short_id
 from node.rpc.call_errors import rebuilt_error
 from node.rpc.channels import OPEN_TIMEOUT_S
@@ -24,7 +24,7 @@ from protocol.parsing import parse_message
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from common.assets import Asset
+    from common.assets import Asset, AssetStore
     from node.rpc.security import Caller
     from protocol.endpoints import Address
 
@@ -39,38 +39,44 @@ PIECE_TIMEOUT_S = 30.0
 class AssetFetch:
     """One file on its way. `tell` is called with the bytes that are here."""
 
-    def __init__(self, caller: Caller, run_id: str, asset: Asset, tell: Callable[[int], None]) -> None:
-        self._caller, self._run_id, self._asset, self._tell = caller, run_id, asset, tell
-        self._taken = bytearray()
+    def __init__(
+        self, caller: Caller, run_id: str, asset: Asset, store: AssetStore, tell: Callable[[int], None]
+    ) -> None:
+        self._caller, self._run_id, self._asset, self._store, self._tell = caller, run_id, asset, store, tell
+        self._part = store.part(asset)
 
-    async def fetch(self, sources: Iterable[Address]) -> bytes:
-        """The file. What came stays for the next call. Raises UnavailableError if none of `sources` has it."""
+    async def fetch(self, sources: Iterable[Address]) -> None:
+        """Have the file in the store. What came stays there for the next call, also one of another process.
+
+        Raises UnavailableError if none of `sources` has it, DataError if it cannot be written.
+        """
         problem = "there is no trainer"
         for source in sources:
             try:
                 return await self._from(source)
+            except DataError:
+                raise
             except KilohiveError as error:
                 problem = f"{short_id(source.peer_id)}: {peer_words(str(error), MAX_WHY_CHARS)}"
                 logger.info("The file %s does not come from %s", self._asset, problem)
         raise UnavailableError(f"no trainer sends the file {self._asset}; the last answer: {problem}")
 
-    async def _from(self, source: Address) -> bytes:
-        began_with = len(self._taken)
-        data = await self._rest_from(source)
-        if asset_of(data) != self._asset and began_with:
-            data = await self._rest_from(source)
-        if asset_of(data) != self._asset:
-            raise InvalidInputError("sha256", "is not that of what was sent")
-        return data
+    async def _from(self, source: Address) -> None:
+        began_with = self._n_taken()
+        await self._rest_from(source)
+        if await asyncio.to_thread(self._store.adopt, self._asset):
+            return
+        if began_with:
+            await self._rest_from(source)
+            if await asyncio.to_thread(self._store.adopt, self._asset):
+                return
+        raise InvalidInputError("sha256", "is not that of what was sent")
 
-    async def _rest_from(self, source: Address) -> bytes:
-        """What is here and all that is missing; nothing is here any more after that."""
+    async def _rest_from(self, source: Address) -> None:
         async with await self._caller.open(source, OPEN_TIMEOUT_S) as channel:
             call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(PATH)
-            while len(self._taken) < self._asset.n_bytes:
-                request = pb.AssetRequest(
-                    run_id=self._run_id, sha256=bytes.fromhex(self._asset.sha256), offset=len(self._taken)
-                )
+            while (n_taken := self._n_taken()) < self._asset.n_bytes:
+                request = pb.AssetRequest(run_id=self._run_id, sha256=bytes.fromhex(self._asset.sha256), offset=n_taken)
                 try:
                     raw: bytes = await call(
                         request.SerializeToString(),
@@ -79,14 +85,17 @@ class AssetFetch:
                     )
                 except grpc.aio.AioRpcError as error:
                     raise rebuilt_error(error.code(), error.details(), error.trailing_metadata()) from None
-                self._take(parse_message(pb.AssetPiece, raw, "piece").data)
-        data = bytes(self._taken)
-        self._taken.clear()
-        return data
+                piece = parse_message(pb.AssetPiece, raw, "piece").data
+                most = min(MAX_PIECE_BYTES, self._asset.n_bytes - n_taken)
+                if not 0 < len(piece) <= most:
+                    raise InvalidInputError("piece", f"has {len(piece)} bytes, must have 1 to {most}")
+                await asyncio.to_thread(self._store.gather, self._asset, piece)
+                self._tell(n_taken + len(piece))
 
-    def _take(self, piece: bytes) -> None:
-        most = min(MAX_PIECE_BYTES, self._asset.n_bytes - len(self._taken))
-        if not 0 < len(piece) <= most:
-            raise InvalidInputError("piece", f"has {len(piece)} bytes, must have 1 to {most}")
-        self._taken += piece
-        self._tell(len(self._taken))
+    def _n_taken(self) -> int:
+        """Bytes that are here; too many of them, of whatever, count as none."""
+        n_bytes = self._part.stat().st_size if self._part.exists() else 0
+        if n_bytes > self._asset.n_bytes:
+            self._part.unlink()
+            return 0
+        return n_bytes

@@ -12,7 +12,7 @@ from common.settings import check_minimums
 from common.tasks import until_stopped
 from node.data import open_dataset
 from node.model.transformer import bits_per_byte
-from node.trainer.run_tokenizer import fetch_tokenizer
+from node.trainer.run_files import fetch_tokenizer
 from node.trainer.train_step import mean_nats
 from node.trainer.trained_model import trained_model
 

@@ -13,7 +13,7 @@ from common.tasks import until_stopped
 from common.text import printable
 from node.model.next_token import GenerationConfig
 from node.trainer.host_wait import PatientWait
-from node.trainer.run_tokenizer import fetch_tokenizer
+from node.trainer.run_files import fetch_tokenizer
 from node.trainer.sampling import TextWriter
 from node.trainer.trained_model import trained_model
 

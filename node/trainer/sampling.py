@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from common.tokenizer import TextStream, Tokenizer
     from node.model.generation import NewToken
     from node.model.next_token import GenerationConfig
-    from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
 
     NewTokens = tuple[NewToken, ...]
     UntilEnough = Callable[[Callable[[Generation], NewTokens], Generation], NewTokens]
@@ -86,7 +86,7 @@ class TextWriter:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Trunk,
         tokenizer: Tokenizer,
         prompts: Sequence[tuple[bytes, GenerationConfig]],
         until_enough: UntilEnough,
@@ -122,7 +122,7 @@ class TextWriter:
 
 
 def sample_text(
-    model: Transformer, tokenizer: Tokenizer, prompt: bytes, config: GenerationConfig, until_enough: UntilEnough
+    model: Trunk, tokenizer: Tokenizer, prompt: bytes, config: GenerationConfig, until_enough: UntilEnough
 ) -> str:
     """Prompt and continuation; bytes that are not UTF-8 become replacement characters."""
     steps = TextWriter(model, tokenizer, [(prompt, config)], until_enough)

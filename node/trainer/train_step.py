@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from node.data import TextDataset
     from node.model.moe import Experts
+    from node.model.trunk import Trunk
     from protocol.manifest import Manifest
 
 MAX_STEPS_LEFT_OUT = 10
@@ -82,7 +83,7 @@ class Training:
     def __init__(
         self,
         manifest: Manifest,
-        model: Transformer,
+        model: Trunk,
         experts: Experts,
         dataset: TextDataset,
         config: StepConfig,
@@ -271,7 +272,7 @@ def _raise_first(done: Iterable[Future[R]]) -> None:
         future.result()
 
 
-def next_token_loss(model: Transformer, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+def next_token_loss(model: Trunk, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Mean cross-entropy, in nats per token, of windows [B, T + 1]."""
     ids = ids.to(device)
     logits_BTV = model(ids[:, :-1])
@@ -279,18 +280,25 @@ def next_token_loss(model: Transformer, ids: torch.Tensor, device: torch.device)
 
 
 @torch.no_grad()
-def mean_nats(model: Transformer, batches: Iterable[torch.Tensor], device: torch.device) -> float:
+def mean_nats(model: Trunk, batches: Iterable[torch.Tensor], device: torch.device) -> float:
     """Nats per token over windows [B, T + 1], one batch after the other."""
     sums = [(float(next_token_loss(model, ids, device)) * ids[:, 1:].numel(), ids[:, 1:].numel()) for ids in batches]
     return sum(nats for nats, _ in sums) / sum(n for _, n in sums)
 
 
-def build_model(manifest: Manifest, experts: Experts, generator: torch.Generator) -> Transformer:
+def build_model(manifest: Manifest, experts: Experts, generator: torch.Generator) -> Trunk:
     """The trunk with gates of its own around a run's experts."""
     layers = [MoE(build_gate(manifest.model, generator), experts, layer) for layer in range(manifest.model.n_layers)]
     return build_trunk(manifest, layers, generator)
 
 
-def build_trunk(manifest: Manifest, layers: Sequence[MoE], generator: torch.Generator) -> Transformer:
-    """The trunk around `layers`, in the run's dtype."""
+def build_trunk(manifest: Manifest, layers: Sequence[MoE], generator: torch.Generator) -> Trunk:
+    """The trunk around `layers`, in the run's dtype; DataError where a pretrained one is not on this machine."""
+    if manifest.model.trunk == "hf":
+        # These bring the library `transformers`, which takes a second, and few runs need it.
+        from node.model.pretrained import PretrainedTrunk  # noqa: PLC0415
+        from node.model.pretrained_files import language_model  # noqa: PLC0415
+
+        pretrained = language_model(manifest.pretrained)
+        return PretrainedTrunk(manifest, pretrained, layers, generator).to(DTYPES[manifest.dtype])
     return Transformer(manifest.model, layers, generator).to(DTYPES[manifest.dtype])

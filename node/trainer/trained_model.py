@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncIterator
 
-    from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
     from node.trainer.config import EvaluateConfig, SampleConfig
     from protocol.manifest import Manifest
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class TrainedModel:
     """A trunk in evaluation mode over remote experts, and how far it was trained."""
 
-    model: Transformer
+    model: Trunk
     swarm: Swarm
     manifest: Manifest
     dispatcher: Dispatcher

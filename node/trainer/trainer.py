@@ -38,7 +38,7 @@ from node.trainer.evaluator.trial_builder import TrialBuilder
 from node.trainer.events import LeftOutEvent, StoppedEvent
 from node.trainer.host_wait import HostWait
 from node.trainer.progress_tracker import ProgressTracker
-from node.trainer.run_tokenizer import fetch_tokenizer
+from node.trainer.run_files import fetch_tokenizer
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.training_loop import TrainingLoop
 from node.trainer.training_reports import TrainingReports

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
     from node.trainer.train_step import Training
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def load_trunk(folder: Path, training: Training) -> TrainingProgress | None:
     return progress
 
 
-def load_trunk_weights(folder: Path, model: Transformer, run_id: str) -> TrainingProgress:
+def load_trunk_weights(folder: Path, model: Trunk, run_id: str) -> TrainingProgress:
     """Weights only, for evaluation and sampling; raises CheckpointError if there is no checkpoint."""
     stored = read_checkpoint(folder / FILE_NAME)
     if stored is None:
@@ -105,7 +105,7 @@ def load_trunk_weights(folder: Path, model: Transformer, run_id: str) -> Trainin
 
 
 def _restore_model(
-    folder: Path, model: Transformer, run_id: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+    folder: Path, model: Trunk, run_id: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> TrainingProgress:
     where = folder / FILE_NAME
     if metadata.get("run_id") != run_id:

@@ -20,7 +20,8 @@ from protocol import assets_pb2 as pb
 from protocol.endpoints import Address
 from protocol.identity import Identity
 from protocol.limits import MAX_PIECE_BYTES
-from protocol.manifest import DataConfig, Manifest, ModelConfig
+from protocol.manifest import Manifest, ModelConfig
+from protocol.run_assets import DataConfig
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -66,8 +67,13 @@ async def trainers() -> AsyncIterator[Trainers]:
         yield Trainers(stack)
 
 
-def new_fetch(told: list[int] | None = None) -> AssetFetch:
-    return AssetFetch(READER, MANIFEST.run_id, ASSET, (told if told is not None else []).append)
+@pytest.fixture
+def store(tmp_path: Path) -> AssetStore:
+    return AssetStore(tmp_path / "mine")
+
+
+def new_fetch(store: AssetStore, told: list[int] | None = None) -> AssetFetch:
+    return AssetFetch(READER, MANIFEST.run_id, ASSET, store, (told if told is not None else []).append)
 
 
 async def false_piece(request: pb.AssetRequest, _timeout_s: float) -> pb.AssetPiece:
@@ -86,50 +92,69 @@ async def one_true_piece(request: pb.AssetRequest, _timeout_s: float) -> pb.Asse
     return pb.AssetPiece(data=DATA[:MAX_PIECE_BYTES])
 
 
-async def test_a_file_comes_piece_by_piece(trainers: Trainers, tmp_path: Path) -> None:
+async def test_a_file_comes_piece_by_piece(trainers: Trainers, store: AssetStore, tmp_path: Path) -> None:
     told: list[int] = []
-    assert await new_fetch(told).fetch([await trainers.with_file(tmp_path)]) == DATA
+    await new_fetch(store, told).fetch([await trainers.with_file(tmp_path)])
+    assert store.find(ASSET) == DATA
     assert told == [MAX_PIECE_BYTES, 2 * MAX_PIECE_BYTES, len(DATA)]
 
 
-async def test_it_goes_on_with_another_trainer_where_one_breaks_off(trainers: Trainers, tmp_path: Path) -> None:
+async def test_it_goes_on_with_another_trainer_where_one_breaks_off(
+    trainers: Trainers, store: AssetStore, tmp_path: Path
+) -> None:
     told: list[int] = []
     sources = [await trainers.answering(one_true_piece), await trainers.with_file(tmp_path)]
-    assert await new_fetch(told).fetch(sources) == DATA
+    await new_fetch(store, told).fetch(sources)
+    assert store.find(ASSET) == DATA
     assert told == [MAX_PIECE_BYTES, 2 * MAX_PIECE_BYTES, len(DATA)]
 
 
-async def test_what_came_is_kept_for_the_next_try(trainers: Trainers, tmp_path: Path) -> None:
+async def test_what_came_is_kept_for_the_next_try(trainers: Trainers, store: AssetStore, tmp_path: Path) -> None:
     told: list[int] = []
-    fetch = new_fetch(told)
+    fetch = new_fetch(store, told)
     with pytest.raises(UnavailableError, match=r"no trainer sends the file .*: this trainer leaves"):
         await fetch.fetch([await trainers.answering(one_true_piece)])
-    assert await fetch.fetch([await trainers.with_file(tmp_path)]) == DATA
+    await fetch.fetch([await trainers.with_file(tmp_path)])
+    assert store.find(ASSET) == DATA
     assert told[1] == 2 * MAX_PIECE_BYTES
 
 
 @pytest.mark.parametrize("lie", [false_piece, one_false_piece])
 async def test_false_bytes_are_not_believed_and_cost_no_honest_trainer_its_name(
-    trainers: Trainers, tmp_path: Path, lie: Callable[[pb.AssetRequest, float], Awaitable[pb.AssetPiece]]
+    trainers: Trainers,
+    store: AssetStore,
+    tmp_path: Path,
+    lie: Callable[[pb.AssetRequest, float], Awaitable[pb.AssetPiece]],
 ) -> None:
     sources = [await trainers.answering(lie), await trainers.with_file(tmp_path)]
-    assert await new_fetch().fetch(sources) == DATA
+    await new_fetch(store).fetch(sources)
+    assert store.find(ASSET) == DATA
 
 
-async def test_where_all_lie_the_last_answer_is_told(trainers: Trainers) -> None:
+async def test_where_all_lie_the_last_answer_is_told(trainers: Trainers, store: AssetStore) -> None:
     with pytest.raises(UnavailableError, match=r"no trainer sends.*sha256: is not that of what was sent"):
-        await new_fetch().fetch([await trainers.answering(false_piece)])
+        await new_fetch(store).fetch([await trainers.answering(false_piece)])
     with pytest.raises(UnavailableError, match="there is no trainer"):
-        await new_fetch().fetch([])
+        await new_fetch(store).fetch([])
+
+
+async def test_too_many_bytes_that_another_process_left_count_as_none(
+    trainers: Trainers, store: AssetStore, tmp_path: Path
+) -> None:
+    store.gather(ASSET, DATA + b"!")
+    await new_fetch(store).fetch([await trainers.with_file(tmp_path)])
+    assert store.find(ASSET) == DATA
 
 
 @pytest.mark.parametrize("n_bytes", [0, MAX_PIECE_BYTES + 1])
-async def test_a_piece_that_is_empty_or_too_long_is_refused(trainers: Trainers, n_bytes: int) -> None:
+async def test_a_piece_that_is_empty_or_too_long_is_refused(
+    trainers: Trainers, store: AssetStore, n_bytes: int
+) -> None:
     async def read(_request: pb.AssetRequest, _timeout_s: float) -> pb.AssetPiece:
         return pb.AssetPiece(data=bytes(n_bytes))
 
     with pytest.raises(UnavailableError, match=rf"piece: has {n_bytes} bytes, must have 1 to {MAX_PIECE_BYTES}"):
-        await new_fetch().fetch([await trainers.answering(read)])
+        await new_fetch(store).fetch([await trainers.answering(read)])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from node.trainer.evaluator.sequential_test import SequentialTest, SequentialTes
 
 if TYPE_CHECKING:
     from node.data import TextDataset
-    from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
     from node.trainer.evaluator.sequential_test import Decision
     from protocol.manifest import ModelConfig
 
@@ -35,7 +35,7 @@ def config_of(model: ModelConfig, number: int) -> SequentialTestConfig:
 class HeldOutTrial:
     """Runs `model` (of `paired_experts_model`) over held-out text, `batch` windows at once, each with both experts."""
 
-    def __init__(self, model: Transformer, dataset: TextDataset, config: SequentialTestConfig, batch: int) -> None:
+    def __init__(self, model: Trunk, dataset: TextDataset, config: SequentialTestConfig, batch: int) -> None:
         """Raises InvalidInputError if the text has no more windows than the test's pilot."""
         self._model, self._dataset, self._batch = model, dataset, batch
         n_windows = dataset.n_held_out(model.context)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from node.model.expert_file import ExpertId, Weights
     from node.model.moe import Experts
-    from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
     from protocol.manifest import Manifest
 
 
@@ -75,9 +75,7 @@ class PairedExperts:
         return torch.cat([self._kind.apply(w, of[None])[0] for w, of in zip(each, rows, strict=True)])
 
 
-def paired_experts_model(
-    manifest: Manifest, trunk: Mapping[str, torch.Tensor], paired_experts: PairedExperts
-) -> Transformer:
+def paired_experts_model(manifest: Manifest, trunk: Mapping[str, torch.Tensor], paired_experts: PairedExperts) -> Trunk:
     """A trunk of its own whose state is `trunk`, for `window_gains`: training goes on meanwhile."""
     generator = torch.Generator().manual_seed(0)
     model = build_model(manifest, paired_experts, generator)
@@ -86,9 +84,9 @@ def paired_experts_model(
 
 
 @torch.no_grad()
-def window_gains(model: Transformer, ids: torch.Tensor) -> list[float]:
+def window_gains(model: Trunk, ids: torch.Tensor) -> list[float]:
     """Return each window's [B, T + 1] gain: the present expert's loss less the offered one's, nats per token."""
-    twice = torch.cat((ids, ids)).to(model.embedding_VD.device)
+    twice = torch.cat((ids, ids)).to(model.device)
     logits_NV = model(twice[:, :-1]).flatten(0, 1)
     losses_N = functional.cross_entropy(logits_NV, twice[:, 1:].flatten(), reduction="none")
     present_B, offered_B = losses_N.double().view(2, len(ids), -1).mean(2)

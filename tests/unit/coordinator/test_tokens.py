@@ -13,7 +13,7 @@ from common.errors import ConfigError, DataError, UnavailableError
 from common.tokenizer import FileTokenizer
 from coordinator.config import CoordinatorConfig, LocalConfig, check_same_run, manifest_of
 from coordinator.tokens import check_training, keep_tokenizer, trained_tokenizer
-from protocol.manifest import DataConfig
+from protocol.run_assets import DataConfig
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:

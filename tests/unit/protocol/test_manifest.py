@@ -12,13 +12,13 @@ from protocol.manifest import (
     TRUNK,
     AveragingConfig,
     BlockId,
-    DataConfig,
     Manifest,
     ModelConfig,
     OptimizerConfig,
     all_blocks,
     parse_block_id,
 )
+from protocol.run_assets import DataConfig
 from protocol.version import VERSION, is_older
 
 OLD_RUN_ID = "a-35d6546a7d67df7a717d5d92bbb8cbe5"

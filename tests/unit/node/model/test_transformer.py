@@ -14,13 +14,13 @@ from common.errors import InvalidInputError, ManifestError
 from node.model.gate import build_gate
 from node.model.generation import Generation, Prompt
 from node.model.next_token import GenerationConfig
+from node.model.rope import rope_rotation
 from node.model.transformer import (
     CausalAttention,
     DenseFfn,
     Transformer,
     TransformerLayer,
     bits_per_byte,
-    rope_rotation,
 )
 from protocol.manifest import ModelConfig
 

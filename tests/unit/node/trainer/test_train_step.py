@@ -200,7 +200,7 @@ def test_a_resumed_training_of_a_younger_manifest_goes_on_exactly(dataset: TextD
 def test_a_gate_learns_at_its_own_part_of_the_rate(dataset: TextDataset, fraction: float) -> None:
     manifest = replace(RECIPE, optimizer=replace(RECIPE.optimizer, gate_lr_fraction=fraction))
     bench = Bench(dataset, manifest)
-    parameters = [next(bench.training.moe_layers[0].gate.parameters()), bench.training.model.head_VD]
+    parameters = [next(bench.training.moe_layers[0].gate.parameters()), bench.training.model.get_parameter("head_VD")]
     before = [p.detach().clone() for p in parameters]
     lr = bench.training.step().lr
     moved_gate, moved_head = ((p.detach() - was).abs().max() for p, was in zip(parameters, before, strict=True))

@@ -12,12 +12,14 @@ from node.model.expert_file import ExpertId
 from node.model.moe import LocalExperts
 from node.trainer.evaluator.paired_experts import PairedExperts, paired_experts_model, window_gains
 from node.trainer.evaluator.sequential_test import SequentialTestConfig, decide
-from node.trainer.train_step import build_model, next_token_loss
+from node.trainer.train_step import next_token_loss
 from tests.support.offers import present, put, weights
 from tests.support.swarm_parts import small_manifest
+from tests.support.transformers import transformer_of
 
 if TYPE_CHECKING:
     from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
 
 MANIFEST = small_manifest(dtype="fp64", codec="fp64")
 PLACE = ExpertId(0, 5)
@@ -31,7 +33,7 @@ def experts() -> LocalExperts:
 @pytest.fixture
 def model(experts: LocalExperts) -> Transformer:
     generator = torch.Generator().manual_seed(1)
-    return build_model(MANIFEST, experts, generator).eval()
+    return transformer_of(MANIFEST, experts, generator).eval()
 
 
 def windows(n: int) -> torch.Tensor:
@@ -43,7 +45,7 @@ def losses(model: Transformer, ids: torch.Tensor) -> list[float]:
         return [float(next_token_loss(model, window[None], torch.device("cpu"))) for window in ids]
 
 
-def tried(model: Transformer, experts: LocalExperts, offered: dict[str, torch.Tensor], place: ExpertId) -> Transformer:
+def tried(model: Transformer, experts: LocalExperts, offered: dict[str, torch.Tensor], place: ExpertId) -> Trunk:
     paired_experts = PairedExperts(experts, place, present(experts, place), offered, MANIFEST)
     return paired_experts_model(MANIFEST, model.state_dict(), paired_experts)
 

@@ -25,25 +25,33 @@ logger = logging.getLogger(__name__)
 
 SHOWN_AFTER_S = 2.0
 ASK_AGAIN_S = 1.0
+REMEDY = (
+    "Name a tokenizer's file in the setting tokenizer; a pretrained model comes here by `coordinator --model`, or from "
+    "a trainer that has it"
+)
 
 
 async def fetch_tokenizer(swarm: Swarm, given: str, timeout_s: float, stop: asyncio.Event) -> Tokenizer:
     """The run's tokenizer as `open_tokenizer` finds it, or else from one of the run's trainers.
 
-    Raises what `open_tokenizer` does, DataError too if no trainer sends it within `timeout_s`.
+    The run's other files are fetched too: once this returns, all are on this machine. Raises what `open_tokenizer`
+    does, DataError too if no trainer sends a file within `timeout_s`.
     """
-    asset = swarm.manifest.data.tokenizer_asset
-    if asset is not None and not given and asset_store().find(asset) is None:
-        data = await until_stopped(_fetched(swarm, asset, timeout_s), stop)
-        await asyncio.to_thread(asset_store().add, data)
+    tokenizer = swarm.manifest.data.tokenizer_asset
+    for asset in swarm.manifest.assets:
+        if asset == tokenizer and given:
+            continue
+        if not await asyncio.to_thread(asset_store().holds, asset):
+            await until_stopped(_fetch(swarm, asset, timeout_s), stop)
     return await asyncio.to_thread(open_tokenizer, swarm.manifest, given)
 
 
-async def _fetched(swarm: Swarm, asset: Asset, timeout_s: float) -> bytes:
-    logger.info("Asking the run's trainers for its tokenizer %s", asset)
+async def _fetch(swarm: Swarm, asset: Asset, timeout_s: float) -> None:
+    logger.info("Asking the run's trainers for the file %s", asset)
+    run_id, caller, store = swarm.manifest.run_id, swarm.security.caller(), asset_store()
     with progress_shown(asset.n_bytes, SHOWN_AFTER_S) as tell:
-        words = f"fetching the tokenizer, {asset.n_bytes / 1e6:.1f} MB"
-        fetch = AssetFetch(swarm.security.caller(), swarm.manifest.run_id, asset, lambda done: tell(done, words))
+        of_bytes = f"of {asset.n_bytes / 1e6:.1f} MB of {asset.sha256[:12]}"
+        fetch = AssetFetch(caller, run_id, asset, store, lambda done: tell(done, f"{done / 1e6:.1f} {of_bytes}"))
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             own = swarm.identity.peer_id
@@ -52,7 +60,7 @@ async def _fetched(swarm: Swarm, asset: Asset, timeout_s: float) -> bytes:
                 return await fetch.fetch(sources)
             except UnavailableError as error:
                 if asyncio.get_running_loop().time() >= deadline:
-                    raise DataError(f"{error}. Name its file in the setting tokenizer.") from None
+                    raise DataError(f"{error}. {REMEDY}") from None
             await asyncio.sleep(ASK_AGAIN_S)
 
 

@@ -9,8 +9,9 @@ import pytest
 from common.assets import asset_of, asset_store
 from common.errors import ConfigError, DataError
 from common.tokenizer import ByteTokenizer
-from node.trainer.run_tokenizer import open_tokenizer
-from protocol.manifest import DataConfig, Manifest, ModelConfig
+from node.trainer.run_files import open_tokenizer
+from protocol.manifest import Manifest, ModelConfig
+from protocol.run_assets import DataConfig
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -1,0 +1,106 @@
+"""A run around a pretrained model: what its manifest says of the model, and where trainers of this machine find it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from common.assets import asset_of, asset_of_file, asset_store
+from common.atomic_file import write_atomically
+from common.errors import ConfigError
+from common.pretrained_source import PretrainedShape, PretrainedSource, find_pretrained, shape_of
+from coordinator.tokens import FILE_NAME
+from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from coordinator.config import RunConfig
+    from protocol.manifest import Manifest
+
+C = TypeVar("C", bound="RunConfig")
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS: Final[dict[str, Any]] = {
+    "layers": 4,
+    "expert_kind": "lora",
+    "expert_hidden": 2,
+    "experts_per_token": 8,
+    "gate": "topk",
+    "gate_reads": "hidden",
+    "gate_heads": 1,
+    "gate_score": "sigmoid",
+    "gate_lr_fraction": 1.0,
+    "smear": 0,
+    "balance": "sign",
+    "balance_rate": 5e-3,
+    "lr": 0.03,
+    "expert_lr": 0.03,
+    "warmup_tokens": 1400,
+    "steps": 110,
+    "batch": 1,
+}
+"""What a setting that was left at its default is in a run around a pretrained model: `experiment adapters` found it."""
+
+
+def with_defaults(config: C) -> C:
+    """`config` with the defaults of such a run, if it is one."""
+    if not config.model:
+        return config
+    usual = type(config)()
+    known = {field.name for field in fields(config)} & DEFAULTS.keys()
+    return replace(config, **{name: DEFAULTS[name] for name in known if getattr(config, name) == getattr(usual, name)})
+
+
+@lru_cache(maxsize=1)
+def described(name: str) -> tuple[PretrainedSource, PretrainedShape, tuple[PretrainedFile, ...]]:
+    """The model that a person calls `name`, its shape, and its files as a manifest has them. Raises ConfigError."""
+    logger.info("Reading the pretrained model %s", name)
+    source = find_pretrained(name)
+    shape = shape_of(source)
+    files = []
+    for file in source.names:
+        try:
+            asset = asset_of_file(source.folder / file)
+        except OSError as error:
+            raise ConfigError(f"--model {source.folder / file}: cannot be read: {error.strerror or error}") from None
+        files.append(PretrainedFile(name=file, sha256=asset.sha256, n_bytes=asset.n_bytes))
+    return source, shape, tuple(files)
+
+
+def parts_of(config: RunConfig) -> tuple[PretrainedConfig, DataConfig, PretrainedShape]:
+    """What a manifest says of the model and of its tokens, which are the model's own. Raises ConfigError."""
+    if config.tokenizer or config.train_tokenizer:
+        raise ConfigError("--model: brings its tokenizer along; leave out --tokenizer and --train-tokenizer")
+    _, shape, files = described(config.model)
+    if not 1 <= config.layers <= shape.n_layers:
+        raise ConfigError(f"--layers: must be from 1 to the model's {shape.n_layers}, is {config.layers}")
+    if config.context > shape.max_context:
+        raise ConfigError(f"--context: the model reads at most {shape.max_context} tokens, is {config.context}")
+    attach = tuple(range(shape.n_layers - config.layers, shape.n_layers))
+    tokenizer = asset_of(shape.tokenizer)
+    return (
+        PretrainedConfig(files=files, dtype=config.pretrained_dtype, attach=attach, unfreeze=config.unfreeze),
+        DataConfig(tokenizer=tokenizer.sha256, tokenizer_bytes=tokenizer.n_bytes),
+        shape,
+    )
+
+
+def keep_pretrained(manifest: Manifest, out: Path, name: str) -> None:
+    """Keep the model's files and its tokenizer where the trainers of this machine look for them.
+
+    Raises ConfigError where the model that is called `name` is not the run's, DataError if it cannot be kept.
+    """
+    if not name:
+        return
+    source, shape, files = described(name)
+    if files != manifest.pretrained.files:
+        raise ConfigError(f"--model {name}: has other files than the model of the run in {out}")
+    store = asset_store()
+    for file in source.names:
+        store.add_file(source.folder / file)
+    write_atomically(out / FILE_NAME, shape.tokenizer)
+    store.add(shape.tokenizer)

@@ -1,0 +1,98 @@
+"""Keys and values of the tokens that a pretrained model has read, so that generation reads each token once.
+
+Several sequences are read in one pass, each from where it stands, padded behind their ends. What is padding is written
+nowhere, seen by no token, and sent to no expert (`pretrained.FfnWithExperts`).
+"""
+
+# Shapes: B sequences of the cache, R those that a pass reads, T the most tokens that it reads of one, N all of them,
+#         P positions of the cache, S those of a pass, K heads of keys and values, C channels of a head.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache
+
+from common.errors import LimitExceededError
+from node.model.attention_cache import MAX_CACHE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from node.model.attention_cache import Stretch
+
+
+class PretrainedCache:
+    """Room for the keys and values of `n_sequences` windows of up to `n_positions` tokens, layer by layer."""
+
+    def __init__(self, language_model: PreTrainedModel, n_sequences: int, n_positions: int) -> None:
+        config = language_model.config.get_text_config()
+        n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._shape = (n_sequences, n_heads, n_positions, channels)
+        per_sequence = 2 * config.num_hidden_layers * n_heads * n_positions * channels * language_model.dtype.itemsize
+        if n_sequences * per_sequence > MAX_CACHE_BYTES:
+            why = f"their keys and values take {per_sequence:,} bytes each, and {MAX_CACHE_BYTES:,} in all are the most"
+            raise LimitExceededError("sequences", n_sequences, MAX_CACHE_BYTES // per_sequence, why)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Give up all places but these, which become places 0, 1, ... in the order that is given."""
+        chosen = list(places)
+        self._layers = {layer: (keys[chosen], values[chosen]) for layer, (keys, values) in self._layers.items()}
+        self._shape = (len(chosen), *self._shape[1:])
+
+    def of_layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, K, P, C]; may be written to."""
+        if layer not in self._layers:
+            self._layers[layer] = (like.new_zeros(self._shape), like.new_zeros(self._shape))
+        return self._layers[layer]
+
+
+class PretrainedPass(Cache):
+    """What the model's layers take for their cache during one pass, and where each token of it belongs."""
+
+    def __init__(self, cache: PretrainedCache, stretches: Sequence[Stretch], device: torch.device) -> None:
+        super().__init__(layers=[])
+        self._cache = cache
+        self._place_R, start_R, stop_R = torch.tensor(
+            [(of.place, of.start, of.stop) for of in stretches], device=device
+        ).unbind(1)
+        self.length_R = stop_R - start_R
+        column_T = torch.arange(int(self.length_R.max()), device=device)
+        self.is_token_RT = column_T < self.length_R[:, None]
+        self.position_RT = (start_R[:, None] + column_T).minimum(stop_R[:, None] - 1)
+        self._row_N, self._column_N = self.is_token_RT.nonzero(as_tuple=True)
+        self._n_seen = int(stop_R.max())
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to attention's logits [R, 1, T, S]: a token sees those of its sequence up to itself."""
+        sees_RTS = torch.arange(self._n_seen, device=self.position_RT.device) <= self.position_RT[:, :, None]
+        hidden = torch.finfo(dtype).min
+        return torch.zeros((), dtype=dtype, device=sees_RTS.device).where(sees_RTS, hidden)[:, None]
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *_args: object,
+        **_kwargs: object,  # of layers that this cache has no use for
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [R, K, T, C], and return all that the pass sees [R, K, S, C]."""
+        kept = self._cache.of_layer(layer_idx, key_states)
+        row_N, column_N = self._row_N, self._column_N
+        place_N, position_N = self._place_R[row_N], self.position_RT[row_N, column_N]
+        for all_BKPC, new_RKTC in zip(kept, (key_states, value_states), strict=True):
+            all_BKPC[place_N, :, position_N] = new_RKTC[row_N, :, column_N]
+        keys_BKPC, values_BKPC = kept
+        seen = (self._place_R, slice(None), slice(0, self._n_seen))
+        return keys_BKPC[seen], values_BKPC[seen]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the library's name
+        """Nothing that the model could count on: positions and mask are given to it."""
+        return 0

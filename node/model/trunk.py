@@ -1,0 +1,55 @@
+"""What every trunk is, whatever is inside: tokens in, logits of the next token out, with MoE layers given from outside.
+
+Path of a step: data -> **trunk** -> gate -> dispatch -> hosts, and back.
+"""
+
+# Shapes: B sequences, T positions, V vocabulary, R sequences that a pass reads.
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from node.model.attention_cache import Stretch
+
+
+class ReadTokens(Protocol):
+    """What a trunk keeps of the tokens that it has read of several sequences, each in a place of its own."""
+
+    def keep(self, places: Sequence[int], /) -> None:
+        """Give up all places but these, which become places 0, 1, ... in the order that is given."""
+
+
+class Trunk(nn.Module):
+    """A model of `vocab_size` tokens that reads up to `context` of them.
+
+    Its MoE layers are among its modules; `parameters()` are what is trained, `state_dict()` is what a checkpoint holds.
+    """
+
+    context: int
+    vocab_size: int
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @abstractmethod
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Integer ids_BT in [0, V), T <= context -> logits_BTV. InvalidInputError when T does not fit the context."""
+
+    @abstractmethod
+    def new_cache(self, n_sequences: int, n_positions: int) -> Any:  # noqa: ANN401 - a ReadTokens that `read` takes
+        """Room for what is read of so many sequences of up to so many tokens; LimitExceededError for too many."""
+
+    @abstractmethod
+    def read(self, cache: Any, stretches: Sequence[Stretch]) -> Tensor:  # noqa: ANN401 - of `new_cache`
+        """Logits [R, V] of what follows each stretch; a pass in which the experts raise an error can be repeated."""

@@ -172,7 +172,7 @@ class LocalConfig(RunConfig, EventLogConfig):
     out: Path | None = None
     """Write the run to this folder [runs/NAME]."""
     data: Path | None = None
-    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
     strict: Flag = False
     """Refuse text with a bad row instead of skipping that."""
     resume: Flag = False

@@ -47,8 +47,8 @@ def open_dataset(
 ) -> ByteDataset:
     """The corpus at `path` (None: the default corpus), read into `cache_dir` on first use and mapped from there.
 
-    `path` is a text file (cut into documents of about 2 KiB at blank lines), a JSON-lines or JSON file
-    with a field named text, extract or content, or a folder of such files; all may be compressed.
+    `path` is a text file (cut into documents of about 2 KiB at blank lines), a JSON-lines, JSON, Parquet or Arrow file
+    with a field or column named text, extract or content, or a folder of such files; all but tables may be compressed.
     About `held_out_fraction` of the documents, chosen by content and `seed`, are held out. Files and rows that cannot
     be read are left out and told; with `strict` such a row is refused. Raises DataError, or ConfigError for the
     fraction and the cache's bound.

@@ -45,14 +45,19 @@ class Format:
 TEXT: Final = Format(kind="text")
 JSON_LINES: Final = Format(kind="JSON lines", suffixes=(".jsonl", ".ndjson"))
 JSON: Final = Format(kind="JSON", suffixes=(".json",))
-READ: Final = (TEXT, JSON_LINES, JSON)
+PARQUET: Final = Format(kind="Parquet", suffixes=(".parquet", ".pq"))
+ARROW: Final = Format(kind="Arrow", suffixes=(".arrow", ".feather"))
+TABLES: Final = (PARQUET, ARROW)
+READ: Final = (TEXT, JSON_LINES, JSON, *TABLES)
 
 EMPTY: Final = Format(kind="empty")
 BINARY: Final = Format(kind="not text")
 NO_FILE: Final = Format(kind="no regular file")
 LINKED_FOLDER: Final = Format(kind="a link to a folder", remedy="give that folder with --data")
-
-TABLE_REMEDY: Final = "convert it to .jsonl or .txt"
+TEXT_BESIDE_TABLES: Final = Format(kind="text beside tables", remedy="move it to a folder of its own to read it")
+JSON_BESIDE_TABLES: Final = Format(kind="JSON without documents, beside tables")
+CACHED_TABLE: Final = Format(kind="a cache file of datasets", remedy="rename it to read it")
+PACKED_TABLE: Final = Format(kind="a compressed table", remedy="unpack it")
 
 PACKED: Final = Format(kind="compressed", suffixes=PACKED_SUFFIXES)
 ARCHIVE: Final = Format(
@@ -75,19 +80,17 @@ FORMATS: Final = (
         suffixes=(".pdf", ".doc", ".docx", ".odt", ".epub"),
         beginnings=(b"%PDF-",),
     ),
-    Format(kind="Parquet", remedy=TABLE_REMEDY, suffixes=(".parquet", ".pq"), beginnings=(b"PAR1", b"PARE")),
-    Format(
-        kind="Arrow",
-        remedy=TABLE_REMEDY,
-        suffixes=(".arrow", ".feather"),
-        beginnings=(b"ARROW1", b"FEA1", b"\xff\xff\xff\xff"),
-    ),
+    Format(kind="encrypted Parquet", remedy="decrypt it", beginnings=(b"PARE",)),
+    Format(kind="Feather version 1", remedy="write it as version 2 or Parquet", beginnings=(b"FEA1",)),
+    *TABLES,
+    Format(kind="Parquet by another name", remedy="let it end in .parquet", beginnings=(b"PAR1",)),
+    Format(kind="Arrow by another name", remedy="let it end in .arrow", beginnings=(b"ARROW1", b"\xff\xff\xff\xff")),
     PACKED,
     ARCHIVE,
     Format(kind="UTF-16", remedy="convert it to UTF-8", beginnings=(b"\xff\xfe", b"\xfe\xff")),
 )
 ALL_FORMATS: Final = (
-    *(EMPTY, BINARY, NO_FILE, LINKED_FOLDER),
+    *(EMPTY, BINARY, NO_FILE, LINKED_FOLDER, TEXT_BESIDE_TABLES, JSON_BESIDE_TABLES, CACHED_TABLE, PACKED_TABLE),
     *FORMATS,
 )
 
@@ -114,6 +117,8 @@ def format_of(path: Path) -> Format:
         return form
     with opened(path) as unpacked:
         inner = _format(unpacked_name(path.name), unpacked.read(PROBE_BYTES))
+    if inner in TABLES:
+        return PACKED_TABLE
     return ARCHIVE if inner is PACKED else inner
 
 
@@ -124,6 +129,11 @@ def _format(name: str, head: bytes) -> Format:
     if known is None and b"\0" in head:
         return BINARY
     return known or next((form for form in (JSON_LINES, JSON) if form.fits(name, head)), TEXT)
+
+
+def names_table(path: Path) -> bool:
+    """Is the file a table by its name, whatever it holds, compressed or not?"""
+    return any(form.fits(unpacked_name(path.name), b"") for form in TABLES)
 
 
 def left_out_text(left_out: Sequence[LeftOutFile]) -> str:

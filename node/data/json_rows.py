@@ -80,6 +80,18 @@ def record_texts(path: Path, records: list[tuple[object, object]], bad_rows: Bad
             yield document
 
 
+def holds_documents(path: Path) -> bool:
+    """Is the JSON file at `path` part of a corpus, and not settings or the like?"""
+    data = whole_json(path)
+    if data is None:
+        return True
+    try:
+        records_of(path, data)
+    except DataError:
+        return False
+    return True
+
+
 def _holds_json_lines(file: BufferedIOBase) -> bool:
     """Does a `.json` file hold one object per line? Then its first line is a whole object, and there are more."""
     first, second = file.readline(MAX_JSON_LINE_BYTES), file.readline(1)

@@ -1,4 +1,4 @@
-"""Where documents come from: a text file, JSON, a folder of them, or the default corpus.
+"""Where documents come from: a text file, JSON, a table, a folder of them, or the default corpus.
 
 Before the path of a step: run once, when a corpus is first opened. Nothing here trusts a file to be text, or to fit in
 memory; what cannot be read is a DataError that names the file, the place in it and what to do.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import stat
 from codecs import getincrementaldecoder
 from contextlib import contextmanager
@@ -20,19 +21,25 @@ from common.errors import DataError
 from node.data.bad_rows import BadRows
 from node.data.compressed import opened
 from node.data.formats import (
+    ARROW,
     BINARY,
+    CACHED_TABLE,
     EMPTY,
     JSON,
+    JSON_BESIDE_TABLES,
     JSON_LINES,
     LINKED_FOLDER,
     NO_FILE,
     READ,
+    TABLES,
     TEXT,
+    TEXT_BESIDE_TABLES,
     LeftOutFile,
     format_of,
     left_out_text,
+    names_table,
 )
-from node.data.json_rows import json_lines, record_texts, records_of, whole_json
+from node.data.json_rows import holds_documents, json_lines, record_texts, records_of, whole_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +62,9 @@ WIKIPEDIA_ATTRIBUTION: Final = (
 # text without blank lines is cut at the upper bound.
 MIN_DOCUMENT_BYTES: Final = 2 * 1024
 MAX_DOCUMENT_BYTES: Final = 64 * 1024
+
+# What Hugging Face `datasets` writes beside a saved table when it is worked on: the same rows in another form.
+CACHED_TABLE_NAME: Final = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +152,12 @@ def _wikipedia_file() -> Path:
 def _folder_corpus(root: Path, exclude: Path | None) -> Corpus:
     files, left_out = list[SourceFile](), list[LeftOutFile]()
     found = sorted(_entries(root, exclude), key=lambda entry: entry[0].relative_to(root).as_posix())
+    has_tables = any(names_table(path) for path, _ in found)
     for path, known in found:
         with _naming_read_errors(path):
             form = known or format_of(path)
+            if has_tables:
+                form = _beside_tables(path, form)
         if form in READ:
             files.append(SourceFile(path=path, format=form))
         else:
@@ -153,6 +166,15 @@ def _folder_corpus(root: Path, exclude: Path | None) -> Corpus:
         why = f": left out {left_out_text(left_out)}" if left_out else ""
         raise DataError(f"{root} holds no text to read (looked at {len(found)} files, hidden ones left out){why}.")
     return replace(_corpus(root.resolve().name, root, tuple(files)), in_folder=True, left_out=tuple(left_out))
+
+
+def _beside_tables(path: Path, form: Format) -> Format:
+    """What a file is where the corpus is a folder of tables: the text in it tells of the tables and is none of it."""
+    if form is TEXT:
+        return TEXT_BESIDE_TABLES
+    if form is JSON and not holds_documents(path):
+        return JSON_BESIDE_TABLES
+    return CACHED_TABLE if form is ARROW and CACHED_TABLE_NAME.fullmatch(path.name) else form
 
 
 def _entries(root: Path, exclude: Path | None) -> Iterator[tuple[Path, Format | None]]:
@@ -176,13 +198,19 @@ def _format_read(path: Path) -> Format:
     """As what a file is read. Raises DataError for one that is not read, with what to do about it."""
     form = format_of(path)
     if form is BINARY:
-        raise DataError(f"{path} is not text (it holds zero bytes): give text, JSON lines or a folder of them.")
+        raise DataError(
+            f"{path} is not text (it holds zero bytes): give text, JSON lines, a table or a folder of them."
+        )
     if form is not EMPTY and form not in READ:
         raise DataError(f"{path} is not text ({form.kind}): {form.remedy}.")
     return TEXT if form is EMPTY else form
 
 
 def _read_file(file: SourceFile, bad_rows: BadRows, *, or_as_text: bool) -> Iterator[bytes]:
+    if file.format in TABLES:
+        from node.data.tables import table_documents  # noqa: PLC0415 - imports pyarrow, which other text does not need
+
+        return table_documents(file.path, file.format, bad_rows)
     if file.format is JSON_LINES:
         return json_lines(file.path, bad_rows)
     return _json(file.path, bad_rows, or_as_text=or_as_text) if file.format is JSON else _text(file.path, bad_rows)

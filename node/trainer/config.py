@@ -20,7 +20,7 @@ class TrainConfig(EventLogConfig, ReachConfig, SwarmConfig):
     out: Path = Path("runs/train")
     """Write checkpoint, event log, summary and plot to this folder."""
     data: Path | None = None
-    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Refuse text with a bad row instead of skipping that."""
     steps: int = 0
@@ -80,7 +80,7 @@ class EvaluateConfig(CallerConfig):
     out: Path = Path("runs/local")
     """Take the trunk's checkpoint from this folder."""
     data: Path | None = None
-    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
     n_bytes: int = 65_536
     """Score this many held-out bytes."""
     batch: int = 16

@@ -221,9 +221,9 @@ def a_tar() -> bytes:
 NOT_TEXT = {
     "a.tar": (a_tar(), "compressed: unpack it"),
     "tar": (a_tar(), "not text"),
-    "a.parquet": (b"PAR1" + b"\1" * 100, "Parquet: convert it to .jsonl or .txt"),
-    "a.arrow": (b"\1" * 100, "Arrow: convert it to .jsonl or .txt"),
-    "parquet": (b"PAR1" + b"\1" * 100, "Parquet: convert it to .jsonl or .txt"),
+    "a.parquet": (b"PAR1" + b"\1" * 100, "a compressed table: unpack it"),
+    "a.arrow": (b"\1" * 100, "a compressed table: unpack it"),
+    "parquet": (b"PAR1" + b"\1" * 100, "Parquet by another name: let it end in .parquet"),
     "a.jsonl": (b"text, then\0\0zero bytes", "not text"),
     "a.txt": ("Windows wrote this.".encode("utf-16"), "UTF-16: convert it to UTF-8"),
     "a.pdf": (b"%PDF-1.7", "a document: save it as .txt"),
@@ -245,7 +245,7 @@ def test_what_is_no_text_inside_is_left_out_as_it_is_outside(tmp_path: Path, nam
 
 
 def test_what_is_no_text_inside_is_refused_if_it_is_given(tmp_path: Path) -> None:
-    for name, problem in (("tar", "holds zero bytes"), ("a.parquet", r"\(Parquet\): convert it to \.jsonl or \.txt\.")):
+    for name, problem in (("tar", "holds zero bytes"), ("a.parquet", r"\(a compressed table\): unpack it\.")):
         path = tmp_path / f"{name}.gz"
         path.write_bytes(gzip.compress(NOT_TEXT[name][0]))
         with pytest.raises(DataError, match=rf"{name}\.gz is not text .*{problem}"):

@@ -126,7 +126,7 @@ def test_files_that_are_not_text_are_told_by_name_count_and_remedy(
     (line,) = caplog.messages
     assert line.startswith(f"left out 10 of 11 files of {root}: ")
     for words in (
-        "data/named.bin (Parquet: convert it to .jsonl or .txt)",
+        "data/named.bin (Parquet by another name: let it end in .parquet)",
         "pointer.gz, text.txt (a Git LFS pointer: fetch the file with git lfs pull)",
         "a.jsonl.bz2, data/old.zip (compressed: unpack it)",
         "notes.txt (UTF-16: convert it to UTF-8)",
@@ -138,7 +138,7 @@ def test_files_that_are_not_text_are_told_by_name_count_and_remedy(
         assert words in line
     assert [str(file) for file in dataset.corpus.left_out[:2]] == [
         "a.jsonl.bz2 (compressed: unpack it)",
-        "data/named.bin (Parquet: convert it to .jsonl or .txt)",
+        "data/named.bin (Parquet by another name: let it end in .parquet)",
     ]
 
 

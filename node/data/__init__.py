@@ -1,7 +1,9 @@
 """The text that a trainer reads, as bytes. node's trainer and evaluation, and experiments, may import this.
 
-Path of a step: **data** -> transformer -> gate -> dispatch. `sources` finds documents, `cache` lays them down once as
-two memory-mapped files (training and held-out), `shuffle` orders windows, `dataset` hands out batches.
+Path of a step: **data** -> transformer -> gate -> dispatch. `sources` finds documents: `formats` says what a file is,
+`compressed` unpacks it, `json_rows` and `tables` read what is in rows, and `bad_rows` counts those that cannot be read.
+`cache` lays documents down once as two memory-mapped files (training and held-out), which `eviction` keeps within a
+bound. `shuffle` orders windows, `dataset` hands out batches.
 """
 
 from __future__ import annotations

@@ -51,11 +51,11 @@ def open_dataset(
 ) -> TextDataset:
     """The corpus at `path` (None: the default corpus), read into `cache_dir` on first use and mapped from there.
 
-    `path` is a text file (cut into documents of about 2 KiB at blank lines), a JSON-lines or JSON file with a field
-    named text, extract or content, or a folder of such files. About `held_out_fraction` of the documents, chosen by
-    content and `seed`, are held out. Tokens are those of `tokenizer`, or bytes. Files and rows that cannot be read are
-    left out and told; with `strict` such a row is refused. Raises DataError, or ConfigError for the fraction and the
-    cache's bound.
+    `path` is a text file (cut into documents of about 2 KiB at blank lines), a JSON-lines, JSON, Parquet or Arrow file
+    with a field or column named text, extract or content, or a folder of such files; all but tables may be compressed.
+    About `held_out_fraction` of the documents, chosen by content and `seed`, are held out. Tokens are those of
+    `tokenizer`, or bytes. Files and rows that cannot be read are left out and told; with `strict` such a row is
+    refused. Raises DataError, or ConfigError for the fraction and the cache's bound.
     """
     if not 0.0 < held_out_fraction < 1.0:
         raise ConfigError(f"held_out_fraction: is {held_out_fraction}, must lie between 0 and 1; 0.05 is usual.")
@@ -111,7 +111,7 @@ class TextDataset:
             f"{self.corpus.title}: {index.train_documents:,} documents, {index.train_bytes / 1e6:.1f} MB to train on; "
             f"{index.held_out_documents:,} documents, {index.held_out_bytes / 1e6:.2f} MB held out"
             + ("" if index.train_tokens == index.train_bytes else f"; {self.train_bytes_per_token:.2f} bytes a token")
-            + (f"; {skipped:,} files that are not text left out" if skipped else "")
+            + (f"; {skipped:,} files left out" if skipped else "")
         )
 
     def problems(self) -> list[str]:

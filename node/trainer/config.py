@@ -20,7 +20,7 @@ class TrainConfig(EventLogConfig, ReachConfig, SwarmConfig):
     out: Path = Path("runs/train")
     """Write checkpoint, event log, summary and plot to this folder."""
     data: Path | None = None
-    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
     tokenizer: FileOnly[str] = ""
     """Read the run's tokenizer from this file; otherwise from this machine's cache or from another trainer."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -96,7 +96,7 @@ class EvaluateConfig(CallerConfig):
     out: Path = Path("runs/local")
     """Take the trunk's checkpoint from this folder."""
     data: Path | None = None
-    """Read this text, JSON-lines file or folder; otherwise Wikipedia."""
+    """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
     tokenizer: FileOnly[str] = ""
     """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
     n_bytes: int = 65_536

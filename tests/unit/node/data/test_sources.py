@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from common.errors import ConfigError, DataError
-from node.data import WIKIPEDIA_ATTRIBUTION, open_dataset
+from node.data import WIKIPEDIA_ATTRIBUTION, json_rows, open_dataset
 from node.data import sources as sources_module
 from node.data.bad_rows import BadRows
 from node.data.sources import MAX_DOCUMENT_BYTES, find_corpus, read_documents
@@ -111,11 +111,11 @@ def test_files_that_are_not_text_are_told_by_name_count_and_remedy(
     root = tmp_path / "hub"
     (root / "data").mkdir(parents=True)
     (root / "README.md").write_text("\n\n".join(f"Card {i}. " * 300 for i in range(9)), encoding="utf-8")
-    (root / "data" / "train.parquet").write_bytes(b"PAR1" + b"\1" * 20_000)  # without a single zero byte
-    (root / "data" / "named.bin").write_bytes(b"PAR1" + b"\1" * 20_000)
-    (root / "data" / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    (root / "data" / "named.bin").write_bytes(b"PAR1" + b"\1" * 20_000)  # without a single zero byte
+    (root / "data" / "old.zip").write_bytes(b"\1" * 100)
+    (root / "pointer.gz").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
     (root / "text.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", encoding="utf-8")
-    (root / "a.jsonl.gz").write_bytes(b"\x1f\x8b" + b"\1" * 100)
+    (root / "a.jsonl.bz2").write_bytes(b"BZh91AY" + b"\1" * 100)
     (root / "notes.txt").write_text("Windows wrote this.", encoding="utf-16")
     (root / "none.txt").write_bytes(b"")
     (root / "image.png").write_bytes(b"\x89PNG\0\0")
@@ -126,9 +126,9 @@ def test_files_that_are_not_text_are_told_by_name_count_and_remedy(
     (line,) = caplog.messages
     assert line.startswith(f"left out 10 of 11 files of {root}: ")
     for words in (
-        "data/named.bin, data/pointer.parquet, data/train.parquet (Parquet: convert it to .jsonl or .txt)",
-        "text.txt (a Git LFS pointer: fetch the file with git lfs pull)",
-        "a.jsonl.gz (compressed: unpack it)",
+        "data/named.bin (Parquet by another name: let it end in .parquet)",
+        "pointer.gz, text.txt (a Git LFS pointer: fetch the file with git lfs pull)",
+        "a.jsonl.bz2, data/old.zip (compressed: unpack it)",
         "notes.txt (UTF-16: convert it to UTF-8)",
         "none.txt (empty)",
         "image.png (not text)",
@@ -137,8 +137,8 @@ def test_files_that_are_not_text_are_told_by_name_count_and_remedy(
     ):
         assert words in line
     assert [str(file) for file in dataset.corpus.left_out[:2]] == [
-        "a.jsonl.gz (compressed: unpack it)",
-        "data/named.bin (Parquet: convert it to .jsonl or .txt)",
+        "a.jsonl.bz2 (compressed: unpack it)",
+        "data/named.bin (Parquet by another name: let it end in .parquet)",
     ]
 
 
@@ -150,12 +150,12 @@ def test_of_many_files_of_a_kind_some_are_named_and_all_are_counted(tmp_path: Pa
     assert line.endswith("0000.png, 0001.png, 0002.png, 0003.png, 0004.png and 1,195 more (not text)")
 
 
-def test_a_folder_of_nothing_but_parquet_says_so(tmp_path: Path) -> None:
-    (tmp_path / "t.parquet").write_bytes(b"PAR1" + b"\1" * 100)
-    with pytest.raises(DataError, match=r"no text file .*: left out t\.parquet \(Parquet: convert it to \.jsonl or"):
+def test_a_folder_of_nothing_but_archives_says_so(tmp_path: Path) -> None:
+    (tmp_path / "t.zip").write_bytes(b"PK\3\4" + b"\1" * 100)
+    with pytest.raises(DataError, match=r"no text to read .*: left out t\.zip \(compressed: unpack it\)\."):
         find_corpus(tmp_path)
-    with pytest.raises(DataError, match=r"t\.parquet is not text \(Parquet\): convert it to \.jsonl or \.txt\."):
-        find_corpus(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.zip is not text \(compressed\): unpack it\."):
+        find_corpus(tmp_path / "t.zip")
 
 
 GOOD_ROWS = b"".join(json.dumps({"text": f"Row number {i}."}).encode() + b"\n" for i in range(40))
@@ -189,7 +189,7 @@ def test_rows_are_not_counted_twice_where_a_small_corpus_is_read_twice(tmp_path:
 def test_a_bad_record_of_a_json_file_and_a_line_that_is_too_long_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources_module, "MAX_JSON_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "MAX_JSON_LINE_BYTES", 1000)
     (tmp_path / "a.json").write_text('[null, {"text": "one"}, {"text": null}, "two"]', encoding="utf-8")
     (tmp_path / "b.json").write_text('{"x": {"text": "three"}, "y": null}', encoding="utf-8")
     (tmp_path / "c.jsonl").write_text('"' + "x" * 2500 + '"\n"four"\n', encoding="utf-8")
@@ -258,14 +258,14 @@ def test_json_nested_without_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_oversize_json_line_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "MAX_JSON_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "MAX_JSON_LINE_BYTES", 1000)
     path = write_json_lines(tmp_path / "long.jsonl", ["short", "x" * 1000])
     with pytest.raises(DataError, match="line 2: longer than 1000 bytes"):
         open_bad(path)
 
 
 def test_an_oversize_json_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "MAX_JSON_BYTES", 1000)
     path = tmp_path / "big.json"
     path.write_text(json.dumps(["x" * 1000]), encoding="utf-8")
     with pytest.raises(DataError, match="longer than 1000 bytes; write it as JSON lines"):
@@ -292,7 +292,7 @@ def test_a_binary_file_and_something_that_is_no_file_are_refused(tmp_path: Path)
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "image.png").write_bytes(b"\0")
-    with pytest.raises(DataError, match=r"only holds no text file \(looked at 1 files"):
+    with pytest.raises(DataError, match=r"only holds no text to read \(looked at 1 files"):
         open_bad(tmp_path / "only")
 
 

@@ -26,10 +26,10 @@ def test_what_is_left_out_of_the_text_is_an_event(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(f"Text {name}.", encoding="utf-8")
     assert told_of(tmp_path) == []
     for number in range(MAX_NAMES_TOLD + 5):
-        (tmp_path / f"{number:03}.parquet").write_bytes(b"PAR1")
+        (tmp_path / f"{number:03}.zip").write_bytes(b"PK")
     (tmp_path / "rows.jsonl").write_text('{"text": null}\n', encoding="utf-8")
     (event,) = told_of(tmp_path)
     assert (event["event"], event["files"], len(event["names"])) == ("left_out", MAX_NAMES_TOLD + 5, MAX_NAMES_TOLD)
-    assert event["names"][0] == "000.parquet (Parquet: convert it to .jsonl or .txt)"
+    assert event["names"][0] == "000.zip (compressed: unpack it)"
     assert event["rows"] == 1
     assert event["first_row"].startswith(f"{tmp_path / 'rows.jsonl'}, line 1: has no text")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import DataError, InvalidInputError
+from node.model.frozen_states import FrozenStates, SplitModel
 from node.model.pretrained_cache import PretrainedCache, PretrainedPass
 from node.model.token_codes import TokenCodes
 from node.model.trunk import Trunk
@@ -49,6 +50,8 @@ class FfnWithExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> [B, T, D]; experts get what is no padding, and add nothing to what is."""
         y_BTD: Tensor = self.ffn(x_BTD)
+        if not self._tokens.experts:
+            return y_BTD
         is_token_BT, code_NQD = self._tokens.is_token_BT, self._tokens.code_NQD
         x_ND = (x_BTD.flatten(0, 1) if is_token_BT is None else x_BTD[is_token_BT]).to(self._dtype)
         added_ND: Tensor = self.moe(x_ND) if code_NQD is None else self.moe(x_ND, code_NQD)
@@ -61,8 +64,11 @@ class FfnWithExperts(nn.Module):
 class _TokensOfForward(threading.local):
     """What experts have to know of the forward of this thread: layers of another's model pass nothing on but x.
 
-    Which positions are tokens, None if all; and the codes that gates choose by, None if they choose by x.
+    Which positions are tokens, None if all; and the codes that gates choose by, None if they choose by x. Without
+    `experts` the model is as it was.
     """
+
+    experts: bool = True
 
     is_token_BT: Tensor | None = None
     code_NQD: Tensor | None = None
@@ -99,6 +105,11 @@ class PretrainedTrunk(Trunk):
             name = feed_forward_name(layers[number])
             ffn = FfnWithExperts(getattr(layers[number], name), moe, self._tokens, dtype)
             setattr(layers[number], name, ffn)
+        self._states, self._split = FrozenStates(), None
+        if manifest.pretrained.attach[0] and not self._unfrozen:
+            split = SplitModel(frozen, layers, manifest.pretrained.attach[0])
+            with self._of_forward(None, None, experts=False):
+                self._split = split if split.works() else None
         self._frozen: tuple[PreTrainedModel] = (frozen,)  # in a tuple it is none of this module's own parts
 
     @property
@@ -118,7 +129,10 @@ class PretrainedTrunk(Trunk):
             raise InvalidInputError("ids_BT", f"has shape {shape}; it takes (sequences, 1 to {self.context} tokens)")
         ids_BT = ids_BT.long()
         with self._of_forward(None, None if self.codes is None else self.codes(ids_BT)):
-            logits_BTV: Tensor = self.language_model(input_ids=ids_BT, use_cache=False).logits
+            if self._split is None:
+                logits_BTV: Tensor = self.language_model(input_ids=ids_BT, use_cache=False).logits
+            else:
+                logits_BTV = self._split.logits(self._states.of(ids_BT, self._split.states))
         return logits_BTV.float()
 
     def new_cache(self, n_sequences: int, n_positions: int) -> PretrainedCache:
@@ -157,13 +171,15 @@ class PretrainedTrunk(Trunk):
         return codes_RWQD[row_N, column_N + known_R.to(self.device)[row_N]]
 
     @contextmanager
-    def _of_forward(self, is_token_BT: Tensor | None, code_NQD: Tensor | None) -> Iterator[None]:
+    def _of_forward(
+        self, is_token_BT: Tensor | None, code_NQD: Tensor | None, *, experts: bool = True
+    ) -> Iterator[None]:
         tokens = self._tokens
-        tokens.is_token_BT, tokens.code_NQD = is_token_BT, code_NQD
+        tokens.is_token_BT, tokens.code_NQD, tokens.experts = is_token_BT, code_NQD, experts
         try:
             yield
         finally:
-            tokens.is_token_BT = tokens.code_NQD = None
+            tokens.is_token_BT, tokens.code_NQD, tokens.experts = None, None, True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the frozen weights along to a device; their type stays that of the manifest."""

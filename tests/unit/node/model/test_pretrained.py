@@ -167,6 +167,17 @@ def test_it_writes_what_transformers_writes_where_experts_have_learnt_nothing(fo
         assert written[sequence] == expected[0, len(prompt) :].tolist()
 
 
+def test_frozen_layers_are_computed_once_for_a_text_and_again_only_where_they_are_trained(folder: Path) -> None:
+    lower = "model.layers.0.mlp.down_proj"
+    for unfreeze, n_runs in (((), 1), ((lower,), 2)):
+        model, _ = trunk_of(manifest_of(folder, unfreeze=unfreeze), learnt=False)
+        runs: list[None] = []
+        decoder_layers(model.language_model)[0].register_forward_hook(lambda *_, runs=runs: runs.append(None))
+        first, again = logits(model), logits(model)
+        torch.testing.assert_close(first, again)
+        assert len(runs) == n_runs
+
+
 def test_a_checkpoint_holds_what_is_trained_and_another_trunk_takes_it(folder: Path) -> None:
     manifest = manifest_of(folder, unfreeze=("model.norm", "model.layers.3.self_attn.o_proj"))
     model, experts = trunk_of(manifest)

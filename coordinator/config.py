@@ -199,6 +199,8 @@ class LocalConfig(RunConfig, EventLogConfig):
     """Print lines instead of the live display."""
     eval_every: int = 50
     """Evaluate on held-out text after so many steps."""
+    eval_bytes: FileOnly[int] = 16_384
+    """Evaluate on this many held-out bytes on the way, and on four times as many at start and end."""
     device: str = "auto"
     """Compute on this device: auto, cpu, cuda:N or mps."""
     threads: int = 1

@@ -84,7 +84,7 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 
 def check(config: LocalConfig) -> None:
     """Find every mistake that can be found before a process is started; raises ConfigError."""
-    whole = ("hosts", "replicas", "trainers", "steps", "batch", "micro_batches", "threads")
+    whole = ("hosts", "replicas", "trainers", "steps", "batch", "micro_batches", "threads", "eval_bytes")
     check_minimums(config, dict.fromkeys(whole, 1) | EVENT_LOG_MINIMUMS)
     check_training(config)
     if config.eval_every < 0:
@@ -318,6 +318,7 @@ class LocalSwarm:
         flags = arguments_for({"join": self._out / "swarm.toml", "out": out})
         flags += arguments_for({name: getattr(config, name) for name in names})
         flags += arguments_for({"steps": config.steps if config.trainers == 1 else 0})  # 0: to the run's last token
+        flags += arguments_for({"eval_bytes": config.eval_bytes}, LocalConfig)
         flags += arguments_for({"shard": index, "n_shards": config.trainers})
         flags += ["--resume"] * config.resume + ["--strict"] * config.strict + ["--plain"] * (config.plain or not first)
         # The first one's own settings were shown with ours already.

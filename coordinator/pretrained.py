@@ -42,6 +42,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "warmup_tokens": 1400,
     "steps": 110,
     "batch": 1,
+    "eval_bytes": 4096,
 }
 """What a setting that was left at its default is in a run around a pretrained model: `experiment adapters` found it."""
 

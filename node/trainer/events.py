@@ -205,7 +205,8 @@ class StoppedEvent(Event):
 class DoneEvent(Event):
     """One training run in numbers; its fields are also those of `summary.json`.
 
-    `tokens` are the whole run's, of all `trainers` that took part; `steps` and `tokens_per_s` are this trainer's.
+    `tokens` are the whole run's, of all `trainers` that took part; `steps` and `tokens_per_s` are this trainer's. A
+    token of held-out text stands for `bytes_per_token` on average.
     """
 
     event: ClassVar[str] = "done"
@@ -229,3 +230,4 @@ class DoneEvent(Event):
     sample: str
     attribution: str
     files: tuple[str, ...]
+    bytes_per_token: float = 1.0

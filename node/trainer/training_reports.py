@@ -110,6 +110,7 @@ class TrainingReports:
             sample=sample,
             attribution=corpus.attribution or corpus.title,
             files=tuple(map(str, report_files(out))),
+            bytes_per_token=round(self._training.dataset.held_out_bytes_per_token, 4),
         )
         write_report(out, done)
         self._events.emit(done)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -218,6 +219,9 @@ def final_panel(done: DoneEvent) -> Panel:
     start, end = done.bits_per_byte_start, done.bits_per_byte_end
     better = Text(f"{end:.3f} bits/byte", style="bold green" if end < start else "bold red")
     grid.add_row("held-out", Text.assemble(f"{start:.3f} → ", better))
+    if done.bytes_per_token != 1:
+        nats = done.bytes_per_token * math.log(2)
+        grid.add_row("", f"{start * nats:.3f} → {end * nats:.3f} nats/token")
     whose = f" by {done.trainers:,} trainers" if done.trainers > 1 else ""
     trained = f"{done.steps:,} steps, {done.tokens:,} tokens{whose} in {clock_text(done.wall_s)}"
     grid.add_row("trained", trained)

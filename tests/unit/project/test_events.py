@@ -42,7 +42,7 @@ TrunkCheckpointFailedEvent: checkpoint_failed reason
 SampleEvent: sample text
 StoppedEvent: stopped step
 DoneEvent: done run_id experts hosts trainers steps tokens bits_per_byte_start bits_per_byte_end tokens_per_s \
-    calls_failed wall_s own_tokens calls_ok wire_bytes exchanged_bytes train_s sample attribution files
+    calls_failed wall_s own_tokens calls_ok wire_bytes exchanged_bytes train_s sample attribution files bytes_per_token
 LimitsEvent: limits limits room(max_blocks keep_inputs_bytes max_batch_tokens max_queue_tokens max_calls) \
     memory_bytes
 FewerBlocksEvent: fewer_blocks max_blocks reason

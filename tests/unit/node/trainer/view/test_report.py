@@ -175,6 +175,11 @@ def test_the_last_panel_says_how_it_went_and_where_the_files_are() -> None:
         assert text.splitlines()[-len(done().files) :] == list(done().files)
 
 
+def test_the_last_panel_tells_the_loss_of_tokens_that_are_no_bytes() -> None:
+    assert "nats/token" not in panel(done(), 80)
+    assert "22.208 → 8.456 nats/token" in panel(done(bytes_per_token=4.0), 80)
+
+
 def test_a_path_is_in_one_piece_however_narrow_the_terminal() -> None:
     path = f"/{'long/' * 30}loss.png"
     assert panel(done(files=(path,)), 60).splitlines()[-1] == path

@@ -9,7 +9,11 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from common.assets import asset_of
+from common.vocabulary import BYTE_VALUES
+from experiments.arms.text import tokenizer_file
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
+from protocol.run_assets import DataConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +58,9 @@ class Arm:
     recipe: Recipe = Recipe()
     tables: int = 0
     """Rows of each table of n-grams at the trunk's input; see `experiments.arms.tables`."""
+
+    vocabulary: int = 0
+    """Tokens of its text's own tokenizer; 0 where each byte is one."""
 
     @property
     def has_table(self) -> bool:
@@ -104,12 +111,16 @@ class TrainSpec:
 
     def manifest(self) -> Manifest:
         """What the product's own parts are built from. A dense arm's grid is never built."""
-        arm = self.arm
+        arm, data = self.arm, DataConfig()
+        if arm.vocabulary:
+            tokenizer = asset_of(tokenizer_file(self.text, arm.vocabulary))
+            data = DataConfig(tokenizer=tokenizer.sha256, tokenizer_bytes=tokenizer.n_bytes)
         model = ModelConfig(
             d_model=self.d_model,
             n_layers=self.layers,
             n_heads=self.heads,
             context=self.context,
+            vocab_size=arm.vocabulary or BYTE_VALUES,
             expert_hidden=arm.hidden,
             experts_per_layer=max(1, arm.experts),
             experts_per_block=max(1, arm.experts),
@@ -132,13 +143,14 @@ class TrainSpec:
             total_tokens=tokens,
             gate_lr_fraction=arm.recipe.gate_lr_fraction,
         )
-        return Manifest(name="experiment", seed=self.seed, model=model, optimizer=optimizer)
+        return Manifest(name="experiment", seed=self.seed, model=model, optimizer=optimizer, data=data)
 
     def to_json(self) -> dict[str, Any]:
         """Return this as a trial's spec; without what is as in the first runs, whose results do not have it."""
         spec = asdict(self)
-        if not self.arm.tables:
-            del spec["arm"]["tables"]
+        for name in ("tables", "vocabulary"):
+            if not getattr(self.arm, name):
+                del spec["arm"][name]
         if self.text == "summaries":
             del spec["text"]
         if self.arm.recipe == Recipe():
@@ -174,14 +186,15 @@ def cost(spec: TrainSpec) -> Cost:
     attention = 4 * width * width
     # Scores and sums over the mean of the positions that a token sees.
     attended = 2 * width * (spec.context + 1) // 2
-    outer = (2 * 256 + arm.recipe.smear) * width
+    rows = arm.vocabulary or BYTE_VALUES
+    outer = (2 * rows + arm.recipe.smear) * width
     feed_forward = 2 * width * arm.active_width
     held = 2 * width * arm.hidden * max(1, arm.experts)
     layers = spec.layers
     return Cost(
         parameters=outer + N_TABLES * arm.tables * width + layers * (attention + gate_parameters + held),
         active_parameters=outer + layers * (attention + gate_parameters + feed_forward),
-        flops_per_token=2 * (outer - 256 * width + layers * (attention + attended + gate_adds + feed_forward)),
+        flops_per_token=2 * (outer - rows * width + layers * (attention + attended + gate_adds + feed_forward)),
         gate_flops_per_token=2 * layers * gate_adds,
     )
 

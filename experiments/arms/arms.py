@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from experiments.arms.arm import Arm, Cost, TrainSpec, cost
@@ -31,6 +31,8 @@ class Arms:
     rates: tuple[float, ...] = RATES
     """Tried on those tokens."""
     text: TextName = "summaries"
+    tokens_of: Mapping[str, int] = field(default_factory=dict)
+    """By label, for arms that train on another number of tokens."""
 
     def plan(self, results: Mapping[str, Result]) -> list[Trial]:
         """Rates first; then, seed by seed, every arm whose rate is known."""
@@ -50,7 +52,8 @@ class Arms:
         return [arm.label for arm in self.arms]
 
     def _spec(self, arm: Arm, seed: int, rate: float) -> TrainSpec:
-        return TrainSpec(arm=arm, seed=seed, tokens=self.tokens, lr=rate, expert_lr=rate, text=self.text)
+        tokens = self.tokens_of.get(arm.label, self.tokens)
+        return TrainSpec(arm=arm, seed=seed, tokens=tokens, lr=rate, expert_lr=rate, text=self.text)
 
     def _trial(self, arm: Arm, seed: int, rate: float) -> Trial:
         spec = self._spec(arm, seed, rate)

@@ -6,14 +6,17 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from common.atomic_file import write_atomically
 from common.errors import DataError
 from common.folders import data_cache
+from common.tokenizer import FileTokenizer
 from node.data import open_dataset
 from node.data.sources import WIKIPEDIA_PACKAGE
+from node.data.train_tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,10 +33,24 @@ MAX_SOURCE_BYTES: Final = 2**18
 """Larger files are tables that somebody has generated."""
 
 
-def open_text(name: TextName = "summaries", seed: int = 0) -> TextDataset:
-    """A text by its name. Held-out documents are the same for every seed of a model."""
+def open_text(name: TextName = "summaries", seed: int = 0, vocabulary: int = 0) -> TextDataset:
+    """A text by its name, in bytes or in the tokens of a vocabulary of its own.
+
+    Held-out documents are the same for every seed of a model.
+    """
     path = None if name == "summaries" else long_text(data_cache())
-    return open_dataset(path, cache_dir=data_cache(), seed=seed)
+    tokenizer = FileTokenizer(tokenizer_file(name, vocabulary), "the text's tokenizer") if vocabulary else None
+    return open_dataset(path, cache_dir=data_cache(), seed=seed, tokenizer=tokenizer)
+
+
+@lru_cache
+def tokenizer_file(name: TextName, vocabulary: int) -> bytes:
+    """The file of a tokenizer of so many tokens, trained on the text's training part once and kept."""
+    in_bytes = open_text(name)
+    file = data_cache() / f"tokenizer-{name}-{vocabulary}-{in_bytes.index.content[:12]}.json"
+    if not file.exists():
+        write_atomically(file, train_tokenizer(in_bytes, vocabulary, stopped=lambda: False))
+    return file.read_bytes()
 
 
 def long_text(cache: Path) -> Path:

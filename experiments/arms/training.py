@@ -177,7 +177,8 @@ class TrainRun:
             if self._ends_part(step + 1, LOOKS) and self.model.layers:
                 self._look()
             if (step + 1) % PROGRESS_EVERY_STEPS == 0:
-                self._context.progress(step + 1, self.last_step, f"training loss {result.loss:.3f} nats per byte")
+                nats = result.loss / self._dataset.train_bytes_per_token
+                self._context.progress(step + 1, self.last_step, f"training loss {nats:.3f} nats per byte")
             if self.keeps_checkpoints and not losses and time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
                 self.save()
         self.training.close()
@@ -196,7 +197,7 @@ class TrainRun:
         nats_N = nats_per_window(self.model.trunk, self._dataset, self.spec, self.spec.eval_bytes)
         tokens = self.training.run_tokens
         self.log.held_out.append((tokens, float(nats_N.mean())))
-        self.log.train.append((tokens, sum(losses) / len(losses)))
+        self.log.train.append((tokens, sum(losses) / len(losses) / self._dataset.train_bytes_per_token))
 
     def _look(self) -> None:
         ids_BT = next(iter(self._dataset.held_out_batches(self.spec.batch, self.spec.context)))
@@ -240,13 +241,14 @@ def _counters(training: Training) -> dict[str, Any]:
 
 
 def nats_per_window(trunk: Transformer, dataset: TextDataset, spec: TrainSpec, max_bytes: int) -> torch.Tensor:
-    """Mean nats per byte of each held-out window, [N] float64: the same windows for every arm."""
-    return -log_likelihood(trunk, dataset.held_out_batches(spec.batch, spec.context, max_bytes)).mean(1)
+    """Mean nats per byte of each held-out window, [N] float64: the same windows for every arm with the same tokens."""
+    nats_N = -log_likelihood(trunk, dataset.held_out_batches(spec.batch, spec.context, max_bytes)).mean(1)
+    return nats_N / dataset.held_out_bytes_per_token
 
 
 @torch.no_grad()
 def log_likelihood(trunk: Transformer, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Log probability [N, T] float64 of each byte of windows [B, T + 1] but their first."""
+    """Log probability [N, T] float64 of each token of windows [B, T + 1] but their first."""
     trunk.eval()
     device, found = trunk.embedding_VD.device, []
     for ids in batches:
@@ -284,21 +286,21 @@ def worth_of(model: AnyModel, spec: TrainSpec, dataset: TextDataset) -> Result:
 
 def figures_of(model: AnyModel, spec: TrainSpec, dataset: TextDataset) -> Result:
     """What a trained model is worth on held-out text, how it uses its experts, and what it costs."""
-    gates = [asdict(layer.gate.stats()) for layer in model.layers]
+    gates, in_bytes = [asdict(layer.gate.stats()) for layer in model.layers], not spec.arm.vocabulary
     nats_N = nats_per_window(model.trunk, dataset, spec, spec.final_eval_bytes)
     return {
         "cost": asdict(cost(spec)),
         "nats_per_byte": float(nats_N.mean()),
         "window_nats": [round(nats, 4) for nats in nats_N.tolist()],
         "gates": gates,
-        "specialisation": specialisation(model, dataset, spec.batch, spec.seed) if gates else {},
+        "specialisation": specialisation(model, dataset, spec.batch, spec.seed) if gates and in_bytes else {},
     }
 
 
 def train(spec: dict[str, Any], context: TrialContext) -> Result:
     """A trial that is one training run."""
     train_spec = TrainSpec.from_json(spec)
-    dataset = open_text(train_spec.text)
+    dataset = open_text(train_spec.text, vocabulary=train_spec.arm.vocabulary)
     run = TrainRun(train_spec, context, dataset)
     run.go()
     return result_of(run, dataset)

@@ -22,6 +22,7 @@ MODULES = {
     "sequential": "experiments.sequential.experiment",
     "swarm": "experiments.swarm.experiment",
     "thousands": "experiments.arms.thousands",
+    "tokens": "experiments.arms.tokens",
 }
 
 

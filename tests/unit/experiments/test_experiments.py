@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from experiments.arms import choosing, granularity, idiots, longer, thousands
+from experiments.arms import choosing, granularity, idiots, longer, thousands, tokens
 from experiments.arms.arm import Arm, TrainSpec, cost
 from experiments.arms.arms import ArmResults, Arms
 from experiments.arms.gates import TableGate, frozen
@@ -233,6 +233,18 @@ def test_the_dense_arm_costs_at_least_what_any_other_does() -> None:
     assert flops(choosing.DENSE) >= max(flops(arm) for arm in choosing.ARMS if arm != choosing.LEARNT_8)
     assert flops(longer.DENSE) >= max(map(flops, longer.ARMS))
     assert flops(thousands.DENSE_FLOPS) >= max(flops(arm) for arm in thousands.ARMS if arm != thousands.DENSE_TOTAL)
+
+
+def test_tokens_trains_arms_in_bytes_on_as_much_text_and_compares_per_byte() -> None:
+    specs = {t.name: TrainSpec.from_json(t.spec) for t in tokens.QUICK.plan({})}
+    by_label = {spec.arm.label: spec for spec in specs.values()}
+    assert by_label[tokens.HASHED_BYTES.label].tokens == tokens.BYTES_PER_TOKEN * by_label[tokens.DENSE.label].tokens
+    assert [spec.manifest().model.vocab_size for spec in by_label.values()] == [4096, 4096, 256]
+    nats = {tokens.HASHED_4.label: 1.3, tokens.DENSE.label: 1.4, tokens.HASHED_BYTES.label: 1.45}
+    results = {name: result(nats[spec.arm.label]) for name, spec in specs.items()}
+    said = tokens.EXPERIMENT.report("quick", results).finding
+    assert said.startswith("Of tokens of a vocabulary of 4,096, the best way to choose is hash of 1 to 4 tokens: 0.1")
+    assert "nats per byte better than dense; hash of 1 to 8 bytes is 0.150 nats per byte worse on as much text" in said
 
 
 def test_thousands_sets_many_experts_against_tables_of_as_many_parameters() -> None:

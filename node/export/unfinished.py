@@ -163,9 +163,13 @@ class UnfinishedExport:
         self.clear()
 
     def clear(self) -> None:
-        """Take the folder away once the model has its name."""
+        """Take the folder away once the model has its name; what says whose it is goes last."""
         with _named_errors(self.folder):
-            shutil.rmtree(self.folder)
+            for folder in (self._parts, self._records):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            self._state.unlink()
+            self.folder.rmdir()
 
     def _is_ours(self) -> bool:
         return _json_or_none(self._state) == self._plan

@@ -36,20 +36,20 @@ USE = """## Use
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this file is
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 prompt = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, do_sample=True)[0]))
 ```
 
 `trust_remote_code` runs `modeling_kilohive.py` of this folder, which needs torch and transformers and nothing else. In
-a checkout of Kilohive `from kilohive import load_model` reads the folder without it. `sha256sum --check SHA256SUMS`
+a checkout of Kilohive `from kilohive import load_model` reads the folder without it. `sha256sum -c SHA256SUMS`
 says whether the folder is whole.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class KnownTraining:
     """What is known of how a run was trained, as the trainer whose folder it is says; empty or None if nothing is."""
 
     data: str = ""
@@ -57,23 +57,23 @@ class Training:
     steps: int = 0
 
 
-def training_of(folder: Path | None, run_id: str) -> Training:
+def training_of(folder: Path | None, run_id: str) -> KnownTraining:
     """What the summary in a trainer's folder says of this run; nothing where there is none that does."""
     if folder is None:
-        return Training()
+        return KnownTraining()
     try:
         with (folder / "summary.json").open("rb") as file:
             told = json.loads(file.read(MAX_SUMMARY_BYTES))
         if told["run_id"] != run_id:
-            return Training()
+            return KnownTraining()
         data, bits, steps = str(told["attribution"]), float(told["bits_per_byte_end"]), int(told["steps"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return Training()
-    return Training(data=" ".join(data.split())[:MAX_CHARS], held_out_bits=bits, steps=steps)
+        return KnownTraining()
+    return KnownTraining(data=" ".join(data.split())[:MAX_CHARS], held_out_bits=bits, steps=steps)
 
 
 def card_text(
-    manifest: Manifest, taken: Mapping[BlockId, Taken], newest: Mapping[BlockId, int], training: Training
+    manifest: Manifest, taken: Mapping[BlockId, Taken], newest: Mapping[BlockId, int], training: KnownTraining
 ) -> str:
     """The text; `newest` are the versions that live replicas announce at the end of the export."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(manifest, taken[TRUNK], training).items())
@@ -85,7 +85,7 @@ def card_text(
     )
 
 
-def _facts(manifest: Manifest, trunk: Taken, training: Training) -> dict[str, str]:
+def _facts(manifest: Manifest, trunk: Taken, training: KnownTraining) -> dict[str, str]:
     model = manifest.model
     tokens = "bytes" if manifest.data.tokenizer == BYTES else f"{model.vocab_size:,} pieces of text (`tokenizer.json`)"
     held_out = "not known"

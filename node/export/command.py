@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from common.assets import asset_store
+from common.errors import DrainingError
 from common.events import EventLog
 from common.folders import FolderClaim, claimed
 from common.progress import progress_shown
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from node.export.config import ExportConfig
-    from node.trainer.exported.layout import Part
+    from node.trainer.exported.layout import ModelPart
     from protocol.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 4
 """Parts that are downloaded at once: each is held in memory."""
@@ -51,18 +55,27 @@ async def run_export(config: ExportConfig, stop: asyncio.Event) -> None:
     out = config.out.absolute()
     claim = FolderClaim(folder=out.parent, file=out.name, lock=f".{out.name}.lock", role="export", flag="--out")
     with claimed(claim):
-        swarm = Swarm(config, Identity.generate(), ReachConfig(listen=config.listen))
         try:
-            await until_stopped(swarm.join(), stop)
-            check_exportable(swarm.manifest)
-            await fetch_tokenizer(swarm, config.tokenizer, config.join_timeout_s, stop)
-            await until_stopped(_export(config, swarm), stop)
-        finally:
-            await swarm.leave()
+            await _joined(config, stop)
+        except DrainingError:
+            if not stop.is_set():
+                raise
+            logger.info("Stopped; start again with the same --out to go on behind what has come")
+
+
+async def _joined(config: ExportConfig, stop: asyncio.Event) -> None:
+    swarm = Swarm(config, Identity.generate(), ReachConfig(listen=config.listen))
+    try:
+        await until_stopped(swarm.join(), stop)
+        check_exportable(swarm.manifest)
+        await fetch_tokenizer(swarm, config.tokenizer, config.join_timeout_s, stop)
+        await until_stopped(_export(config, swarm, stop), stop)
+    finally:
+        await swarm.leave()
     print_result(await asyncio.to_thread(_summary, config.out, swarm.manifest))
 
 
-async def _export(config: ExportConfig, swarm: Swarm) -> None:
+async def _export(config: ExportConfig, swarm: Swarm, stop: asyncio.Event) -> None:
     manifest = swarm.manifest
     parts = await asyncio.to_thread(parts_of, manifest)
     unfinished = UnfinishedExport(config.out.absolute(), manifest.run_id, groups_of(parts, config.shard_mb * MB))
@@ -73,7 +86,7 @@ async def _export(config: ExportConfig, swarm: Swarm) -> None:
     averaging = Averaging(manifest, swarm.security, swarm.directory, EventLog())
     try:
         source = PartSource(manifest, swarm.directory, averaging.client, config.wait_for_replicas_s)
-        await _Exporting(config, unfinished, source, manifest).run()
+        await _Exporting(config, unfinished, source, manifest, stop).run()
     finally:
         await averaging.stop()
     files = await asyncio.to_thread(_files, config, unfinished, swarm)
@@ -84,9 +97,14 @@ class _Exporting:
     """Parts come, group by group, each group's files are written when its parts are there."""
 
     def __init__(
-        self, config: ExportConfig, unfinished: UnfinishedExport, source: PartSource, manifest: Manifest
+        self,
+        config: ExportConfig,
+        unfinished: UnfinishedExport,
+        source: PartSource,
+        manifest: Manifest,
+        stop: asyncio.Event,
     ) -> None:
-        self._unfinished, self._source, self._manifest = unfinished, source, manifest
+        self._unfinished, self._source, self._manifest, self._stop = unfinished, source, manifest, stop
         self._checkpoint = Checkpoint(config.trunk) if config.trunk else None
         self._permits = asyncio.Semaphore(AT_ONCE)
         self._done_bytes = 0
@@ -103,7 +121,7 @@ class _Exporting:
                 await asyncio.to_thread(self._unfinished.write, group)
                 self._done_bytes += sum(part.n_bytes for part in group.parts)
 
-    async def _fetch_all(self, parts: list[Part]) -> None:
+    async def _fetch_all(self, parts: list[ModelPart]) -> None:
         tasks = [asyncio.create_task(self._fetch(part)) for part in parts]
         try:
             for task in asyncio.as_completed(tasks):
@@ -113,8 +131,10 @@ class _Exporting:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _fetch(self, part: Part) -> None:
+    async def _fetch(self, part: ModelPart) -> None:
         async with self._permits:
+            if self._stop.is_set():  # what is under way is ended; nothing is begun
+                raise DrainingError("stopped before it was done")
             if part.id == TRUNK and self._checkpoint is not None:
                 tensors, taken = await asyncio.to_thread(self._checkpoint.read, self._manifest)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from dht.directory import Directory
+    from dht.view import PeerInfo, Replica
     from node.averaging.joining import Downloader, Fetched
     from node.export.unfinished import Word
     from node.model.transformer import Transformer
-    from node.trainer.exported.layout import Part
+    from node.trainer.exported.layout import ModelPart
     from protocol.manifest import BlockId, Manifest, ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,23 @@ MAX_NAMED = 5
 """So many places of missing experts are told one by one."""
 
 
+class ReplicaDirectory(Protocol):
+    """Who has which part of the model; `dht.directory.Directory` is one."""
+
+    def replicas(self, block: BlockId) -> tuple[Replica, ...]:
+        """Live replicas of a block or of the trunk."""
+
+    def peers(self) -> tuple[PeerInfo, ...]:
+        """Live peers of every role."""
+
+    async def wait_for_change(self, timeout_s: float) -> bool:
+        """Return when replicas have come or gone, at the latest after `timeout_s`."""
+
+
 class PartSource:
     """A run's replicas. Belongs to the event loop. Every wait is for `wait_s` seconds at most."""
 
-    def __init__(self, manifest: Manifest, directory: Directory, client: Downloader, wait_s: float) -> None:
+    def __init__(self, manifest: Manifest, directory: ReplicaDirectory, client: Downloader, wait_s: float) -> None:
         self._manifest, self._directory, self._client, self._wait_s = manifest, directory, client, wait_s
         self._join_config = JoinConfig(
             max_distance=manifest.averaging.clip_radius, timeout_s=DOWNLOAD_S, weights_only=True
@@ -64,7 +77,7 @@ class PartSource:
             is_told = True
             await self._directory.wait_for_change(min(left_s, WAIT_FOR_CHANGE_S))
 
-    async def fetch(self, part: Part) -> tuple[dict[str, torch.Tensor], Taken]:
+    async def fetch(self, part: ModelPart) -> tuple[dict[str, torch.Tensor], Taken]:
         """The tensors of a part, and where they came from. Raises UnavailableError."""
         if part.id == TRUNK:
             model = await asyncio.to_thread(seeded_trunk, self._manifest)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from node.trainer.exported.layout import FileGroup, Part
+    from node.trainer.exported.layout import FileGroup, ModelPart
     from protocol.manifest import BlockId
 
 FORMAT: Final = 1
@@ -94,11 +94,11 @@ class UnfinishedExport:
                 "space there, or name another folder with --out"
             )
 
-    def has(self, part: Part) -> bool:
+    def has(self, part: ModelPart) -> bool:
         """Whether a part has come, whole."""
         return self._about(part) is not None
 
-    def keep(self, part: Part, tensors: Mapping[str, torch.Tensor], taken: Taken) -> None:
+    def keep(self, part: ModelPart, tensors: Mapping[str, torch.Tensor], taken: Taken) -> None:
         """Write a part that has come. Raises CheckpointError."""
         data = save({name: t.contiguous() for name, t in tensors.items()}, {ABOUT: json.dumps(asdict(taken))})
         self._write(self._part_path(part), data)
@@ -174,7 +174,7 @@ class UnfinishedExport:
     def _is_ours(self) -> bool:
         return _json_or_none(self._state) == self._plan
 
-    def _about(self, part: Part) -> dict[str, Any] | None:
+    def _about(self, part: ModelPart) -> dict[str, Any] | None:
         """What a part's file says of it; None if there is none, or none that is whole."""
         try:
             with safe_open(self._part_path(part), framework="pt") as file:
@@ -184,7 +184,7 @@ class UnfinishedExport:
             return None
         return about if shapes == {tensor.name: tensor.shape for tensor in part.tensors} else None
 
-    def _part_path(self, part: Part) -> Path:
+    def _part_path(self, part: ModelPart) -> Path:
         return self._parts / f"{str(part.id).replace('/', '-')}.safetensors"
 
     def _record_path(self, group: FileGroup) -> Path:

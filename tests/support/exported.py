@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from node.export.small_files import small_files
 from node.export.unfinished import Taken, UnfinishedExport
 from node.model.moe import LocalExperts
 from node.trainer.exported.layout import expert_tensor, groups_of, parts_of, trunk_tensors
+from node.trainer.exported.modeling_kilohive import KilohiveForCausalLM
 from node.trainer.train_step import build_model
 from protocol.manifest import TRUNK
 from tests.support.swarm_parts import small_manifest
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from node.model.transformer import Transformer
-    from node.trainer.exported.layout import Part
+    from node.trainer.exported.layout import ModelPart
     from protocol.manifest import Manifest
 
 TAKEN = Taken(version=7, word="two replicas", run_tokens=4096)
@@ -46,7 +48,7 @@ def random_model(manifest: Manifest) -> tuple[Transformer, LocalExperts]:
     return model, experts
 
 
-def part_tensors(part: Part, model: Transformer, experts: LocalExperts) -> dict[str, torch.Tensor]:
+def part_tensors(part: ModelPart, model: Transformer, experts: LocalExperts) -> dict[str, torch.Tensor]:
     if part.id == TRUNK:
         return trunk_tensors(model)
     block = experts.blocks[part.id.layer][part.id.block]
@@ -86,6 +88,18 @@ def exported(
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_by_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model of the folder, by the code that it brings, as it is in this checkout."""
+    show_no_progress_bar()
+    model: Any = KilohiveForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    return model.eval()
+
+
+def show_no_progress_bar() -> None:
+    """It has a thread that stays."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

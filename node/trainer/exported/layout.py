@@ -39,7 +39,7 @@ MEAN_LOAD: Final = "mean_load_E"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ModelPart:
     """The trunk, or a block of experts, as tensors of the folder."""
 
     id: BlockId
@@ -58,7 +58,7 @@ class FileGroup:
     No file has tensors of two groups, so that a part whose file is lost is fetched and written again as a whole.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     files: tuple[tuple[str, tuple[TensorSchema, ...]], ...]
 
 
@@ -94,7 +94,7 @@ def meta_model(manifest: Manifest) -> tuple[Transformer, LocalExperts]:
         return build_model(manifest, experts, torch.Generator("cpu")), experts
 
 
-def parts_of(manifest: Manifest) -> tuple[Part, ...]:
+def parts_of(manifest: Manifest) -> tuple[ModelPart, ...]:
     """The trunk and every block, in the order in which they are written. Allocates no weights."""
     model, experts = meta_model(manifest)
     blocks = [
@@ -105,7 +105,7 @@ def parts_of(manifest: Manifest) -> tuple[Part, ...]:
     return tuple(_part(*of) for of in ((TRUNK, trunk_tensors(model)), *blocks))
 
 
-def groups_of(parts: Iterable[Part], max_bytes: int) -> tuple[FileGroup, ...]:
+def groups_of(parts: Iterable[ModelPart], max_bytes: int) -> tuple[FileGroup, ...]:
     """The files, none of more than `max_bytes` of tensors unless a single tensor is larger."""
     together = _packed(parts, lambda part: part.n_bytes, max_bytes)
     contents = [_packed((t for part in of for t in part.tensors), n_bytes, max_bytes) for of in together]
@@ -141,6 +141,6 @@ def _has_parameters(model: Transformer, module: str) -> bool:
     return next(model.get_submodule(module).parameters(), None) is not None
 
 
-def _part(block_id: BlockId, tensors: Mapping[str, torch.Tensor]) -> Part:
+def _part(block_id: BlockId, tensors: Mapping[str, torch.Tensor]) -> ModelPart:
     found = sorted(tensors.items())
-    return Part(id=block_id, tensors=tuple(TensorSchema(name, tuple(t.shape), t.dtype) for name, t in found))
+    return ModelPart(id=block_id, tensors=tuple(TensorSchema(name, tuple(t.shape), t.dtype) for name, t in found))

@@ -75,7 +75,7 @@ class KilohiveForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
 
     config_class = KilohiveConfig
     base_model_prefix = ""
-    _no_split_modules = ["Layer"]  # noqa: RUF012 - as transformers declares it
+    _no_split_modules = ["KilohiveLayer"]  # noqa: RUF012 - as transformers declares it
     _supports_sdpa = True
     # Scores in half precision would choose other experts.
     _keep_in_fp32_modules_strict = ["gate"]  # noqa: RUF012 - as transformers declares it
@@ -85,8 +85,8 @@ class KilohiveForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         shape = (config.vocab_size, config.hidden_size)
         self.embedding_VD = _weight(*shape)
         self.smear_JD = _weight(config.smear, config.hidden_size) if config.smear else None
-        self.codes = Codes(config) if config.gate_reads == "tokens" else None
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.codes = KilohiveCodes(config) if config.gate_reads == "tokens" else None
+        self.layers = nn.ModuleList(KilohiveLayer(config) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head_VD = _weight(*shape)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -164,15 +164,15 @@ class KilohiveForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         return angle_B1TC.cos().to(like), angle_B1TC.sin().to(like)
 
 
-class Layer(nn.Module):
+class KilohiveLayer(nn.Module):
     """Attention, then experts, each after a norm and added to what came in."""
 
     def __init__(self, config: KilohiveConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = KilohiveAttention(config)
         self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.moe = MoE(config)
+        self.moe = KilohiveMoE(config)
 
     def forward(
         self,
@@ -190,7 +190,7 @@ class Layer(nn.Module):
         return x_BTD + y_ND.view_as(x_BTD)
 
 
-class Attention(nn.Module):
+class KilohiveAttention(nn.Module):
     """Multi-head attention over the past; queries and keys are RMS-normalised per head, then turned."""
 
     def __init__(self, config: KilohiveConfig) -> None:
@@ -216,30 +216,30 @@ class Attention(nn.Module):
         return F.linear(mixed_BATC.transpose(1, 2).flatten(2), self.out_weight)
 
 
-class MoE(nn.Module):
+class KilohiveMoE(nn.Module):
     """The weighted sum of each token's experts. All are here, so none's share goes to the others."""
 
     def __init__(self, config: KilohiveConfig) -> None:
         super().__init__()
         self.n_heads = config.gate_heads
-        self.gate: Gate = GATES[config.gate](config)
+        self.gate: KilohiveGate = GATES[config.gate](config)
         starts = range(0, config.num_experts, config.experts_per_block)
         blocks = [range(start, min(start + config.experts_per_block, config.num_experts)) for start in starts]
-        self.experts = nn.ModuleList(Block(config, experts) for experts in blocks)
+        self.experts = nn.ModuleList(KilohiveBlock(config, experts) for experts in blocks)
 
     def forward(self, x_ND: Tensor, code_NQD: Tensor | None) -> Tensor:
         """x_ND -> y_ND; the gate chooses by the codes if there are any."""
         read_NQD = x_ND[:, None].expand(-1, self.n_heads, -1) if code_NQD is None else code_NQD
         parts = [self.gate(part_NQD) for part_NQD in read_NQD.split(GATE_TOKENS)]
         ids_NK, weights_NK = (torch.cat(each) for each in zip(*parts, strict=True))
-        pairs = Pairs(ids_NK, weights_NK.to(x_ND.dtype))
+        pairs = KilohivePairs(ids_NK, weights_NK.to(x_ND.dtype))
         y_ND = torch.zeros_like(x_ND)
         for block in self.experts:
             y_ND = block(x_ND, y_ND, pairs)
         return y_ND
 
 
-class Pairs:
+class KilohivePairs:
     """A layer's (token, expert, weight) pairs, sorted by expert."""
 
     def __init__(self, ids_NK: Tensor, weights_NK: Tensor) -> None:
@@ -263,7 +263,7 @@ class Pairs:
             yield expert_G[chosen_G], start_G[chosen_G, None] + row_R * real_GR, real_GR
 
 
-class Block(nn.Module):
+class KilohiveBlock(nn.Module):
     """Some experts of a layer, stacked: D-H-D without biases, with GELU between (`ffn`) or nothing (`lora`)."""
 
     def __init__(self, config: KilohiveConfig, experts: range) -> None:
@@ -272,7 +272,7 @@ class Block(nn.Module):
         self.w_in = _weight(len(experts), config.hidden_size, config.expert_hidden)
         self.w_out = _weight(len(experts), config.expert_hidden, config.hidden_size)
 
-    def forward(self, x_ND: Tensor, y_ND: Tensor, pairs: Pairs) -> Tensor:
+    def forward(self, x_ND: Tensor, y_ND: Tensor, pairs: KilohivePairs) -> Tensor:
         """`y_ND` plus what these experts add to it."""
         for expert_G, place_GR, real_GR in pairs.of(self.of):
             token_GR, own_G = pairs.token_P[place_GR], expert_G - self.of.start
@@ -284,7 +284,7 @@ class Block(nn.Module):
         return y_ND
 
 
-class Codes(nn.Module):
+class KilohiveCodes(nn.Module):
     """Signs that stand for the last tokens: the first code is of `gate_shortest` of them, each next one of one more."""
 
     signs_VD: Tensor
@@ -310,7 +310,7 @@ class Codes(nn.Module):
         return torch.stack(codes[self.lengths.start - 1 :], 2).flatten(0, 1)
 
 
-class Gate(nn.Module):
+class KilohiveGate(nn.Module):
     """Each head chooses as many experts, none that one before it has; one softmax weighs them all.
 
     Experts are chosen by score + bias and weighed by the score: the logit, or its sigmoid.
@@ -343,7 +343,7 @@ class Gate(nn.Module):
         return logits.sigmoid() if self.is_sigmoid else logits
 
 
-class TopKGate(Gate):
+class KilohiveTopKGate(KilohiveGate):
     """One linear map scores every expert."""
 
     bias_E: Tensor
@@ -360,7 +360,7 @@ class TopKGate(Gate):
         return ids, (F.embedding(ids, self.expert_keys_ED) * x_ND[:, None]).sum(-1)
 
 
-class ProductKeyGate(Gate):
+class KilohiveProductKeyGate(KilohiveGate):
     """Expert i * n + j has the score of row i plus that of column j (arXiv 1907.05242)."""
 
     bias_E: Tensor
@@ -397,7 +397,7 @@ class ProductKeyGate(Gate):
         return first_NU.topk(n_best).indices, second_NU.topk(n_best).indices
 
 
-class HashGate(Gate):
+class KilohiveHashGate(KilohiveGate):
     """A walk over the experts from a start and by a stride that a hash of the code decides; all weigh alike."""
 
     strides_X: Tensor
@@ -423,7 +423,11 @@ class HashGate(Gate):
         return ids, x_ND.new_zeros(ids.shape)
 
 
-GATES: dict[str, type[Gate]] = {"topk": TopKGate, "product_key": ProductKeyGate, "hash": HashGate}
+GATES: dict[str, type[KilohiveGate]] = {
+    "topk": KilohiveTopKGate,
+    "product_key": KilohiveProductKeyGate,
+    "hash": KilohiveHashGate,
+}
 
 
 def mixed(value_N: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SHA-256 of every file of a folder, in the form that `sha256sum --check` reads."""
+"""SHA-256 of every file of a folder, in the form that `sha256sum -c` reads."""
 
 from __future__ import annotations
 

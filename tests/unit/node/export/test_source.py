@@ -38,8 +38,19 @@ class Trainers(FakeDirectory):
     """A directory with a trainer that tells how much the run has trained."""
 
     def peers(self) -> tuple[PeerInfo, ...]:
-        told = {"software": "", "started_s": 0.0, "n_blocks": 0, "tokens_per_s": 0.0, "queue_tokens": 0}
-        return (PeerInfo(peer_id="t", role="trainer", endpoint="e", run_tokens=4096, expiration_s=2e9, **told),)
+        trainer = PeerInfo(
+            peer_id="t",
+            role="trainer",
+            endpoint="e",
+            software="",
+            started_s=0.0,
+            n_blocks=0,
+            tokens_per_s=0.0,
+            run_tokens=4096,
+            queue_tokens=0,
+            expiration_s=2e9,
+        )
+        return (trainer,)
 
 
 @dataclass
@@ -59,7 +70,9 @@ class Downloads:
             wanted.took(wanted.slots[0], source.peer_id)
             raise UnavailableError("the line is cut")
         params = self.params[block_id]
-        assert {f"{PARAMS}{name}": tuple(t.shape) for name, t in params.items()} == {t.name: t.shape for t in wanted.tensors}
+        assert {f"{PARAMS}{name}": tuple(t.shape) for name, t in params.items()} == {
+            t.name: t.shape for t in wanted.tensors
+        }
         wanted.senders.add(source.peer_id)
         n_rows = len(next(iter(params.values())))
         counters = {"steps_R": torch.zeros(n_rows, dtype=torch.int64), "learnt_R": torch.zeros(n_rows).double()}
@@ -135,13 +148,11 @@ async def test_experts_without_a_replica_are_waited_for_and_named() -> None:
     for gone in (BlockId(0, 1), BlockId(0, 2), BlockId(1, 0), TRUNK):
         del directory.table[gone]
     ids = [part.id for part in parts_of(MANIFEST)]
-    with pytest.raises(
-        UnavailableError,
-        match=re.escape(
-            "the trunk, experts 4 to 11 of layer 0, experts 0 to 3 of layer 1 have no live replica after a wait of 0 s: "
-            "start hosts for this run, look at it with `status`, and try again; the trunk comes from a live trainer"
-        ),
-    ):
+    words = (
+        "the trunk, experts 4 to 11 of layer 0, experts 0 to 3 of layer 1 have no live replica after a wait of 0 s: "
+    )
+    remedy = "start hosts for this run, look at it with `status`, and try again; the trunk comes from a live trainer"
+    with pytest.raises(UnavailableError, match=re.escape(words + remedy)):
         await PartSource(MANIFEST, directory, client, wait_s=0).wait_for(ids)
     waiting = asyncio.create_task(PartSource(MANIFEST, directory, client, wait_s=30).wait_for(ids))
     await asyncio.sleep(0)

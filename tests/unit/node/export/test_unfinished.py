@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     from node.model.moe import LocalExperts
     from node.model.transformer import Transformer
+    from protocol.manifest import BlockId
 
 MANIFEST = small_manifest(model=HASH)
 MAX_BYTES = 20_000
@@ -114,7 +114,7 @@ def test_whatever_step_it_is_killed_at_it_goes_on_to_the_same_bytes(
         steps.begin(-1, is_after=False)
         export(out, model)
         assert contents(out) == wanted
-        assert os.listdir(out.parent) == ["model"]
+        assert list(out.parent.iterdir()) == [out]
 
 
 def test_half_a_file_that_a_killed_process_left_does_not_come_along(
@@ -130,13 +130,14 @@ def test_half_a_file_that_a_killed_process_left_does_not_come_along(
 def test_an_export_that_has_its_name_is_only_tidied_up(
     tmp_path: Path, model: tuple[Transformer, LocalExperts], wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
+    with monkeypatch.context() as patch:
         patch.setattr(module.UnfinishedExport, "clear", killed)
-        export(tmp_path / "model", model)
+        with pytest.raises(KilledError):
+            export(tmp_path / "model", model)
     assert contents(tmp_path / "model") == wanted
     assert not unfinished_export(tmp_path / "model", MANIFEST, MAX_BYTES).begin()
     export(tmp_path / "model", model)
-    assert os.listdir(tmp_path) == ["model"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
 def killed(_: module.UnfinishedExport) -> None:
@@ -235,8 +236,8 @@ def test_a_disk_that_fills_up_is_told_in_a_sentence_and_what_is_there_stays(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic_file.os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"parts/0-0.safetensors: cannot be written: No space left on device; what"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"0-0.safetensors: cannot be written: No space left on device; what"):
         unfinished.keep(other, part_tensors(other, *model), TAKEN)
     assert unfinished.has(part)
     assert not unfinished.has(other)
@@ -257,20 +258,20 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(
 def test_what_reads_back_otherwise_than_it_was_written_is_an_error(
     tmp_path: Path, model: tuple[Transformer, LocalExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = module.write_atomically
+    write = atomic_file.write_atomically
 
     def badly(path: Path, data: bytes) -> None:
         write(path, data[:-1] + bytes([data[-1] ^ 1]) if path.name.startswith("model-") else data)
 
     monkeypatch.setattr(module, "write_atomically", badly)
-    with pytest.raises(CheckpointError, match=re.escape("model-00001-of-00006.safetensors: reads back as another file")):
+    with pytest.raises(CheckpointError, match=r"00001-of-00006.safetensors: reads back as another file"):
         export(tmp_path / "model", model)
 
 
 def test_where_each_part_came_from_is_kept(tmp_path: Path, model: tuple[Transformer, LocalExperts]) -> None:
     unfinished = unfinished_export(tmp_path / "model", MANIFEST, MAX_BYTES)
     unfinished.begin()
-    wanted = {}
+    wanted: dict[BlockId, Taken] = {}
     for group in unfinished.groups:
         for part in group.parts:
             wanted[part.id] = Taken(version=len(wanted), word="one replica", run_tokens=3)

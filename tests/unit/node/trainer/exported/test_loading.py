@@ -100,9 +100,7 @@ def test_a_flipped_bit_is_refused_and_the_file_named(folder: Path, name: str) ->
         ("model.safetensors.index.json", b'{"weight_map": {"a": 3}}', "names '3', which SHA256SUMS does not"),
     ],
 )
-def test_files_that_were_replaced_are_refused_in_one_sentence(
-    folder: Path, name: str, data: bytes, words: str
-) -> None:
+def test_files_that_were_replaced_are_refused_in_one_sentence(folder: Path, name: str, data: bytes, words: str) -> None:
     (folder / name).write_bytes(data)
     sealed(folder)
     with pytest.raises(CheckpointError, match=re.escape(words)):

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
-from transformers.utils.logging import disable_progress_bar
 
 from node.model.generation import Generation, Prompt
 from node.model.next_token import GenerationConfig
-from node.trainer.exported.modeling_kilohive import KilohiveForCausalLM
-from tests.support.exported import HASH, exported
+from tests.support.exported import HASH, exported, read_by_transformers
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
@@ -35,21 +33,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def loaded(folder: Path) -> KilohiveForCausalLM:
-    disable_progress_bar()  # it has a thread that stays
-    model: KilohiveForCausalLM = KilohiveForCausalLM.from_pretrained(folder)
-    return model.eval()
-
-
 def some_ids(n_rows: int = 3, n_tokens: int = 16, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 256, (n_rows, n_tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, KilohiveForCausalLM]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Any]:
     folder = tmp_path_factory.mktemp("exported") / "model"
     model, _ = exported(folder)
-    return model, loaded(folder)
+    return model, read_by_transformers(folder)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
@@ -58,13 +50,13 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Kilohiv
 def test_logits_are_those_of_the_swarms_model(tmp_path: Path, shape: dict[str, Any], dtype: Any) -> None:
     model, _ = exported(tmp_path / "model", small_manifest(model=shape, dtype=dtype))
     ids = some_ids()
-    torch.testing.assert_close(loaded(tmp_path / "model")(ids).logits, model(ids), **CLOSE)
+    torch.testing.assert_close(read_by_transformers(tmp_path / "model")(ids).logits, model(ids), **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "within"])
 @torch.no_grad()
 def test_a_rows_logits_are_those_that_it_has_alone_wherever_it_is_padded_and_with_whatever_id(
-    both: tuple[Transformer, KilohiveForCausalLM], side: str
+    both: tuple[Transformer, Any], side: str
 ) -> None:
     _, model = both
     rows = [some_ids(1, n, seed=n)[0] for n in (3, 16, 9)]
@@ -80,7 +72,7 @@ def test_a_rows_logits_are_those_that_it_has_alone_wherever_it_is_padded_and_wit
 
 
 @torch.no_grad()
-def test_what_is_read_in_pieces_has_the_logits_of_the_whole(both: tuple[Transformer, KilohiveForCausalLM]) -> None:
+def test_what_is_read_in_pieces_has_the_logits_of_the_whole(both: tuple[Transformer, Any]) -> None:
     _, model = both
     ids = some_ids(2)
     mask = torch.ones_like(ids)
@@ -91,7 +83,7 @@ def test_what_is_read_in_pieces_has_the_logits_of_the_whole(both: tuple[Transfor
         part = model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache, logits_to_keep=1)
         torch.testing.assert_close(part.logits[:, 0], whole[:, stop - 1], **CLOSE)
     cache.crop(-8)
-    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reorder_cache(torch.LongTensor([1, 0]))
     again = model(ids.flip(0)[:, 8:], cache=cache).logits  # the mask of what was read is in the cache
     torch.testing.assert_close(again, whole.flip(0)[:, 8:], **CLOSE)
 
@@ -103,7 +95,7 @@ def greedy(model: Transformer, prompt: torch.Tensor, n_tokens: int) -> list[int]
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generate_writes_what_the_swarms_model_writes_for_prompts_of_several_lengths(
-    both: tuple[Transformer, KilohiveForCausalLM], use_cache: bool
+    both: tuple[Transformer, Any], use_cache: bool
 ) -> None:
     ours, model = both
     prompts = [some_ids(1, n, seed=n)[0] for n in (2, 8)]
@@ -114,7 +106,7 @@ def test_generate_writes_what_the_swarms_model_writes_for_prompts_of_several_len
         assert of_row == greedy(ours, prompt, 6)
 
 
-def test_generate_draws_and_searches_with_beams(both: tuple[Transformer, KilohiveForCausalLM]) -> None:
+def test_generate_draws_and_searches_with_beams(both: tuple[Transformer, Any]) -> None:
     _, model = both
     prompt = some_ids(2, 4)
     torch.manual_seed(0)
@@ -127,7 +119,7 @@ def test_generate_draws_and_searches_with_beams(both: tuple[Transformer, Kilohiv
     assert cached.tolist() == read_again.tolist()
 
 
-def test_the_loss_is_the_mean_of_what_is_not_left_out(both: tuple[Transformer, KilohiveForCausalLM]) -> None:
+def test_the_loss_is_the_mean_of_what_is_not_left_out(both: tuple[Transformer, Any]) -> None:
     _, model = both
     ids = some_ids(2)
     labels = ids.clone()
@@ -141,7 +133,7 @@ def test_the_loss_is_the_mean_of_what_is_not_left_out(both: tuple[Transformer, K
 
 
 def test_more_than_the_context_and_masks_of_another_shape_are_refused_in_one_sentence(
-    both: tuple[Transformer, KilohiveForCausalLM],
+    both: tuple[Transformer, Any],
 ) -> None:
     _, model = both
     with pytest.raises(ValueError, match="17 tokens are more than the 16 of this model's context"):
@@ -155,8 +147,7 @@ def test_more_than_the_context_and_masks_of_another_shape_are_refused_in_one_sen
 @torch.no_grad()
 def test_in_half_precision_the_same_experts_are_chosen(tmp_path: Path) -> None:
     exported(tmp_path / "model", small_manifest(model={"gate": "topk"}))
-    disable_progress_bar()
-    half = KilohiveForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    half = read_by_transformers(tmp_path / "model", torch.bfloat16)
     assert half.embedding_VD.dtype == torch.bfloat16
     gate = half.layers[0].moe.gate
     assert {gate.bias_E.dtype, gate.expert_keys_ED.dtype} == {torch.float32}

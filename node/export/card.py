@@ -79,8 +79,8 @@ def card_text(
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(manifest, taken[TRUNK], training).items())
     return (
         f"{HEAD}\n# {manifest.run_id}\n\n"
-        "A mixture-of-experts language model that a [Kilohive](https://github.com/kilohive/kilohive) swarm has "
-        f"trained, as it was when it was exported.\n\n| what | value |\n| --- | --- |\n{rows}\n\n"
+        "A mixture-of-experts language model that a Kilohive swarm has trained, as it was when it was "
+        f"exported.\n\n| what | value |\n| --- | --- |\n{rows}\n\n"
         f"{USE}\n## Where it came from\n\n{_origin(taken)}\n\n{_moments(taken, newest)}\n"
     )
 

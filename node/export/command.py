@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from common.assets import asset_store
-from common.errors import DrainingError
+from common.errors import ConfigError, DataError, DrainingError
 from common.events import EventLog
 from common.folders import FolderClaim, claimed
 from common.progress import progress_shown
@@ -29,6 +30,7 @@ from protocol.identity import Identity
 from protocol.manifest import TRUNK
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from node.export.config import ExportConfig
@@ -52,7 +54,7 @@ async def run_export(config: ExportConfig, stop: asyncio.Event) -> None:
         CheckpointError: the folder cannot be written.
     """
     check_minimums(config, {"shard_mb": 1, "wait_for_replicas_s": 0, "join_timeout_s": 0.1})
-    out = config.out.absolute()
+    out = _folder_of(config)
     claim = FolderClaim(folder=out.parent, file=out.name, lock=f".{out.name}.lock", role="export", flag="--out")
     with claimed(claim):
         try:
@@ -61,6 +63,13 @@ async def run_export(config: ExportConfig, stop: asyncio.Event) -> None:
             if not stop.is_set():
                 raise
             logger.info("Stopped; start again with the same --out to go on behind what has come")
+
+
+def _folder_of(config: ExportConfig) -> Path:
+    out = config.out.resolve()
+    if not out.name:
+        raise ConfigError(f"--out: {out} cannot be made anew; name a folder that is not there yet")
+    return out
 
 
 async def _joined(config: ExportConfig, stop: asyncio.Event) -> None:
@@ -78,7 +87,7 @@ async def _joined(config: ExportConfig, stop: asyncio.Event) -> None:
 async def _export(config: ExportConfig, swarm: Swarm, stop: asyncio.Event) -> None:
     manifest = swarm.manifest
     parts = await asyncio.to_thread(parts_of, manifest)
-    unfinished = UnfinishedExport(config.out.absolute(), manifest.run_id, groups_of(parts, config.shard_mb * MB))
+    unfinished = UnfinishedExport(_folder_of(config), manifest.run_id, groups_of(parts, config.shard_mb * MB))
     if not await asyncio.to_thread(unfinished.begin):
         unfinished.clear()
         return
@@ -91,6 +100,27 @@ async def _export(config: ExportConfig, swarm: Swarm, stop: asyncio.Event) -> No
         await averaging.stop()
     files = await asyncio.to_thread(_files, config, unfinished, swarm)
     await asyncio.to_thread(unfinished.finish, files)
+
+
+class _Progress:
+    """How much of the model that was missing has come."""
+
+    def __init__(self) -> None:
+        self._tell: Callable[[float, str], None] = lambda _done, _words: None
+        self._done_bytes = self._total_bytes = 0
+
+    @contextmanager
+    def shown(self, total_bytes: int) -> Iterator[None]:
+        """Show it meanwhile."""
+        self._total_bytes = total_bytes
+        with progress_shown(total_bytes) as self._tell:
+            self.add(0)
+            yield
+
+    def add(self, n_bytes: int) -> None:
+        """So many more are here."""
+        self._done_bytes += n_bytes
+        self._tell(self._done_bytes, f"{bytes_text(self._done_bytes)} of {bytes_text(self._total_bytes)} are here")
 
 
 class _Exporting:
@@ -107,19 +137,17 @@ class _Exporting:
         self._unfinished, self._source, self._manifest, self._stop = unfinished, source, manifest, stop
         self._checkpoint = Checkpoint(config.trunk) if config.trunk else None
         self._permits = asyncio.Semaphore(AT_ONCE)
-        self._done_bytes = 0
+        self._progress = _Progress()
 
     async def run(self) -> None:
         left = [g for g in self._unfinished.groups if await asyncio.to_thread(self._unfinished.record, g) is None]
         missing = [part for group in left for part in group.parts if not self._unfinished.has(part)]
         await self._source.wait_for([part.id for part in missing if part.id != TRUNK or self._checkpoint is None])
-        total = sum(part.n_bytes for group in left for part in group.parts)
-        with progress_shown(total) as tell:
+        missing_ids = {part.id for part in missing}
+        with self._progress.shown(sum(part.n_bytes for part in missing)):
             for group in left:
-                tell(self._done_bytes, f"{bytes_text(self._done_bytes)} of {bytes_text(total)}")
-                await self._fetch_all([part for part in group.parts if not self._unfinished.has(part)])
+                await self._fetch_all([part for part in group.parts if part.id in missing_ids])
                 await asyncio.to_thread(self._unfinished.write, group)
-                self._done_bytes += sum(part.n_bytes for part in group.parts)
 
     async def _fetch_all(self, parts: list[ModelPart]) -> None:
         tasks = [asyncio.create_task(self._fetch(part)) for part in parts]
@@ -140,6 +168,7 @@ class _Exporting:
             else:
                 tensors, taken = await self._source.fetch(part)
             await asyncio.to_thread(self._unfinished.keep, part, tensors, taken)
+            self._progress.add(part.n_bytes)
 
 
 def _files(config: ExportConfig, unfinished: UnfinishedExport, swarm: Swarm) -> dict[str, bytes]:
@@ -147,9 +176,18 @@ def _files(config: ExportConfig, unfinished: UnfinishedExport, swarm: Swarm) -> 
     manifest, taken, directory = swarm.manifest, unfinished.taken(), swarm.directory
     newest = {block_id: max((r.version for r in directory.replicas(block_id)), default=0) for block_id in taken}
     card = card_text(manifest, taken, newest, training_of(config.trunk, manifest.run_id))
+    return small_files(manifest, unfinished.groups, taken, card, _tokenizer(manifest))
+
+
+def _tokenizer(manifest: Manifest) -> bytes | None:
+    """The run's own file, which `fetch_tokenizer` has left on this machine; None where tokens are bytes."""
     asset = manifest.data.tokenizer_asset
-    tokenizer = None if asset is None else asset_store().find(asset)
-    return small_files(manifest, unfinished.groups, taken, card, tokenizer)
+    if asset is None:
+        return None
+    data = asset_store().find(asset)
+    if data is None:
+        raise DataError(f"the run's tokenizer {asset} is not on this machine any more; start again to fetch it")
+    return data
 
 
 def _summary(out: Path, manifest: Manifest) -> str:
@@ -157,6 +195,6 @@ def _summary(out: Path, manifest: Manifest) -> str:
     model = manifest.model
     n_experts, size = model.n_layers * model.experts_per_layer, sum(file.stat().st_size for file in files)
     return (
-        f"{out}: the trunk and {n_experts:,} experts of run {manifest.run_id}, {bytes_text(size)} in {len(files)} "
-        "files of weights"
+        f"{out}: the trunk and {n_experts:,} experts of run {manifest.run_id}, {bytes_text(size)} of weights in "
+        f"{len(files)} {'file' if len(files) == 1 else 'files'}"
     )

@@ -40,7 +40,7 @@ def some_ids(n_rows: int = 3, n_tokens: int = 16, seed: int = 1) -> torch.Tensor
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Any]:
     folder = tmp_path_factory.mktemp("exported") / "model"
-    model, _ = exported(folder)
+    model, _ = exported(folder, max_bytes=20_000)  # several files
     return model, read_by_transformers(folder)
 
 

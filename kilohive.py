@@ -1,6 +1,6 @@
-"""The public face: what a model of one's own imports to use a swarm's experts.
+"""The public face: what a model of one's own imports to use a swarm's experts, and to load a model that has left one.
 
-    from kilohive import SwarmClient, SwarmConfig
+    from kilohive import SwarmClient, SwarmConfig, load_model
 
 Everything in `__all__` keeps its name and meaning within a minor version; all else is free to move. The command is
 `run_node.py`.
@@ -19,6 +19,7 @@ from node.membership.config import ReachConfig, SwarmConfig
 from node.model.gate import Gate
 from node.model.moe import LocalExperts, LocalMoE, MoE
 from node.trainer.dispatch.dispatcher import DispatchConfig, Dispatcher
+from node.trainer.exported.loading import load_model
 from node.trainer.remote_moe import RemoteMoE
 from node.trainer.swarm_client import SwarmClient
 from protocol.identity import Identity
@@ -44,4 +45,5 @@ __all__ = [
     "SwarmConfig",
     "TooFewExpertsError",
     "UnavailableError",
+    "load_model",
 ]

@@ -46,6 +46,7 @@ from coordinator.config import (
     program_name,
 )
 from node.contributor.config import ContributeConfig
+from node.export.config import ExportConfig
 from node.host.config import ControlConfig, HostConfig
 from node.limits.config import LimitsConfig
 from node.rpc.config import HealthConfig
@@ -200,6 +201,13 @@ COMMANDS = (
             "contribute --layer 1 --expert 7 --join invite.txt",
         ),
         entry="node.contributor.command:run_contribute",
+    ),
+    Command(
+        name="export",
+        summary="write a run's model to a folder that transformers loads.",
+        config=ExportConfig,
+        examples=("export --join invite.txt --out models/run", "export --join invite.txt --trunk runs/train"),
+        entry="node.export.command:run_export",
     ),
     Command(
         name="tokenizer",

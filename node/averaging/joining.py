@@ -58,12 +58,22 @@ class JoinConfig:
     """`max_distance` is how far honest replicas' weights may lie apart, relative to their L2 norm.
 
     `timeout_s` is for one download, beside what its bytes take; `max_sources` bounds how many replicas are asked and
-    held in memory.
+    held in memory. `weights_only` leaves out Adam's moments, for whoever does not train, and begins a download that
+    broke off anew, so that all of it is of one moment.
     """
 
     max_distance: float
     timeout_s: float = 120.0
     max_sources: int = 4
+    weights_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A replica's state; `is_corroborated` if the weights of a second one agree with it."""
+
+    state: ReplicaState
+    is_corroborated: bool
 
 
 class Downloader(Protocol):
@@ -106,6 +116,18 @@ async def fetch_replica(
     Raises:
         UnavailableError: none could be had, or no two of them agree.
     """
+    return (await fetch_with_word(client, candidates, wanted, config, rng, partials)).state
+
+
+async def fetch_with_word(
+    client: Downloader,
+    candidates: Sequence[Replica],
+    wanted: Sequence[TensorSchema],
+    config: JoinConfig,
+    rng: random.Random,
+    partials: PartialDownloads | None = None,
+) -> Fetched:
+    """What `fetch_replica` gives, and whether two replicas stand for it or one alone. Raises what that does."""
     sources = _newest_first(rng.sample(candidates, len(candidates)))[: config.max_sources]
     return await _Fetch(client, wanted, config, partials or PartialDownloads()).from_any_of(sources)
 
@@ -127,19 +149,19 @@ class _Fetch:
     ) -> None:
         self._client, self._wanted, self._config, self._partials = client, wanted, config, partials
 
-    async def from_any_of(self, sources: Sequence[Replica]) -> ReplicaState:
+    async def from_any_of(self, sources: Sequence[Replica]) -> Fetched:
         answered: list[_Answer] = []
-        first = self._partials.begin(sources[0].block, self._wanted) if sources else None
+        first = self._first(sources[0]) if sources else None
         for source in sources:
             answer = await self._take(source, first if first and not answered else self._anew(source, params_only=True))
             if answer is None:
                 continue
             for earlier in answered:
                 if (whole := await self._corroborated(earlier, answer)) is not None:
-                    return whole
+                    return Fetched(state=whole, is_corroborated=True)
             answered.append(answer)
         if len(answered) == 1:
-            return await self._from_one(answered[0])
+            return Fetched(state=await self._from_one(answered[0]), is_corroborated=False)
         if first and not answered:
             self._partials.keep(first)
         raise UnavailableError(_nobody(sources, answered, self._config.max_distance))
@@ -150,7 +172,7 @@ class _Fetch:
         if len(answer.senders) > 1:
             witness = await self._take(source, self._anew(source, params_only=True))
             if witness is None or not await self._agree(answer.state, witness.state):
-                whole = await self._take(source, self._anew(source))
+                whole = await self._take(source, self._whole(source))
                 if whole is None:
                     raise UnavailableError(_nobody([source], [], self._config.max_distance))
                 answer = whole
@@ -161,9 +183,10 @@ class _Fetch:
         """The whole state of `earlier` if the witness agrees with it."""
         if not await self._agree(earlier.state, witness.state):
             return None
-        if earlier.state.first and not earlier.senders & witness.senders:
+        is_whole = self._config.weights_only or earlier.state.first
+        if is_whole and not earlier.senders & witness.senders:
             return earlier.state
-        whole = await self._take(earlier.source, self._anew(earlier.source))
+        whole = await self._take(earlier.source, self._whole(earlier.source))
         # Asked again, it may send something else.
         return whole.state if whole is not None and await self._agree(whole.state, witness.state) else None
 
@@ -175,7 +198,7 @@ class _Fetch:
                 state = await self._client.download(source.address, source.block, partial, self._config.timeout_s)
             except KilohiveError as error:
                 logger.warning("Block %s cannot be taken from %s: %s", source.block, source.peer_id, error)
-                if isinstance(error, InvalidInputError):
+                if isinstance(error, InvalidInputError) or self._config.weights_only:
                     partial.clear()
                 # What does not fit may be what another has sent.
                 if not (senders if isinstance(error, InvalidInputError) else partial.taken > before):
@@ -184,6 +207,13 @@ class _Fetch:
                 return _Answer(source, state, frozenset(partial.senders))
             await asyncio.sleep(RESUME_AFTER_S)
             logger.info("Going on with block %s from %s: %s", source.block, source.peer_id, partial)
+
+    def _first(self, source: Replica) -> PartialReplica:
+        """What is kept of a download that broke off, if it may be gone on with."""
+        return self._whole(source) if self._config.weights_only else self._partials.begin(source.block, self._wanted)
+
+    def _whole(self, source: Replica) -> PartialReplica:
+        return self._anew(source, params_only=self._config.weights_only)
 
     def _anew(self, source: Replica, *, params_only: bool = False) -> PartialReplica:
         return self._partials.anew(source.block, self._wanted, params_only=params_only)

@@ -25,6 +25,8 @@ from protocol.manifest import BlockId
 from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from node.model.experts.block import BlockGradients
     from node.model.gate import ChoiceSummary, Gate
     from protocol.manifest import Manifest
@@ -118,14 +120,22 @@ class LocalMoE(MoE):
 
 
 class LocalExperts:
-    """Every block of every layer, computed here. One lock: concurrent micro-batches take turns."""
+    """Every block of every layer, computed here. One lock: concurrent micro-batches take turns.
 
-    def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
+    `make_block` gives each block; without it they are as they are before any training.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: torch.device | None = None,
+        make_block: Callable[[Manifest, BlockId, torch.device], Block] = new_block,
+    ) -> None:
         self.manifest, self.run_tokens = manifest, 0
         device = device or torch.device("cpu")
         model = manifest.model
         self.blocks: dict[int, list[Block]] = {
-            layer: [new_block(manifest, BlockId(layer, block), device) for block in range(model.blocks_per_layer)]
+            layer: [make_block(manifest, BlockId(layer, block), device) for block in range(model.blocks_per_layer)]
             for layer in range(model.n_layers)
         }
         self._all_live_E = torch.ones(model.experts_per_layer, dtype=torch.bool)

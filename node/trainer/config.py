@@ -95,6 +95,8 @@ class EvaluateConfig(CallerConfig):
 
     out: Path = Path("runs/local")
     """Take the trunk's checkpoint from this folder."""
+    export: Path | None = None
+    """Take the whole model from this folder, as `export` wrote it, and no swarm."""
     data: Path | None = None
     """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
     tokenizer: FileOnly[str] = ""
@@ -115,6 +117,8 @@ class SampleConfig(CallerConfig):
 
     out: Path = Path("runs/local")
     """Take the trunk's checkpoint from this folder."""
+    export: Path | None = None
+    """Take the whole model from this folder, as `export` wrote it, and no swarm."""
     prompt: str = "The "
     """Go on from this text."""
     tokenizer: FileOnly[str] = ""

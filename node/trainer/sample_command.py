@@ -1,4 +1,4 @@
-"""`sample`: a trained trunk with the swarm's experts writes text, which is shown as it is made."""
+"""`sample`: a trained model writes text, which is shown as it is made."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from common.tasks import until_stopped
 from common.text import printable
 from node.model.next_token import GenerationConfig
 from node.trainer.host_wait import PatientWait
-from node.trainer.run_files import fetch_tokenizer
 from node.trainer.sampling import TextWriter
-from node.trainer.trained_model import trained_model
+from node.trainer.trained_model import text_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import TextIO
 
-    from common.tokenizer import Tokenizer
     from node.trainer.config import SampleConfig
-    from node.trainer.sampling import TextPiece
-    from node.trainer.trained_model import TrainedModel
+    from node.trainer.sampling import TextPiece, UntilEnough
+    from node.trainer.trained_model import TextModel
 
 MAX_TEXTS = 1024
 
@@ -48,9 +46,8 @@ async def run_sample(config: SampleConfig, stop: asyncio.Event) -> None:
     """
     _check(config)
     try:
-        async with trained_model(config, stop) as trained:
-            tokenizer = await fetch_tokenizer(trained.swarm, config.tokenizer, config.join_timeout_s, stop)
-            await _write(trained, tokenizer, config, stop)
+        async with text_model(config, stop) as trained:
+            await _write(trained, config, stop)
     except DrainingError:
         if not stop.is_set():
             raise
@@ -68,19 +65,25 @@ def _check(config: SampleConfig) -> None:
         raise ConfigError("--stop: is not UTF-8, so no text ever comes to it")
 
 
-async def _write(trained: TrainedModel, tokenizer: Tokenizer, config: SampleConfig, stop: asyncio.Event) -> None:
+async def _write(trained: TextModel, config: SampleConfig, stop: asyncio.Event) -> None:
     """Compute on other threads, a step at a time; DrainingError as soon as `stop` is set."""
-    page, wait = Page(sys.stdout, config.n), PatientWait(trained.dispatcher, config.wait_for_experts_s)
+    page, until_enough = Page(sys.stdout, config.n), _until_enough(trained, config)
     of_all = GenerationConfig(
         max_new_tokens=config.n_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
     )
     prompts = [(_bytes_of(config.prompt), replace(of_all, seed=config.seed + index)) for index in range(config.n)]
-    steps = iter(TextWriter(trained.model, tokenizer, prompts, wait.until_enough, config.stop))
+    steps = iter(TextWriter(trained.model, trained.tokenizer, prompts, until_enough, config.stop))
     try:
         while (pieces := await until_stopped(asyncio.to_thread(next, steps, None), stop)) is not None:
             page.add(pieces)
     finally:
         page.end_line()
+
+
+def _until_enough(trained: TextModel, config: SampleConfig) -> UntilEnough:
+    if trained.dispatcher is None:
+        return lambda function, item: function(item)
+    return PatientWait(trained.dispatcher, config.wait_for_experts_s).until_enough
 
 
 def _bytes_of(text: str) -> bytes:

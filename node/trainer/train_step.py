@@ -288,8 +288,18 @@ def mean_nats(model: Trunk, batches: Iterable[torch.Tensor], device: torch.devic
 
 def build_model(manifest: Manifest, experts: Experts, generator: torch.Generator) -> Trunk:
     """The trunk with gates of its own around a run's experts."""
-    layers = [MoE(build_gate(manifest.model, generator), experts, layer) for layer in range(manifest.model.n_layers)]
-    return build_trunk(manifest, layers, generator)
+    return build_trunk(manifest, new_layers(manifest, experts, generator), generator)
+
+
+def build_transformer(manifest: Manifest, experts: Experts, generator: torch.Generator) -> Transformer:
+    """Like `build_model`, for a run whose trunk is not a pretrained one."""
+    layers = new_layers(manifest, experts, generator)
+    return Transformer(manifest.model, layers, generator).to(DTYPES[manifest.dtype])
+
+
+def new_layers(manifest: Manifest, experts: Experts, generator: torch.Generator) -> list[MoE]:
+    """The run's layers of experts, with gates as they are before training."""
+    return [MoE(build_gate(manifest.model, generator), experts, layer) for layer in range(manifest.model.n_layers)]
 
 
 def build_trunk(manifest: Manifest, layers: Sequence[MoE], generator: torch.Generator) -> Trunk:

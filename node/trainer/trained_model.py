@@ -1,26 +1,34 @@
-"""A trained trunk from its checkpoint, over the swarm's experts as they are now: what `evaluate` and `sample` use."""
+"""A trained model: what `evaluate` and `sample` use.
+
+Its trunk is from a checkpoint and its experts are the swarm's as they are now, or all of it is from an exported folder.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from common.errors import ConfigError
 from common.tasks import until_stopped
 from node.membership.config import ReachConfig
 from node.membership.swarm import Swarm
 from node.model.devices import pick_device
 from node.trainer.dispatch.dispatcher import DispatchConfig, Dispatcher, dispatch_over
+from node.trainer.exported.loading import open_export
+from node.trainer.run_files import fetch_tokenizer
 from node.trainer.train_step import build_model
 from node.trainer.trunk_state import TrainingProgress, load_trunk_weights
 from protocol.identity import Identity
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
+    from common.tokenizer import Tokenizer
     from node.model.trunk import Trunk
     from node.trainer.config import EvaluateConfig, SampleConfig
     from protocol.manifest import Manifest
@@ -31,6 +39,7 @@ class TrainedModel:
     """A trunk in evaluation mode over remote experts, and how far it was trained."""
 
     model: Trunk
+    tokenizer: Tokenizer
     swarm: Swarm
     manifest: Manifest
     dispatcher: Dispatcher
@@ -46,13 +55,71 @@ async def trained_model(config: EvaluateConfig | SampleConfig, stop: asyncio.Eve
     swarm = Swarm(config, Identity.generate(), ReachConfig(listen=config.listen))
     try:
         await until_stopped(swarm.join(), stop)
+        tokenizer = await fetch_tokenizer(swarm, config.tokenizer, config.join_timeout_s, stop)
         dispatcher = dispatch_over(swarm, DispatchConfig())
         manifest = swarm.manifest
         generator = torch.Generator().manual_seed(manifest.seed)
         model = build_model(manifest, dispatcher, generator).to(device).eval()
         progress = load_trunk_weights(config.out, model, manifest.run_id)
         yield TrainedModel(
-            model=model, swarm=swarm, manifest=manifest, dispatcher=dispatcher, progress=progress, device=device
+            model=model,
+            tokenizer=tokenizer,
+            swarm=swarm,
+            manifest=manifest,
+            dispatcher=dispatcher,
+            progress=progress,
+            device=device,
         )
     finally:
         await swarm.leave()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """A model in evaluation mode with its tokenizer; `age` says in words how far it was trained.
+
+    `manifest` has the model's shape and the seed by which text is held out. Without a `dispatcher` all experts are in
+    this process.
+    """
+
+    model: Trunk
+    tokenizer: Tokenizer
+    manifest: Manifest
+    age: str
+    device: torch.device
+    dispatcher: Dispatcher | None = None
+
+
+@asynccontextmanager
+async def text_model(config: EvaluateConfig | SampleConfig, stop: asyncio.Event) -> AsyncIterator[TextModel]:
+    """The model of the exported folder that `config` names, or else of its swarm, as `trained_model` finds that.
+
+    Raises ConfigError where it names both, CheckpointError for a folder that is not whole.
+    """
+    if config.export is not None:
+        yield await until_stopped(asyncio.to_thread(_exported, config, config.export), stop)
+        return
+    async with trained_model(config, stop) as trained:
+        yield TextModel(
+            model=trained.model,
+            tokenizer=trained.tokenizer,
+            manifest=trained.manifest,
+            age=f"step {trained.progress.step}",
+            device=trained.device,
+            dispatcher=trained.dispatcher,
+        )
+
+
+def _exported(config: EvaluateConfig | SampleConfig, folder: Path) -> TextModel:
+    if config.join or config.run_id or config.tokenizer:
+        raise ConfigError("--export: names a model that needs no swarm; leave --join, run_id and tokenizer out")
+    torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    exported = open_export(folder, device)
+    return TextModel(
+        model=exported.model,
+        tokenizer=exported.tokenizer,
+        manifest=exported.config.manifest,
+        age=f"version {exported.config.trunk_version} of its trunk",
+        device=device,
+    )

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from common.errors import InvalidInputError
+from node.averaging.pieces import PARAMS
 from node.model.gate import GATE_BIAS
-from node.model.replica_state import ReplicaState, schema
+from node.model.replica_state import ReplicaState, TensorSchema, schema
 from protocol.manifest import TRUNK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from node.model.replica_state import TensorSchema
+    from node.model.trunk import Trunk
     from node.trainer.train_step import Training
     from protocol.manifest import BlockId
 
@@ -26,6 +27,13 @@ R = TypeVar("R")
 
 _FIRST, _SECOND, _STEP = "exp_avg", "exp_avg_sq", "step"
 """What torch.optim.AdamW calls its moments and its count."""
+
+
+def trunk_weights(model: Trunk) -> tuple[TensorSchema, ...]:
+    """What a download of this trunk's weights alone must hold: the parameters that are trained, the gates' biases."""
+    trained, balanced = _learnt(model)
+    named = sorted({**trained, **balanced}.items())
+    return tuple(TensorSchema(f"{PARAMS}{name}", (1, *t.shape), t.dtype) for name, t in named)
 
 
 class TrunkReplica:
@@ -37,10 +45,7 @@ class TrunkReplica:
 
     def __init__(self, training: Training) -> None:
         self._training = training
-        model = training.model
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # Biases of the gates: balance moves them, Adam does not. The loads that a gate remembers are not averaged.
-        self._balanced = {name: b for name, b in model.named_buffers() if name.endswith(GATE_BIAS)}
+        self._trained, self._balanced = _learnt(training.model)
         self._own_tokens_at_load = 0
         for parameter in self._trained.values():
             self._adam(parameter)
@@ -116,3 +121,9 @@ class TrunkReplica:
             moments[_FIRST] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             moments[_SECOND] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return moments
+
+
+def _learnt(model: Trunk) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
+    """Parameters that Adam steps, and biases of gates, which balance moves: a gate's memory of loads is not shared."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained, {name: b for name, b in model.named_buffers() if name.endswith(GATE_BIAS)}

@@ -22,9 +22,9 @@ from common.allocator import keep_freed_memory
 from node.model.generation import Generation, Prompt
 from node.model.moe import LocalExperts
 from node.model.next_token import GenerationConfig
+from node.trainer.train_step import build_transformer
 from protocol.manifest import Manifest, ModelConfig
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
-from tests.support.transformers import transformer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +68,7 @@ def new_model(context: int) -> Transformer:
     shape = ModelConfig(context=context, gate="hash", gate_reads="tokens", gate_heads=4, gate_score="softmax", smear=2)
     manifest = Manifest(name="bench", model=shape)
     generator = torch.Generator().manual_seed(manifest.seed)
-    return transformer_of(manifest, LocalExperts(manifest), generator).eval()
+    return build_transformer(manifest, LocalExperts(manifest), generator).eval()
 
 
 def prompts(streams: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from node.rpc.security import Security
 from protocol.identity import Identity
 from protocol.manifest import BlockId, all_blocks
 from tests.support.docs import ROOT, python_blocks
+from tests.support.exported import HASH, exported, show_no_progress_bar
 from tests.support.swarm_parts import running_swarm, small_manifest
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def example(page: str) -> str:
 def test_every_example_that_needs_a_swarm_is_run_here() -> None:
     assert sorted(str(block.page.relative_to(ROOT)) for block in python_blocks(with_swarm=True)) == [
         "README.md",
+        "docs/export.md",
         "docs/protocol.md",
     ]
 
@@ -77,3 +80,16 @@ def test_a_peer_written_by_hand_can_call_a_host() -> None:
         assert names["y_TD"].shape == (2, 16)
         assert bool(torch.isfinite(names["y_TD"]).all())
         assert host.runtime.tokens_total == 2
+
+
+def test_an_exported_model_is_read_by_transformers_and_by_kilohive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "models").mkdir()
+    exported(tmp_path / "models" / "run", small_manifest(model=HASH))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers adds that folder to it
+    show_no_progress_bar()
+    exec(compile(example("docs/export.md"), "export.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out.startswith("[")

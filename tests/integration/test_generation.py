@@ -12,9 +12,9 @@ from common.tokenizer import ByteTokenizer
 from node.model.moe import LocalExperts
 from node.model.next_token import GenerationConfig
 from node.trainer.sampling import sample_text
+from node.trainer.train_step import build_transformer
 from protocol.manifest import all_blocks
 from tests.support.swarm_parts import running_swarm, small_manifest
-from tests.support.transformers import transformer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ FAILS_AT = 8
 
 
 def model_over(experts: Experts) -> Transformer:
-    return transformer_of(MANIFEST, experts, torch.Generator().manual_seed(MANIFEST.seed)).eval()
+    return build_transformer(MANIFEST, experts, torch.Generator().manual_seed(MANIFEST.seed)).eval()
 
 
 class Writing:

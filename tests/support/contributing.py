@@ -26,12 +26,13 @@ HANG_S = 60.0
 class RunInLoop:
     """A coordinator that names one trainer as its evaluator, hosts, and that trainer; each a task here."""
 
-    def __init__(self, folder: Path, manifest: Manifest, text: Path) -> None:
-        self.folder, self.manifest, self.text = folder, manifest, text
+    def __init__(self, folder: Path, manifest: Manifest, text: Path, steps: int = 0) -> None:
+        self.folder, self.manifest, self.text, self._steps = folder, manifest, text, steps
         self.swarm_file = folder / "run" / "swarm.toml"
         self.trainer_folder = folder / "trainer"
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[Any]] = []
+        self.trainer: asyncio.Task[Any]
 
     async def start(self, n_hosts: int) -> None:
         (self.folder / "wanted.toml").write_text(self.manifest.to_toml())
@@ -50,12 +51,20 @@ class RunInLoop:
             state = self.folder / f"host-{number}"
             self._begin(run_host(HostConfig(swarm=self.swarm_file, state=state, recheck_s=0), self._stop))
         trainer = TrainConfig(
-            swarm=self.swarm_file, out=self.trainer_folder, data=self.text, save_every=20, plain=True, eval_every=0
+            swarm=self.swarm_file,
+            out=self.trainer_folder,
+            data=self.text,
+            steps=self._steps,
+            save_every=20,
+            plain=True,
+            eval_every=0,
         )
-        self._begin(run_trainer(trainer, self._stop))
+        self.trainer = self._begin(run_trainer(trainer, self._stop))
 
-    def _begin(self, role: Coroutine[Any, Any, Any]) -> None:
-        self._tasks.append(asyncio.create_task(role))
+    def _begin(self, role: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(role)
+        self._tasks.append(task)
+        return task
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait; what ended a role is raised."""
@@ -72,8 +81,11 @@ class RunInLoop:
 
 
 @asynccontextmanager
-async def run_in_loop(folder: Path, manifest: Manifest, text: Path, n_hosts: int) -> AsyncIterator[RunInLoop]:
-    run = RunInLoop(folder, manifest, text)
+async def run_in_loop(
+    folder: Path, manifest: Manifest, text: Path, n_hosts: int, steps: int = 0
+) -> AsyncIterator[RunInLoop]:
+    """`steps` are the trainer's; 0 are as many as the run has tokens for."""
+    run = RunInLoop(folder, manifest, text, steps)
     try:
         await run.start(n_hosts)
         yield run

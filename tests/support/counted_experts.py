@@ -8,9 +8,9 @@ import torch
 
 from common.errors import TooFewExpertsError
 from node.model.moe import LocalExperts
+from node.trainer.train_step import build_transformer
 from protocol.run_assets import DataConfig
 from tests.support.swarm_parts import small_manifest
-from tests.support.transformers import transformer_of
 
 if TYPE_CHECKING:
     from common.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def counted_model(
         changes["vocab_size"] = tokenizer.vocab_size
     experts = CountedExperts(small_manifest(dtype=dtype, codec=dtype, model=changes, data=data))
     generator = torch.Generator().manual_seed(3)
-    model = transformer_of(experts.manifest, experts, generator).eval()
+    model = build_transformer(experts.manifest, experts, generator).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(sorted([*ROOT.glob("*.md"), *(ROOT / "docker").glob("*.md"), *(ROOT / "docs").rglob("*.md")]))
-NEEDS_A_SWARM = ("SwarmClient(", "secure_channel(")
+NEEDS_A_SWARM = ("SwarmClient(", "secure_channel(", "load_model(")
+"""Of a swarm that is up, or of a model that has left one."""
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")

@@ -11,10 +11,9 @@ from node.contributor.local_expert import ExpertsWithOneLocal, LocalExpertSteps
 from node.model.expert_file import ExpertId
 from node.model.learning_rate import learning_rate_factor
 from node.model.moe import LocalExperts, MoE
-from node.trainer.train_step import next_token_loss
+from node.trainer.train_step import build_transformer, next_token_loss
 from tests.support.offers import present
 from tests.support.swarm_parts import small_manifest
-from tests.support.transformers import transformer_of
 
 if TYPE_CHECKING:
     from node.model.experts.block import Block, BlockGradients
@@ -39,7 +38,7 @@ class NotTaught(LocalExperts):
 
 
 def model_of(experts: Experts, manifest: Manifest = MANIFEST) -> Transformer:
-    return transformer_of(manifest, experts, torch.Generator().manual_seed(1)).eval()
+    return build_transformer(manifest, experts, torch.Generator().manual_seed(1)).eval()
 
 
 def layer_of(model: Transformer, layer: int) -> MoE:

@@ -11,8 +11,8 @@ import torch
 from common.errors import InvalidInputError
 from node.model.moe import LocalExperts, LocalMoE
 from node.model.token_codes import TokenCodes, first_weights, smeared
+from node.trainer.train_step import build_transformer
 from tests.support.swarm_parts import small_manifest
-from tests.support.transformers import transformer_of
 
 if TYPE_CHECKING:
     from node.model.transformer import Transformer
@@ -70,7 +70,7 @@ def test_codes_of_contexts_that_differ_in_one_token_are_as_different_as_random_o
 
 def model(seed: int = 0, **changes: object) -> Transformer:
     manifest = replace(MANIFEST, model=replace(MANIFEST.model, **changes))  # type: ignore[arg-type]
-    return transformer_of(manifest, LocalExperts(manifest), seeded(seed))
+    return build_transformer(manifest, LocalExperts(manifest), seeded(seed))
 
 
 def test_every_trainer_draws_the_same_codes_and_no_checkpoint_has_them() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common.errors import DrainingError, TooFewExpertsError
+from common.tokenizer import ByteTokenizer
 from node.trainer import sample_command
 from node.trainer.config import SampleConfig
 from node.trainer.sample_command import Page, run_sample
@@ -65,11 +66,11 @@ class Sample:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, self.experts = counted_model(**MODEL)
         self.on_wait: Callable[[], None] = lambda: None
-        monkeypatch.setattr(sample_command, "trained_model", self._trained_model)
+        monkeypatch.setattr(sample_command, "text_model", self._text_model)
 
     @asynccontextmanager
-    async def _trained_model(self, config: SampleConfig, stop: asyncio.Event) -> AsyncIterator[SimpleNamespace]:
-        yield SimpleNamespace(model=self.model, dispatcher=self, swarm=SimpleNamespace(manifest=self.manifest))
+    async def _text_model(self, config: SampleConfig, stop: asyncio.Event) -> AsyncIterator[SimpleNamespace]:
+        yield SimpleNamespace(model=self.model, dispatcher=self, tokenizer=ByteTokenizer())
 
     @property
     def manifest(self) -> Any:

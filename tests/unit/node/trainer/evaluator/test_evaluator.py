@@ -23,7 +23,7 @@ from node.trainer.evaluator.offer_count import OfferCount
 from node.trainer.evaluator.offers import FORGET_S, Offer, OfferQueue
 from node.trainer.evaluator.sequential_test import Decision
 from node.trainer.evaluator.trial_builder import TrialBuilder
-from node.trainer.train_step import StepConfig, Training
+from node.trainer.train_step import StepConfig, Training, build_transformer
 from protocol import contribution_pb2 as pb
 from protocol.identity import Identity
 from protocol.manifest import AveragingConfig, BlockId
@@ -31,7 +31,6 @@ from protocol.verdict import Offered, open_verdict
 from tests.support.events import written_to
 from tests.support.offers import present, train_one, weights
 from tests.support.swarm_parts import make_replica, small_manifest
-from tests.support.transformers import transformer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,7 +109,7 @@ class Trainer:
 
 def small_model() -> tuple[LocalExperts, Transformer]:
     generator, experts = torch.Generator().manual_seed(1), LocalExperts(MANIFEST)
-    return experts, transformer_of(MANIFEST, experts, generator)
+    return experts, build_transformer(MANIFEST, experts, generator)
 
 
 @pytest.fixture(autouse=True)

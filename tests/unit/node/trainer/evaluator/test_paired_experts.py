@@ -12,10 +12,9 @@ from node.model.expert_file import ExpertId
 from node.model.moe import LocalExperts
 from node.trainer.evaluator.paired_experts import PairedExperts, paired_experts_model, window_gains
 from node.trainer.evaluator.sequential_test import SequentialTestConfig, decide
-from node.trainer.train_step import next_token_loss
+from node.trainer.train_step import build_transformer, next_token_loss
 from tests.support.offers import present, put, weights
 from tests.support.swarm_parts import small_manifest
-from tests.support.transformers import transformer_of
 
 if TYPE_CHECKING:
     from node.model.transformer import Transformer
@@ -33,7 +32,7 @@ def experts() -> LocalExperts:
 @pytest.fixture
 def model(experts: LocalExperts) -> Transformer:
     generator = torch.Generator().manual_seed(1)
-    return transformer_of(MANIFEST, experts, generator).eval()
+    return build_transformer(MANIFEST, experts, generator).eval()
 
 
 def windows(n: int) -> torch.Tensor:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-JOIN_S = 5.0
+JOIN_S = 2.0
 MAX_RETRY_AFTER_S = 60.0
 LATEST = 0.2
 """Weight of the latest text in the mean time that a text takes."""
@@ -194,8 +194,9 @@ class ContinuousBatch:
         except DivergedError as error:
             self._tell(self._fail(error.sequences, error))
         except KilohiveError as error:
+            # Whatever it says is wrong, no request is to blame for it.
             logger.warning("A step of %d texts has failed: %s", self.n_running, error)
-            self._tell(self._fail(list(self._running), error))
+            self._tell(self._fail(list(self._running), InternalError(f"a step has failed: {error}")))
         else:
             self.steps += 1
             self._tell(self._pieces(new))

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from node.api.http_errors import BAD_REQUEST, UNAUTHORIZED, UNKNOWN_KEY, HttpError
+from node.api.http_errors import BAD_REQUEST, OVERLOADED, TOO_MANY, UNAUTHORIZED, UNKNOWN_KEY, HttpError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +22,8 @@ FOR_ALL: Final = frozenset({"/", "/health"})
 """Paths that need no key: the page has nothing in it but the page, and supervisors have no key."""
 BODY_S = 30.0
 SEND_S = 60.0
+MAX_HELD = 64
+"""So many times the largest body is kept of all requests together, until they are answered."""
 MAX_DISCARDED = 8
 """So many times the largest body is read and thrown away, so that its sender reads why it is refused."""
 TOO_SLOW, TOO_LARGE = 408, 413
@@ -47,29 +49,31 @@ class _StalledError(Exception):
 class RequestChecks:
     """An ASGI application around another. `answered` counts answers by path and status; a path that is not there is ''.
 
-    A body is whole, and within its bounds, before the application hears of the request.
+    A body is whole, and within its bounds, before the application hears of the request. `held_bytes` are those of all
+    requests that are not answered yet.
     """
 
     def __init__(self, app: ASGIApp, config: CheckConfig, paths: frozenset[str]) -> None:
         self._app, self._config, self._paths = app, config, paths
         self._key = hashlib.sha256(config.key.encode()).digest() if config.key else b""
         self.answered: Counter[tuple[str, int]] = Counter()
+        self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer in the application's place."""
         if scope["type"] != "http":
             return
         send = self._counting(scope["path"], send)
-        error = self._refused(scope)
-        if error is None:
-            body = await self._read(receive)
-            if not isinstance(body, HttpError):
-                with contextlib.suppress(_StalledError):
-                    await self._app(scope, _again(body, receive), send)
-                return
-            error = body
-        with contextlib.suppress(_StalledError):
-            await error.response()(scope, receive, send)
+        error, body = self._refused(scope), bytearray()
+        try:
+            error = error or await self._read(receive, body)
+            with contextlib.suppress(_StalledError):
+                if error is None:
+                    await self._app(scope, _again(bytes(body), receive), send)
+                else:
+                    await error.response()(scope, receive, send)
+        finally:
+            self.held_bytes -= len(body)
 
     def _refused(self, scope: Scope) -> HttpError | None:
         headers = dict(scope["headers"])
@@ -85,25 +89,35 @@ class RequestChecks:
         message = "send the key of this server in the header Authorization: Bearer KEY"
         return HttpError(status=UNAUTHORIZED, message=message, kind=UNKNOWN_KEY, code="invalid_api_key")
 
-    async def _read(self, receive: Receive) -> HttpError | bytes:
-        limit = self._config.max_body_bytes
-        body, size = bytearray(), 0
+    async def _read(self, receive: Receive, body: bytearray) -> HttpError | None:
+        """Read a body into `body`, or say why not; one that is too large is read on, to be thrown away."""
+        limit, size = self._config.max_body_bytes, 0
         try:
             async with asyncio.timeout(BODY_S):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return HttpError(status=BAD_REQUEST, message="the body is cut short")
-                    size += len(message.get("body", b""))
-                    if size <= limit:
-                        body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size <= limit and (error := self._hold(part, body)):
+                        return error
                     if not message.get("more_body", False) or size > limit * MAX_DISCARDED:
                         break
         except TimeoutError:
             return HttpError(status=TOO_SLOW, message=f"the body took longer than {BODY_S:g} s")
         if size > limit:
             return HttpError(status=TOO_LARGE, message=f"the body is over the limit of {limit:,} bytes")
-        return bytes(body)
+        return None
+
+    def _hold(self, part: bytes, body: bytearray) -> HttpError | None:
+        limit = self._config.max_body_bytes * MAX_HELD
+        if self.held_bytes + len(part) > limit:
+            message = f"requests of {limit:,} bytes are not answered yet, which are the most"
+            return HttpError(status=TOO_MANY, message=message, kind=OVERLOADED, code="queue_full", retry_s=1.0)
+        self.held_bytes += len(part)
+        body += part
+        return None
 
     def _counting(self, path: str, send: Send) -> Send:
         known = path if path in self._paths else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from common.errors import (
     DivergedError,
     DrainingError,
     InternalError,
+    InvalidInputError,
     KilohiveError,
     LimitExceededError,
     OverloadedError,
@@ -225,6 +226,20 @@ async def test_a_text_whose_logits_are_not_finite_ends_alone() -> None:
             with pytest.raises(DivergedError, match="logits are not finite"):
                 await next_of(bad)
             assert said(await rest_of(good)) == said(await written(other, text(undisturbed, temperature=0.0)))
+
+
+async def test_what_fails_for_no_fault_of_a_request_is_told_as_a_failure_of_the_server() -> None:
+    small = small_model()
+
+    def refuse(*_: object, keep: bool) -> NoReturn:
+        raise InvalidInputError("x of MoE layer 0", "holds NaN or infinity; every entry must be finite")
+
+    async with running_batch(small) as batch:
+        small.counted.forward = refuse  # type: ignore[assignment,method-assign]
+        with pytest.raises(InternalError, match="a step has failed: x of MoE layer 0: holds NaN"):
+            await written(batch, text(small))
+        del small.counted.forward
+        assert len(await written(batch, text(small))) == 12
 
 
 async def test_a_stop_ends_what_is_written_and_what_waits_and_refuses_what_comes() -> None:

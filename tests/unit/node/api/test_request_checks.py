@@ -133,6 +133,30 @@ async def test_a_body_over_the_limit_is_refused_and_never_kept(parts: list[bytes
     assert inside.bodies == []
 
 
+async def test_bodies_of_all_requests_together_are_bounded_and_make_room_when_they_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(request_checks, "MAX_HELD", 2)
+    begun, answered = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.set()
+        await answered.wait()
+        await Inside()(scope, receive, send)
+
+    app = RequestChecks(slow, CheckConfig(max_body_bytes=10), PATHS)
+    first = asyncio.create_task(ask(app, parts=[b"0123456789"]))
+    await begun.wait()
+    second = asyncio.create_task(ask(app, parts=[b"01234", b"567"]))
+    while app.held_bytes < 18:  # noqa: ASYNC110 - what it waits for has no event
+        await asyncio.sleep(0)
+    assert await ask(app, parts=[b"01", b"2"]) == (429, "requests of 20 bytes are not answered yet, which are the most")
+    answered.set()
+    assert [(await task)[0] for task in (first, second)] == [200, 200]
+    assert app.held_bytes == 0
+    assert (await ask(app, parts=[b"0123456789"]))[0] == 200
+
+
 async def test_a_body_that_is_cut_short_never_reaches_the_application() -> None:
     inside = Inside()
     answer: list[Message] = []

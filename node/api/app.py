@@ -143,6 +143,7 @@ class Endpoints:
         return HttpError(status=NOT_FOUND, message=message, code="model_not_found", param="model").response()
 
     async def _texts(self, asked: Asked) -> WantedTexts:
+        self._batch.check_fits(asked.n * len(asked.prompts))  # before anything is made of them
         async with self._cutting:  # one at a time: a long text takes a processor for a while
             return await asyncio.to_thread(texts_of, asked, self._served, self._config.max_tokens)
 

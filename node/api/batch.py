@@ -98,6 +98,16 @@ class ContinuousBatch:
         """Texts that are being written."""
         return len(self._running)
 
+    @property
+    def most(self) -> int:
+        """How many texts are written or wait at most."""
+        return self.room + self._limits.max_queue
+
+    def check_fits(self, n_texts: int) -> None:
+        """Raise LimitExceededError for a request of more texts than ever fit."""
+        if n_texts > self.most:
+            raise LimitExceededError("n", n_texts, self.most, "texts, one for each prompt and choice")
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -132,10 +142,9 @@ class ContinuousBatch:
             self._cancel(texts)
 
     def _submit(self, texts: Sequence[WrittenText]) -> None:
+        self.check_fits(len(texts))
         self._check_experts()
-        limit = self.room + self._limits.max_queue
-        if len(texts) > limit:
-            raise LimitExceededError("n", len(texts), limit, "so many texts are written or wait at once")
+        limit = self.most
         with self._changed:
             if self._is_stopping:
                 raise DrainingError(LEAVING)
@@ -150,7 +159,7 @@ class ContinuousBatch:
         if self._has_given_up:
             count = self._served.experts.count()
             if not count.is_enough:
-                raise UnavailableError(f"{count}: no text can be written until they have")
+                raise UnavailableError(f"{count}; a text needs at least one in every layer")
             self._has_given_up = False
 
     def _retry_s(self) -> float:

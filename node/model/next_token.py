@@ -99,5 +99,5 @@ def choose(logits_V: Tensor, config: GenerationConfig, generator: torch.Generato
 def likeliest(logits_V: Tensor, n: int) -> tuple[tuple[int, float], ...]:
     """The `n` likeliest tokens, the likeliest first, each with the model's log-probability (nats)."""
     log_probability_V = torch.log_softmax(logits_V.detach().cpu().double(), dim=0)
-    found = log_probability_V.sort(descending=True, stable=True)
-    return tuple(zip(found.indices[:n].tolist(), found.values[:n].tolist(), strict=True))
+    found = log_probability_V.topk(min(n, len(log_probability_V)))
+    return tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))

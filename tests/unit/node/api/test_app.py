@@ -200,6 +200,7 @@ async def test_a_reply_ends_where_the_next_turn_begins_and_at_the_templates_end(
         ({"max_tokens": 101}, "max_tokens", "is 101, but the limit is 100"),
         ({"max_tokens": 0}, "max_tokens", "input should be greater than or equal to 1"),
         ({"n": 13}, "n", "is 13, but the limit is 12"),
+        ({"prompt": ["a"] * 1000, "n": 128}, "n", "is 128000, but the limit is 12: texts, one for each prompt"),
         ({"suffix": "x"}, "suffix", "is not supported by this server"),
         ({"stream_options": {"include_usage": 3}}, "stream_options", "stream_options.include_usage: "),
     ],

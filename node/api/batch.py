@@ -120,7 +120,9 @@ class ContinuousBatch:
         self._served.experts.close()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join, JOIN_S)
-        self._tell(self._fail_all(DrainingError(LEAVING)))
+        # The thread may still be in a long product: what is its own is left to it.
+        texts = [*self._waiting, *(text for text, _ in list(self._running.values()))]
+        self._tell([(text.outbox, DrainingError(LEAVING)) for text in texts])
 
     @contextmanager
     def writing(self, texts: Sequence[WrittenText]) -> Iterator[Outbox]:

@@ -45,6 +45,7 @@ from coordinator.config import (
     StatusConfig,
     program_name,
 )
+from node.api.config import ServeConfig
 from node.contributor.config import ContributeConfig
 from node.export.config import ExportConfig
 from node.host.config import ControlConfig, HostConfig
@@ -191,6 +192,17 @@ COMMANDS = (
             'sample --join runs/local/swarm.toml --top-p 0.9 --stop "." --n 3',
         ),
         entry="node.trainer.sample_command:run_sample",
+    ),
+    Command(
+        name="serve",
+        summary="serve the model of a run that is up over HTTP, to OpenAI's clients.",
+        config=ServeConfig,
+        examples=(
+            "serve --join runs/local/swarm.toml",
+            "serve --join invite.txt --listen 0.0.0.0 --key-file serve.key",
+        ),
+        entry="node.api.serve_command:run_serve",
+        endless=True,
     ),
     Command(
         name="contribute",

@@ -14,7 +14,7 @@
     ├── NoRoomError              a device without memory for one more block or batch
     ├── InternalError            a peer failed in a way it did not name
     ├── RefusedError             a peer finds that what it was sent cannot be right
-    ├── DivergedError            a training whose loss is no longer a finite number
+    ├── DivergedError            a training whose loss, or a model whose logits, are no longer finite numbers
     ├── TooFewExpertsError       fewer than `k_min` experts answered for some token
     ├── RecordError              a DHT record that is malformed, forged or expired
     ├── IdentityError            a key that is missing, damaged or readable by others
@@ -124,7 +124,14 @@ class RefusedError(KilohiveError):
 
 
 class DivergedError(KilohiveError):
-    """A training whose loss is no longer a finite number: nothing can be learnt from here on."""
+    """A training whose loss is no longer a finite number, or a model whose logits are not.
+
+    sequences: those of a generation whose logits are not finite; the others can go on.
+    """
+
+    def __init__(self, message: str, sequences: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.sequences = sequences
 
 
 class TooFewExpertsError(KilohiveError):

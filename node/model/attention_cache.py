@@ -31,6 +31,12 @@ MAX_CACHE_BYTES = 1 << 32
 """Keys and values of all sequences and layers together; more sequences are refused."""
 
 
+def bytes_per_sequence(model: Transformer, n_positions: int) -> int:
+    """What the keys and values of one window of `n_positions` tokens take in all layers together."""
+    like = model.embedding_VD
+    return 2 * len(model.layers) * n_positions * like.shape[1] * like.element_size()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
     """What a pass reads of one sequence: the ids of `window` from position `start` to before position `stop`.
@@ -46,37 +52,54 @@ class Stretch:
 
 
 class AttentionCache:
-    """Room for the keys, after their rotation, and the values of `n_sequences` windows of up to `n_positions` tokens.
+    """Room for the keys, after their rotation, and the values of `n_places` windows of up to `n_positions` tokens.
 
-    What is written for a position replaces what was there, so that a pass that failed on its way can be repeated.
+    `n_sequences` of the places, the first ones, are taken: all of them, unless it is told. What is written for a
+    position replaces what was there, so that a pass that failed on its way can be repeated.
     """
 
-    def __init__(self, model: Transformer, n_sequences: int, n_positions: int) -> None:
+    def __init__(self, model: Transformer, n_places: int, n_positions: int, n_sequences: int | None = None) -> None:
         like = model.embedding_VD
         n_heads = like.shape[1] // model.channels
-        per_sequence = 2 * len(model.layers) * n_positions * like.shape[1] * like.element_size()
-        if n_sequences * per_sequence > MAX_CACHE_BYTES:
+        per_sequence = bytes_per_sequence(model, n_positions)
+        if n_places * per_sequence > MAX_CACHE_BYTES:
             why = f"their keys and values take {per_sequence:,} bytes each, and {MAX_CACHE_BYTES:,} in all are the most"
-            raise LimitExceededError("sequences", n_sequences, MAX_CACHE_BYTES // per_sequence, why)
-        shape = (n_sequences, n_heads, n_positions, model.channels)
+            raise LimitExceededError("sequences", n_places, MAX_CACHE_BYTES // per_sequence, why)
+        shape = (n_places, n_heads, n_positions, model.channels)
         self._keys_BAPC = [like.new_zeros(shape) for _ in model.layers]
         self._values_BAPC = [like.new_zeros(shape) for _ in model.layers]
         self.rotation_PC = rope_rotation(n_positions, model.channels, like)
+        self.n_sequences = n_places if n_sequences is None else n_sequences
+        """How many sequences have a place."""
 
     @property
-    def n_sequences(self) -> int:
-        """Sequences that have a place."""
+    def n_places(self) -> int:
+        """How many sequences can have a place."""
         return len(self._keys_BAPC[0])
+
+    def add(self) -> int:
+        """Take the next place, as empty as at the start; LimitExceededError if there is none left."""
+        if self.n_sequences == self.n_places:
+            raise LimitExceededError("sequences", self.n_sequences + 1, self.n_places)
+        place = self.n_sequences
+        # What is not finite there would spoil sums in which it has no weight.
+        for of_layer_BAPC in (*self._keys_BAPC, *self._values_BAPC):
+            of_layer_BAPC[place] = 0
+        self.n_sequences += 1
+        return place
 
     def keep(self, places: Sequence[int]) -> None:
         """Give up all places but these, which become places 0, 1, ... in the order that is given."""
-        for kept in (self._keys_BAPC, self._values_BAPC):
-            for layer, of_layer_BAPC in enumerate(kept):
-                kept[layer] = of_layer_BAPC[list(places)]
+        moved = [(to, place) for to, place in enumerate(places) if to != place]
+        if moved:
+            to, place = (list(column) for column in zip(*moved, strict=True))
+            for of_layer_BAPC in (*self._keys_BAPC, *self._values_BAPC):
+                of_layer_BAPC[to] = of_layer_BAPC[place]
+        self.n_sequences = len(places)
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, A, P, C]; may be written to."""
-        return self._keys_BAPC[layer], self._values_BAPC[layer]
+        return self._keys_BAPC[layer][: self.n_sequences], self._values_BAPC[layer][: self.n_sequences]
 
 
 class Pass:
@@ -99,9 +122,9 @@ class Pass:
         self._place_N = place_R[self.stretch_N]
         cos_PC, sin_PC = cache.rotation_PC
         self.rotation = (cos_PC[self.position_N, None, None], sin_PC[self.position_N, None, None])
-        # Slices are no copies: in all steps but the first few every sequence reads, in the order of its place.
-        is_all = [of.place for of in stretches] == list(range(cache.n_sequences))
-        self._places: Tensor | slice = slice(None) if is_all else place_R
+        # Slices are no copies: in most steps every sequence reads, in the order of its place.
+        is_slice = [of.place for of in stretches] == list(range(len(stretches)))
+        self._places: Tensor | slice = slice(len(stretches)) if is_slice else place_R
         self._shape = (len(stretches), max(of.stop - of.start for of in stretches))
         self._n_seen = max(of.stop for of in stretches)
         position_RT = start_R[:, None] + torch.arange(self._shape[1], device=device)

@@ -15,6 +15,8 @@ from common.errors import DivergedError, InvalidInputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+NOT_FINITE = "the model's logits are not finite: take a checkpoint from before its training diverged"
+
 SEEDS = range(-(1 << 63), 1 << 64)
 """What a torch.Generator takes."""
 
@@ -30,6 +32,7 @@ class GenerationConfig:
         top_k.
     stop: the sequence ends with the first of these runs of ids that it has written.
     seed: of the sequence's own generator.
+    n_likeliest: so many of the likeliest tokens are told beside each that is written.
 
     InvalidInputError names a field that is out of its range.
     """
@@ -40,13 +43,14 @@ class GenerationConfig:
     top_p: float = 1.0
     stop: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
+    n_likeliest: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InvalidInputError("temperature", f"is {self.temperature}; it takes 0 or more")
         if not 0 < self.top_p <= 1:
             raise InvalidInputError("top_p", f"is {self.top_p}; it takes more than 0 and at most 1")
-        for name in ("max_new_tokens", "top_k"):
+        for name in ("max_new_tokens", "top_k", "n_likeliest"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(name, f"is {getattr(self, name)}; it takes 0 or more")
         if not all(self.stop):
@@ -84,9 +88,16 @@ def choose(logits_V: Tensor, config: GenerationConfig, generator: torch.Generato
     """
     logits_V = logits_V.detach().cpu().double()
     if not bool(torch.isfinite(logits_V).all()):
-        raise DivergedError("the model's logits are not finite: take a checkpoint from before its training diverged")
+        raise DivergedError(NOT_FINITE)
     if config.temperature == 0:
         token = int(logits_V.argmax())
     else:
         token = int(torch.multinomial(probabilities(logits_V, config), 1, generator=generator))
     return token, float(torch.log_softmax(logits_V, dim=0)[token])
+
+
+def likeliest(logits_V: Tensor, n: int) -> tuple[tuple[int, float], ...]:
+    """The `n` likeliest tokens, the likeliest first, each with the model's log-probability (nats)."""
+    log_probability_V = torch.log_softmax(logits_V.detach().cpu().double(), dim=0)
+    found = log_probability_V.topk(min(n, len(log_probability_V)))
+    return tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))

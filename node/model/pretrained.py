@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import DataError, InvalidInputError
 from node.model.frozen_states import FrozenStates, SplitModel
-from node.model.pretrained_cache import PretrainedCache, PretrainedPass
+from node.model.pretrained_cache import PretrainedCache, PretrainedPass, bytes_per_sequence
 from node.model.token_codes import TokenCodes
 from node.model.trunk import Trunk
 from protocol.tensors import DTYPES
@@ -135,9 +135,13 @@ class PretrainedTrunk(Trunk):
                 logits_BTV = self._split.logits(self._states.of(ids_BT, self._split.states))
         return logits_BTV.float()
 
-    def new_cache(self, n_sequences: int, n_positions: int) -> PretrainedCache:
-        """Room for what is read of so many sequences; LimitExceededError for too many."""
-        return PretrainedCache(self.language_model, n_sequences, n_positions)
+    def new_cache(self, n_places: int, n_positions: int) -> PretrainedCache:
+        """Room for what is read of so many sequences, all of it free; LimitExceededError for too many."""
+        return PretrainedCache(self.language_model, n_places, n_positions)
+
+    def bytes_per_sequence(self, n_positions: int) -> int:
+        """What the keys and values of one window of so many tokens take."""
+        return bytes_per_sequence(self.language_model, n_positions)
 
     @torch.no_grad()
     def read(self, cache: PretrainedCache, stretches: Sequence[Stretch]) -> Tensor:

@@ -26,25 +26,61 @@ if TYPE_CHECKING:
     from node.model.attention_cache import Stretch
 
 
-class PretrainedCache:
-    """Room for the keys and values of `n_sequences` windows of up to `n_positions` tokens, layer by layer."""
+def bytes_per_sequence(language_model: PreTrainedModel, n_positions: int) -> int:
+    """What the keys and values of one window of `n_positions` tokens take in all layers together."""
+    n_heads, channels = _heads_and_channels(language_model)
+    n_layers: int = language_model.config.get_text_config().num_hidden_layers
+    return 2 * n_layers * n_heads * n_positions * channels * language_model.dtype.itemsize
 
-    def __init__(self, language_model: PreTrainedModel, n_sequences: int, n_positions: int) -> None:
-        config = language_model.config.get_text_config()
-        n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._shape = (n_sequences, n_heads, n_positions, channels)
-        per_sequence = 2 * config.num_hidden_layers * n_heads * n_positions * channels * language_model.dtype.itemsize
-        if n_sequences * per_sequence > MAX_CACHE_BYTES:
+
+def _heads_and_channels(language_model: PreTrainedModel) -> tuple[int, int]:
+    config = language_model.config.get_text_config()
+    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return n_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+class PretrainedCache:
+    """Room for the keys and values of `n_places` windows of up to `n_positions` tokens, layer by layer.
+
+    `n_sequences` of the places, the first ones, are taken.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, n_places: int, n_positions: int) -> None:
+        n_heads, channels = _heads_and_channels(language_model)
+        per_sequence = bytes_per_sequence(language_model, n_positions)
+        if n_places * per_sequence > MAX_CACHE_BYTES:
             why = f"their keys and values take {per_sequence:,} bytes each, and {MAX_CACHE_BYTES:,} in all are the most"
-            raise LimitExceededError("sequences", n_sequences, MAX_CACHE_BYTES // per_sequence, why)
+            raise LimitExceededError("sequences", n_places, MAX_CACHE_BYTES // per_sequence, why)
+        self._shape = (n_places, n_heads, n_positions, channels)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.n_sequences = 0
+
+    @property
+    def n_places(self) -> int:
+        """How many sequences can have a place."""
+        return self._shape[0]
+
+    def add(self) -> int:
+        """Take the next place, as empty as at the start; LimitExceededError if there is none left."""
+        if self.n_sequences == self.n_places:
+            raise LimitExceededError("sequences", self.n_sequences + 1, self.n_places)
+        place = self.n_sequences
+        # What is not finite there would spoil sums in which it has no weight.
+        for of_layer in self._layers.values():
+            for all_BKPC in of_layer:
+                all_BKPC[place] = 0
+        self.n_sequences += 1
+        return place
 
     def keep(self, places: Sequence[int]) -> None:
         """Give up all places but these, which become places 0, 1, ... in the order that is given."""
-        chosen = list(places)
-        self._layers = {layer: (keys[chosen], values[chosen]) for layer, (keys, values) in self._layers.items()}
-        self._shape = (len(chosen), *self._shape[1:])
+        moved = [(to, place) for to, place in enumerate(places) if to != place]
+        if moved:
+            to, place = (list(column) for column in zip(*moved, strict=True))
+            for of_layer in self._layers.values():
+                for all_BKPC in of_layer:
+                    all_BKPC[to] = all_BKPC[place]
+        self.n_sequences = len(places)
 
     def of_layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, K, P, C]; may be written to."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812 (the name torch's own documentatio
 from torch import Tensor, nn
 
 from common.errors import InvalidInputError, ManifestError
-from node.model.attention_cache import AttentionCache, read
+from node.model.attention_cache import AttentionCache, bytes_per_sequence, read
 from node.model.rope import rope_rotation, rotate
 from node.model.token_codes import TokenCodes, first_weights, smeared
 from node.model.trunk import Trunk
@@ -153,9 +153,13 @@ class Transformer(Trunk):
         x_BTD = x_BTD if self.smear_JD is None else smeared(x_BTD, self.smear_JD)
         return x_BTD, None if self.codes is None else self.codes(ids_BT)
 
-    def new_cache(self, n_sequences: int, n_positions: int) -> AttentionCache:
-        """Room for what is read of so many sequences; LimitExceededError for too many."""
-        return AttentionCache(self, n_sequences, n_positions)
+    def new_cache(self, n_places: int, n_positions: int) -> AttentionCache:
+        """Room for what is read of so many sequences, all of it free; LimitExceededError for too many."""
+        return AttentionCache(self, n_places, n_positions, n_sequences=0)
+
+    def bytes_per_sequence(self, n_positions: int) -> int:
+        """What the keys and values of one window of so many tokens take."""
+        return bytes_per_sequence(self, n_positions)
 
     def read(self, cache: AttentionCache, stretches: Sequence[Stretch]) -> Tensor:
         """Read stretches of sequences whose earlier tokens are in `cache`; see `attention_cache.read`."""

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 class ReadTokens(Protocol):
     """What a trunk keeps of the tokens that it has read of several sequences, each in a place of its own."""
 
+    n_sequences: int
+    """How many of the places, the first ones, are taken."""
+
+    @property
+    def n_places(self) -> int:
+        """How many sequences can have a place."""
+
+    def add(self) -> int:
+        """Take the next place, as empty as at the start; LimitExceededError if there is none left."""
+
     def keep(self, places: Sequence[int], /) -> None:
         """Give up all places but these, which become places 0, 1, ... in the order that is given."""
 
@@ -47,8 +57,12 @@ class Trunk(nn.Module):
         """Integer ids_BT in [0, V), T <= context -> logits_BTV. InvalidInputError when T does not fit the context."""
 
     @abstractmethod
-    def new_cache(self, n_sequences: int, n_positions: int) -> Any:  # noqa: ANN401 - a ReadTokens that `read` takes
-        """Room for what is read of so many sequences of up to so many tokens; LimitExceededError for too many."""
+    def new_cache(self, n_places: int, n_positions: int) -> Any:  # noqa: ANN401 - a ReadTokens that `read` takes
+        """Room for so many sequences of up to so many tokens, all of it free; LimitExceededError for too many."""
+
+    @abstractmethod
+    def bytes_per_sequence(self, n_positions: int) -> int:
+        """What is kept of one sequence of so many tokens."""
 
     @abstractmethod
     def read(self, cache: Any, stretches: Sequence[Stretch]) -> Tensor:  # noqa: ANN401 - of `new_cache`

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from node.model.trunk import Trunk
 
     NewTokens = tuple[NewToken, ...]
-    UntilEnough = Callable[[Callable[[Generation], NewTokens], Generation], NewTokens]
+    Step = Callable[[Generation], NewTokens]
+    UntilEnough = Callable[[Step, Generation], NewTokens]
 
 SAMPLE_TOKENS = 200
 SAMPLE_PROMPT = b"The "
@@ -44,6 +45,11 @@ class TextUpToStop:
         self._stream, self._stop, self._held = stream, stop, ""
         self.beginning = "".join(map(stream.add, prompt))
         self.is_stopped = False
+
+    @property
+    def n_held(self) -> int:
+        """Characters that have come and are held back."""
+        return len(self._held)
 
     def add(self, token: int) -> str:
         """The text that is certain once `token` has come; `is_stopped` says that there will be no more."""
@@ -94,11 +100,8 @@ class TextWriter:
     ) -> None:
         self._until_enough = until_enough
         cut = [tokens_L.tolist() for tokens_L in tokenizer.encode([text for text, _ in prompts])]
-        document_start = tokenizer.encode([SEPARATOR])[0].tolist()
-        asked = [
-            Prompt(ids=tokens or document_start, config=config)
-            for tokens, (_, config) in zip(cut, prompts, strict=True)
-        ]
+        start = document_start(tokenizer)
+        asked = [Prompt(ids=tokens or start, config=config) for tokens, (_, config) in zip(cut, prompts, strict=True)]
         self._generation = Generation(model, asked)
         self._texts = [TextUpToStop(tokenizer.stream(), tokens, stop) for tokens in cut]
         self._goes_on = [config.max_new_tokens > 0 for _, config in prompts]
@@ -119,6 +122,12 @@ class TextWriter:
         certain = text.add(new.token)
         is_last = text.is_stopped or new.finish is not None
         return TextPiece(index=new.sequence, text=certain + (text.end() if is_last else ""), is_last=is_last)
+
+
+def document_start(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that a new document follows."""
+    tokens: list[int] = tokenizer.encode([SEPARATOR])[0].tolist()
+    return tokens
 
 
 def sample_text(

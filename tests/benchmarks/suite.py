@@ -31,6 +31,7 @@ BENCHMARKS = (
     "workload",
     "step",
     "generation",
+    "serving",
     "density",
     "joining",
     "limits",

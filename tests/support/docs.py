@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(sorted([*ROOT.glob("*.md"), *(ROOT / "docker").glob("*.md"), *(ROOT / "docs").rglob("*.md")]))
 NEEDS_A_SWARM = ("SwarmClient(", "secure_channel(", "load_model(")
 """Of a swarm that is up, or of a model that has left one."""
+NEEDS_A_SERVER = "OpenAI("
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -59,8 +60,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def python_blocks(*, with_swarm: bool) -> list[Fence]:
-    """Python examples: those that need a running swarm, or those that do not."""
+    """Python examples: those that need a running swarm, or those that need nothing."""
     blocks = [fence for page in PAGES for fence in fences(page) if fence.language == "python"]
+    blocks = [block for block in blocks if NEEDS_A_SERVER not in block.code]
     return [block for block in blocks if any(mark in block.code for mark in NEEDS_A_SWARM) == with_swarm]
 
 

@@ -1,19 +1,24 @@
-"""`status`, `evaluate` and `sample` on a swarm that is up and a trunk that was trained."""
+"""`status`, `evaluate`, `sample` and `serve` on a swarm that is up and a trunk that was trained."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import openai
 import pytest
 
+from common.text import printable
 from experiments.live.processes import RUN_NODE, ProcessSwarm, process_swarm, wait_until
+from protocol.swarm_file import SwarmFile
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 TIMEOUT_S = 60.0
@@ -59,6 +64,42 @@ def test_sample_continues_the_prompt_and_repeats_with_the_seed(trained: ProcessS
     assert first.startswith("Line ")
     assert other != first
     assert run(trained, *arguments, "--n", "2") == f"[1 of 2]\n{first}[2 of 2]\n{other}"
+
+
+@contextmanager
+def serving(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    command, pipe = [sys.executable, RUN_NODE, *arguments], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def test_serve_answers_with_what_sample_writes_and_ends_within_three_seconds(trained: ProcessSwarm) -> None:
+    out = str(trained.folder / "trainer")
+    sampled = run(trained, "sample", "--out", out, "--prompt", "Line ", "--n-tokens", "40", "--seed", "3")
+    arguments = ("serve", "--out", out, "--port", "0", "--join", str(trained.swarm_file))
+    with serving(arguments) as server:
+        assert server.stdout is not None
+        said = [server.stdout.readline() for _ in range(5)]
+        url = said[0].split()[-1]
+        assert said[0] == f"{SwarmFile.read(trained.swarm_file).run_id} is served at {url}\n"
+        assert f"curl {url}v1/completions" in said[-1]
+        with openai.OpenAI(base_url=f"{url}v1", api_key="none", timeout=TIMEOUT_S) as client:
+            (model,) = client.models.list()
+            asked: dict[str, Any] = {"model": model.id, "prompt": "Line ", "temperature": 0.8, "seed": 3}
+            written = client.completions.create(**asked, max_tokens=40).choices[0].text
+            stream = client.completions.create(**asked, max_tokens=4000, stream=True)
+            next(stream)
+            server.send_signal(signal.SIGINT)
+            with pytest.raises(openai.APIError, match="stopping"):
+                list(stream)
+        _, stderr = server.communicate(timeout=3)
+    assert server.returncode == 0, stderr
+    assert "Line " not in stderr
+    assert "Traceback" not in stderr
+    assert printable(f"Line {written}") == sampled.removesuffix("\n")
 
 
 def test_status_shows_peers_and_blocks_from_the_dht_alone(trained: ProcessSwarm) -> None:

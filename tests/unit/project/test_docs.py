@@ -8,6 +8,7 @@ import importlib
 import re
 import subprocess
 import xml.etree.ElementTree as ET
+from collections import Counter
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.observer import RunView
 from dht.directory import REFRESH_S
 from dht.record_versions import PERIOD_S
+from node.api.metrics import ServingCollector
 from node.averaging import events as averaging_events
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.host import events as host_events
@@ -131,7 +133,7 @@ def check_command(words: list[str]) -> None:
         case ["pip", "wheel", "-r", lock, "-w", folder]:
             assert (ROOT / lock).exists(), words
             assert (ROOT / folder).is_dir(), words
-        case ["source" | "grep" | "cp" | "useradd" | "systemctl" | "journalctl" | "tar", *_]:
+        case ["source" | "curl" | "grep" | "cp" | "useradd" | "systemctl" | "journalctl" | "tar", *_]:
             pass
         case _:
             pytest.fail(f"unknown command: {words}")
@@ -373,6 +375,15 @@ def test_every_metric_of_a_lighthouse_is_listed() -> None:
     families = LighthouseCollector(lambda: now).collect()
     served = {sample.name: family.type for family in families for sample in family.samples}
     assert {code_in(row[0])[0]: row[1] for row in table(DOCS / "running.md", "Metrics of a lighthouse")} == served
+
+
+def test_every_metric_of_a_server_is_listed() -> None:
+    batch = SimpleNamespace(n_running=0, n_waiting=0, tokens_read=0, tokens_written=0, steps=0)
+    served = SimpleNamespace(experts=SimpleNamespace(count=lambda: SimpleNamespace(n_live=1)))
+    answered = Counter({("/health", 200): 1})
+    families = ServingCollector(cast("Any", served), cast("Any", batch), answered).collect()
+    found = {sample.name: family.type for family in families for sample in family.samples}
+    assert {code_in(row[0])[0]: row[1] for row in table(DOCS / "running.md", "Metrics of a server")} == found
 
 
 @pytest.mark.parametrize("block", python_blocks(with_swarm=False), ids=lambda block: name_of(block.page))

@@ -135,6 +135,23 @@ def test_places_that_are_kept_move_up_with_all_that_they_have_read() -> None:
         torch.testing.assert_close(logits_V, uncached(model, window), rtol=0, atol=1e-10)
 
 
+def test_a_place_that_is_given_up_is_empty_for_the_next_sequence() -> None:
+    model, _ = counted_model(**SMEARED)
+    cache = AttentionCache(model, 2, CONTEXT, n_sequences=0)
+    assert (cache.add(), cache.add()) == (0, 1)
+    with pytest.raises(LimitExceededError, match="sequences: is 3, but the limit is 2"):
+        cache.add()
+    for layer in range(2):
+        for of_layer in cache.of_layer(layer):
+            of_layer[1] = torch.nan
+    cache.keep([0])
+    assert cache.add() == 1
+    windows = (WINDOWS[0], WINDOWS[1])
+    # The first sequence is longer: what the second has not read yet is looked at, with no weight.
+    logits_RV = read(model, cache, stretches(windows, [(0, 16), (0, 3)]))
+    torch.testing.assert_close(logits_RV[1], uncached(model, windows[1][:3]), rtol=0, atol=1e-10)
+
+
 def test_more_sequences_than_memory_is_for_are_refused_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = counted_model("fp32")
     per_sequence = 2 * 2 * CONTEXT * 16 * 4

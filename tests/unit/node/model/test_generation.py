@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from common.errors import InvalidInputError, LimitExceededError, TooFewExpertsError
+from common.errors import DivergedError, InvalidInputError, LimitExceededError, TooFewExpertsError
 from node.model.generation import Generation, NewToken, Prompt
 from node.model.next_token import GenerationConfig, choose
 from node.model.transformer import DenseFfn, Transformer
@@ -170,6 +170,67 @@ def test_a_step_that_found_too_few_experts_is_tried_again_without_a_trace(
             failures += 1
     assert failures == len(failing)
     assert steps == list(Generation(undisturbed, PROMPTS, tokens_at_once))
+
+
+def test_a_sequence_that_joins_and_one_that_leaves_change_nothing_that_the_others_say() -> None:
+    model, experts = counted_model(**MODEL)
+    alone = [written(Generation(model, [of]))[0] for of in PROMPTS]
+    generation, found = Generation(model, room=3), dict[int, list[int]]()
+    waiting = list(PROMPTS)
+    del experts.calls[:]
+    while waiting or not generation.is_done:
+        if waiting and generation.n_free:  # one more at each step, as places become free
+            generation.add(waiting.pop(0))
+        for new in next(generation):
+            found.setdefault(new.sequence, []).append(new.token)
+    assert [found[index] for index in range(len(PROMPTS))] == alone
+    assert max(n for layer, n in experts.calls[: 2 * len(PROMPTS)]) > 1, "they shared steps"
+
+
+def test_a_sequence_more_than_there_is_room_for_is_refused_and_fits_when_another_has_ended() -> None:
+    generation = Generation(dense_model(), [prompt([1], 2)], room=1)
+    with pytest.raises(LimitExceededError, match="sequences: is 2, but the limit is 1"):
+        generation.add(prompt([2], 2))
+    list(generation)
+    assert generation.n_free == 1
+    assert generation.add(prompt([2], 2)) == 1
+    assert [new.sequence for step in generation for new in step] == [1, 1]
+
+
+def test_a_long_prompt_is_read_in_shares_and_keeps_nobody_waiting() -> None:
+    model, experts = counted_model(**MODEL)
+    generation = Generation(model, [prompt([1], 12)], tokens_at_once=8, room=2)
+    next(generation)
+    generation.add(prompt(range(CONTEXT - 2), 2))
+    del experts.calls[:]
+    steps = [tuple(new.sequence for new in next(generation)) for _ in range(5)]
+    assert steps == [(0,), (0,), (0,), (0, 1), (0, 1)]
+    assert [n for layer, n in experts.calls if layer == 0] == [5, 5, 5, 3, 2]
+
+
+def test_the_likeliest_tokens_are_told_beside_those_that_are_written() -> None:
+    model, window = dense_model(), [1, 2, 3]
+    for (new,) in Generation(model, [prompt(window, 4, temperature=2.0, n_likeliest=3)]):
+        with torch.no_grad():
+            of_model_V = model(torch.tensor([window])).log_softmax(-1)[0, -1]
+        values, tokens = of_model_V.topk(3)
+        assert [token for token, _ in new.likeliest] == tokens.tolist()
+        assert [value for _, value in new.likeliest] == pytest.approx(values.tolist(), abs=1e-9)
+        window.append(new.token)
+    assert all(new.likeliest == () for step in Generation(model, [prompt([1], 2)]) for new in step)
+
+
+def test_a_sequence_whose_logits_are_not_finite_is_named_and_the_others_go_on() -> None:
+    model = dense_model()
+    undisturbed = written(Generation(model, [prompt([1], 6, seed=4)]))[0]
+    with torch.no_grad():
+        model.embedding_VD[7] = torch.nan
+    generation = Generation(model, [prompt([1], 6, seed=4), prompt([7], 6)])
+    with pytest.raises(DivergedError, match="logits are not finite") as caught:
+        next(generation)
+    assert caught.value.sequences == (1,)
+    generation.finish(caught.value.sequences)
+    assert [new.token for step in generation for new in step] == undisturbed
 
 
 def test_nothing_asked_for_is_done_at_once() -> None:

@@ -136,6 +136,9 @@ def test_tokens_that_are_read_one_by_one_and_in_company_say_what_the_whole_windo
     model, _ = trunk_of(manifest_of(folder, **RECIPES[recipe]))
     other = [9, 8, 7, 200, 201]
     cache = model.new_cache(2, len(WINDOW))
+    assert [cache.add(), cache.add()] == [0, 1]
+    with pytest.raises(LimitExceededError, match="sequences"):
+        cache.add()
     first = model.read(
         cache, [Stretch(place=0, window=WINDOW, start=0, stop=7), Stretch(place=1, window=other, start=0, stop=2)]
     )

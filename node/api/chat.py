@@ -1,0 +1,120 @@
+"""How a chat becomes a text that the model goes on from: by a template of the model's own, or plainly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from common.errors import ConfigError, DataError, InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+MAX_TEMPLATE_BYTES = 1 << 20
+ROLES: Final = ("system", "developer", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+class Chat(Protocol):
+    """`stop` are the texts that end the model's turn."""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end a reply, beside those of a request."""
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """What the model goes on from; InvalidInputError for turns that the template does not take."""
+
+
+class PlainChat:
+    """A line `role: text` for each message, then `assistant:`. A reply ends before the next line of a role."""
+
+    stop: Final = tuple(f"\n{role}:" for role in ROLES)
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """All lines."""
+        return "".join(f"{turn.role}: {turn.content}\n" for turn in turns) + "assistant:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateChat:
+    """A Jinja template as the library `transformers` renders it, with the special tokens that it may name.
+
+    A reply ends before `special["eos_token"]`, if that is told.
+    """
+
+    template: str
+    special: dict[str, str]
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The token that ends a turn."""
+        end = self.special.get("eos_token")
+        return (end,) if end else ()
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """As the template says, up to where the model's turn begins."""
+        conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            rendered: Any = render_jinja_template(
+                [conversation], chat_template=self.template, add_generation_prompt=True, **cast("Any", self.special)
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidInputError("messages", f"do not fit the chat template: {error}") from None
+        return str(rendered[0][0])
+
+
+def read_chat(path: Path | None) -> Chat:
+    """The template in a Jinja file or a tokenizer_config.json; plain without a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        DataError: it holds no template that can be rendered.
+    """
+    if path is None:
+        return PlainChat()
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEMPLATE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"chat_template: {path} cannot be read: {error.strerror}") from None
+    if len(data) > MAX_TEMPLATE_BYTES:
+        raise DataError(f"{path}: is longer than {MAX_TEMPLATE_BYTES:,} bytes, too long for a chat template")
+    chat = _parsed(path, data.decode("utf-8", "replace"))
+    try:
+        chat.text([Turn(role="user", content="Hello")])
+    except InvalidInputError as error:
+        raise DataError(f"{path}: {error}") from None
+    return chat
+
+
+def _parsed(path: Path, text: str) -> TemplateChat:
+    if path.suffix != ".json":
+        return TemplateChat(template=text, special={})
+    try:
+        table = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: is no JSON: {error}") from None
+    template = table.get("chat_template") if isinstance(table, dict) else None
+    if not isinstance(template, str):
+        raise DataError(f"{path}: has no text chat_template")
+    tokens = {name: _token(table.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return TemplateChat(template=template, special={name: token for name, token in tokens.items() if token})
+
+
+def _token(value: object) -> str:
+    """A special token, which such files write as a text or as a table with its content."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else ""

@@ -1,0 +1,148 @@
+"""`serve`: a trained trunk with the swarm's experts answers over HTTP, until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from common.errors import ConfigError, DrainingError
+from common.settings import check_minimums
+from common.tasks import until_stopped
+from dht.addresses import looked_up
+from node.api.app import AppConfig, build_app
+from node.api.batch import BatchLimits, ContinuousBatch
+from node.api.chat import read_chat
+from node.api.config import MINIMUMS
+from node.api.http_server import http_server, listening_socket
+from node.api.key_file import read_key
+from node.api.request_checks import CheckConfig
+from node.api.served_model import ServedModel, SwarmExperts
+from node.trainer.config import SampleConfig
+from node.trainer.trained_model import trained_model
+from protocol.addresses import host_port
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator
+
+    from node.api.config import ServeConfig
+
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+async def run_serve(config: ServeConfig, stop: asyncio.Event) -> None:
+    """Serve until `stop`.
+
+    Raises:
+        ConfigError: a setting is out of its range, the port is in use, or others could call without a key.
+    """
+    check_minimums(config, MINIMUMS)
+    host = await asyncio.to_thread(_address, config.listen)
+    key = await asyncio.to_thread(_key, config, host)
+    listener = listening_socket(host, config.port)
+    with contextlib.closing(listener):
+        try:
+            async with served_by_swarm(config, stop) as served:
+                await serve(config, served, listener, key, stop)
+        except DrainingError:
+            if not stop.is_set():
+                raise
+
+
+async def serve(
+    config: ServeConfig, served: ServedModel, listener: socket.socket, key: str, stop: asyncio.Event
+) -> None:
+    """Serve a model that is there on a bound socket until `stop`; raises what ends the thread that writes."""
+    limits = BatchLimits(max_batch=config.max_batch, max_queue=config.max_queue, cache_bytes=config.cache_mb * 1e6)
+    host = listener.getsockname()[0]
+    checks = CheckConfig(
+        key=key,
+        hosts=frozenset() if key else LOCAL_NAMES | {host},
+        max_body_bytes=int(config.max_body_kb * 1e3),
+    )
+    batch = ContinuousBatch(served, limits)
+    app_config = AppConfig(max_tokens=config.max_tokens, request_timeout_s=config.request_timeout_s)
+    async with http_server(build_app(served, batch, app_config, checks), listener):
+        batch.start()
+        try:
+            _say_where(served.name, host_port(host, listener.getsockname()[1]), config)
+            with contextlib.suppress(DrainingError):
+                await until_stopped(_wait(batch.failed), stop)
+        finally:
+            # Streams end with a sentence before the server closes their connections.
+            await batch.stop()
+
+
+async def _wait(failed: asyncio.Future[None]) -> None:
+    await failed
+
+
+@asynccontextmanager
+async def served_by_swarm(config: ServeConfig, stop: asyncio.Event) -> AsyncIterator[ServedModel]:
+    """The run's trunk over the experts of the swarm that it joins, until the context ends."""
+    chat = await asyncio.to_thread(read_chat, Path(config.chat_template) if config.chat_template else None)
+    async with trained_model(_trunk_config(config), stop) as trained:
+        yield ServedModel(
+            name=trained.manifest.run_id,
+            model=trained.model,
+            tokenizer=trained.tokenizer,
+            experts=SwarmExperts(trained.dispatcher, config.wait_for_experts_s),
+            chat=chat,
+            created_s=int(time.time()),
+        )
+
+
+def _trunk_config(config: ServeConfig) -> SampleConfig:
+    """What `trained_model` goes by, of a command whose `listen` is for HTTP."""
+    return SampleConfig(
+        join=config.join,
+        swarm=config.swarm,
+        run_id=config.run_id,
+        initial_peers=config.initial_peers,
+        join_timeout_s=config.join_timeout_s,
+        insecure_local=config.insecure_local,
+        listen=config.swarm_listen,
+        out=config.out,
+        device=config.device,
+        threads=config.threads,
+    )
+
+
+def _address(listen: str) -> str:
+    """The IP address of `--listen`, which may be a name."""
+    found = looked_up(listen)
+    if not found:
+        raise ConfigError(f"--listen: {listen[:80]!r} cannot be looked up; give an address of this machine")
+    return found[0]
+
+
+def _key(config: ServeConfig, host: str) -> str:
+    """What callers must have; nothing where they can only be on this machine and no key file is named."""
+    if config.key_file is not None:
+        return read_key(config.key_file)
+    if not ipaddress.ip_address(host).is_loopback:
+        raise ConfigError(
+            f"--listen {config.listen}: whoever reaches it could use the model; add --key-file FILE, which is made if "
+            "it is not there, or listen on 127.0.0.1"
+        )
+    return ""
+
+
+def _say_where(name: str, at: str, config: ServeConfig) -> None:
+    """The result goes to standard output; everything else went to standard error."""
+    key = f' -H "Authorization: Bearer $(cat {config.key_file})"' if config.key_file else ""
+    body = '{"prompt": "The city ", "max_tokens": 64}'
+    text = Text.assemble(
+        (f"{name} is served at http://{at}/", "bold"),
+        f"\n\n  in a browser  http://{at}/\n  for clients   http://{at}/v1\n"
+        f"  from a shell  curl http://{at}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'\n",
+    )
+    Console(soft_wrap=True, highlight=False).print(text)

@@ -26,10 +26,12 @@ MINIMUMS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(SwarmConfig):
-    """Serve a run's model over HTTP, with the trunk from a checkpoint and the swarm's experts."""
+    """Serve a run's model over HTTP: a checkpoint's trunk over the swarm's experts, or an export."""
 
     out: Path = Path("runs/local")
     """Take the trunk's checkpoint from this folder."""
+    export: Path | None = None
+    """Serve the model in this folder of `export` instead of a swarm's."""
     listen: str = "127.0.0.1"
     """Serve on this address; any but this machine's own needs --key-file."""
     port: int = 8000

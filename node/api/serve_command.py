@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -24,14 +25,17 @@ from node.api.config import MINIMUMS
 from node.api.http_server import http_server, listening_socket
 from node.api.key_file import read_key
 from node.api.request_checks import CheckConfig
-from node.api.served_model import ServedModel, SwarmExperts
+from node.api.served_model import ExpertsInProcess, ServedModel, SwarmExperts
+from node.model.devices import pick_device
 from node.trainer.config import SampleConfig
+from node.trainer.exported.loading import open_export
 from node.trainer.trained_model import trained_model
 from protocol.addresses import host_port
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
     from node.api.config import ServeConfig
 
@@ -50,7 +54,7 @@ async def run_serve(config: ServeConfig, stop: asyncio.Event) -> None:
     listener = listening_socket(host, config.port)
     with contextlib.closing(listener):
         try:
-            async with served_by_swarm(config, stop) as served:
+            async with served_model(config, stop) as served:
                 await serve(config, served, listener, key, stop)
         except DrainingError:
             if not stop.is_set():
@@ -85,6 +89,11 @@ async def _wait(failed: asyncio.Future[None]) -> None:
     await failed
 
 
+def served_model(config: ServeConfig, stop: asyncio.Event) -> AbstractAsyncContextManager[ServedModel]:
+    """What `config` names: an exported folder, or a swarm."""
+    return served_by_swarm(config, stop) if config.export is None else served_from(config.export, config, stop)
+
+
 @asynccontextmanager
 async def served_by_swarm(config: ServeConfig, stop: asyncio.Event) -> AsyncIterator[ServedModel]:
     """The run's trunk over the experts of the swarm that it joins, until the context ends."""
@@ -100,6 +109,30 @@ async def served_by_swarm(config: ServeConfig, stop: asyncio.Event) -> AsyncIter
         )
 
 
+@asynccontextmanager
+async def served_from(folder: Path, config: ServeConfig, stop: asyncio.Event) -> AsyncIterator[ServedModel]:
+    """The model of an exported folder, whose experts are in this process.
+
+    Raises ConfigError where `config` names a swarm too, CheckpointError for a folder that is not whole.
+    """
+    if config.join or config.run_id or config.tokenizer:
+        raise ConfigError("--export: names a model that needs no swarm; leave --join, run_id and tokenizer out")
+    template = Path(config.chat_template) if config.chat_template else None
+    chat = await asyncio.to_thread(read_chat, template)
+    torch.set_num_threads(config.threads)
+    opening = asyncio.to_thread(open_export, folder, pick_device(config.device))
+    exported = await until_stopped(opening, stop)
+    model = exported.config.manifest.model
+    yield ServedModel(
+        name=exported.config.run_id,
+        model=exported.model,
+        tokenizer=exported.tokenizer,
+        experts=ExpertsInProcess(model.n_layers, model.experts_per_layer),
+        chat=chat,
+        created_s=int(time.time()),
+    )
+
+
 def _trunk_config(config: ServeConfig) -> SampleConfig:
     """What `trained_model` goes by, of a command whose `listen` is for HTTP."""
     return SampleConfig(
@@ -110,6 +143,7 @@ def _trunk_config(config: ServeConfig) -> SampleConfig:
         join_timeout_s=config.join_timeout_s,
         insecure_local=config.insecure_local,
         listen=config.swarm_listen,
+        tokenizer=config.tokenizer,
         out=config.out,
         device=config.device,
         threads=config.threads,

@@ -91,6 +91,28 @@ class SwarmExperts:
         self._dispatcher.close()
 
 
+class ExpertsInProcess:
+    """Experts that are always there: those of a model that has left its swarm."""
+
+    def __init__(self, n_layers: int, per_layer: int) -> None:
+        self._count = ExpertCount(live_by_layer=(per_layer,) * n_layers, per_layer=per_layer)
+
+    def until_enough(self, step: Step, generation: Generation) -> NewTokens:
+        """Once is enough."""
+        return step(generation)
+
+    def count(self) -> ExpertCount:
+        """All of them."""
+        return self._count
+
+    def take_answered(self) -> Mapping[str, int]:
+        """Nobody is called."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is under way elsewhere."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """A model in evaluation mode, what its tokens are, and how a chat becomes a text.

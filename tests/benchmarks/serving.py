@@ -28,7 +28,7 @@ from node.api.chat import PlainChat
 from node.api.config import ServeConfig
 from node.api.http_server import listening_socket
 from node.api.serve_command import serve
-from node.api.served_model import ExpertCount, ServedModel
+from node.api.served_model import ExpertsInProcess, ServedModel
 from node.model.generation import Generation, Prompt
 from node.model.next_token import GenerationConfig
 from tests.benchmarks.generation import new_model, prompts
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from node.model.transformer import Transformer
-    from node.trainer.sampling import NewTokens, Step
 
 RATE, FIRST = "tokens/s", "first token, ms"
 STREAMS = (1, 8)
@@ -56,25 +55,6 @@ class ServingBenchmark(RunsConfig):
     """Let the model see this many tokens."""
     threads: int = 1
     """Use this many CPU threads."""
-
-
-class ExpertsInProcess:
-    """Experts that are always there."""
-
-    def until_enough(self, step: Step, generation: Generation) -> NewTokens:
-        """Once is enough."""
-        return step(generation)
-
-    def count(self) -> ExpertCount:
-        """Nothing is told of them."""
-        return ExpertCount(live_by_layer=(1,), per_layer=1)
-
-    def take_answered(self) -> Mapping[str, int]:
-        """Nobody is called."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing is under way elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +93,7 @@ def server_of(model: Transformer, config: ServingBenchmark) -> Iterator[str]:
         name="bench",
         model=model,
         tokenizer=ByteTokenizer(),
-        experts=ExpertsInProcess(),
+        experts=ExpertsInProcess(1, 1),
         chat=PlainChat(),
         created_s=0,
     )

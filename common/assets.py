@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-from contextlib import suppress
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.atomic_file import sync_folder, write_atomically
@@ -13,8 +17,7 @@ from common.errors import ConfigError, DataError
 from common.folders import data_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
 FOLDERS = "folders"
 
@@ -88,21 +91,35 @@ class AssetStore:
             raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
         if self.holds(asset):
             return asset
-        part = self.part(asset)
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as source, part.open("wb") as target:
-                while piece := source.read(1 << 22):
-                    target.write(piece)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._folder) as own:  # another process may copy the same
+                copy = shutil.copyfile(path, Path(own) / asset.sha256)
+                if self._adopt(copy, asset):
+                    return asset
         except OSError as error:
             raise self._not_written(error) from None
-        if not self.adopt(asset):
-            raise ConfigError(f"{path}: changed while it was read; try again")
-        return asset
+        raise ConfigError(f"{path}: changed while it was read; try again")
 
     def part(self, asset: Asset) -> Path:
         """Where bytes of `asset` are gathered that are not whole yet."""
         return self._folder / f"{asset.sha256}.part"
+
+    @contextmanager
+    def gathering(self, asset: Asset) -> Iterator[bool]:
+        """Whether this process alone gathers `asset` while the context lasts, or another one does."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self.part(asset).with_suffix(".lock").open("ab")
+        except OSError as error:
+            raise self._not_written(error) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes, also by a crash
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     def gather(self, asset: Asset, piece: bytes) -> None:
         """Add the next bytes of `asset`. Raises DataError if they cannot be written."""
@@ -117,15 +134,20 @@ class AssetStore:
         """Keep what was gathered if it is `asset`, and drop it if not; whether it was. Raises DataError."""
         part = self.part(asset)
         try:
-            if asset_of_file(part) != asset:
-                part.unlink()
-                return False
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(self.path(asset))
-            sync_folder(self._folder)
+            if self._adopt(part, asset):
+                return True
+            part.unlink()
         except OSError as error:
             raise self._not_written(error) from None
+        return False
+
+    def _adopt(self, path: Path, asset: Asset) -> bool:
+        if asset_of_file(path) != asset:
+            return False
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.replace(self.path(asset))
+        sync_folder(self._folder)
         return True
 
     def holds(self, asset: Asset) -> bool:

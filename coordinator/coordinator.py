@@ -89,6 +89,8 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
     identity = Identity.load_or_create(config.out / "owner.key")
     if config.train_tokenizer and not (config.out / MANIFEST_FILE).exists():
         tokenizer = await trained_tokenizer(config, config.data, config.out, stop)
+        if tokenizer is None:
+            return
         config = replace(config, tokenizer=tokenizer, train_tokenizer=0)
     manifest = open_run(config, identity.peer_id)
     await asyncio.to_thread(keep_pretrained, manifest, config.out, config.model)

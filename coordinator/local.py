@@ -78,6 +78,8 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
         await asyncio.to_thread(_wait_for_nodes_to_leave, config)
         if config.train_tokenizer and not config.resume:
             tokenizer = await trained_tokenizer(config, config.data, config.folder, stop)
+            if tokenizer is None:
+                return EXIT_INTERRUPTED
             config = replace(config, tokenizer=tokenizer, train_tokenizer=0)
         return await LocalSwarm(config, stop, PROGRAM).run()
 

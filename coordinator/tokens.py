@@ -69,10 +69,10 @@ def check_training(config: RunConfig) -> None:
         raise ConfigError(f"--train-tokenizer: must be from {BYTE_VALUES + 1} to {MAX_VOCABULARY}, is {n_tokens}")
 
 
-async def trained_tokenizer(config: RunConfig, data: Path | None, out: Path, stop: asyncio.Event) -> Path:
+async def trained_tokenizer(config: RunConfig, data: Path | None, out: Path, stop: asyncio.Event) -> Path | None:
     """Train a tokenizer in a process of its own, which shows its progress, and return its file in folder `out`.
 
-    Raises UnavailableError if that fails or is stopped.
+    None once `stop` is set. Raises UnavailableError if the training fails.
     """
     path = out / FILE_NAME
     flags = arguments_for({"vocab_size": config.train_tokenizer, "data": data, "out": path, "seed": config.seed})
@@ -82,8 +82,8 @@ async def trained_tokenizer(config: RunConfig, data: Path | None, out: Path, sto
     finally:
         ended = child.ended()
         await end_all([child], stop, patience_s=STOP_PATIENCE_S, stop_patience_s=STOP_PATIENCE_S)
-    code = child.reap()
-    if not ended or code:
-        how = exit_words(code) if ended else "was stopped"
-        raise UnavailableError(f"the training of the tokenizer {how}; the same command begins it again")
+    if not ended or stop.is_set():
+        return None
+    if code := child.reap():
+        raise UnavailableError(f"the training of the tokenizer {exit_words(code)}; what it said stands above")
     return path

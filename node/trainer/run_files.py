@@ -57,7 +57,11 @@ async def _fetch(swarm: Swarm, asset: Asset, timeout_s: float) -> None:
             own = swarm.identity.peer_id
             sources = [trunk.address for trunk in swarm.directory.snapshot().trunk if trunk.peer_id != own]
             try:
-                return await fetch.fetch(sources)
+                with store.gathering(asset) as alone:
+                    if await asyncio.to_thread(store.holds, asset):
+                        return None
+                    if alone:
+                        return await fetch.fetch(sources)
             except UnavailableError as error:
                 if asyncio.get_running_loop().time() >= deadline:
                     raise DataError(f"{error}. {REMEDY}") from None

@@ -109,11 +109,11 @@ async def test_a_tokenizer_is_trained_in_a_process_of_its_own(tmp_path: Path) ->
     text.write_text("the swarm trains many tiny experts\n\n" * 500, encoding="utf-8")
     config = CoordinatorConfig(train_tokenizer=280)
     path = await trained_tokenizer(config, text, tmp_path, asyncio.Event())
+    assert path is not None
     assert path == tmp_path / "tokenizer.json"
     assert FileTokenizer(path.read_bytes(), "trained").vocab_size == 280
     with pytest.raises(UnavailableError, match="the training of the tokenizer ended with exit code 1"):
         await trained_tokenizer(config, tmp_path / "gone.txt", tmp_path, asyncio.Event())
     stopped = asyncio.Event()
     stopped.set()
-    with pytest.raises(UnavailableError, match="the training of the tokenizer was stopped"):
-        await trained_tokenizer(replace(config, train_tokenizer=270), text, tmp_path, stopped)
+    assert await trained_tokenizer(replace(config, train_tokenizer=270), text, tmp_path, stopped) is None

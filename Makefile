@@ -21,7 +21,7 @@ setup: .venv/.runtime ## install what a node needs into .venv
 setup-dev: .venv/.dev .venv/.dev-lighthouse ## the same, and what tests and checks need
 setup-lighthouse: .venv/.lighthouse ## the same as setup, and libp2p for the lighthouse (needs gcc and gmp.h)
 swarm: setup $(if $(filter smollm2,$(MODEL)),.venv/.smollm2) ## train a real model over a swarm of local processes (MODEL, SWARM_FLAGS)
-	@$(BIN)/python run_node.py local $(if $(MODEL),--model $(MODEL) --name $(notdir $(basename $(MODEL)))) $(SWARM_FLAGS)
+	@$(BIN)/python run_node.py local $(if $(MODEL),--model $(MODEL)) $(SWARM_FLAGS)
 test: setup-dev ## run the tests but the slow ones (flags: PYTEST_FLAGS)
 	@$(call tests,-m "not slow")
 test-all: setup-dev ## run every test

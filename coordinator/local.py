@@ -70,9 +70,9 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 
     Raises a KilohiveError.
     """
+    config = with_defaults(config)  # of which the folder is one
     claim = FolderClaim(folder=config.folder, role="local", flag="--out", lock=LOCAL_LOCK)
     wait_until_free(claim, patience_s=0.0)
-    config = with_defaults(config)
     check(config)
     with claimed(claim):
         await asyncio.to_thread(_wait_for_nodes_to_leave, config)

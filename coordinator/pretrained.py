@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -12,6 +13,7 @@ from common.atomic_file import write_atomically
 from common.errors import ConfigError
 from common.pretrained_source import PretrainedShape, PretrainedSource, find_pretrained, shape_of
 from coordinator.tokens import FILE_NAME
+from protocol.manifest import MAX_NAME_CHARS
 from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedFile
 
 if TYPE_CHECKING:
@@ -51,9 +53,16 @@ def with_defaults(config: C) -> C:
     """`config` with the defaults of such a run, if it is one."""
     if not config.model:
         return config
-    usual = type(config)()
-    known = {field.name for field in fields(config)} & DEFAULTS.keys()
-    return replace(config, **{name: DEFAULTS[name] for name in known if getattr(config, name) == getattr(usual, name)})
+    usual, defaults = type(config)(), {"name": _run_name(config.model), **DEFAULTS}
+    known = {field.name for field in fields(config)} & defaults.keys()
+    left = [name for name in known if getattr(config, name) == getattr(usual, name)]
+    return replace(config, **{name: defaults[name] for name in left})
+
+
+def _run_name(model: str) -> str:
+    """The model's name without its owner, its revision and what a run's name cannot have."""
+    name = model.partition("@")[0].rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:MAX_NAME_CHARS] or "model"
 
 
 @lru_cache(maxsize=1)

@@ -70,6 +70,10 @@ class SplitModel:
         self._seen = threading.local()
         layers[first].register_forward_pre_hook(self._see, with_kwargs=True)
 
+    def to(self, device: torch.device) -> None:
+        """Have the upper part where the whole is: what is no weight, it has for itself."""
+        nn.Module.to(self._upper, device)
+
     def works(self) -> bool:
         """Whether both parts together say what the whole model says, which is tried; experts must add nothing now.
 

@@ -189,6 +189,8 @@ class PretrainedTrunk(Trunk):
         """Move the frozen weights along to a device; their type stays that of the manifest."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         nn.Module.to(self.language_model, self.device)
+        if self._split is not None:
+            self._split.to(self.device)
         return self
 
 

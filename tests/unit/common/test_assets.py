@@ -41,6 +41,23 @@ def test_another_size_is_another_asset(store: AssetStore) -> None:
     assert store.find(Asset(sha256=asset.sha256, n_bytes=7)) is None
 
 
+def test_one_process_at_a_time_gathers_a_file(store: AssetStore) -> None:
+    asset, other = asset_of(b"tokens"), asset_of(b"other")
+    with store.gathering(asset) as first, store.gathering(asset) as second, store.gathering(other) as third:
+        assert (first, second, third) == (True, False, True)
+    with store.gathering(asset) as again:
+        assert again
+
+
+def test_a_file_is_copied_whatever_another_process_gathers_of_it(store: AssetStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"tokens")
+    asset = asset_of(b"tokens")
+    store.gather(asset, b"to")
+    assert store.add_file(tmp_path / "file") == asset
+    assert store.find(asset) == b"tokens"
+    assert store.part(asset).read_bytes() == b"to"
+
+
 def test_the_store_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path))
     asset = asset_store().add(b"tokens")

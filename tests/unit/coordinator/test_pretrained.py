@@ -55,6 +55,21 @@ def test_such_a_run_has_defaults_of_its_own_and_flags_win_over_them(folder: Path
 
 
 @pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2", "smollm2"),
+        ("models/Smol LM2-1.7B/", "Smol-LM2-1-7B"),
+        ("hive/tiny.v2@main", "tiny-v2"),
+        ("/data/tiny.gguf", "tiny"),
+        ("..", "model"),
+    ],
+)
+def test_a_run_is_called_after_its_model_unless_it_has_a_name(model: str, name: str) -> None:
+    assert with_defaults(LocalConfig(model=model)).name == name
+    assert with_defaults(LocalConfig(model=model, name="mine")).name == "mine"
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"layers": 5, "experts": 50}, r"--layers: must be from 1 to the model's 4, is 5"),

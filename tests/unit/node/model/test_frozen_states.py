@@ -90,6 +90,13 @@ def test_two_parts_say_what_the_whole_says_and_the_lower_one_ends_where_it_shoul
         torch.testing.assert_close(found, model(input_ids=IDS).logits, rtol=0, atol=1e-5)
 
 
+def test_both_parts_go_to_a_device_together(model: PreTrainedModel) -> None:
+    split = SplitModel(model, decoder_layers(model), 2)
+    torch.nn.Module.to(model, torch.device("meta"))
+    split.to(torch.device("meta"))
+    assert all(tensor.is_meta for tensor in (*split._upper.parameters(), *split._upper.buffers()))
+
+
 def test_a_model_that_adds_something_to_what_it_is_given_is_not_split() -> None:
     torch.manual_seed(5)
     model = new_model(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=300, n_positions=16))

@@ -11,6 +11,7 @@ sequence, over that sequence's own keys: what stands in others has no part in it
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from common.errors import LimitExceededError
 from node.model.rope import rope_rotation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from node.model.transformer import Attend, Transformer
 
@@ -51,31 +52,22 @@ class Stretch:
     stop: int
 
 
-class AttentionCache:
-    """Room for the keys, after their rotation, and the values of `n_places` windows of up to `n_positions` tokens.
+class KeptSequences(ABC):
+    """Places for `n_places` sequences, of which the first `n_sequences` are taken; what is kept of each is in tensors.
 
-    `n_sequences` of the places, the first ones, are taken: all of them, unless it is told. What is written for a
-    position replaces what was there, so that a pass that failed on its way can be repeated.
+    What is written for a position replaces what was there, so that a pass that failed on its way can be repeated.
     """
 
-    def __init__(self, model: Transformer, n_places: int, n_positions: int, n_sequences: int | None = None) -> None:
-        like = model.embedding_VD
-        n_heads = like.shape[1] // model.channels
-        per_sequence = bytes_per_sequence(model, n_positions)
-        if n_places * per_sequence > MAX_CACHE_BYTES:
-            why = f"their keys and values take {per_sequence:,} bytes each, and {MAX_CACHE_BYTES:,} in all are the most"
-            raise LimitExceededError("sequences", n_places, MAX_CACHE_BYTES // per_sequence, why)
-        shape = (n_places, n_heads, n_positions, model.channels)
-        self._keys_BAPC = [like.new_zeros(shape) for _ in model.layers]
-        self._values_BAPC = [like.new_zeros(shape) for _ in model.layers]
-        self.rotation_PC = rope_rotation(n_positions, model.channels, like)
-        self.n_sequences = n_places if n_sequences is None else n_sequences
-        """How many sequences have a place."""
+    def __init__(self, n_places: int, n_sequences: int, each_bytes: int) -> None:
+        """LimitExceededError for places that take more than MAX_CACHE_BYTES."""
+        if n_places * each_bytes > MAX_CACHE_BYTES:
+            why = f"their keys and values take {each_bytes:,} bytes each, and {MAX_CACHE_BYTES:,} in all are the most"
+            raise LimitExceededError("sequences", n_places, MAX_CACHE_BYTES // each_bytes, why)
+        self.n_places, self.n_sequences = n_places, n_sequences
 
-    @property
-    def n_places(self) -> int:
-        """How many sequences can have a place."""
-        return len(self._keys_BAPC[0])
+    @abstractmethod
+    def tensors(self) -> Iterable[Tensor]:
+        """All that is kept; the first dimension is the place."""
 
     def add(self) -> int:
         """Take the next place, as empty as at the start; LimitExceededError if there is none left."""
@@ -83,8 +75,8 @@ class AttentionCache:
             raise LimitExceededError("sequences", self.n_sequences + 1, self.n_places)
         place = self.n_sequences
         # What is not finite there would spoil sums in which it has no weight.
-        for of_layer_BAPC in (*self._keys_BAPC, *self._values_BAPC):
-            of_layer_BAPC[place] = 0
+        for kept_B in self.tensors():
+            kept_B[place] = 0
         self.n_sequences += 1
         return place
 
@@ -93,9 +85,30 @@ class AttentionCache:
         moved = [(to, place) for to, place in enumerate(places) if to != place]
         if moved:
             to, place = (list(column) for column in zip(*moved, strict=True))
-            for of_layer_BAPC in (*self._keys_BAPC, *self._values_BAPC):
-                of_layer_BAPC[to] = of_layer_BAPC[place]
+            for kept_B in self.tensors():
+                kept_B[to] = kept_B[place]
         self.n_sequences = len(places)
+
+
+class AttentionCache(KeptSequences):
+    """Room for the keys, after their rotation, and the values of `n_places` windows of up to `n_positions` tokens.
+
+    All places are taken, unless `n_sequences` says how many are.
+    """
+
+    def __init__(self, model: Transformer, n_places: int, n_positions: int, n_sequences: int | None = None) -> None:
+        super().__init__(
+            n_places, n_places if n_sequences is None else n_sequences, bytes_per_sequence(model, n_positions)
+        )
+        like = model.embedding_VD
+        shape = (n_places, like.shape[1] // model.channels, n_positions, model.channels)
+        self._keys_BAPC = [like.new_zeros(shape) for _ in model.layers]
+        self._values_BAPC = [like.new_zeros(shape) for _ in model.layers]
+        self.rotation_PC = rope_rotation(n_positions, model.channels, like)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Keys and values of each layer."""
+        return (*self._keys_BAPC, *self._values_BAPC)
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, A, P, C]; may be written to."""

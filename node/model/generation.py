@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from node.model.trunk import ReadTokens, Trunk
+    from node.model.attention_cache import KeptSequences
+    from node.model.trunk import Trunk
 
 TOKENS_AT_ONCE = 4096
 """Tokens of all sequences that one pass through the model reads: long prompts are read in several."""
@@ -93,7 +94,7 @@ class Generation:
         # The last token that is written is never read.
         longest = max((min(len(of.ids), model.context) + of.config.max_new_tokens - 1 for of in asked), default=1)
         n_positions = model.context if room is not None else min(model.context, longest)
-        self._cache = model.new_cache(len(asked) if room is None else room, n_positions)
+        self._cache: KeptSequences = model.new_cache(len(asked) if room is None else room, n_positions)
         for prompt in prompts:
             self.add(prompt)
 
@@ -105,8 +106,7 @@ class Generation:
     @property
     def n_free(self) -> int:
         """How many more sequences there is room for."""
-        cache: ReadTokens = self._cache
-        return cache.n_places - cache.n_sequences
+        return self._cache.n_places - self._cache.n_sequences
 
     def add(self, prompt: Prompt) -> int:
         """Begin a sequence at the next step, and return its number; one that is to write nothing is finished at once.

@@ -9,16 +9,16 @@ nowhere, seen by no token, and sent to no expert (`pretrained.FfnWithExperts`).
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache
 
-from common.errors import LimitExceededError
-from node.model.attention_cache import MAX_CACHE_BYTES
+from node.model.attention_cache import KeptSequences
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -39,48 +39,18 @@ def _heads_and_channels(language_model: PreTrainedModel) -> tuple[int, int]:
     return n_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-class PretrainedCache:
-    """Room for the keys and values of `n_places` windows of up to `n_positions` tokens, layer by layer.
-
-    `n_sequences` of the places, the first ones, are taken.
-    """
+class PretrainedCache(KeptSequences):
+    """Room for the keys and values of `n_places` windows of up to `n_positions` tokens; no place is taken yet."""
 
     def __init__(self, language_model: PreTrainedModel, n_places: int, n_positions: int) -> None:
+        super().__init__(n_places, 0, bytes_per_sequence(language_model, n_positions))
         n_heads, channels = _heads_and_channels(language_model)
-        per_sequence = bytes_per_sequence(language_model, n_positions)
-        if n_places * per_sequence > MAX_CACHE_BYTES:
-            why = f"their keys and values take {per_sequence:,} bytes each, and {MAX_CACHE_BYTES:,} in all are the most"
-            raise LimitExceededError("sequences", n_places, MAX_CACHE_BYTES // per_sequence, why)
         self._shape = (n_places, n_heads, n_positions, channels)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.n_sequences = 0
 
-    @property
-    def n_places(self) -> int:
-        """How many sequences can have a place."""
-        return self._shape[0]
-
-    def add(self) -> int:
-        """Take the next place, as empty as at the start; LimitExceededError if there is none left."""
-        if self.n_sequences == self.n_places:
-            raise LimitExceededError("sequences", self.n_sequences + 1, self.n_places)
-        place = self.n_sequences
-        # What is not finite there would spoil sums in which it has no weight.
-        for of_layer in self._layers.values():
-            for all_BKPC in of_layer:
-                all_BKPC[place] = 0
-        self.n_sequences += 1
-        return place
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Give up all places but these, which become places 0, 1, ... in the order that is given."""
-        moved = [(to, place) for to, place in enumerate(places) if to != place]
-        if moved:
-            to, place = (list(column) for column in zip(*moved, strict=True))
-            for of_layer in self._layers.values():
-                for all_BKPC in of_layer:
-                    all_BKPC[to] = all_BKPC[place]
-        self.n_sequences = len(places)
+    def tensors(self) -> Iterable[Tensor]:
+        """Keys and values of each layer that has been read."""
+        return itertools.chain(*self._layers.values())
 
     def of_layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, K, P, C]; may be written to."""

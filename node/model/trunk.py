@@ -8,7 +8,7 @@ Path of a step: data -> **trunk** -> gate -> dispatch -> hosts, and back.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,23 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from node.model.attention_cache import Stretch
-
-
-class ReadTokens(Protocol):
-    """What a trunk keeps of the tokens that it has read of several sequences, each in a place of its own."""
-
-    n_sequences: int
-    """How many of the places, the first ones, are taken."""
-
-    @property
-    def n_places(self) -> int:
-        """How many sequences can have a place."""
-
-    def add(self) -> int:
-        """Take the next place, as empty as at the start; LimitExceededError if there is none left."""
-
-    def keep(self, places: Sequence[int], /) -> None:
-        """Give up all places but these, which become places 0, 1, ... in the order that is given."""
 
 
 class Trunk(nn.Module):
@@ -57,7 +40,7 @@ class Trunk(nn.Module):
         """Integer ids_BT in [0, V), T <= context -> logits_BTV. InvalidInputError when T does not fit the context."""
 
     @abstractmethod
-    def new_cache(self, n_places: int, n_positions: int) -> Any:  # noqa: ANN401 - a ReadTokens that `read` takes
+    def new_cache(self, n_places: int, n_positions: int) -> Any:  # noqa: ANN401 - the KeptSequences that `read` takes
         """Room for so many sequences of up to so many tokens, all of it free; LimitExceededError for too many."""
 
     @abstractmethod

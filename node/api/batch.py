@@ -178,7 +178,7 @@ class ContinuousBatch:
         try:
             while self._has_work():
                 self._step()
-        except BaseException as error:  # whoever waits must hear of it, and so must whoever started the thread
+        except BaseException as error:  # the thread's boundary: whoever waits, and whoever started it, must hear of it
             logger.exception("The thread that writes has failed")
             self._end_with(error)
 

@@ -65,7 +65,7 @@ class TemplateChat:
         return (end,) if end else ()
 
     def text(self, turns: Sequence[Turn]) -> str:
-        """As the template says, up to where the model's turn begins."""
+        """Render the template up to where the model's turn begins."""
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             rendered: Any = render_jinja_template(

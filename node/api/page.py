@@ -16,14 +16,14 @@ FILE: Final = "page.html"
 
 @dataclass(frozen=True, kw_only=True)
 class WebPage:
-    """Its text, and the policy that a browser holds it to."""
+    """The page's text, and the policy that a browser holds it to."""
 
     html: str
     policy: str
 
     @classmethod
     def read(cls) -> WebPage:
-        """From the package."""
+        """Read the page from the package, and let its own scripts and styles run, and no others."""
         html = files(__package__).joinpath(FILE).read_text(encoding="utf-8")
         scripts, styles = _hashes("script", html), _hashes("style", html)
         policy = (

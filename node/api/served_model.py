@@ -35,7 +35,7 @@ class ExpertCount:
 
     @property
     def n_live(self) -> int:
-        """Those of them that can be called."""
+        """How many experts of all layers can be called."""
         return sum(self.live_by_layer)
 
     @property
@@ -66,28 +66,28 @@ class ServedExperts(Protocol):
 
 
 class SwarmExperts:
-    """Those of a swarm; a host that is gone is waited for up to `timeout_s` seconds."""
+    """The experts of a swarm; a host that is gone is waited for up to `timeout_s` seconds."""
 
     def __init__(self, dispatcher: Dispatcher, timeout_s: float) -> None:
         self._dispatcher = dispatcher
         self._wait = PatientWait(dispatcher, timeout_s)
 
     def until_enough(self, step: Step, generation: Generation) -> NewTokens:
-        """As PatientWait does."""
+        """Try `step(generation)` again while hosts come back; see `PatientWait.until_enough`."""
         return self._wait.until_enough(step, generation)
 
     def count(self) -> ExpertCount:
-        """Those whose block has a replica that is not avoided."""
+        """Count experts whose block has a replica that is not avoided."""
         model = self._dispatcher.manifest.model
         live = tuple(int(self._dispatcher.live_experts(layer).sum()) for layer in range(model.n_layers))
         return ExpertCount(live_by_layer=live, per_layer=model.experts_per_layer)
 
     def take_answered(self) -> Mapping[str, int]:
-        """By peer id."""
+        """Count the pairs that each peer, by its id, has answered since the last call."""
         return self._dispatcher.take_pairs_by_peer()
 
     def close(self) -> None:
-        """Also ends the wait for a host."""
+        """Give up what is under way, the wait for a host too."""
         self._dispatcher.close()
 
 
@@ -98,19 +98,19 @@ class ExpertsInProcess:
         self._count = ExpertCount(live_by_layer=(per_layer,) * n_layers, per_layer=per_layer)
 
     def until_enough(self, step: Step, generation: Generation) -> NewTokens:
-        """Once is enough."""
+        """Compute the step once: it cannot find too few experts."""
         return step(generation)
 
     def count(self) -> ExpertCount:
-        """All of them."""
+        """Count all experts, as none can be away."""
         return self._count
 
     def take_answered(self) -> Mapping[str, int]:
-        """Nobody is called."""
+        """Name no peer, as none is called."""
         return {}
 
     def close(self) -> None:
-        """Nothing is under way elsewhere."""
+        """Do nothing, as nothing is under way elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

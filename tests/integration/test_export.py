@@ -58,7 +58,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, out, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-ids = torch.load(f"{out}/ids.pt")
+ids = torch.load(f"{out}/ids.pt", weights_only=True)
 with torch.no_grad():
     torch.save(model(ids).logits, f"{out}/logits.pt")
 read = tokenizer(prompt, return_tensors="pt")
@@ -118,7 +118,7 @@ async def read_by_a_stranger(folder: Path, out: Path, ids: torch.Tensor, prompt:
     )
     told, errors = await asyncio.wait_for(process.communicate(), 100)
     assert process.returncode == 0, errors.decode()
-    return torch.load(out / "logits.pt"), json.loads(told)
+    return torch.load(out / "logits.pt", weights_only=True), json.loads(told)
 
 
 @pytest.mark.parametrize("manifest", [BYTE_RUN, PAIR_RUN], ids=["bytes", "pairs"])

@@ -14,6 +14,7 @@ flow, but nothing here balances the load of the experts or drops what is over an
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -310,7 +311,7 @@ class KilohiveCodes(nn.Module):
         return torch.stack(codes[self.lengths.start - 1 :], 2).flatten(0, 1)
 
 
-class KilohiveGate(nn.Module):
+class KilohiveGate(nn.Module, ABC):
     """Each head chooses as many experts, none that one before it has; one softmax weighs them all.
 
     Experts are chosen by score + bias and weighed by the score: the logit, or its sigmoid.
@@ -334,9 +335,9 @@ class KilohiveGate(nn.Module):
         logits_NK = torch.cat(logits, 1)
         return ids_NK, torch.softmax(F.logsigmoid(logits_NK) if self.is_sigmoid else logits_NK, dim=-1)
 
+    @abstractmethod
     def choose(self, head: int, x_ND: Tensor, taken_NM: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and logits of a head's experts, none of them among `taken_NM`."""
-        raise NotImplementedError
 
     def scores(self, logits: Tensor) -> Tensor:
         """What biases are added to."""

@@ -133,4 +133,4 @@ def test_a_field_out_of_its_range_is_named(changes: dict[str, object], words: st
 
 @pytest.mark.parametrize("seed", [-(1 << 63), -1, 0, (1 << 64) - 1])
 def test_every_seed_in_the_range_is_one_that_a_generator_takes(seed: int) -> None:
-    torch.Generator().manual_seed(GenerationConfig(seed=seed).seed)
+    assert torch.Generator().manual_seed(GenerationConfig(seed=seed).seed).initial_seed() == seed % (1 << 64)

@@ -23,9 +23,9 @@ from node.export.unfinished import UnfinishedExport
 from node.membership.config import ReachConfig
 from node.membership.swarm import Swarm
 from node.trainer.evaluation import print_result
-from node.trainer.exported.config_file import check_exportable
 from node.trainer.exported.layout import groups_of, parts_of
 from node.trainer.run_files import fetch_tokenizer
+from protocol.exportable import check_exportable
 from protocol.identity import Identity
 from protocol.manifest import TRUNK
 

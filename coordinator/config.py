@@ -16,6 +16,7 @@ from common.config import EventLogConfig
 from common.errors import ConfigError, ManifestError, RecordError
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from coordinator.pretrained import parts_of, with_defaults
+from coordinator.snapshot_config import LocalSnapshotConfig, SnapshotConfig
 from coordinator.tokens import tokens_of
 from dht.swarm_config import SwarmChoice
 from protocol.announcements import PeerRecord
@@ -119,7 +120,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinatorConfig(RunConfig, EventLogConfig):
+class CoordinatorConfig(SnapshotConfig, RunConfig, EventLogConfig):
     """Create a run, or open it again, and be its first peer."""
 
     name: str = "run"
@@ -149,7 +150,7 @@ class CoordinatorConfig(RunConfig, EventLogConfig):
     admission: Flag = False
     """Let nobody take part who does not have the invite."""
     invite_days: float = 0.0
-    """Let the invite hold for this many days; 0 lets it hold forever."""
+    """Let the invite hold for so many days; 0 for ever."""
     invite_file: Path | None = None
     """Write the invite to this file too, for other nodes."""
     evaluators: tuple[str, ...] = ()
@@ -172,7 +173,7 @@ class CoordinatorConfig(RunConfig, EventLogConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalConfig(RunConfig, EventLogConfig):
+class LocalConfig(LocalSnapshotConfig, RunConfig, EventLogConfig):
     """Train a whole swarm on this machine: a coordinator, hosts and trainers, each a process of its own."""
 
     hosts: int = 4

@@ -34,6 +34,8 @@ from coordinator.config import (
 )
 from coordinator.events import PeerLeaveEvent, PeerStartEvent
 from coordinator.pretrained import keep_pretrained
+from coordinator.snapshot_config import SNAPSHOT_MINIMUMS, check_snapshots
+from coordinator.snapshots import Snapshots
 from coordinator.tokens import check_training, keep_tokenizer, trained_tokenizer
 from dht.addresses import DEFAULT_ROUTES, listen_host
 from dht.announcer import Announcement, Announcer
@@ -64,6 +66,7 @@ MINIMUMS = {
     "relay_circuits": 0,
     "relay_circuits_per_caller": 1,
     "relay_reservations": 1,
+    **SNAPSHOT_MINIMUMS,
     **EVENT_LOG_MINIMUMS,
 }
 MANIFEST_FILE = "manifest.toml"
@@ -123,6 +126,10 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         )
         invite = _write_invite(config, swarm)
         stack.enter_context(listening_told(config.out, *dht.listening))
+        if config.snapshot_every_s:
+            snapshots = Snapshots(config, manifest.run_id, events)
+            await snapshots.start()
+            stack.push_async_callback(snapshots.stop)
         events.emit(PeerStartEvent(run_id=manifest.run_id, peer_id=dht.peer_id, addresses=tuple(dht.addresses)))
         Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
         await stop.wait()
@@ -153,6 +160,7 @@ def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
     if not path.exists():
         wanted = given or manifest_of(config, owner=owner, total_tokens=config.total_tokens)
         manifest = owned_by(wanted, owner, str(config.manifest))
+        check_snapshots(config, manifest)
         write_atomically(path, manifest.to_toml().encode())
         logger.info("Created run %s", manifest.run_id)
         return manifest
@@ -161,6 +169,7 @@ def open_run(config: CoordinatorConfig, owner: str) -> Manifest:
         raise ConfigError(f"{config.out} holds run {manifest.run_id} already, not the one in {config.manifest}")
     if given is None:
         check_same_run(config, manifest, str(config.out))
+    check_snapshots(config, manifest)
     logger.info("Opened run %s again", manifest.run_id)
     return manifest
 

@@ -27,6 +27,27 @@ class PeerLeaveEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SnapshotEvent(Event):
+    """A snapshot is whole, `seconds` after it was begun. `deleted` names the older ones that went for it."""
+
+    event: ClassVar[str] = "snapshot"
+
+    folder: str
+    bytes: int
+    seconds: float
+    deleted: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotFailedEvent(Event):
+    """A snapshot could not be taken; older ones stay, and the next one is tried at its time."""
+
+    event: ClassVar[str] = "snapshot_failed"
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LocalStartEvent(Event):
     """Every process of a local swarm was started."""
 

@@ -34,6 +34,7 @@ from coordinator.config import (
 )
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent
 from coordinator.pretrained import with_defaults
+from coordinator.snapshot_config import SNAPSHOT_MINIMUMS, SnapshotConfig, check_snapshots
 from coordinator.tokens import check_training, trained_tokenizer
 from dht.socket_folder import remove_stale_folders
 from protocol.announcements import MAX_EVALUATORS
@@ -87,7 +88,7 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 def check(config: LocalConfig) -> None:
     """Find every mistake that can be found before a process is started; raises ConfigError."""
     whole = ("hosts", "replicas", "trainers", "steps", "batch", "micro_batches", "threads", "eval_bytes")
-    check_minimums(config, dict.fromkeys(whole, 1) | EVENT_LOG_MINIMUMS)
+    check_minimums(config, dict.fromkeys(whole, 1) | SNAPSHOT_MINIMUMS | EVENT_LOG_MINIMUMS)
     check_training(config)
     if config.eval_every < 0:
         raise ConfigError(f"--eval-every: must be 0 (only at the start and the end) or more, is {config.eval_every}")
@@ -102,6 +103,7 @@ def check(config: LocalConfig) -> None:
         if stored.exists():
             raise ConfigError(f"{config.folder} holds a run already: add --resume to go on, or choose another --out")
         manifest = manifest_of(config, owner="", total_tokens=total_tokens(config))
+    check_snapshots(config, manifest)
     _shares(config, manifest)
 
 
@@ -285,6 +287,8 @@ class LocalSwarm:
         config = self._config
         flags = arguments_for({"out": self._out})
         flags += ["--evaluators", *self._evaluators()]
+        snapshots = {field.name: getattr(config, field.name) for field in fields(SnapshotConfig)}
+        flags += arguments_for(snapshots, CoordinatorConfig)
         if not config.resume:  # a run that exists keeps its manifest; `check` has compared the flags with it
             values = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
             flags += arguments_for({**values, "total_tokens": total_tokens(config)}, CoordinatorConfig)

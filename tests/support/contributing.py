@@ -26,8 +26,9 @@ HANG_S = 60.0
 class RunInLoop:
     """A coordinator that names one trainer as its evaluator, hosts, and that trainer; each a task here."""
 
-    def __init__(self, folder: Path, manifest: Manifest, text: Path, steps: int = 0) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, text: Path, steps: int = 0, **of_coordinator: Any) -> None:
         self.folder, self.manifest, self.text, self._steps = folder, manifest, text, steps
+        self._of_coordinator = of_coordinator
         self.swarm_file = folder / "run" / "swarm.toml"
         self.trainer_folder = folder / "trainer"
         self._stop = asyncio.Event()
@@ -40,7 +41,10 @@ class RunInLoop:
         self._begin(
             run_coordinator(
                 CoordinatorConfig(
-                    out=self.folder / "run", manifest=self.folder / "wanted.toml", evaluators=(evaluator,)
+                    out=self.folder / "run",
+                    manifest=self.folder / "wanted.toml",
+                    evaluators=(evaluator,),
+                    **self._of_coordinator,
                 ),
                 self._stop,
             )
@@ -82,10 +86,10 @@ class RunInLoop:
 
 @asynccontextmanager
 async def run_in_loop(
-    folder: Path, manifest: Manifest, text: Path, n_hosts: int, steps: int = 0
+    folder: Path, manifest: Manifest, text: Path, n_hosts: int, steps: int = 0, **of_coordinator: Any
 ) -> AsyncIterator[RunInLoop]:
-    """`steps` are the trainer's; 0 are as many as the run has tokens for."""
-    run = RunInLoop(folder, manifest, text, steps)
+    """`steps` are the trainer's; 0 are as many as the run has tokens for. The rest are settings of the coordinator."""
+    run = RunInLoop(folder, manifest, text, steps, **of_coordinator)
     try:
         await run.start(n_hosts)
         yield run

@@ -93,6 +93,17 @@ async def test_its_nodes_are_told_how_to_read_and_how_long_logs_may_be(
         assert ("--strict" in words) == (name == "trainer")
 
 
+async def test_its_coordinator_is_told_of_the_snapshots(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None]
+) -> None:
+    behave({"trainer": "begin exit 0"})
+    assert await run_to_the_end(tmp_path, 4, snapshot_every_s=600.0, keep_snapshots=5, snapshots="/models") == 0
+    words = json.loads((tmp_path / "coordinator.argv").read_text(encoding="utf-8"))
+    assert told(tmp_path, "coordinator")["--snapshot-every-s"] == "600.0"
+    assert {"keep_snapshots = 5", 'snapshots = "/models"'} <= set(words)
+    assert "--snapshot-every-s" not in told(tmp_path, "host-0")
+
+
 async def test_replicas_of_a_block_go_to_different_hosts_also_when_the_run_is_resumed(
     tmp_path: Path, behave: Callable[[dict[str, str]], None]
 ) -> None:
@@ -235,6 +246,8 @@ async def test_a_folder_can_be_used_by_one_swarm_at_a_time(
         (LocalConfig(averaging_period_s=0.0), "averaging.period_s: must be from 0.05 to 86400, is 0"),
         (LocalConfig(micro_batches=0), "--micro-batches: must be 1 or more"),
         (LocalConfig(eval_every=-5), "--eval-every: must be 0"),
+        (LocalConfig(snapshot_every_s=-1.0), "snapshot_every_s: must be 0 or more, is -1"),
+        (LocalConfig(keep_snapshots=0), "keep_snapshots: must be 1 or more, is 0"),
         (LocalConfig(hosts=33), "--hosts 33: there are only 32 blocks with --replicas 1"),
         (LocalConfig(experts=1023), "--experts 1023: must be a multiple of --layers 2"),
         (LocalConfig(heads=3), "model.d_model: must be a multiple of 2 \\* n_heads = 6"),

@@ -17,7 +17,15 @@ import pytest
 
 import run_node
 from common.command_line import HELP_LIMITS, HELP_SETTINGS, SHARED_FLAGS, help_rows, parse, setting_rows
-from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent, PeerLeaveEvent, PeerStartEvent
+from coordinator.events import (
+    ChildEndedEvent,
+    LocalEndEvent,
+    LocalStartEvent,
+    PeerLeaveEvent,
+    PeerStartEvent,
+    SnapshotEvent,
+    SnapshotFailedEvent,
+)
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.observer import RunView
 from dht.directory import REFRESH_S
@@ -296,7 +304,7 @@ EMITTERS = {
         "node/host/hand_over.py",
         "node/host/expert_upload_service.py",
     ),
-    "a coordinator": ("coordinator/coordinator.py",),
+    "a coordinator": ("coordinator/coordinator.py", "coordinator/snapshots.py"),
     "a lighthouse": ("coordinator/lighthouse/lighthouse.py",),
     "local": ("coordinator/local.py",),
 }
@@ -315,7 +323,7 @@ EVENTS = {
     "hosts and trainers": (*classes_in(averaging_events), *classes_in(membership_events)),
     "a trainer": (*classes_in(node_events), *classes_in(trainer_events)),
     "a host": classes_in(host_events),
-    "a coordinator": (PeerStartEvent, PeerLeaveEvent),
+    "a coordinator": (PeerStartEvent, PeerLeaveEvent, SnapshotEvent, SnapshotFailedEvent),
     "a lighthouse": (PeerStartEvent, PeerLeaveEvent),
     "local": (LocalStartEvent, ChildEndedEvent, LocalEndEvent),
 }

@@ -63,6 +63,8 @@ BlockCheckpointFailedEvent: checkpoint_failed reason
 HostLeaveEvent: leave
 PeerStartEvent: start run_id peer_id addresses
 PeerLeaveEvent: leave
+SnapshotEvent: snapshot folder bytes seconds deleted
+SnapshotFailedEvent: snapshot_failed reason
 LocalStartEvent: start run_id hosts
 ChildEndedEvent: ended name exit_code
 LocalEndEvent: end dead killed

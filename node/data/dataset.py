@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from common.errors import ConfigError, DataError, InvalidInputError
+from common.eviction import keep_below
 from common.folders import data_cache_bytes
 from common.tokenizer import ByteTokenizer
 from node.data.cache import Reading, SplitConfig, cached_corpus
-from node.data.eviction import trim
+from node.data.eviction import stored_corpora
 from node.data.progress import reading_shown
 from node.data.shuffle import keys_of, shuffled
 from node.data.sources import find_corpus, read_documents
@@ -72,16 +73,8 @@ def open_dataset(
     )
     for problem in dataset.problems():
         logger.warning("%s", problem)
-    if max_bytes:
-        _trim(cache_dir, max_bytes)
+    keep_below(max_bytes, cache_dir, stored_corpora)
     return dataset
-
-
-def _trim(cache_dir: Path, max_bytes: int) -> None:
-    try:
-        trim(cache_dir, max_bytes)
-    except OSError as error:
-        logger.warning("The data cache in %s cannot be kept below its bound: %s", cache_dir, error.strerror or error)
 
 
 @dataclass(frozen=True, kw_only=True)

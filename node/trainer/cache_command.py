@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from node.data.eviction import StoredCorpus
+    from common.eviction import CacheEntry
     from node.trainer.config import CacheConfig
 
 
@@ -37,14 +37,14 @@ async def run_cache(config: CacheConfig, _stop: asyncio.Event) -> None:
         raise ConfigError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
-def _clear(folder: Path, stored: Sequence[StoredCorpus]) -> str:
+def _clear(folder: Path, stored: Sequence[CacheEntry]) -> str:
     gone = [corpus for corpus in stored if corpus.remove()]
     n_bytes = sum(corpus.n_bytes for corpus in gone)
     stays = f"; {len(stored) - len(gone):,} in use stay" if len(gone) < len(stored) else ""
     return f"{folder}: deleted {len(gone):,} of {len(stored):,} corpora, {bytes_text(n_bytes)}{stays}"
 
 
-def _show(folder: Path, stored: Sequence[StoredCorpus], console: Console) -> None:
+def _show(folder: Path, stored: Sequence[CacheEntry], console: Console) -> None:
     total, most = bytes_text(sum(corpus.n_bytes for corpus in stored)), data_cache_bytes()
     bound = f"of at most {bytes_text(most)}" if most else "without a bound"
     console.print(f"{folder}: {len(stored):,} corpora, {total} {bound} ({MAX_SIZE_VARIABLE})", markup=False)
@@ -55,7 +55,7 @@ def _show(folder: Path, stored: Sequence[StoredCorpus], console: Console) -> Non
         table.add_column(column, no_wrap=True, justify="right" if column == "size" else "left")
     for corpus in reversed(stored):
         ago = f"{clock_text(time.time() - corpus.used_s)} ago"
-        name = Text(printable(corpus.folder.name))
+        name = Text(printable(corpus.name))
         table.add_row(name, bytes_text(corpus.n_bytes), ago, "in use" if corpus.in_use() else "")
     console.print()
     console.print(table)

@@ -229,7 +229,7 @@ def corpus_of(folder: Path, name: str, used_s: int) -> TextDataset:
 
 
 def cached(folder: Path) -> list[str]:
-    return sorted(stored.folder.name.split("-")[0] for stored in stored_corpora(folder / "cache"))
+    return sorted(stored.name.split("-")[0] for stored in stored_corpora(folder / "cache"))
 
 
 def test_what_was_used_longest_ago_goes_first_and_never_what_is_in_use(

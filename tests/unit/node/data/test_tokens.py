@@ -63,7 +63,7 @@ def test_each_tokenizer_has_a_cache_of_its_own_which_is_found_again(text: Path) 
 
 def test_a_cache_whose_tokens_are_cut_short_is_built_again(text: Path) -> None:
     whole = opened(text, TOKENIZER).train.tolist()
-    file = stored_corpora(text.parent / "cache")[0].folder / "train.bin"
+    file = stored_corpora(text.parent / "cache")[0].paths[0] / "train.bin"
     file.write_bytes(file.read_bytes()[:-1])
     assert opened(text, TOKENIZER).train.tolist() == whole
 

@@ -230,7 +230,7 @@ COMMANDS = (
     ),
     Command(
         name="cache",
-        summary="show or empty the cache of prepared text on this machine.",
+        summary="show or empty this machine's cache of text, tokenizers and models.",
         config=CacheConfig,
         examples=("cache", "cache --clear"),
         entry="node.trainer.cache_command:run_cache",

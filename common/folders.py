@@ -60,6 +60,8 @@ class FolderClaim:
 
 MAX_SIZE_VARIABLE = "KILOHIVE_CACHE_MAX_SIZE"
 DATA_CACHE_BYTES = 10_000_000_000
+ASSETS_MAX_SIZE_VARIABLE = "KILOHIVE_ASSETS_MAX_SIZE"
+ASSETS_BYTES = 50_000_000_000
 
 
 def data_cache() -> Path:
@@ -125,8 +127,17 @@ def _own_temporary_folder() -> Path:
 
 def data_cache_bytes() -> int:
     """How large that cache may grow, 0 for no bound: `$KILOHIVE_CACHE_MAX_SIZE`, else 10 GB. Raises ConfigError."""
-    text = os.environ.get(MAX_SIZE_VARIABLE, "").strip()
-    return 0 if text == "0" else parse_size(MAX_SIZE_VARIABLE, text) or DATA_CACHE_BYTES
+    return _bound(MAX_SIZE_VARIABLE, DATA_CACHE_BYTES)
+
+
+def assets_bytes() -> int:
+    """How much of runs' assets is kept, 0 for no bound: `$KILOHIVE_ASSETS_MAX_SIZE`, else 50 GB. Raises ConfigError."""
+    return _bound(ASSETS_MAX_SIZE_VARIABLE, ASSETS_BYTES)
+
+
+def _bound(variable: str, usual: int) -> int:
+    text = os.environ.get(variable, "").strip()
+    return 0 if text == "0" else parse_size(variable, text) or usual
 
 
 def prepare_folder(folder: Path) -> None:

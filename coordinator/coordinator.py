@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from common.assets import assets_in_use
 from common.atomic_file import write_atomically
 from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, UnavailableError
@@ -96,10 +97,10 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
             return
         config = replace(config, tokenizer=tokenizer, train_tokenizer=0)
     manifest = open_run(config, identity.peer_id)
-    await asyncio.to_thread(keep_pretrained, manifest, config.out, config.model)
-    keep_tokenizer(manifest, config.out, config.tokenizer)
-    admission = Admission(manifest.run_id, owners_token(config.out / "admission.token", create=config.admission))
     async with AsyncExitStack() as stack:
+        stack.enter_context(assets_in_use(manifest.assets))
+        await _keep_assets(config, manifest)
+        admission = Admission(manifest.run_id, owners_token(config.out / "admission.token", create=config.admission))
         log, max_bytes = config.out / "coordinator" / "events.jsonl", config.event_log_bytes
         events = EventLog(log, max_bytes=max_bytes, n_files=config.event_log_files)
         stack.callback(events.close)
@@ -135,6 +136,12 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         await stop.wait()
         events.emit(PeerLeaveEvent())
         dht.raise_if_lost()
+
+
+async def _keep_assets(config: CoordinatorConfig, manifest: Manifest) -> None:
+    """Put the files that the manifest names where the trainers of this machine look for them."""
+    await asyncio.to_thread(keep_pretrained, manifest, config.out, config.model)
+    keep_tokenizer(manifest, config.out, config.tokenizer)
 
 
 def _write_invite(config: CoordinatorConfig, swarm: SwarmFile) -> str:

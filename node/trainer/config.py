@@ -83,7 +83,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Show or empty the cache of prepared text."""
+    """Show or empty what this machine keeps of prepared text, and of runs' tokenizers and models."""
 
     clear: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete all of it that no process uses now."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.assets import asset_of, asset_store, read_file
+from common.assets import asset_of, asset_store, assets_in_use, read_file
 from common.errors import ConfigError, DataError, UnavailableError
 from common.progress import progress_shown
 from common.tasks import until_stopped
@@ -34,9 +35,12 @@ REMEDY = (
 async def fetch_tokenizer(swarm: Swarm, given: str, timeout_s: float, stop: asyncio.Event) -> Tokenizer:
     """The run's tokenizer as `open_tokenizer` finds it, or else from one of the run's trainers.
 
-    The run's other files are fetched too: once this returns, all are on this machine. Raises what `open_tokenizer`
-    does, DataError too if no trainer sends a file within `timeout_s`.
+    The run's other files are fetched too: once this returns, all are on this machine, and stay there until the swarm is
+    left. Raises what `open_tokenizer` does, DataError too if no trainer sends a file within `timeout_s`.
     """
+    in_use = ExitStack()
+    swarm.on_leave(in_use.close)
+    await asyncio.to_thread(in_use.enter_context, assets_in_use(swarm.manifest.assets))
     tokenizer = swarm.manifest.data.tokenizer_asset
     for asset in swarm.manifest.assets:
         if asset == tokenizer and given:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from common.assets import stored_assets
 from common.command_line import arguments_for
 from common.errors import ConfigError, UnavailableError
 from coordinator.config import CoordinatorConfig, StatusConfig, read_manifest
@@ -23,6 +24,7 @@ from coordinator.status import run_status
 from protocol.identity import Identity
 from protocol.swarm_file import SwarmFile
 from tests.support.ports import free_port
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,6 +108,19 @@ def test_a_coordinator_that_was_killed_comes_back_as_the_same_peer_of_the_same_r
         process.wait()
     with coordinator(tmp_path, "--dht-port", port):
         assert SwarmFile.read(tmp_path / "swarm.toml") == before
+
+
+def test_the_runs_tokenizer_stays_in_the_cache_while_the_coordinator_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KILOHIVE_ASSETS_MAX_SIZE", "1KB")  # less than it takes
+    (tmp_path / "tokenizer.json").write_bytes(tiny_tokenizer())
+    with coordinator(tmp_path / "run", "--tokenizer", str(tmp_path / "tokenizer.json")):
+        (stored,) = stored_assets(tmp_path / "cache" / "assets")
+        assert stored.n_bytes == len(tiny_tokenizer()) > 1000
+        assert not stored.remove()
+    assert stored.remove()
 
 
 def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from common.assets import Asset, AssetStore, asset_of, asset_store, read_file
+from common.assets import Asset, AssetStore, asset_of, asset_store, assets_in_use, read_file, stored_assets
 from common.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).resolve().parents[3]
+HOLD = """
+import sys, time
+from pathlib import Path
+from common.assets import Asset, AssetStore
+with AssetStore(Path(sys.argv[1])).using([Asset(sha256=sys.argv[2], n_bytes=100)]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -81,3 +91,136 @@ def test_a_file_is_read_up_to_a_bound(tmp_path: Path) -> None:
         read_file(path, 64)
     with pytest.raises(ConfigError, match="gone: cannot be read: No such file"):
         read_file(tmp_path / "gone", 4)
+
+
+# The bound of the store
+
+
+def bounded(tmp_path: Path, max_bytes: int) -> AssetStore:
+    return AssetStore(tmp_path / "assets", max_bytes)
+
+
+def data(letter: str) -> bytes:
+    return letter.encode() * 100
+
+
+def add(store: AssetStore, letter: str, used_s: int) -> Asset:
+    asset = store.add(data(letter))
+    os.utime(store.path(asset), (used_s, used_s))
+    return asset
+
+
+def kept(tmp_path: Path, letters: str) -> str:
+    """Those of `letters` whose data are still there."""
+    return "".join(letter for letter in letters if (tmp_path / "assets" / asset_of(data(letter)).sha256).exists())
+
+
+def test_what_was_used_longest_ago_goes_and_never_what_is_in_use(tmp_path: Path) -> None:
+    store = bounded(tmp_path, 250)
+    first = add(store, "a", 100)
+    add(store, "b", 200)
+    with store.using([first]):
+        os.utime(store.path(first), (100, 100))
+        add(store, "c", 300)
+        assert kept(tmp_path, "abc") == "ac"
+    assert store.path(first).stat().st_mtime > 1000  # it was in use until now
+    add(store, "d", 400)
+    assert kept(tmp_path, "abcd") == "ad"
+    assert store.find(first) == data("a")
+
+
+def test_an_asset_larger_than_the_bound_is_there_for_as_long_as_it_is_in_use(tmp_path: Path) -> None:
+    store, asset = bounded(tmp_path, 50), asset_of(data("a"))
+    with store.using([asset]):
+        store.add(data("a"))
+        store.add(b"b")
+        assert store.holds(asset)
+    store.add(b"c")
+    assert not store.holds(asset)
+
+
+def test_what_is_fetched_now_stays_and_what_was_fetched_in_part_goes(tmp_path: Path) -> None:
+    store, fetched = bounded(tmp_path, 50), asset_of(b"fetched")
+    store.gather(fetched, b"fet")
+    with store.gathering(fetched) as alone:
+        assert alone
+        store.add(data("a"))
+        assert store.part(fetched).exists()
+        store.gather(fetched, b"ched")
+        assert store.adopt(fetched)
+    assert store.find(fetched) == b"fetched"
+    store.gather(asset_of(b"half"), b"ha")
+    os.utime(store.part(asset_of(b"half")), (100, 100))
+    store.add(data("b"))
+    assert not store.part(asset_of(b"half")).exists()
+
+
+def test_a_model_that_is_being_copied_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, other = bounded(tmp_path, 50), bounded(tmp_path, 50)
+    (tmp_path / "weights").write_bytes(data("w"))
+    copy = shutil.copyfile
+
+    def copied_while_another_process_adds(source: Path, target: Path) -> Path:
+        copy(source, target)
+        other.add(b"z" * 60)
+        return target
+
+    monkeypatch.setattr(shutil, "copyfile", copied_while_another_process_adds)
+    with store.using([asset := asset_of(data("w"))]):
+        assert store.add_file(tmp_path / "weights") == asset
+        assert store.find(asset) == data("w")
+
+
+def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    store = bounded(tmp_path, 50)
+    with store.using([asset := asset_of(data("a"))]):
+        store.add(data("a"))
+        arguments = [sys.executable, "-c", HOLD, str(tmp_path / "assets"), asset.sha256]
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+    (stored,) = stored_assets(tmp_path / "assets")
+    try:
+        assert stored.in_use()
+        assert not stored.remove()
+    finally:
+        process.kill()
+        process.communicate()
+    assert stored.remove()
+    assert stored_assets(tmp_path / "assets") == []
+
+
+def test_everything_of_an_asset_is_counted_and_goes_with_it(tmp_path: Path) -> None:
+    store = AssetStore(tmp_path / "assets")
+    weights, tokens, alone = (store.add(data(letter)) for letter in "wta")
+    folder = store.folder_of({"model.safetensors": weights, "tokenizer.json": tokens})
+    store.gather(weights, b"half")
+    (tmp_path / "assets" / f".{weights.sha256}.k3v9").write_bytes(b"x" * 7)  # by a process that was killed
+    (tmp_path / "assets" / "notes").write_bytes(b"somebody else's")
+    sizes = {stored.name: stored.n_bytes for stored in stored_assets(tmp_path / "assets")}
+    assert sizes == {weights.sha256[:12]: 111, tokens.sha256[:12]: 100, alone.sha256[:12]: 100}
+    assert all(stored.remove() for stored in stored_assets(tmp_path / "assets") if stored.name != tokens.sha256[:12])
+    assert not folder.exists()
+    left = sorted(path.name for path in (tmp_path / "assets").iterdir() if path.suffix not in {".lock", ".used"})
+    assert left == sorted([tokens.sha256, "folders", "notes"])
+    store.add(data("w"))
+    assert (store.folder_of({"model.safetensors": weights}) / "model.safetensors").read_bytes() == data("w")
+
+
+def test_a_run_without_assets_needs_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path / "file"))
+    with assets_in_use([]):
+        pass
+
+
+def test_the_store_has_a_bound_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path))
+    assert asset_store()._max_bytes == 50_000_000_000
+    monkeypatch.setenv("KILOHIVE_ASSETS_MAX_SIZE", "1KB")
+    add(asset_store(), "a", 100)
+    asset_store().add(b"b" * 950)
+    assert kept(tmp_path, "a") == ""
+    monkeypatch.setenv("KILOHIVE_ASSETS_MAX_SIZE", "much")
+    with pytest.raises(ConfigError, match="KILOHIVE_ASSETS_MAX_SIZE: is 'much', must be such as 600MB or 2GB"):
+        asset_store()

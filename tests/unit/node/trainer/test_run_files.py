@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from common.assets import asset_of, asset_store
+from common.assets import asset_of, asset_store, stored_assets
 from common.errors import ConfigError, DataError
 from common.tokenizer import ByteTokenizer
-from node.trainer.run_files import open_tokenizer
+from node.trainer.run_files import fetch_tokenizer, open_tokenizer
 from protocol.manifest import Manifest, ModelConfig
 from protocol.run_assets import DataConfig
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -62,3 +65,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
 
 def test_a_run_of_bytes_needs_no_file() -> None:
     assert isinstance(open_tokenizer(Manifest(name="bytes"), ""), ByteTokenizer)
+
+
+async def test_a_runs_files_stay_on_this_machine_until_the_swarm_is_left(kept_in: Path) -> None:
+    asset_store().add(tiny_tokenizer())
+    at_leaving: list[Callable[[], object]] = []
+    swarm = SimpleNamespace(manifest=run_with(tiny_tokenizer()), on_leave=at_leaving.append)
+    await fetch_tokenizer(cast("Any", swarm), "", 1.0, asyncio.Event())
+    (stored,) = stored_assets(kept_in / "cache" / "assets")
+    assert not stored.remove()
+    for leave in at_leaving:
+        leave()
+    assert stored.remove()

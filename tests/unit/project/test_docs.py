@@ -258,6 +258,7 @@ def test_every_call_of_the_service_is_described(module: ModuleType, service: str
     ("enum", "message"),
     [
         (averaging_pb2.Reason, "BlockOffer"),
+        (records_pb2.PauseCause, "PeerRecord"),
         (contribution_pb2.OfferState, "OfferStatus"),
         (records_pb2.ReplicaState, "BlockRecord"),
         (records_pb2.Reachability, "PeerRecord"),

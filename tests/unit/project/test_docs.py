@@ -284,6 +284,7 @@ EMITTERS = {
         "node/trainer/trainer.py",
         "node/trainer/host_wait.py",
         "node/trainer/training_reports.py",
+        "node/trainer/paused_hosts.py",
         "node/trainer/trunk_sharing.py",
         "node/trainer/evaluator/evaluator.py",
     ),

@@ -31,6 +31,7 @@ TrainingStartEvent: start run_id experts hosts step steps tokens_total parameter
 LeftOutEvent: left_out files names rows first_row
 TrunkJoinedEvent: trunk_joined version trainers
 WaitingEvent: waiting for
+PausedHostsEvent: paused_hosts hosts(peer_id cause since_s until_s) total
 StepEvent: step step steps loss bits_per_byte run_tokens own_tokens trainers tokens_per_s in_flight experts_alive \
     experts_total calls_ok calls_failed wire_bytes wire_bytes_per_token time_left_s grad_norm lr gate(dead_fraction \
     load_cv entropy_bits overflow effective_k kept_fraction) replicas(min mean) versions(min max) staleness(mean max) \

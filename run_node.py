@@ -48,7 +48,7 @@ from coordinator.config import (
 from node.api.config import ServeConfig
 from node.contributor.config import ContributeConfig
 from node.export.config import ExportConfig
-from node.host.config import ControlConfig, HostConfig
+from node.host.config import ControlConfig, HostConfig, PauseConfig
 from node.limits.config import LimitsConfig
 from node.rpc.config import HealthConfig
 from node.trainer.config import CacheConfig, EvaluateConfig, SampleConfig, TokenizerConfig, TrainConfig
@@ -158,8 +158,8 @@ COMMANDS = (
     Command(
         name="pause",
         summary="have the host of a folder on this machine stop working; it stays in the swarm.",
-        config=ControlConfig,
-        examples=("pause --state state/host",),
+        config=PauseConfig,
+        examples=("pause 1h", "pause --state state/host"),
         entry="node.host.control:run_pause",
     ),
     Command(

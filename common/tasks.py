@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -11,7 +13,6 @@ from common.errors import DeadlineError, DrainingError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-    from concurrent.futures import Future
 
 R = TypeVar("R")
 
@@ -98,6 +99,20 @@ async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def beside(work: Coroutine[Any, Any, R], meanwhile: Coroutine[Any, Any, None]) -> R:
+    """`work`'s result; `meanwhile`, which has no end, goes on beside it. An error of either ends both."""
+    working, going_on = asyncio.ensure_future(work), asyncio.ensure_future(meanwhile)
+    try:
+        await asyncio.wait({working, going_on}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            going_on.result()
+        return await working
+    finally:
+        for task in (working, going_on):
+            task.cancel()
+        await asyncio.gather(working, going_on, return_exceptions=True)
+
+
 async def until_stopped(work: Coroutine[Any, Any, R], stop: asyncio.Event) -> R:
     """`work`'s result; DrainingError, with `work` cancelled, as soon as `stop` is set."""
     working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
@@ -110,6 +125,13 @@ async def until_stopped(work: Coroutine[Any, Any, R], stop: asyncio.Event) -> R:
         for task in (working, stopping):
             task.cancel()
         await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+def on_thread(name: str, function: Callable[[], R]) -> Future[R]:
+    """Run `function` on a thread of its own: one that never returns keeps nothing else from running or from ending."""
+    future: Future[R] = Future()
+    threading.Thread(target=settle, args=(future, function), name=name, daemon=True).start()
+    return future
 
 
 def settle(future: Future[R], function: Callable[[], R]) -> None:

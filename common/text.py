@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ def clock_text(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def moment_text(seconds: float) -> str:
+    """A moment, in seconds since 1970, by this machine's clock: `05 Dec 14:30`."""
+    return time.strftime("%d %b %H:%M", time.localtime(seconds))
 
 
 def in_byte_units(n_bytes: float) -> tuple[float, str]:

@@ -313,6 +313,8 @@ class LocalSwarm:
                 "threads": config.threads,
             }
         )
+        # Whoever tries a whole swarm on a laptop wants it to work there, on its battery too.
+        flags += ["--set", "on_battery = true"]
         return self._spec(f"host-{index}", "host", *flags, log=state / "log.txt")
 
     def _trainer_spec(self, index: int) -> ChildSpec:

@@ -13,7 +13,7 @@ from coordinator.blocks import block_list_text
 from protocol.endpoints import SHOWN_CHARS, endpoint_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from rich.console import RenderableType
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from protocol.manifest import BlockId, Manifest
 
 MAX_PEERS_SHOWN = 40
+MAX_PAUSED_SHOWN = 10
 MAX_BLOCKS_CHARS = 300
 MANY_REPLICAS = 10
 
@@ -141,8 +142,8 @@ def _replica_map(rows: Sequence[Sequence[Replica]]) -> Text:
 
 
 def _last_lines(view: DirectoryView) -> Text:
-    """Which blocks are joining or only stored somewhere, how far trunks are apart, and at the end what is lost."""
-    lines = []
+    """Why hosts are paused, which blocks are joining or only stored, how far trunks are apart, and what is lost."""
+    lines = list(_paused_lines(view))
     told: dict[ReplicaState, str] = {"joining": "being downloaded", "stored": "stored, not served"}
     for state, words in told.items():
         blocks = sorted(set(_blocks(view.others, state)))
@@ -153,6 +154,14 @@ def _last_lines(view: DirectoryView) -> Text:
     if gap is not None:
         lines.append(Text(f"{len(trunk)} replicas of the trunk, {_count(gap, 'step')} apart", style="dim"))
     return Text("\n").join([*lines, _lost_line(view)])
+
+
+def _paused_lines(view: DirectoryView) -> Iterator[Text]:
+    paused = [peer for peer in view.peers if peer.paused and peer.pause_text]
+    for peer in paused[:MAX_PAUSED_SHOWN]:
+        yield Text(f"paused: {_short(peer.peer_id)} {peer.pause_text}", style="dim")
+    if len(paused) > MAX_PAUSED_SHOWN:
+        yield Text(f"and {len(paused) - MAX_PAUSED_SHOWN} more hosts are paused", style="dim")
 
 
 def _lost_line(view: DirectoryView) -> Text:

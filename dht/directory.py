@@ -229,5 +229,8 @@ def _peer(record: SignedRecord, said: PeerRecord) -> PeerInfo:
         relay=said.relay,
         paused=said.paused,
         evaluators=said.evaluators,
+        pause_cause=said.pause_cause,
+        paused_since_s=said.paused_since_s,
+        paused_until_s=said.paused_until_s,
         expiration_s=record.expiration_s,
     )

@@ -7,13 +7,24 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from common.text import moment_text
 from protocol.endpoints import Address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from protocol.announcements import Reachability, ReplicaState, Role
+    from protocol.announcements import PauseCause, Reachability, ReplicaState, Role
     from protocol.manifest import BlockId
+
+
+CAUSE_WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "owner": "by its owner",
+        "condition": "by its owner's conditions",
+        "device": "as its device fails",
+        "sleep": "after a sleep",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +59,8 @@ class PeerInfo:
     `own_tokens`: what this trainer itself has trained on, of the run's `run_tokens` as it knows them. `staleness`: mean
     optimizer steps between forward and backward at this host, lately. `exchanged_bytes`: averaging and downloads.
     `relay`: its multiaddress, if it carries calls for others. `paused`: it does not work now, and takes no blocks.
-    `evaluators` count only as the word of the run's owner: see `evaluators_named`.
+    `evaluators` count only as the word of the run's owner: see `evaluators_named`. The two times of a pause are in
+    seconds since 1970, 0 where it does not say.
     """
 
     peer_id: str
@@ -68,6 +80,14 @@ class PeerInfo:
     relay: str = ""
     paused: bool = False
     evaluators: tuple[str, ...] = ()
+    pause_cause: PauseCause = "none"
+    paused_since_s: float = 0.0
+    paused_until_s: float = 0.0
+
+    @property
+    def pause_text(self) -> str:
+        """Why it is paused, since when and until when, as far as it says."""
+        return pause_text(self.pause_cause, self.paused_since_s, self.paused_until_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +165,10 @@ def _but(replicas: tuple[Replica, ...], peer_ids: frozenset[str]) -> tuple[Repli
 def evaluators_named(peers: Iterable[PeerInfo], owner: str) -> tuple[str, ...]:
     """Trainers whose verdicts on offered experts the run's owner wants acted on; none while the owner is not there."""
     return next((peer.evaluators for peer in peers if peer.peer_id == owner), ())
+
+
+def pause_text(cause: str, since_s: float, until_s: float) -> str:
+    """A pause in words; the times are in seconds since 1970, 0 where they are not told."""
+    since = f"since {moment_text(since_s)}" if since_s else ""
+    until = f"until {moment_text(until_s)}" if until_s else ""
+    return " ".join(words for words in (CAUSE_WORDS.get(cause), since, until) if words)

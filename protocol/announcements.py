@@ -36,6 +36,10 @@ Reachability = Literal["unknown", "reached", "not reached", "relayed"]
 REACHABILITIES: Final = get_args(Reachability)
 """The order is that of the numbers in the .proto file."""
 
+PauseCause = Literal["none", "owner", "condition", "device", "sleep"]
+PAUSE_CAUSES: Final = get_args(PauseCause)
+"""The order is that of the numbers in the .proto file."""
+
 MAX_EVALUATORS = 4
 MAX_DIVERGENCE = 1e9
 MAX_STALENESS = 1e15
@@ -83,6 +87,7 @@ class PeerRecord:
 
     `relay`: its multiaddress, for QUIC but for lighthouses, if it carries calls to others that cannot be dialled.
     `evaluators`: peer ids of trainers whose verdicts hosts are to act on; readers believe it of the run's owner alone.
+    `paused_since_s` and `paused_until_s`, seconds since 1970, are 0 where there is no such moment, or nobody knows it.
     """
 
     role: Role
@@ -100,6 +105,9 @@ class PeerRecord:
     relay: str = ""
     paused: bool = False
     evaluators: tuple[str, ...] = ()
+    pause_cause: PauseCause = "none"
+    paused_since_s: float = 0.0
+    paused_until_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reachability not in REACHABILITIES:
@@ -108,6 +116,8 @@ class PeerRecord:
             )
         if self.role not in ROLES:
             raise RecordError(f"role: must be one of {', '.join(ROLES)}, is {self.role[:40]!r}")
+        if self.pause_cause not in PAUSE_CAUSES:
+            raise RecordError(f"pause_cause: must be one of {', '.join(PAUSE_CAUSES)}, is {self.pause_cause[:40]!r}")
         if self.endpoint:
             check_endpoint(self.endpoint)
         if self.relay and not is_relay_address(self.relay):
@@ -124,6 +134,8 @@ class PeerRecord:
         check_range("own_tokens", self.own_tokens, limits.MAX_RUN_TOKENS)
         check_range("staleness", self.staleness, MAX_STALENESS)
         check_range("exchanged_bytes", self.exchanged_bytes, MAX_RECORD_VERSION)
+        check_range("paused_since_s", self.paused_since_s, MAX_TIME_S)
+        check_range("paused_until_s", self.paused_until_s, MAX_TIME_S)
         _check_evaluators(self.evaluators)
 
 
@@ -183,6 +195,9 @@ def encode_peer(record: PeerRecord) -> bytes:
         relay=record.relay,
         paused=record.paused,
         evaluators=record.evaluators,
+        pause_cause=PAUSE_CAUSES.index(record.pause_cause),  # type: ignore[arg-type]  # as above
+        paused_since_s=record.paused_since_s,
+        paused_until_s=record.paused_until_s,
     ).SerializeToString(deterministic=True)
 
 
@@ -191,6 +206,7 @@ def decode_peer(payload: bytes) -> PeerRecord:
     check_length(payload, MAX_ANNOUNCE_PAYLOAD_BYTES)
     message = parse_record(records_pb2.PeerRecord, payload)
     check_range("reachability", message.reachability, len(REACHABILITIES) - 1)
+    check_range("pause_cause", message.pause_cause, len(PAUSE_CAUSES) - 1)
     return PeerRecord(
         role=message.role,  # type: ignore[arg-type]  # checked by PeerRecord itself
         endpoint=message.endpoint,
@@ -207,6 +223,9 @@ def decode_peer(payload: bytes) -> PeerRecord:
         relay=message.relay,
         paused=message.paused,
         evaluators=tuple(message.evaluators),
+        pause_cause=PAUSE_CAUSES[message.pause_cause],
+        paused_since_s=message.paused_since_s,
+        paused_until_s=message.paused_until_s,
     )
 
 

@@ -13,6 +13,14 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOINING: _ClassVar[ReplicaState]
     STORED: _ClassVar[ReplicaState]
 
+class PauseCause(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NOT_PAUSED: _ClassVar[PauseCause]
+    BY_OWNER: _ClassVar[PauseCause]
+    BY_CONDITION: _ClassVar[PauseCause]
+    BY_DEVICE: _ClassVar[PauseCause]
+    BY_SLEEP: _ClassVar[PauseCause]
+
 class Reachability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     UNKNOWN: _ClassVar[Reachability]
@@ -22,6 +30,11 @@ class Reachability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 SERVING: ReplicaState
 JOINING: ReplicaState
 STORED: ReplicaState
+NOT_PAUSED: PauseCause
+BY_OWNER: PauseCause
+BY_CONDITION: PauseCause
+BY_DEVICE: PauseCause
+BY_SLEEP: PauseCause
 UNKNOWN: Reachability
 REACHED: Reachability
 NOT_REACHED: Reachability
@@ -76,7 +89,7 @@ class BlockRecord(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., block: _Optional[int] = ..., version: _Optional[int] = ..., endpoint: _Optional[str] = ..., queue_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., tokens_total: _Optional[int] = ..., n_experts: _Optional[int] = ..., trunk: _Optional[bool] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., divergence: _Optional[float] = ...) -> None: ...
 
 class PeerRecord(_message.Message):
-    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes", "reachability", "relay", "paused", "evaluators")
+    __slots__ = ("role", "endpoint", "software", "started_s", "n_blocks", "tokens_per_s", "run_tokens", "queue_tokens", "own_tokens", "staleness", "exchanged_bytes", "reachability", "relay", "paused", "evaluators", "pause_cause", "paused_since_s", "paused_until_s")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +105,9 @@ class PeerRecord(_message.Message):
     RELAY_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
     EVALUATORS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_CAUSE_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_UNTIL_S_FIELD_NUMBER: _ClassVar[int]
     role: str
     endpoint: str
     software: str
@@ -107,7 +123,10 @@ class PeerRecord(_message.Message):
     relay: str
     paused: bool
     evaluators: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., relay: _Optional[str] = ..., paused: _Optional[bool] = ..., evaluators: _Optional[_Iterable[str]] = ...) -> None: ...
+    pause_cause: PauseCause
+    paused_since_s: float
+    paused_until_s: float
+    def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., relay: _Optional[str] = ..., paused: _Optional[bool] = ..., evaluators: _Optional[_Iterable[str]] = ..., pause_cause: _Optional[_Union[PauseCause, str]] = ..., paused_since_s: _Optional[float] = ..., paused_until_s: _Optional[float] = ...) -> None: ...
 
 class ManifestRecord(_message.Message):
     __slots__ = ("toml",)

@@ -59,10 +59,12 @@ class Node:
     ) -> None:
         self.folder, self.arguments = folder, tuple(arguments)
         self.started = time.monotonic()
+        # What is measured or tested must not depend on whether this machine is plugged in.
+        always = ("--set", "on_battery = true") if self.arguments[:1] == ("host",) else ()
         self.child = Child(
             ChildSpec(
                 name=folder.name,
-                argv=(*inside, sys.executable, RUN_NODE, *arguments, "--stop-on-stdin-eof"),
+                argv=(*inside, sys.executable, RUN_NODE, *arguments, *always, "--stop-on-stdin-eof"),
                 log=folder / log_name,
                 environment={"OMP_NUM_THREADS": "1"},
             )

@@ -54,6 +54,9 @@ class HostAnnouncement:
             reachability=self.node_endpoint.state,
             relay=self.node_endpoint.relay_offer,
             paused=self.availability.pausing.is_set(),
+            pause_cause=self.availability.cause,
+            paused_since_s=self.availability.since_s,
+            paused_until_s=self.availability.until_s or 0.0,
         )
         return Announcement(peer=peer, blocks=tuple(self._records(serving)))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro  # noqa: TC002 - it reads the annotation itself
+
 from common.config import EventLogConfig
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from node.limits.config import LimitsConfig
@@ -53,5 +55,13 @@ class ControlConfig:
 
     state: Path = Path("state/host")
     """Speak to the host of this folder."""
-    timeout_s: float = 60.0
+    timeout_s: FileOnly[float] = 60.0
     """Wait this many seconds until it has done so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PauseConfig(ControlConfig):
+    """Have the host of a folder on this machine stop working, for a while or until it is told to resume."""
+
+    duration: tyro.conf.Positional[str] = ""
+    """Pause for this long, such as 30m, 2h or 1h30m. Without one the pause lasts until `resume`."""

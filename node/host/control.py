@@ -10,17 +10,21 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections import deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
+from common.durations import parse_duration
 from common.errors import ConfigError, InvalidInputError, UnavailableError
 from common.events import Event, read_event
 from common.log_files import LogReader, end_of_log
 from common.settings import check_minimums
+from common.text import moment_text
 from node.host.events import AskedEvent, HandedOverEvent, HostLeaveEvent, LeavingEvent, PausedEvent, ResumedEvent
+from node.host.owner_pause import MAX_PAUSE_S, PAUSE_FILE, WantedPause, write_pause
 from node.host.signals import SIGNALS
 from node.rpc.health import MAX_FILE_BYTES, SERVER_FILE
 
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from node.host.config import ControlConfig
+    from node.host.config import ControlConfig, PauseConfig
 
 LOOK_S = 0.1
 CLOCK_SLACK_S = 60.0
@@ -37,13 +41,17 @@ CLOCK_SLACK_S = 60.0
 E = TypeVar("E", bound=Event)
 
 
-async def run_pause(config: ControlConfig, _stop: asyncio.Event) -> None:
+async def run_pause(config: PauseConfig, _stop: asyncio.Event) -> None:
     """Returns once the host has paused."""
-    async with _talk(config, "pause") as talk:
+    duration_s = parse_duration("pause", config.duration) if config.duration else None
+    if duration_s is not None and duration_s > MAX_PAUSE_S:
+        raise ConfigError(f"pause: {config.duration} is longer than 30d; without a duration it lasts until `resume`")
+    async with _talk(config, "pause", duration_s) as talk:
         asked = await talk.wait_for(AskedEvent)
         if not asked.paused:
             await talk.wait_for(PausedEvent)
-        _say(f"paused, with its blocks stored in {config.state}")
+        until = "" if asked.until_s is None else f" until {moment_text(asked.until_s)}"
+        _say(f"paused{until}, with its blocks stored in {config.state}")
 
 
 async def run_resume(config: ControlConfig, _stop: asyncio.Event) -> None:
@@ -69,10 +77,15 @@ async def run_leave(config: ControlConfig, _stop: asyncio.Event) -> None:
 
 
 @asynccontextmanager
-async def _talk(config: ControlConfig, word: str) -> AsyncIterator[_Talk]:
-    """One word to a host, and its answers. UnavailableError if nobody hears it, or obeys within `timeout_s`."""
+async def _talk(config: ControlConfig, word: str, duration_s: float | None = None) -> AsyncIterator[_Talk]:
+    """One word to a host, and its answers. UnavailableError if nobody hears it, or obeys within `timeout_s`.
+
+    `duration_s`: how long a pause is to last, None for one without end.
+    """
     check_minimums(config, {"timeout_s": 0.1})
     talk = _Talk(config.state)
+    if word == "pause":
+        _keep(config.state, duration_s)
     try:
         async with asyncio.timeout(config.timeout_s):
             talk.send(word)
@@ -146,6 +159,14 @@ def read_process(state: Path) -> psutil.Process:
     if not same:
         raise UnavailableError(f"{state}: its host has ended, or runs in a container: use `docker exec` then")
     return process
+
+
+def _keep(state: Path, duration_s: float | None) -> None:
+    """Write what a signal cannot carry, to where the host reads it when it hears the signal."""
+    try:
+        write_pause(state, WantedPause(until_s=None if duration_s is None else round(time.time() + duration_s)))
+    except OSError as error:
+        raise UnavailableError(f"{state / PAUSE_FILE}: cannot be written: {error.strerror}") from None
 
 
 def _tell_leaving(talk: _Talk) -> None:

@@ -12,14 +12,22 @@ import logging
 from typing import TYPE_CHECKING
 
 from common.backoff import backoff_s
+from common.errors import NoRoomError
 from common.tasks import repeat
 from node.host.availability import Reason
+from node.host.serving.batch_runner import try_forward
+from node.model.devices import first_line
+from node.model.experts.block import new_block
+from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    import torch
+
     from node.host.availability import Availability
     from node.host.serving.runtime import Runtime
+    from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +37,8 @@ MAX_FAILED_BATCHES = 5
 
 TRY_AGAIN_S = 60.0
 MAX_DOUBLINGS = 6
+
+DEVICE_FAILS = "its device fails"
 
 
 class DeviceWatch:
@@ -60,8 +70,17 @@ class DeviceWatch:
             logger.info("The device computes again")
         self._tries = self._tries + 1 if problem else 0
         await self._report(problem)
-        self._availability.tell(Reason.DEVICE, holds=bool(problem))
+        self._availability.tell(Reason.DEVICE, DEVICE_FAILS if problem else "")
 
     def pause_s(self) -> float:
         """Seconds until the next look."""
         return backoff_s(TRY_AGAIN_S, self._tries - 1, max_doublings=MAX_DOUBLINGS) if self._tries else LOOK_S
+
+
+def problem_of(manifest: Manifest, device: torch.device) -> str:
+    """What goes wrong on a device that computes a token of its own through a block of its own; "" if nothing does."""
+    try:
+        block = new_block(manifest, BlockId(0, 0), device)
+    except (RuntimeError, NoRoomError) as error:
+        return first_line(error)
+    return try_forward(block, manifest.model.d_model, device)

@@ -32,13 +32,17 @@ class FewerBlocksEvent(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AskedEvent(Event):
-    """The owner's signal was heard: `word` is pause, resume or leave. `paused` says whether the host was so already."""
+    """The owner's signal was heard: `word` is pause, resume or leave. `paused` says whether the host was so already.
+
+    `until_s`: when the owner's pause ends by itself, in seconds since 1970; None without such a moment.
+    """
 
     event: ClassVar[str] = "asked"
 
     word: str
     paused: bool
     reasons: tuple[str, ...]
+    until_s: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

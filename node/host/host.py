@@ -16,24 +16,26 @@ import torch
 from common.allocator import keep_freed_memory, keep_little_memory
 from common.clock import clock_with_sleep
 from common.config import EVENT_LOG_MINIMUMS
-from common.errors import DrainingError, NoRoomError
+from common.errors import DrainingError
 from common.events import EventLog
 from common.folders import FolderClaim, claimed
 from common.metrics import serve_metrics
 from common.settings import check_minimums
-from common.tasks import until_stopped
+from common.tasks import beside, until_stopped
 from dht.announcer import Announcer
 from node.averaging import service as averaging_service
 from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.host.announcement import HostAnnouncement
 from node.host.availability import Availability
 from node.host.availability_monitor import AvailabilityMonitor
+from node.host.availability_report import AvailabilityReport
 from node.host.block_loader import MAX_DOWNLOADS, BlockLoader
 from node.host.block_manager import BlockManager
 from node.host.block_store import BlockStore
 from node.host.capacity import capacity_for, events_bytes, wanted_capacity
 from node.host.checkpoints import Checkpoints
-from node.host.device_watch import DeviceWatch
+from node.host.conditions import conditions_of
+from node.host.device_watch import DeviceWatch, problem_of
 from node.host.events import AnnouncedEvent, AskedEvent, HostLeaveEvent, LimitsEvent
 from node.host.expert_upload_service import ExpertUploadService, VerdictChecker
 from node.host.hand_over import HandOver
@@ -41,11 +43,11 @@ from node.host.held_blocks import HeldBlocks
 from node.host.load_events import LoadEvents
 from node.host.memory_watch import MemoryWatch, watch_device_memory
 from node.host.metrics import HostCollector
+from node.host.owner_pause import OwnerPause
 from node.host.pause import Pause
 from node.host.placement import PlacementConfig, parse_blocks
 from node.host.placement_controller import PlacementController
 from node.host.placement_planner import PlacementPlanner
-from node.host.serving.batch_runner import try_forward
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.host.serving.service import SERVICE_NAME, ExpertService
 from node.host.signals import signals_heard
@@ -57,8 +59,7 @@ from node.membership import reachability
 from node.membership.endpoint import NodeEndpoint
 from node.membership.reachability import DialBackService
 from node.membership.swarm import Swarm
-from node.model.devices import first_line, limit_device_memory, pick_device
-from node.model.experts.block import new_block
+from node.model.devices import limit_device_memory, pick_device
 from node.rpc.health import server_told
 from node.rpc.rate_limit_interceptor import RateLimitInterceptor
 from node.rpc.server import NodeServer
@@ -66,7 +67,6 @@ from node.rpc.upload import INTAKE
 from protocol import expert_pb2 as pb
 from protocol.endpoints import Address, endpoint_text
 from protocol.identity import Identity
-from protocol.manifest import BlockId
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 
     from node.host.config import HostConfig
     from node.limits.memory import Capacity
+    from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +158,9 @@ class Host:
         self._use = ProcessUse(swarm.dht.daemon_pid)
         swarm.dht.on_restart(lambda: self._use.follow(swarm.dht.daemon_pid))
         self._rate_limits = RateLimits(limits, self._use)
-        self._availability = Availability()
-        self._monitor = AvailabilityMonitor(self._availability, limits, self._use)
+        self._availability, self._owner = Availability(), OwnerPause(config.state)
+        conditions = conditions_of(limits, self._owner, self._use, device)
+        self._monitor = AvailabilityMonitor(self._availability, conditions)
         self._capacity = self._find_capacity()
 
         self._store = BlockStore(config.state, swarm.manifest, device)
@@ -293,7 +295,7 @@ class Host:
         """Start, take blocks, announce them, wait for `stop`, leave."""
         self._runtime.start()
         # To the end: a signal that nobody hears would kill the node before it has saved.
-        with signals_heard(self._availability, self._report_signal):
+        with signals_heard(self._availability, self._owner, self._report_signal):
             try:
                 await self._server.start()
                 await self._work(stop)
@@ -307,7 +309,7 @@ class Host:
     async def _work(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, or until the owner asks this host to leave and it has handed its blocks over."""
         config = self._config
-        collector = HostCollector(self._runtime, self._service, self._exchanged_bytes)
+        collector = HostCollector(self._runtime, self._service, self._availability, self._exchanged_bytes)
         metrics = serve_metrics(collector, self._swarm.listen, config.metrics_port)
         address = Address(self._swarm.identity.peer_id, self._server.endpoint)
         with (
@@ -315,8 +317,9 @@ class Host:
             server_told(config.state, address, obeys=True, admission=self._swarm.admission),
             contextlib.suppress(DrainingError),
         ):
+            await until_stopped(self._monitor.look(), stop)
             await until_stopped(self._node_endpoint.settle(self._server.endpoint), stop)
-            await until_stopped(self._take_first_blocks(), stop)
+            await until_stopped(beside(self._take_first_blocks(), self._monitor.watch()), stop)
             self._averaging.start()
             self._report_announced()
             await self._run_until_left(stop)
@@ -341,6 +344,7 @@ class Host:
                 task.cancel()
 
     def _background(self) -> list[Coroutine[None, None, None]]:
+        try_device = partial(problem_of, self._swarm.manifest, self._device)
         load = LoadEvents(self._runtime, self._rate_limits, self._memory, self._exchanged_bytes, self._events)
         work = [
             self._checkpoints.save_every(self._config.checkpoint_every_s),
@@ -350,17 +354,10 @@ class Host:
             self._node_endpoint.watch(self._announcer),
             self._monitor.watch(),
             self._pause.follow(),
-            DeviceWatch(self._runtime, self._availability, self._try_device, self._server.report).watch(),
+            AvailabilityReport(self._availability, self._config.state, self._events).follow(),
+            DeviceWatch(self._runtime, self._availability, try_device, self._server.report).watch(),
         ]
         return [*work, self._placement.recheck_forever()] if self._config.recheck_s else work
-
-    def _try_device(self) -> str:
-        manifest = self._swarm.manifest
-        try:
-            block = new_block(manifest, BlockId(0, 0), self._device)
-        except (RuntimeError, NoRoomError) as error:
-            return first_line(error)
-        return try_forward(block, manifest.model.d_model, self._device)
 
     async def _leave(self) -> None:
         """Withdraw the records while running calls end, then save what they changed."""
@@ -389,4 +386,6 @@ class Host:
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, where, self._device, seconds)
 
     def _report_signal(self, word: str) -> None:
-        self._events.emit(AskedEvent(word=word, paused=self._availability.away, reasons=self._availability.reasons))
+        availability, until_s = self._availability, self._owner.until_s
+        event = AskedEvent(word=word, paused=availability.away, reasons=availability.reasons, until_s=until_s)
+        self._events.emit(event)

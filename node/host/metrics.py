@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
+    from node.host.availability import Availability
     from node.host.serving.runtime import Runtime
     from node.host.serving.service import ExpertService
     from node.limits.rate_limits import RateLimits
@@ -23,9 +24,14 @@ class HostCollector(Collector):
     """Counters and gauges of one host; `exchanged_bytes` counts what averaging and downloads moved, both ways."""
 
     def __init__(
-        self, runtime: Runtime, service: ExpertService, exchanged_bytes: Callable[[], int] | None = None
+        self,
+        runtime: Runtime,
+        service: ExpertService,
+        availability: Availability,
+        exchanged_bytes: Callable[[], int] | None = None,
     ) -> None:
-        self._runtime, self._service, self._exchanged_bytes = runtime, service, exchanged_bytes
+        self._runtime, self._service, self._availability = runtime, service, availability
+        self._exchanged_bytes = exchanged_bytes
 
     def collect(self) -> Iterator[Metric]:
         """Current values."""
@@ -45,6 +51,13 @@ class HostCollector(Collector):
         for block_id, block in runtime.blocks.items():
             versions.add_metric([str(block_id.layer), str(block_id.block)], block.version)
         yield versions
+        held = self._availability.held
+        yield GaugeMetricFamily("kilohive_working", "Whether nothing keeps the host from working", not held)
+        words = "Since when a reason keeps the host from working, in seconds since 1970"
+        since = GaugeMetricFamily("kilohive_paused_since_timestamp_seconds", words, labels=["reason"])
+        for one in held:
+            since.add_metric([one.name], one.since_s)
+        yield since
 
 
 def load_event(runtime: Runtime, rate_limits: RateLimits, exchanged_bytes: int, memory_bytes: int) -> LoadEvent:

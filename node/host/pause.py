@@ -2,7 +2,7 @@
 
 A pause gives every block up, as placement does with one: announced as stored, served on for a moment, written, let go.
 Coming back takes blocks as at the start: from replicas that have trained on, else from the own checkpoint. So a pause,
-a night outside the schedule and a laptop's sleep are one path, and a block is never served that missed something.
+a night outside the schedule, a game and a laptop's sleep are one path, and no block is served that missed something.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Pause:
         await asyncio.to_thread(give_back_memory)
         self._events.emit(PausedEvent(reasons=tuple(reasons), stored=len(self._held.stored)))
         await self._block_manager.announce()
-        availability.tell(Reason.SLEPT, holds=False)
+        availability.tell(Reason.SLEPT, "")
 
     async def _come_back(self) -> None:
         availability = self._availability

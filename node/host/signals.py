@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from node.host.availability import Availability
+    from node.host.owner_pause import OwnerPause
 
 SIGNALS = {"pause": signal.SIGUSR1, "resume": signal.SIGUSR2, "leave": signal.SIGQUIT}
 
 
 @contextmanager
-def signals_heard(availability: Availability, tell: Callable[[str], None]) -> Iterator[None]:
+def signals_heard(availability: Availability, owner: OwnerPause, tell: Callable[[str], None]) -> Iterator[None]:
     """Obey them while the context lasts; `tell` hears each word. For the main thread's event loop."""
     loop = asyncio.get_running_loop()
 
@@ -26,7 +27,8 @@ def signals_heard(availability: Availability, tell: Callable[[str], None]) -> It
         if word == "leave":
             availability.leave.set()
         else:
-            availability.tell(Reason.OWNER, holds=word == "pause")
+            (owner.begin if word == "pause" else owner.end)()
+            availability.tell(Reason.OWNER, owner.look().against, owner.until_s)
         tell(word)
 
     for word, number in SIGNALS.items():

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
@@ -28,3 +30,9 @@ class LimitsConfig:
     """Work at these hours by this machine's clock, such as 22:00-07:00, or several separated by commas."""
     only_when_idle: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Work only while nobody else needs the machine."""
+    on_battery: FileOnly[bool] = False
+    """Work also while the machine runs on its battery."""
+    not_while: FileOnly[tuple[str, ...]] = ()
+    """Do not work while a program of one of these names runs, such as steam."""
+    not_while_gpu_percent: FileOnly[float] = 0.0
+    """Do not work while other programs take more than this share of the GPU, in percent; 0 sets no limit."""

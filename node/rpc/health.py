@@ -21,7 +21,8 @@ from grpc_health.v1 import health_pb2
 from common.atomic_file import write_atomically
 from common.errors import ConfigError, IdentityError, UnavailableError
 from common.settings import check_minimums
-from common.text import peer_words
+from common.text import moment_text, peer_words
+from node.limits.availability_file import read_availability
 from node.rpc.security import Security
 from protocol.admission import OPEN, Admission, token_from_hex
 from protocol.endpoints import Address
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from node.limits.events import AvailabilityEvent
     from node.rpc.config import HealthConfig
 
     Check = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
@@ -67,14 +69,26 @@ def server_told(folder: Path, address: Address, *, obeys: bool = False, admissio
 
 
 async def run_health(config: HealthConfig, _stop: asyncio.Event) -> None:
-    """Print who serves where; raises UnavailableError if nobody does, ConfigError for a damaged file."""
+    """Print who serves where, and why a host does not work now.
+
+    Raises UnavailableError if nobody serves, ConfigError for a damaged file.
+    """
     check_minimums(config, {"timeout_s": 0.1})
     try:
         async with asyncio.timeout(config.timeout_s):
             said = await _ask(config)
     except TimeoutError:
         raise UnavailableError(f"{config.state}: its node did not answer within {config.timeout_s:g} s") from None
-    sys.stdout.write(f"{said}\n")
+    told = read_availability(config.state)
+    sys.stdout.write("\n".join((said, *(_lines_of(told) if told else ()), "")))
+
+
+def _lines_of(told: AvailabilityEvent) -> Iterator[str]:
+    """Why a host does not work, and what it cannot know. It is well all the same."""
+    for reason in told.reasons:
+        until = "" if reason.until_s is None else f" until {moment_text(reason.until_s)}"
+        yield f"paused since {moment_text(reason.since_s)}{until}: {reason.why}"
+    yield from told.unknown
 
 
 async def _ask(config: HealthConfig) -> str:

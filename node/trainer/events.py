@@ -40,6 +40,26 @@ class WaitingEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PausedHost:
+    """A host that does not work now: whose doing that is, since when and until when, as far as it says, else 0."""
+
+    peer_id: str
+    cause: str
+    since_s: float
+    until_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PausedHostsEvent(Event):
+    """So many hosts are paused now, the first of them by name; there is another event when that changes."""
+
+    event: ClassVar[str] = "paused_hosts"
+
+    hosts: tuple[PausedHost, ...]
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateLoad:
     """How evenly the gates spread the tokens; `overflow` counts pairs that capacity dropped in this step.
 

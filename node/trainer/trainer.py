@@ -37,6 +37,7 @@ from node.trainer.evaluator.offers import OfferQueue
 from node.trainer.evaluator.trial_builder import TrialBuilder
 from node.trainer.events import LeftOutEvent, StoppedEvent
 from node.trainer.host_wait import HostWait
+from node.trainer.paused_hosts import PausedHosts
 from node.trainer.progress_tracker import ProgressTracker
 from node.trainer.run_files import fetch_tokenizer
 from node.trainer.train_step import StepConfig, Training, build_model
@@ -185,11 +186,14 @@ class Trainer:
             with server_told(self._config.out, address, admission=self._swarm.admission):
                 await announcer.start()
                 work = asyncio.create_task(self._work(stop), name="training")
-                watching = asyncio.create_task(self._node_endpoint.watch(announcer), name="endpoint")
+                paused_hosts = PausedHosts(self._swarm.directory, self._events)
+                watches = (self._node_endpoint.watch(announcer), paused_hosts.watch())
+                watching = [asyncio.create_task(watch, name="watch") for watch in watches]
                 try:
                     await self._until_done_or(stop, work)
                 finally:
-                    watching.cancel()
+                    for task in watching:
+                        task.cancel()
                 await self._finish(work)
         finally:
             self._dispatcher.close()

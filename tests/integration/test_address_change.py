@@ -43,7 +43,7 @@ async def endpoints(first: DhtNode) -> set[str]:
 
 
 def config(first: DhtNode, tmp_path: Path, listen: str) -> HostConfig:
-    return HostConfig(run_id=RUN, initial_peers=first.addresses, state=tmp_path, listen=listen)
+    return HostConfig(run_id=RUN, initial_peers=first.addresses, state=tmp_path, listen=listen, on_battery=True)
 
 
 async def test_a_host_follows_its_address(first: DhtNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

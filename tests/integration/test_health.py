@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from common.errors import UnavailableError
+from common.text import moment_text
+from node.limits.availability_file import write_availability
+from node.limits.events import AvailabilityEvent, HeldReason
 from node.rpc.config import HealthConfig
 from node.rpc.health import run_health, server_told
 from node.rpc.security import Security
@@ -50,6 +53,28 @@ async def test_a_node_that_serves_is_healthy(tmp_path: Path, capsys: pytest.Capt
         with server_told(tmp_path, at(server)):
             await ask(tmp_path)
         assert capsys.readouterr().out == f"{HOST.identity.peer_id} at {server.endpoint}: SERVING\n"
+
+
+async def test_a_host_that_is_paused_is_healthy_and_says_why_since_when_and_until_when(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reasons = (
+        HeldReason(name="owner", why="its owner paused it", since_s=1e9, until_s=1.00001e9),
+        HeldReason(name="program", why="steam runs", since_s=1e9, until_s=None),
+    )
+    unknown = "whether somebody uses keyboard or mouse is not known: it counts as nobody"
+    async with serving() as server:
+        with server_told(tmp_path, at(server)):
+            write_availability(tmp_path, AvailabilityEvent(reasons=reasons, unknown=(unknown,)))
+            await ask(tmp_path)
+            assert capsys.readouterr().out.splitlines()[1:] == [
+                f"paused since {moment_text(1e9)} until {moment_text(1.00001e9)}: its owner paused it",
+                f"paused since {moment_text(1e9)}: steam runs",
+                unknown,
+            ]
+            write_availability(tmp_path, AvailabilityEvent(reasons=(), unknown=()))
+            await ask(tmp_path)
+            assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 async def test_a_node_that_cannot_serve_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from common.text import moment_text
 from experiments.live.processes import RUN_NODE, Node, ProcessSwarm, process_swarm, wait_until
 from node.host.signals import SIGNALS
 from protocol.manifest import AveragingConfig
+from tests.support.ports import free_port
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 MANIFEST = small_manifest(
     optimizer={"total_tokens": 1_000_000_000}, averaging=AveragingConfig(target_replicas=2, period_s=1.0)
@@ -51,11 +55,17 @@ def host(swarm: ProcessSwarm, name: str, *flags: str) -> Node:
     return node
 
 
-def tell(word: str, node: Node) -> str:
-    command = (sys.executable, RUN_NODE, word, "--state", str(node.folder), "--log-level", "warning")
+def tell(word: str, node: Node, *more: str) -> str:
+    command = (sys.executable, RUN_NODE, word, *more, "--state", str(node.folder), "--log-level", "warning")
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr + node.child.log_tail()
     return done.stdout
+
+
+def metric(port: int, name: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
 def peer(swarm: ProcessSwarm, node: Node) -> dict[str, Any]:
@@ -136,6 +146,70 @@ def test_outside_its_schedule_a_host_waits_with_what_it_has(swarm: ProcessSwarm)
         "withdrawing its records",
         "left",
     ]
+
+
+@pytest.mark.timeout(240)
+def test_a_host_stops_while_a_program_of_the_list_runs_and_works_again_when_that_has_ended(
+    swarm: ProcessSwarm, tmp_path: Path
+) -> None:
+    program, port = tmp_path / "kilohive-game", free_port()
+    program.symlink_to(sys.executable)
+    guest = host(swarm, "gamer", "--metrics-port", str(port), "--set", f'not_while = ["{program.name}"]')
+    host(swarm, "neighbour")
+    trainer = swarm.trainer("trainer-of-gamer", *TRAIN)
+    wait_until(lambda: metric(port, "kilohive_calls_ok_total") > 0, "the host is called")
+    assert metric(port, "kilohive_working") == 1
+
+    with subprocess.Popen([program, "-ISc", "input()"], stdin=subprocess.PIPE) as game:
+        assert guest.wait_for("paused", TIMEOUT_S)["reasons"] == ["kilohive-game runs"]
+        calls, since_s = (
+            metric(port, "kilohive_calls_ok_total"),
+            guest.events("availability")[-1]["reasons"][0]["since_s"],
+        )
+        steps_on(trainer)
+        assert metric(port, "kilohive_calls_ok_total") == calls, "nothing is answered"
+        assert metric(port, "kilohive_working") == 0
+        assert metric(port, "kilohive_paused_since_timestamp_seconds") == since_s
+        assert tell("health", guest).splitlines()[1:] == [f"paused since {moment_text(since_s)}: kilohive-game runs"]
+        status = swarm.status()
+        assert "kilohive-game" not in str(status), "which program it is, is nobody else's business"
+        told = peer(swarm, guest)
+        assert (told["paused"], told["pause_cause"], told["n_blocks"]) == (True, "condition", 0)
+        assert status["blocks_lost"] == []
+        assert trainer.wait_for("paused_hosts")["total"] == 1
+        game.communicate(b"\n", timeout=TIMEOUT_S)
+
+    assert guest.wait_for("resumed", TIMEOUT_S)["blocks"] == N_BLOCKS
+    wait_until(lambda: metric(port, "kilohive_calls_ok_total") > calls, "the host is called again")
+    assert metric(port, "kilohive_working") == 1
+    assert guest.events("availability")[-1]["reasons"] == []
+    assert tell("health", guest).count("\n") == 1
+    assert trainer.wait_for("paused_hosts", count=2)["total"] == 0
+    assert trainer.stop() == 130
+
+
+def test_a_pause_for_a_while_outlasts_a_restart_and_resume_ends_it_early(swarm: ProcessSwarm) -> None:
+    guest = host(swarm, "weekender")
+    said = tell("pause", guest, "2h")
+    until_s = guest.events("asked")[-1]["until_s"]
+    until = moment_text(until_s)
+    assert said == f"paused until {until}, with its blocks stored in {guest.folder}\n"
+    assert guest.stop() == 0
+    swarm.nodes.remove(guest)
+
+    guest = host(swarm, "weekender")
+    assert guest.wait_for("paused", TIMEOUT_S, count=2)["reasons"] == ["its owner paused it"]
+    (line,) = tell("health", guest).splitlines()[1:]
+    assert line.endswith(f" until {until}: its owner paused it")
+    told = peer(swarm, guest)
+    assert (told["paused"], told["pause_cause"], told["paused_until_s"]) == (True, "owner", until_s)
+    assert tell("resume", guest) == f"it works again, with {N_BLOCKS} blocks\n"
+
+
+def test_a_pause_ends_by_itself_when_its_time_is_over(swarm: ProcessSwarm) -> None:
+    guest = host(swarm, "napper")
+    tell("pause", guest, "1s")
+    assert guest.wait_for("resumed", TIMEOUT_S)["blocks"] == N_BLOCKS
 
 
 @pytest.mark.slow  # half a minute of sleep

@@ -21,7 +21,16 @@ from rich.table import Table
 from rich.text import Text
 
 from common.text import bytes_text, clock_text, count_text, hosts_text, printable, short_id, sparkline
-from node.trainer.events import DoneEvent, EvalEvent, RetryEvent, StepEvent, TrunkCheckpointFailedEvent, WaitingEvent
+from dht.view import pause_text
+from node.trainer.events import (
+    DoneEvent,
+    EvalEvent,
+    PausedHostsEvent,
+    RetryEvent,
+    StepEvent,
+    TrunkCheckpointFailedEvent,
+    WaitingEvent,
+)
 from node.trainer.view.report import print_end
 from protocol.endpoints import endpoint_text
 from protocol.node_events import TrainingStartEvent
@@ -63,6 +72,7 @@ class DisplayState:
     first_held_out: float | None = None
     waiting: str = ""
     notice: str = ""
+    paused: PausedHostsEvent | None = None
     done: DoneEvent | None = None
 
 
@@ -83,9 +93,17 @@ def advance(state: DisplayState, event: Event) -> DisplayState:
             state = replace(state, notice=f"step {event.step} is tried again: {event.reason}")
         case TrunkCheckpointFailedEvent():
             state = replace(state, notice=event.reason)
+        case PausedHostsEvent():
+            state = replace(state, paused=event if event.total else None)
         case DoneEvent():
             state = replace(state, done=event)
     return state
+
+
+def _paused_text(event: PausedHostsEvent) -> str:
+    """How many hosts are paused, and what each says of that; the line is cut where the panel ends."""
+    said = (f"{short_id(one.peer_id)} {pause_text(one.cause, one.since_s, one.until_s)}" for one in event.hosts)
+    return f"{hosts_text(event.total)} paused: {', '.join(said)}"
 
 
 def _thinned(points: tuple[float, ...]) -> tuple[float, ...]:
@@ -97,10 +115,11 @@ def _thinned(points: tuple[float, ...]) -> tuple[float, ...]:
 def plain_line(state: DisplayState, step: StepEvent) -> str:
     """The latest step in one line."""
     held_out = f"  held-out {state.held_out[-1]:.3f}" if state.held_out else ""
+    paused = f"  {hosts_text(state.paused.total)} paused" if state.paused else ""
     return (
         f"step {step.step}/{step.steps}  train {step.bits_per_byte:.3f}{held_out} bits/byte"
         f"  {count_text(step.tokens_per_s)} tokens/s"
-        f"  {step.experts_alive:,}/{step.experts_total:,} experts alive"
+        f"  {step.experts_alive:,}/{step.experts_total:,} experts alive{paused}"
         f"  {step.calls_failed:,} calls failed  {clock_text(step.time_left_s)} left"
     )
 
@@ -113,12 +132,14 @@ def render(state: DisplayState, width: int, height: int) -> RenderableType:
     if state.step is not None:
         inner = min(width, MAX_WIDTH) - 4
         parts += [_progress(state.step, inner), Text(), _facts(state, state.step, inner)]
-        parts += _host_table(state.step.hosts, inner, max(1, height - PANEL_ROWS))
+        parts += _host_table(state.step.hosts, inner, max(1, height - PANEL_ROWS - bool(state.paused)))
     elif start:
         parts.append(Text(_start_text(start)))
         parts.append(
             Text(f"held-out {state.held_out[-1]:.3f} bits/byte" if state.held_out else "measuring held-out text")
         )
+    if state.paused:
+        parts.append(Text(_paused_text(state.paused), style="yellow", no_wrap=True, overflow="ellipsis"))
     if message := _message(state):
         parts += [Text(), message] if parts else [message]
     return Panel(Group(*parts), title=title, title_align="left", border_style="cyan", width=min(width, MAX_WIDTH))

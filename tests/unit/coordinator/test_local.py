@@ -80,6 +80,8 @@ async def test_each_host_is_told_its_own_blocks_and_together_they_have_all(
     hosts = [told(tmp_path, f"host-{i}") for i in range(2)]
     assert [flags["--blocks"] for flags in hosts] == ["0/0-1,1/0-1", "0/2-3,1/2-3"]
     assert all("--stop-on-stdin-eof" in flags for flags in hosts)
+    words = json.loads((tmp_path / "host-0.argv").read_text(encoding="utf-8"))
+    assert "on_battery = true" in words, "on a laptop it works too"
 
 
 async def test_its_nodes_are_told_how_to_read_and_how_long_logs_may_be(

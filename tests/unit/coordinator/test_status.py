@@ -6,14 +6,22 @@ import io
 import json
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
 
+from common.text import moment_text
 from coordinator.blocks import split_blocks
 from coordinator.status import status_json
-from coordinator.tables import MAX_PEERS_SHOWN, bytes_text, largest_divergence, largest_gap, render_status
+from coordinator.tables import (
+    MAX_PAUSED_SHOWN,
+    MAX_PEERS_SHOWN,
+    bytes_text,
+    largest_divergence,
+    largest_gap,
+    render_status,
+)
 from dht.view import DirectoryView, PeerInfo, Replica
 from protocol.manifest import TRUNK, BlockId, Manifest, ModelConfig, all_blocks
 from tests.support.trainer_events import PEERS
@@ -219,5 +227,32 @@ def test_a_host_that_nobody_can_call_is_shown_as_such() -> None:
 
 def test_a_paused_host_is_shown_as_such() -> None:
     resting = replace(peer_info(0, n_blocks=0), paused=True)
-    row = next(line for line in shown(replace(view(), peers=(resting,)), width=140).splitlines() if "host " in line)
-    assert " paused " in row
+    text = shown(replace(view(), peers=(resting,)), width=140)
+    assert " paused " in next(line for line in text.splitlines() if "host " in line)
+    assert "paused:" not in text, "of an older version, which says no more"
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"pause_cause": "owner", "paused_since_s": 1e9}, f"by its owner since {moment_text(1e9)}"),
+        (
+            {"pause_cause": "owner", "paused_since_s": 1e9, "paused_until_s": 1.00001e9},
+            f"by its owner since {moment_text(1e9)} until {moment_text(1.00001e9)}",
+        ),
+        ({"pause_cause": "condition"}, "by its owner's conditions"),
+        ({"pause_cause": "device"}, "as its device fails"),
+        ({"pause_cause": "sleep"}, "after a sleep"),
+    ],
+)
+def test_what_a_paused_host_says_of_that_is_shown_below_the_tables(told: dict[str, Any], words: str) -> None:
+    resting = replace(peer_info(0, n_blocks=0), paused=True, **told)
+    lines = [line.rstrip() for line in shown(replace(view(), peers=(resting,)), width=80).splitlines()]
+    assert f"paused: …{PEERS[0][-6:]} {words}" in lines
+
+
+def test_of_many_paused_hosts_some_are_shown_and_all_are_counted() -> None:
+    resting = [replace(peer_info(i, n_blocks=0), paused=True, pause_cause="owner") for i in range(MAX_PAUSED_SHOWN + 5)]
+    text = shown(replace(view(), peers=tuple(resting)))
+    assert text.count("paused: …") == MAX_PAUSED_SHOWN
+    assert "and 5 more hosts are paused" in text

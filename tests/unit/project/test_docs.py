@@ -34,7 +34,9 @@ from node.api.metrics import ServingCollector
 from node.averaging import events as averaging_events
 from node.data import WIKIPEDIA_ATTRIBUTION
 from node.host import events as host_events
+from node.host.availability import Availability, Reason
 from node.host.metrics import HostCollector
+from node.limits import events as limits_events
 from node.membership import events as membership_events
 from node.trainer import events as trainer_events
 from node.trainer.events import DoneEvent
@@ -266,6 +268,7 @@ def test_every_call_of_the_service_is_described(module: ModuleType, service: str
     ("enum", "message"),
     [
         (averaging_pb2.Reason, "BlockOffer"),
+        (records_pb2.PauseCause, "PeerRecord"),
         (contribution_pb2.OfferState, "OfferStatus"),
         (records_pb2.ReplicaState, "BlockRecord"),
         (records_pb2.Reachability, "PeerRecord"),
@@ -291,11 +294,13 @@ EMITTERS = {
         "node/trainer/trainer.py",
         "node/trainer/host_wait.py",
         "node/trainer/training_reports.py",
+        "node/trainer/paused_hosts.py",
         "node/trainer/trunk_sharing.py",
         "node/trainer/evaluator/evaluator.py",
     ),
     "a host": (
         "node/host/host.py",
+        "node/host/availability_report.py",
         "node/host/block_manager.py",
         "node/host/placement_controller.py",
         "node/host/checkpoints.py",
@@ -322,7 +327,7 @@ MADE_ELSEWHERE = {"a trainer": ("node/trainer/step_report.py",), "a host": ("nod
 EVENTS = {
     "hosts and trainers": (*classes_in(averaging_events), *classes_in(membership_events)),
     "a trainer": (*classes_in(node_events), *classes_in(trainer_events)),
-    "a host": classes_in(host_events),
+    "a host": (*classes_in(host_events), *classes_in(limits_events)),
     "a coordinator": (PeerStartEvent, PeerLeaveEvent, SnapshotEvent, SnapshotFailedEvent),
     "a lighthouse": (PeerStartEvent, PeerLeaveEvent),
     "local": (LocalStartEvent, ChildEndedEvent, LocalEndEvent),
@@ -369,9 +374,11 @@ def test_every_metric_is_listed() -> None:
         blocks={BlockId(0, 0): SimpleNamespace(version=1)},
     )
     service = SimpleNamespace(calls_ok=0, calls_refused=0)
+    availability = Availability()
+    availability.tell(Reason.OWNER, "its owner paused it")
     served = {
         sample.name: family.type
-        for family in HostCollector(cast("Any", runtime), cast("Any", service)).collect()
+        for family in HostCollector(cast("Any", runtime), cast("Any", service), availability).collect()
         for sample in family.samples
     }
     assert {code_in(row[0])[0]: row[1] for row in table(DOCS / "running.md", "Metrics")} == served

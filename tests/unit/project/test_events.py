@@ -10,6 +10,7 @@ import pytest
 from coordinator import events as coordinator_events
 from node.averaging import events as averaging_events
 from node.host import events as host_events
+from node.limits import events as limits_events
 from node.membership import events as membership_events
 from node.trainer import events as trainer_events
 from protocol import node_events
@@ -18,7 +19,15 @@ from tests.support.events import classes_in, key
 if TYPE_CHECKING:
     from common.events import Event
 
-MODULES = (averaging_events, membership_events, node_events, trainer_events, host_events, coordinator_events)
+MODULES = (
+    averaging_events,
+    membership_events,
+    node_events,
+    trainer_events,
+    host_events,
+    limits_events,
+    coordinator_events,
+)
 EVENTS = {kind.__name__: kind for module in MODULES for kind in classes_in(module)}
 
 PINNED = """
@@ -31,6 +40,7 @@ TrainingStartEvent: start run_id experts hosts step steps tokens_total parameter
 LeftOutEvent: left_out files names rows first_row
 TrunkJoinedEvent: trunk_joined version trainers
 WaitingEvent: waiting for
+PausedHostsEvent: paused_hosts hosts(peer_id cause since_s until_s) total
 StepEvent: step step steps loss bits_per_byte run_tokens own_tokens trainers tokens_per_s in_flight experts_alive \
     experts_total calls_ok calls_failed wire_bytes wire_bytes_per_token time_left_s grad_norm lr gate(dead_fraction \
     load_cv entropy_bits overflow effective_k kept_fraction) replicas(min mean) versions(min max) staleness(mean max) \
@@ -46,7 +56,7 @@ DoneEvent: done run_id experts hosts trainers steps tokens bits_per_byte_start b
 LimitsEvent: limits limits room(max_blocks keep_inputs_bytes max_batch_tokens max_queue_tokens max_calls) \
     memory_bytes
 FewerBlocksEvent: fewer_blocks max_blocks reason
-AskedEvent: asked word paused reasons
+AskedEvent: asked word paused reasons until_s
 PausedEvent: paused reasons stored
 ResumedEvent: resumed blocks
 LeavingEvent: leaving blocks
@@ -61,6 +71,7 @@ TakenInEvent: taken_in layer expert version tested
 CheckpointEvent: checkpoint blocks seconds
 BlockCheckpointFailedEvent: checkpoint_failed reason
 HostLeaveEvent: leave
+AvailabilityEvent: availability reasons(name why since_s until_s) unknown
 PeerStartEvent: start run_id peer_id addresses
 PeerLeaveEvent: leave
 SnapshotEvent: snapshot folder bytes seconds deleted

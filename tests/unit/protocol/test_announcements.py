@@ -16,6 +16,7 @@ from protocol.announcements import (
     MAX_DIVERGENCE,
     MAX_EVALUATORS,
     MAX_STALENESS,
+    PAUSE_CAUSES,
     REPLICA_STATES,
     BlockRecord,
     PeerRecord,
@@ -87,6 +88,10 @@ def test_a_block_with_a_wrong_field_is_refused_by_name(field: str, value: float 
         ("staleness", -1.0),
         ("staleness", 1e16),
         ("exchanged_bytes", 1 << 63),
+        ("pause_cause", 5),
+        ("paused_since_s", math.nan),
+        ("paused_until_s", -1.0),
+        ("paused_until_s", 1e12),
     ],
 )
 def test_a_peer_with_a_wrong_field_is_refused_by_name(field: str, value: float | str) -> None:
@@ -105,15 +110,26 @@ def test_our_own_mistakes_are_caught_before_they_are_signed() -> None:
         PeerRecord(role="router")  # type: ignore[arg-type]
     with pytest.raises(RecordError, match="state: must be one of serving, joining, stored, is 'resting'"):
         replace(BLOCK, state="resting")  # type: ignore[arg-type]
+    with pytest.raises(RecordError, match="pause_cause: must be one of none, owner, condition"):
+        replace(PEER, pause_cause="weather")  # type: ignore[arg-type]
     with pytest.raises(RecordError, match="divergence"):
         replace(BLOCK, divergence=math.nan)
     with pytest.raises(RecordError, match="layer"):
         replace(BLOCK, block=BlockId(-2, 0))
 
 
-def test_a_peer_says_whether_it_is_paused() -> None:
-    for paused in (True, False):
-        assert decode_peer(encode_peer(replace(PEER, paused=paused))).paused is paused
+def test_a_peer_says_whether_it_is_paused_whose_doing_that_is_since_when_and_until_when() -> None:
+    assert PAUSE_CAUSES == ("none", "owner", "condition", "device", "sleep")
+    for cause in PAUSE_CAUSES:
+        said = replace(PEER, paused=cause != "none", pause_cause=cause, paused_since_s=1000.5, paused_until_s=4600.0)
+        assert decode_peer(encode_peer(said)) == said
+    names = records_pb2.PauseCause.keys()
+    assert names == ["NOT_PAUSED", *(f"BY_{cause.upper()}" for cause in PAUSE_CAUSES[1:])]
+
+
+def test_a_pause_of_a_version_that_says_no_more_is_a_pause() -> None:
+    said = decode_peer(records_pb2.PeerRecord(role="host", paused=True).SerializeToString())
+    assert (said.paused, said.pause_cause, said.paused_since_s, said.paused_until_s) == (True, "none", 0.0, 0.0)
 
 
 def test_a_state_is_a_number_of_the_proto() -> None:

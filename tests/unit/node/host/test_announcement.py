@@ -44,7 +44,7 @@ async def test_blocks_are_said_to_be_served_on_their_way_or_stored(tmp_path: Pat
 async def test_a_host_that_pauses_says_so_at_once(tmp_path: Path) -> None:
     with keeping(tmp_path, (A,)) as host:
         availability = Availability()
-        availability.tell(Reason.OWNER, holds=True)
+        availability.tell(Reason.OWNER, "its owner paused it")
         assert records(host, availability).describe().peer.paused
 
 

@@ -1,30 +1,26 @@
-"""When a host works: the owner's word, hours of the day, a machine that others need, a machine that slept."""
+"""When a host works: what speaks against it and since when, a machine that slept, the owner's signals."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import time
+from functools import partial
 from typing import TYPE_CHECKING
 
-import pytest
-
 from common.clock import clock_with_sleep
-from common.errors import ConfigError, DrainingError
+from common.errors import DrainingError
 from dht.record_versions import TTL_S
 from node.host.availability import Availability, Reason
-from node.host.availability_monitor import AvailabilityMonitor
-from node.host.idle import BUSY_SAMPLES, IDLE_FOR_S, INPUT_S, IdleJudge, MachineUse, Sample
+from node.host.owner_pause import OwnerPause, WantedPause, write_pause
 from node.host.signals import SIGNALS, signals_heard
-from node.limits.limits import Limits
-from node.limits.process_usage import ProcessUse
-from node.limits.schedule import Schedule
+from node.limits.events import HeldReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-QUIET, BUSY = Sample(0.05, None), Sample(0.9, None)
+PAUSED, OUTSIDE, PLAYS = "its owner paused it", "it is outside its schedule", "steam runs"
 
 
 class FakeClock:
@@ -35,49 +31,74 @@ class FakeClock:
         return self.now_s
 
 
-def at(hour: int, minute: int = 0) -> time.struct_time:
-    return time.struct_time((2026, 11, 25, hour, minute, 0, 2, 329, 0))
-
-
-@pytest.mark.parametrize(
-    ("text", "inside", "outside"),
-    [
-        ("22:00-07:00", [(22, 0), (23, 59), (0, 0), (6, 59)], [(7, 0), (12, 0), (21, 59)]),
-        ("9:30-17:00", [(9, 30), (16, 59)], [(9, 29), (17, 0), (0, 0)]),
-        ("18:00-24:00", [(18, 0), (23, 59)], [(0, 0), (17, 59)]),
-        ("22:00-07:00, 12:00-13:00", [(12, 30), (3, 0)], [(13, 0), (9, 0)]),
-    ],
-)
-def test_a_schedule_allows_the_minutes_of_its_spans(
-    text: str, inside: list[tuple[int, int]], outside: list[tuple[int, int]]
-) -> None:
-    schedule = Schedule.parse(text)
-    assert all(schedule.allows(at(*moment)) for moment in inside)
-    assert not any(schedule.allows(at(*moment)) for moment in outside)
-    assert Schedule.parse(str(schedule)) == schedule
-
-
-@pytest.mark.parametrize("text", ["", "22:00", "25:00-07:00", "22:00-24:30", "08:00-08:00", "00:00-24:00", "22-7"])
-def test_a_schedule_that_is_none_names_the_flag(text: str) -> None:
-    with pytest.raises(ConfigError, match="--schedule: "):
-        Schedule.parse(text)
-
-
 def test_a_host_works_only_while_no_reason_is_against_it() -> None:
     availability = Availability()
     assert (availability.working.is_set(), availability.pausing.is_set(), availability.reasons) == (True, False, ())
-    availability.tell(Reason.OWNER, holds=True)
-    availability.tell(Reason.SCHEDULE, holds=True)
-    availability.tell(Reason.OWNER, holds=False)
+    availability.tell(Reason.OWNER, PAUSED)
+    availability.tell(Reason.SCHEDULE, OUTSIDE)
+    availability.tell(Reason.OWNER, "")
     assert (availability.working.is_set(), availability.pausing.is_set()) == (False, True)
-    assert availability.reasons == ("it is outside its schedule",)
-    availability.tell(Reason.SCHEDULE, holds=False)
+    assert availability.reasons == (OUTSIDE,)
+    availability.tell(Reason.SCHEDULE, "")
     assert (availability.working.is_set(), availability.pausing.is_set()) == (True, False)
+
+
+def test_a_reason_holds_since_it_was_told_first_whatever_its_words() -> None:
+    now = FakeClock()
+    availability = Availability(now_s=now)
+    availability.tell(Reason.PROGRAM, PLAYS)
+    now.now_s += 60
+    availability.tell(Reason.PROGRAM, "blender and steam run")
+    availability.tell(Reason.OWNER, PAUSED, until_s=5000.0)
+    assert availability.held == (
+        HeldReason(name="owner", why=PAUSED, since_s=1060.0, until_s=5000.0),
+        HeldReason(name="program", why="blender and steam run", since_s=1000.0, until_s=None),
+    )
+    assert availability.since_s == 1000.0
+    availability.tell(Reason.PROGRAM, "")
+    now.now_s += 60
+    availability.tell(Reason.PROGRAM, PLAYS)
+    assert availability.held[-1].since_s == 1120.0
+
+
+def test_the_end_of_a_pause_is_known_only_where_each_reason_has_one() -> None:
+    availability = Availability()
+    assert (availability.since_s, availability.until_s) == (0.0, None)
+    availability.tell(Reason.OWNER, PAUSED, until_s=5000.0)
+    assert availability.until_s == 5000.0
+    availability.tell(Reason.SCHEDULE, OUTSIDE)
+    assert availability.until_s is None
+
+
+def test_others_are_told_no_more_than_whose_doing_a_pause_is() -> None:
+    availability = Availability()
+    causes = [availability.cause]
+    for reason in (Reason.PROGRAM, Reason.OWNER, Reason.SLEPT, Reason.DEVICE):
+        availability.tell(reason, "because")
+        causes.append(availability.cause)
+    assert causes == ["none", "condition", "owner", "sleep", "device"]
+
+
+def test_only_what_is_new_is_worth_telling() -> None:
+    availability = Availability()
+    tells: list[Callable[[], None]] = [
+        partial(availability.tell, Reason.PROGRAM, PLAYS),
+        partial(availability.tell_unknown, Reason.PERSON, "whether anybody is there is not known"),
+        partial(availability.tell, Reason.PROGRAM, ""),
+        partial(availability.tell_unknown, Reason.PERSON, ""),
+    ]
+    for tell in tells:
+        tell()
+        assert availability.changed.is_set()
+        availability.changed.clear()
+        tell()
+        assert not availability.changed.is_set()
+    assert (availability.held, availability.unknown) == ((), ())
 
 
 def test_calls_are_refused_once_the_blocks_are_given_up_and_not_before() -> None:
     availability = Availability()
-    availability.tell(Reason.OWNER, holds=True)
+    availability.tell(Reason.OWNER, PAUSED)
     assert availability.refusal() is None
     availability.away = True
     assert isinstance(availability.refusal(), DrainingError)
@@ -108,72 +129,23 @@ def test_the_clock_that_sees_a_sleep_goes_on() -> None:
     assert clock_with_sleep() >= before_s
 
 
-def heard(*samples: Sample, every_s: float = 5.0) -> list[bool]:
-    judge, now_s, answers = IdleJudge(0.0), 0.0, []
-    for sample in samples:
-        now_s += every_s
-        answers.append(judge.hear(sample, now_s))
-    return answers
-
-
-def test_work_begins_when_nobody_has_needed_the_machine_for_a_minute() -> None:
-    answers = heard(*[QUIET] * 13)
-    assert answers == [True] * (int(IDLE_FOR_S / 5) - 1) + [False] * 2
-
-
-def test_one_busy_sample_is_passed_over_and_more_are_not() -> None:
-    quiet = [QUIET] * 12
-    assert heard(*quiet, BUSY, QUIET)[-2:] == [False, False]
-    assert heard(*quiet, *[BUSY] * BUSY_SAMPLES)[-1]
-    assert heard(*quiet, *[BUSY] * BUSY_SAMPLES, *[QUIET] * 11)[-1], "and work does not begin at once again"
-
-
-def test_a_person_who_types_needs_the_machine() -> None:
-    quiet = [QUIET] * 12
-    assert heard(*quiet, Sample(0.0, INPUT_S - 1))[-1]
-    assert not heard(*quiet, Sample(0.0, INPUT_S + 1))[-1]
-
-
-def test_what_this_process_takes_is_not_others_use() -> None:
-    use = ProcessUse()
-    machine = MachineUse(use)
-    until_s = time.process_time() + 0.1
-    while time.process_time() < until_s:
-        pass
-    own = MachineUse(use)._read()
-    assert own[1] > machine._before[1]
-    assert 0.0 <= machine.sample().others <= 1.5
-
-
-def test_hours_and_an_idle_machine_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    hour, clock = [12], FakeClock()
-    availability, limits = Availability(), Limits(schedule=Schedule.parse("22:00-07:00"), only_when_idle=True)
-    watch = AvailabilityMonitor(availability, limits, ProcessUse(), lambda: at(hour[0]), clock)
-    monkeypatch.setattr(watch._machine, "sample", lambda: QUIET)
-    assert set(availability.reasons) == {"it is outside its schedule", "somebody else needs the machine"}
-    hour[0] = 23
-    clock.now_s += IDLE_FOR_S - 1
-    watch.look()
-    assert availability.reasons == ("somebody else needs the machine",)
-    clock.now_s += IDLE_FOR_S
-    watch.look()
-    assert availability.working.is_set()
-
-
-def test_without_conditions_only_a_sleep_is_looked_for() -> None:
-    availability = Availability()
-    AvailabilityMonitor(availability, Limits(), ProcessUse()).look()
-    assert availability.working.is_set()
-
-
-async def test_signals_pause_resume_and_leave() -> None:
-    availability, told, steps = Availability(), list[str](), list[tuple[str, ...]]()
-    with signals_heard(availability, told.append):
-        for word in ("pause", "resume", "leave"):
+async def test_signals_pause_resume_and_leave(tmp_path: Path) -> None:
+    availability, told, steps = Availability(), list[str](), list[tuple[HeldReason, ...]]()
+    clock = FakeClock()
+    with signals_heard(availability, OwnerPause(tmp_path, clock), told.append):
+        for word, until_s in (("pause", None), ("pause", 4600.0), ("resume", None), ("leave", None)):
+            if until_s is not None:
+                write_pause(tmp_path, WantedPause(until_s=until_s))
+            told.clear()
             os.kill(os.getpid(), SIGNALS[word])
             await until(lambda word=word: word in told)  # type: ignore[misc]
-            steps.append(availability.reasons)
-    assert steps == [("its owner paused it",), (), ()]
+            steps.append(availability.held)
+    assert [[(held.why, held.until_s) for held in step] for step in steps] == [
+        [(PAUSED, None)],
+        [(PAUSED, 4600.0)],
+        [],
+        [],
+    ]
     assert availability.leave.is_set()
     assert all(signal.getsignal(number) == signal.SIG_DFL for number in SIGNALS.values())
 

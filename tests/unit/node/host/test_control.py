@@ -8,14 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 from common.errors import ConfigError, UnavailableError
-from node.host.config import ControlConfig
+from common.text import moment_text
+from node.host.config import PauseConfig
 from node.host.control import read_process, run_leave, run_pause, run_resume
+from node.host.owner_pause import read_pause
 from node.rpc.health import server_told
 from protocol.endpoints import Address
 from protocol.identity import peer_id_of
@@ -37,15 +41,17 @@ def tell(event, **fields):
         rotate()
     with open("events.jsonl", "a") as log:
         log.write(json.dumps({"event": event, **fields}) + "\\n")
-state = {"paused": False, "reasons": sys.argv[2:]}
+state = {"paused": False, "reasons": sys.argv[2:], "until_s": None}
 if sys.argv[1] == "another":
     del state["paused"]
 def pause(*_):
+    with open("pause.json") as kept:
+        state["until_s"] = json.load(kept)["until_s"]
     tell("asked", word="pause", **state)
     state["paused"] = True
     tell("paused", reasons=["its owner paused it"], stored=3)
 def resume(*_):
-    tell("asked", word="resume", **state)
+    tell("asked", word="resume", **state | {"until_s": None})
     if not state["reasons"]:
         tell("resumed", blocks=3)
 def leave(*_):
@@ -71,7 +77,7 @@ class FakeHost:
         self.popen = subprocess.Popen(argv, cwd=folder, stdout=subprocess.PIPE)
         assert self.popen.stdout
         assert self.popen.stdout.readline() == b"up\n"
-        self.config = ControlConfig(state=folder, timeout_s=10.0)
+        self.config = PauseConfig(state=folder, timeout_s=10.0)
         told(folder, pid=self.popen.pid, started_s=psutil.Process(self.popen.pid).create_time())
 
     def close(self) -> None:
@@ -105,6 +111,50 @@ async def test_pause_and_resume_wait_until_the_host_has_done_so(
         assert capsys.readouterr().out == words
 
 
+@pytest.mark.parametrize(
+    ("duration", "seconds"), [("90s", 90), ("1h", 3600), ("1h30m", 5400), ("2D", 172_800), ("30d", 2_592_000)]
+)
+async def test_a_pause_for_a_while_says_until_when(
+    duration: str, seconds: int, host: FakeHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before_s = time.time()
+    await run_pause(replace(host.config, duration=duration), asyncio.Event())
+    kept = read_pause(host.config.state, before_s)
+    assert kept is not None
+    assert kept.until_s is not None
+    assert before_s + seconds - 1 <= kept.until_s <= time.time() + seconds + 1
+    stored = f"with its blocks stored in {host.config.state}"
+    assert capsys.readouterr().out == f"paused until {moment_text(kept.until_s)}, {stored}\n"
+    await run_pause(host.config, asyncio.Event())
+    assert capsys.readouterr().out == f"paused, {stored}\n", "the last word counts"
+
+
+@pytest.mark.parametrize(
+    ("duration", "words"),
+    [
+        ("soon", "pause: is 'soon', must be such as 30m, 2h or 1h30m"),
+        ("1", "pause: is '1', must be such as 30m, 2h or 1h30m"),
+        ("0m", "pause: is '0m', must be such as"),
+        ("31d", "pause: 31d is longer than 30d; without a duration it lasts until `resume`"),
+    ],
+)
+async def test_a_duration_that_cannot_be_kept_is_refused_before_anybody_is_told(
+    duration: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        await run_pause(PauseConfig(state=tmp_path, duration=duration), asyncio.Event())
+    assert read_pause(tmp_path, time.time()) is None
+
+
+async def test_a_folder_that_cannot_be_written_is_a_sentence(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("node.host.control.write_pause", full)
+    with pytest.raises(UnavailableError, match=r"pause\.json: cannot be written: No space left on device"):
+        await run_pause(host.config, asyncio.Event())
+
+
 async def test_resume_says_what_else_keeps_the_host_from_working(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +185,7 @@ async def test_a_host_that_does_not_answer_is_not_waited_for_without_end(tmp_pat
     host.popen.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(UnavailableError, match=r"its host did not pause in 0.1 s"):
-            await run_pause(ControlConfig(state=tmp_path, timeout_s=0.1), asyncio.Event())
+            await run_pause(PauseConfig(state=tmp_path, timeout_s=0.1), asyncio.Event())
     finally:
         host.close()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from node.host.availability import Availability, Reason
+from node.host.availability import Availability
 from node.host.device_watch import MAX_FAILED_BATCHES, TRY_AGAIN_S, DeviceWatch
 from node.host.serving import batch_runner
 from node.host.serving.batch_runner import try_forward
@@ -63,7 +63,7 @@ async def test_a_device_that_fails_pauses_the_host_and_one_that_works_again_ends
             await bench.watch.look()
             problem = "CUDA error: no kernel image is available for execution on the device"
             assert bench.reports == [problem]
-            assert bench.availability.reasons == (str(Reason.DEVICE),)
+            assert bench.availability.reasons == ("its device fails",)
             assert problem in caplog.text
             await bench.watch.look()
             assert bench.watch.pause_s() == 2 * TRY_AGAIN_S

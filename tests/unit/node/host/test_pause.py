@@ -97,7 +97,7 @@ async def scene(folder: Path, *blocks: BlockId) -> AsyncIterator[Scene]:
 
 async def test_a_paused_host_has_its_blocks_on_disk_only_and_answers_nobody(tmp_path: Path) -> None:
     async with scene(tmp_path, A, B) as there:
-        there.availability.tell(Reason.OWNER, holds=True)
+        there.availability.tell(Reason.OWNER, "its owner paused it")
         told = await there.heard("paused")
         assert told["reasons"] == ["its owner paused it"]
         assert told["stored"] == 2
@@ -111,9 +111,9 @@ async def test_a_paused_host_has_its_blocks_on_disk_only_and_answers_nobody(tmp_
 async def test_a_host_that_comes_back_serves_and_averages_again(tmp_path: Path) -> None:
     async with scene(tmp_path, A, B) as there:
         there.host.runtime.blocks[A].version = 7
-        there.availability.tell(Reason.SCHEDULE, holds=True)
+        there.availability.tell(Reason.SCHEDULE, "it is outside its schedule")
         await there.heard("paused")
-        there.availability.tell(Reason.SCHEDULE, holds=False)
+        there.availability.tell(Reason.SCHEDULE, "")
         assert (await there.heard("resumed"))["blocks"] == 2
         assert there.host.runtime.blocks[A].version == 7
         assert there.host.announced[-1] == {A: "serving", B: "serving"}
@@ -123,20 +123,20 @@ async def test_a_host_that_comes_back_serves_and_averages_again(tmp_path: Path) 
 
 async def test_a_second_reason_keeps_a_host_paused_when_the_first_one_ends(tmp_path: Path) -> None:
     async with scene(tmp_path, A) as there:
-        there.availability.tell(Reason.OWNER, holds=True)
+        there.availability.tell(Reason.OWNER, "its owner paused it")
         await there.heard("paused")
-        there.availability.tell(Reason.IN_USE, holds=True)
-        there.availability.tell(Reason.OWNER, holds=False)
+        there.availability.tell(Reason.PERSON, "somebody uses the machine's keyboard or mouse")
+        there.availability.tell(Reason.OWNER, "")
         for _ in range(20):
             await asyncio.sleep(0)
         assert not there.host.told("resumed")
-        there.availability.tell(Reason.IN_USE, holds=False)
+        there.availability.tell(Reason.PERSON, "")
         await there.heard("resumed")
 
 
 async def test_a_pause_while_blocks_are_fetched_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with scene(tmp_path, A) as there:
-        there.availability.tell(Reason.OWNER, holds=True)
+        there.availability.tell(Reason.OWNER, "its owner paused it")
         await there.heard("paused")
         fetching = asyncio.Event()
 
@@ -145,10 +145,10 @@ async def test_a_pause_while_blocks_are_fetched_is_heard(tmp_path: Path, monkeyp
             await asyncio.Event().wait()
 
         monkeypatch.setattr(there.host.placement, "take_first", forever)
-        there.availability.tell(Reason.OWNER, holds=False)
+        there.availability.tell(Reason.OWNER, "")
         async with asyncio.timeout(10):
             await fetching.wait()
-        there.availability.tell(Reason.OWNER, holds=True)
+        there.availability.tell(Reason.OWNER, "its owner paused it")
         await there.heard("paused", count=2)
         assert not there.host.told("resumed")
 
@@ -156,7 +156,7 @@ async def test_a_pause_while_blocks_are_fetched_is_heard(tmp_path: Path, monkeyp
 async def test_a_machine_that_wakes_fetches_its_blocks_anew_by_itself(tmp_path: Path) -> None:
     async with scene(tmp_path, A) as there:
         before = there.host.runtime.blocks[A]
-        there.availability.tell(Reason.SLEPT, holds=True)
+        there.availability.tell(Reason.SLEPT, "the machine slept")
         assert (await there.heard("paused"))["reasons"] == ["the machine slept"]
         await there.heard("resumed")
         assert there.host.runtime.blocks[A] is not before

@@ -88,6 +88,14 @@ def test_a_rate_ends_in_per_second() -> None:
         ({"max_cpu_percent": 1.0}, r"--max-cpu-percent: must be 5 or more, or 0"),
         ({"max_cpu_percent": float("nan")}, r"--max-cpu-percent: must be 5 or more"),
         ({"max_disk": "lots"}, r"--max-disk: is 'lots', must be such as"),
+        ({"not_while": ("steam", "")}, r"not_while: '' is no name of a program, such as steam, without its folder"),
+        ({"not_while": ("/usr/bin/steam",)}, r"not_while: '/usr/bin/steam' is no name of a program"),
+        ({"not_while": ("a\x1b[2J",)}, r"not_while: 'a\\x1b\[2J' is no name of a program"),
+        ({"not_while": ("x" * 256,)}, r"not_while: 'x+' is no name of a program"),
+        ({"not_while": ("x",) * 65}, r"not_while: names 65 programs, may name 64 at most"),
+        ({"not_while_gpu_percent": -1.0}, r"not_while_gpu_percent: must be below 100, or 0 for no limit, is -1"),
+        ({"not_while_gpu_percent": 100.0}, r"not_while_gpu_percent: must be below 100"),
+        ({"not_while_gpu_percent": float("nan")}, r"not_while_gpu_percent: must be below 100"),
     ],
 )
 def test_a_limit_that_cannot_be_kept_is_refused(changes: dict[str, Any], problem: str) -> None:
@@ -98,6 +106,11 @@ def test_a_limit_that_cannot_be_kept_is_refused(changes: dict[str, Any], problem
 def test_without_flags_there_is_no_limit() -> None:
     assert Limits.of(LimitsConfig()) == Limits()
     assert Limits().told() == {}
+
+
+def test_what_keeps_a_host_from_working_is_told_with_the_limits() -> None:
+    limits = Limits.of(LimitsConfig(on_battery=True, not_while=("steam", "blender"), not_while_gpu_percent=25.0))
+    assert limits.told() == {"on_battery": True, "not_while": ("steam", "blender"), "not_while_gpu_percent": 25.0}
 
 
 def test_a_debt_is_slept_off_after_it_was_made() -> None:

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from common.events import EventLog
-from common.text import bytes_text, clock_text, count_text, printable, short_id, sparkline
+from common.text import bytes_text, clock_text, count_text, moment_text, printable, short_id, sparkline
 from node.host.events import CheckpointEvent
-from node.trainer.events import RetryEvent, TrunkCheckpointFailedEvent
-from node.trainer.view.display import HISTORY, Display, DisplayState, advance, open_display, render
-from tests.support.trainer_events import T_S, done, evaluation, host, start, step, step_s, waiting
+from node.trainer.events import PausedHost, PausedHostsEvent, RetryEvent, TrunkCheckpointFailedEvent
+from node.trainer.view.display import HISTORY, Display, DisplayState, advance, open_display, plain_line, render
+from tests.support.trainer_events import PEERS, T_S, done, evaluation, host, start, step, step_s, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -118,6 +118,33 @@ def test_more_hosts_than_lines_are_counted_and_the_busiest_come_first() -> None:
 
 def test_without_hosts_it_says_so() -> None:
     assert "no host answers" in shown(after([start(), step(1, hosts=())]))
+
+
+def paused(*hosts: PausedHost) -> PausedHostsEvent:
+    return PausedHostsEvent(hosts=hosts, total=len(hosts))
+
+
+RESTS = PausedHost(peer_id=PEERS[3], cause="owner", since_s=1e9, until_s=1.00001e9)
+PLAYS = PausedHost(peer_id=PEERS[4], cause="condition", since_s=1e9, until_s=0.0)
+
+
+def test_hosts_that_are_paused_are_shown_with_what_they_say_of_that_until_they_work_again() -> None:
+    state = after([start(), step(1), paused(RESTS, PLAYS)])
+    since, until = moment_text(1e9), moment_text(1.00001e9)
+    words = f"2 hosts paused: …3VdZ03 by its owner since {since} until {until}, …3VdZ04 by its owner's conditions since"
+    assert words in shown(state, width=160)
+    assert "  2 hosts paused  " in plain_line(state, step(2))
+    state = after([start(), step(1), paused(RESTS), paused()])
+    assert "paused" not in shown(state, width=160) + plain_line(state, step(2))
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_many_paused_hosts_are_cut_at_the_end_of_the_line(width: int) -> None:
+    rows = tuple(host(i) for i in range(40))
+    text = shown(after([start(), step(1, hosts=rows), paused(*[RESTS] * 40)]), width, height=24)
+    assert len(text.splitlines()) <= 24
+    assert "40 hosts paused: …3VdZ03" in text
+    assert max(map(len, text.splitlines())) <= width
 
 
 def test_unknown_events_change_nothing() -> None:

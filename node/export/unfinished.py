@@ -67,7 +67,7 @@ class UnfinishedExport:
         """
         going_on = self._is_ours()
         if _has_something(self.out):
-            if going_on and not self._model.exists():
+            if (going_on and not self._model.exists()) or self._is_left_over():
                 return False
             raise ConfigError(f"--out: {self.out} is not empty; name a folder that is not there yet")
         if not going_on:
@@ -168,8 +168,12 @@ class UnfinishedExport:
             for folder in (self._parts, self._records):
                 if folder.exists():
                     shutil.rmtree(folder)
-            self._state.unlink()
+            self._state.unlink(missing_ok=True)
             self.folder.rmdir()
+
+    def _is_left_over(self) -> bool:
+        """Whether the process that gave `out` its name was ended before the last step, which takes the folder away."""
+        return (self.out / SUMS).is_file() and self.folder.is_dir() and not _has_something(self.folder)
 
     def _is_ours(self) -> bool:
         return _json_or_none(self._state) == self._plan

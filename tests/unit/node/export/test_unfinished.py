@@ -117,6 +117,18 @@ def test_whatever_step_it_is_killed_at_it_goes_on_to_the_same_bytes(
         assert list(out.parent.iterdir()) == [out]
 
 
+def test_one_that_was_killed_before_its_last_step_is_whole(
+    tmp_path: Path, model: tuple[Transformer, LocalExperts]
+) -> None:
+    export(tmp_path / "model", model)
+    left_over = tmp_path / "model.partial"
+    left_over.mkdir()
+    export(tmp_path / "model", model)
+    assert not left_over.exists()
+    with pytest.raises(ConfigError, match="model is not empty"):
+        export(tmp_path / "model", model)
+
+
 def test_half_a_file_that_a_killed_process_left_does_not_come_along(
     tmp_path: Path, model: tuple[Transformer, LocalExperts], wanted: dict[str, bytes]
 ) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.vocabulary import BYTES
+from node.trainer.exported.layout import CODE
 from protocol.manifest import TRUNK
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ prompt = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, do_sample=True)[0]))
 ```
 
-`trust_remote_code` runs `modeling_kilohive.py` of this folder, which needs torch and transformers and nothing else. In
-a checkout of Kilohive `from kilohive import load_model` reads the folder without it. `sha256sum -c SHA256SUMS`
-says whether the folder is whole.
+`trust_remote_code` runs {code} of this folder, which need torch and transformers and nothing else. In a checkout of
+Kilohive `from kilohive import load_model` reads the folder without them. `sha256sum -c SHA256SUMS` says whether the
+folder is whole.
 """
 
 
@@ -77,11 +78,12 @@ def card_text(
 ) -> str:
     """The text; `newest` are the versions that live replicas announce at the end of the export."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(manifest, taken[TRUNK], training).items())
+    use = USE.format(code=", ".join(f"`{name}`" for name in CODE))
     return (
         f"{HEAD}\n# {manifest.run_id}\n\n"
         "A mixture-of-experts language model that a Kilohive swarm has trained, as it was when it was "
         f"exported.\n\n| what | value |\n| --- | --- |\n{rows}\n\n"
-        f"{USE}\n## Where it came from\n\n{_origin(taken)}\n\n{_moments(taken, newest)}\n"
+        f"{use}\n## Where it came from\n\n{_origin(taken)}\n\n{_moments(taken, newest)}\n"
     )
 
 

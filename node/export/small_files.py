@@ -44,12 +44,11 @@ def small_files(
         "weight_map": {tensor.name: name for name, tensor in of_files},
     }
     generation = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "max_new_tokens": max(1, context // 2)}
-    code = files(exported).joinpath(CODE).read_bytes()
     return {
         CONFIG: config_text(manifest, taken[TRUNK].version, n_strides).encode(),
         INDEX: _json(index),
         GENERATION: _json(generation),
-        CODE: code,
+        **{name: files(exported).joinpath(name).read_bytes() for name in CODE},
         CARD: card.encode(),
         **tokenizer_files(tokenizer, context),
     }

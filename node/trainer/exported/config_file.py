@@ -53,7 +53,7 @@ def config_text(manifest: Manifest, trunk_version: int, n_strides: int) -> str:
         "tokenizer": manifest.data.tokenizer,
         "tokenizer_bytes": manifest.data.tokenizer_bytes,
     }
-    module = CODE.removesuffix(".py")
+    module = CODE[0].removesuffix(".py")
     table = {
         "architectures": ["KilohiveForCausalLM"],
         "auto_map": {

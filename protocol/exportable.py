@@ -34,19 +34,23 @@ NAMES: Final = {
 }
 """Fields of a manifest's model, and what `config.json` of an exported model calls them."""
 
+OF_OWN_TRUNK: Final = frozenset({"n_layers", "n_heads", "context", "smear"})
+"""Those of them that a model around a pretrained one does not have under these names: they are that one's own."""
+
 TRAINING_ONLY: Final = frozenset({"capacity_factor", "balance_rate", "balance"})
 OF_THE_RUN: Final = frozenset(
     {
         *("name", "seed", "owner", "protocol_version", "minimum_version", "codec", "dtype"),
-        *("model", "optimizer", "averaging", "data"),
+        *("model", "optimizer", "averaging", "data", "pretrained"),
     }
 )
 
 
 def check_exportable(manifest: Manifest) -> None:
     """Raise ConfigError for a run whose manifest asks for something that an export would leave out."""
-    _check_known("model.", manifest.model, NAMES.keys() | TRAINING_ONLY)
+    _check_known("model.", manifest.model, NAMES.keys() | TRAINING_ONLY | {"trunk"})
     _check_known("data.", manifest.data, {"tokenizer", "tokenizer_bytes"})
+    _check_known("pretrained.", manifest.pretrained, {"files", "dtype", "attach", "unfreeze"})
     _check_known("", manifest, OF_THE_RUN)
 
 

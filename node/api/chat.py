@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.errors import ConfigError, DataError, InvalidInputError
+from node.trainer.exported.layout import CHAT_TEMPLATE, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,6 +86,19 @@ def read_chat(path: Path | None) -> Chat:
     """
     if path is None:
         return PlainChat()
+    chat = _read(path)
+    if chat is None:
+        raise DataError(f"{path}: has no text {CHAT_TEMPLATE}")
+    return chat
+
+
+def exported_chat(folder: Path) -> Chat:
+    """The template in the folder of an exported model; plain if it has none. Raises what `read_chat` does."""
+    return _read(folder / TOKENIZER_CONFIG) or PlainChat()
+
+
+def _read(path: Path) -> TemplateChat | None:
+    """The template in a file, None where it is JSON and names none."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TEMPLATE_BYTES + 1)
@@ -94,24 +108,26 @@ def read_chat(path: Path | None) -> Chat:
         raise DataError(f"{path}: is longer than {MAX_TEMPLATE_BYTES:,} bytes, too long for a chat template")
     chat = _parsed(path, data.decode("utf-8", "replace"))
     try:
-        chat.text([Turn(role="user", content="Hello")])
+        if chat is not None:
+            chat.text([Turn(role="user", content="Hello")])
     except InvalidInputError as error:
         raise DataError(f"{path}: {error}") from None
     return chat
 
 
-def _parsed(path: Path, text: str) -> TemplateChat:
+def _parsed(path: Path, text: str) -> TemplateChat | None:
     if path.suffix != ".json":
         return TemplateChat(template=text, special={})
     try:
         table = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path}: is no JSON: {error}") from None
-    template = table.get("chat_template") if isinstance(table, dict) else None
-    if not isinstance(template, str):
-        raise DataError(f"{path}: has no text chat_template")
+    if isinstance(table, dict) and CHAT_TEMPLATE not in table:
+        return None
+    if not isinstance(table, dict) or not isinstance(table[CHAT_TEMPLATE], str):
+        raise DataError(f"{path}: has no text {CHAT_TEMPLATE}")
     tokens = {name: _token(table.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    return TemplateChat(template=template, special={name: token for name, token in tokens.items() if token})
+    return TemplateChat(template=table[CHAT_TEMPLATE], special={name: token for name, token in tokens.items() if token})
 
 
 def _token(value: object) -> str:

@@ -20,7 +20,7 @@ from common.tasks import until_stopped
 from dht.addresses import looked_up
 from node.api.app import AppConfig, build_app
 from node.api.batch import BatchLimits, ContinuousBatch
-from node.api.chat import read_chat
+from node.api.chat import exported_chat, read_chat
 from node.api.config import MINIMUMS
 from node.api.http_server import http_server, listening_socket
 from node.api.key_file import read_key
@@ -111,17 +111,18 @@ async def served_by_swarm(config: ServeConfig, stop: asyncio.Event) -> AsyncIter
 
 @asynccontextmanager
 async def served_from(folder: Path, config: ServeConfig, stop: asyncio.Event) -> AsyncIterator[ServedModel]:
-    """The model of an exported folder, whose experts are in this process.
+    """The model of an exported folder, whose experts are in this process; chats are written as the folder says.
 
     Raises ConfigError where `config` names a swarm too, CheckpointError for a folder that is not whole.
     """
     if config.join or config.run_id or config.tokenizer:
         raise ConfigError("--export: names a model that needs no swarm; leave --join, run_id and tokenizer out")
-    template = Path(config.chat_template) if config.chat_template else None
-    chat = await asyncio.to_thread(read_chat, template)
+    chat = await asyncio.to_thread(read_chat, Path(config.chat_template)) if config.chat_template else None
     torch.set_num_threads(config.threads)
     opening = asyncio.to_thread(open_export, folder, pick_device(config.device))
     exported = await until_stopped(opening, stop)
+    if chat is None:
+        chat = await asyncio.to_thread(exported_chat, folder)
     model = exported.config.manifest.model
     yield ServedModel(
         name=exported.config.run_id,

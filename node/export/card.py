@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.vocabulary import BYTES
+from node.trainer.exported.config_file import DTYPE_NAMES
+from node.trainer.exported.layout import CODE
 from protocol.manifest import TRUNK
 
 if TYPE_CHECKING:
@@ -42,10 +44,32 @@ prompt = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, do_sample=True)[0]))
 ```
 
-`trust_remote_code` runs `modeling_kilohive.py` of this folder, which needs torch and transformers and nothing else. In
-a checkout of Kilohive `from kilohive import load_model` reads the folder without it. `sha256sum -c SHA256SUMS`
-says whether the folder is whole.
+`trust_remote_code` runs {code} of this folder, which need torch and transformers and nothing else. In a checkout of
+Kilohive `from kilohive import load_model` reads the folder without them. `sha256sum -c SHA256SUMS` says whether the
+folder is whole.
 """
+
+AROUND = """## The pretrained model
+
+The run is called `{name}`, and knows the model that it is built around by these files:
+
+| file | bytes | SHA-256 |
+| --- | --- | --- |
+{files}
+
+Its weights are most of this folder, so that its licence applies here. The run does not know which licence that is: look
+at where the model comes from.
+
+Trained were the experts beside the feed-forward parts of its layers {layers}, counted from 0, and the gates that choose
+among them{unfrozen}. All else of it is as it was, in {dtype}.
+
+"""
+
+WHAT = {
+    "transformer": "A mixture-of-experts language model that a Kilohive swarm has trained",
+    "hf": "A pretrained language model with experts beside it that a Kilohive swarm has trained",
+}
+"""What the card is of, by the model's trunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +101,27 @@ def card_text(
 ) -> str:
     """The text; `newest` are the versions that live replicas announce at the end of the export."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(manifest, taken[TRUNK], training).items())
+    trunk = manifest.model.trunk
+    around = _around(manifest) if trunk == "hf" else ""
+    use = USE.format(code=", ".join(f"`{name}`" for name in CODE[trunk]))
     return (
-        f"{HEAD}\n# {manifest.run_id}\n\n"
-        "A mixture-of-experts language model that a Kilohive swarm has trained, as it was when it was "
-        f"exported.\n\n| what | value |\n| --- | --- |\n{rows}\n\n"
-        f"{USE}\n## Where it came from\n\n{_origin(taken)}\n\n{_moments(taken, newest)}\n"
+        f"{HEAD}\n# {manifest.run_id}\n\n{WHAT[trunk]}, as it was when it was exported.\n\n"
+        f"| what | value |\n| --- | --- |\n{rows}\n\n{around}{use}\n"
+        f"## Where it came from\n\n{_origin(taken)}\n\n{_moments(taken, newest)}\n"
+    )
+
+
+def _around(manifest: Manifest) -> str:
+    """What the model is that the run was built around, and which part of the folder was trained."""
+    pretrained = manifest.pretrained
+    files = "\n".join(f"| `{file.name}` | {file.n_bytes:,} | `{file.sha256}` |" for file in pretrained.files)
+    unfrozen = ", ".join(f"`{name}`" for name in pretrained.unfreeze)
+    return AROUND.format(
+        name=manifest.name,
+        files=files,
+        layers=", ".join(map(str, pretrained.attach)),
+        unfrozen=f", and of its own parameters those whose names begin with {unfrozen}" if unfrozen else "",
+        dtype=DTYPE_NAMES[pretrained.dtype],
     )
 
 
@@ -91,16 +131,17 @@ def _facts(manifest: Manifest, trunk: Taken, training: KnownTraining) -> dict[st
     held_out = "not known"
     if training.held_out_bits is not None:
         held_out = f"{training.held_out_bits:.4f} bits per byte at step {training.steps:,}, as its trainer measured"
+    n_all, is_around = model.n_layers * model.experts_per_layer, model.trunk == "hf"
     return {
         "run": f"`{manifest.run_id}`",
         "trained on": f"{trunk.run_tokens:,} tokens",
         "held-out loss": held_out,
         "data": training.data or "not known to who exported it, nor is its licence",
-        "layers": f"{model.n_layers}, of width {model.d_model}",
-        "experts": f"{model.n_layers * model.experts_per_layer:,} ({model.experts_per_layer:,} in each layer, kind "
+        "layers with experts" if is_around else "layers": f"{model.n_layers}, of width {model.d_model}",
+        "experts": f"{n_all:,} ({model.experts_per_layer:,} in each layer, kind "
         f"`{model.expert_kind}`, {model.d_model} to {model.expert_hidden}), {model.experts_per_token} for a token",
         "gate": f"`{model.gate}`",
-        "context": f"{model.context:,} tokens",
+        "context in training" if is_around else "context": f"{model.context:,} tokens",
         "a token is": "a byte" if tokens == "bytes" else f"one of {tokens}",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from common.assets import asset_store
 from common.errors import ConfigError, DataError, DrainingError
@@ -19,21 +19,24 @@ from node.averaging.node_averaging import Averaging
 from node.export.card import card_text, training_of
 from node.export.small_files import small_files
 from node.export.source import Checkpoint, PartSource
-from node.export.unfinished import UnfinishedExport
+from node.export.unfinished import Taken, UnfinishedExport
 from node.membership.config import ReachConfig
 from node.membership.swarm import Swarm
 from node.trainer.evaluation import print_result
-from node.trainer.exported.layout import groups_of, parts_of
+from node.trainer.exported.layout import Piece, groups_of, parts_of
 from node.trainer.run_files import fetch_tokenizer
 from protocol.exportable import check_exportable
 from protocol.identity import Identity
-from protocol.manifest import TRUNK
+from protocol.manifest import TRUNK, BlockId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    import torch
+
     from node.export.config import ExportConfig
+    from node.export.pretrained_model import PretrainedParts
     from node.trainer.exported.layout import ModelPart
     from protocol.manifest import Manifest
 
@@ -86,7 +89,9 @@ async def _joined(config: ExportConfig, stop: asyncio.Event) -> None:
 
 async def _export(config: ExportConfig, swarm: Swarm, stop: asyncio.Event) -> None:
     manifest = swarm.manifest
-    parts = await asyncio.to_thread(parts_of, manifest)
+    pretrained = await asyncio.to_thread(pretrained_parts, manifest)
+    outline = None if pretrained is None else pretrained.outline
+    parts = await asyncio.to_thread(parts_of, manifest, outline)
     unfinished = UnfinishedExport(_folder_of(config), manifest.run_id, groups_of(parts, config.shard_mb * MB))
     if not await asyncio.to_thread(unfinished.begin):
         unfinished.clear()
@@ -94,12 +99,22 @@ async def _export(config: ExportConfig, swarm: Swarm, stop: asyncio.Event) -> No
     await asyncio.to_thread(unfinished.check_room)
     averaging = Averaging(manifest, swarm.security, swarm.directory, EventLog())
     try:
-        source = PartSource(manifest, swarm.directory, averaging.client, config.wait_for_replicas_s)
-        await _Exporting(config, unfinished, source, manifest, stop).run()
+        replicas = PartSource(manifest, swarm.directory, averaging.client, config.wait_for_replicas_s, outline)
+        await _Exporting(unfinished, _Sources(manifest, replicas, config.trunk, pretrained), stop).run()
     finally:
         await averaging.stop()
-    files = await asyncio.to_thread(_files, config, unfinished, swarm)
+    files = await asyncio.to_thread(_files, config, unfinished, swarm, pretrained)
     await asyncio.to_thread(unfinished.finish, files)
+
+
+def pretrained_parts(manifest: Manifest) -> PretrainedParts | None:
+    """The pretrained model that the run is built around, if there is one."""
+    if manifest.model.trunk != "hf":
+        return None
+    from node.export.pretrained_model import PretrainedParts  # noqa: PLC0415 - few runs need transformers, see there
+
+    logger.info("Reading the run's pretrained model")
+    return PretrainedParts(manifest)
 
 
 class _Progress:
@@ -123,26 +138,45 @@ class _Progress:
         self._tell(self._done_bytes, f"{bytes_text(self._done_bytes)} of {bytes_text(self._total_bytes)} are here")
 
 
+class _Sources:
+    """Where parts come from: replicas, the trunk's checkpoint if there is one, the pretrained model's files."""
+
+    def __init__(
+        self, manifest: Manifest, replicas: PartSource, trunk: Path | None, pretrained: PretrainedParts | None
+    ) -> None:
+        self._manifest, self._replicas, self._pretrained = manifest, replicas, pretrained
+        self._checkpoint = Checkpoint(trunk) if trunk else None
+
+    async def wait_for(self, parts: Sequence[ModelPart]) -> None:
+        """Return once each part that comes from a replica has one; UnavailableError that says which have none."""
+        blocks = [part.id for part in parts if isinstance(part.id, BlockId)]
+        await self._replicas.wait_for([block for block in blocks if block != TRUNK or self._checkpoint is None])
+
+    async def fetch(self, part: ModelPart) -> tuple[dict[str, torch.Tensor], Taken]:
+        """The tensors of a part, and where they came from. Raises UnavailableError, CheckpointError."""
+        pretrained, block_id = self._pretrained, part.id
+        if pretrained is not None and isinstance(block_id, Piece):
+            return await asyncio.to_thread(pretrained.tensors, part), Taken(version=0, word="the run's files")
+        if block_id != TRUNK:
+            return await self._replicas.fetch_block(cast("BlockId", block_id), part.tensors)
+        if self._checkpoint is None:
+            return await self._replicas.fetch_trunk()
+        outline = None if pretrained is None else pretrained.outline
+        return await asyncio.to_thread(self._checkpoint.read, self._manifest, outline)
+
+
 class _Exporting:
     """Parts come, group by group, each group's files are written when its parts are there."""
 
-    def __init__(
-        self,
-        config: ExportConfig,
-        unfinished: UnfinishedExport,
-        source: PartSource,
-        manifest: Manifest,
-        stop: asyncio.Event,
-    ) -> None:
-        self._unfinished, self._source, self._manifest, self._stop = unfinished, source, manifest, stop
-        self._checkpoint = Checkpoint(config.trunk) if config.trunk else None
+    def __init__(self, unfinished: UnfinishedExport, sources: _Sources, stop: asyncio.Event) -> None:
+        self._unfinished, self._sources, self._stop = unfinished, sources, stop
         self._permits = asyncio.Semaphore(AT_ONCE)
         self._progress = _Progress()
 
     async def run(self) -> None:
         left = [g for g in self._unfinished.groups if await asyncio.to_thread(self._unfinished.record, g) is None]
         missing = [part for group in left for part in group.parts if not self._unfinished.has(part)]
-        await self._source.wait_for([part.id for part in missing if part.id != TRUNK or self._checkpoint is None])
+        await self._sources.wait_for(missing)
         missing_ids = {part.id for part in missing}
         with self._progress.shown(sum(part.n_bytes for part in missing)):
             for group in left:
@@ -163,20 +197,19 @@ class _Exporting:
         async with self._permits:
             if self._stop.is_set():  # what is under way is ended; nothing is begun
                 raise DrainingError("stopped before it was done")
-            if part.id == TRUNK and self._checkpoint is not None:
-                tensors, taken = await asyncio.to_thread(self._checkpoint.read, self._manifest)
-            else:
-                tensors, taken = await self._source.fetch(part)
+            tensors, taken = await self._sources.fetch(part)
             await asyncio.to_thread(self._unfinished.keep, part, tensors, taken)
             self._progress.add(part.n_bytes)
 
 
-def _files(config: ExportConfig, unfinished: UnfinishedExport, swarm: Swarm) -> dict[str, bytes]:
+def _files(
+    config: ExportConfig, unfinished: UnfinishedExport, swarm: Swarm, pretrained: PretrainedParts | None
+) -> dict[str, bytes]:
     """Everything but the weights, by name."""
     manifest, taken, directory = swarm.manifest, unfinished.taken(), swarm.directory
     newest = {block_id: max((r.version for r in directory.replicas(block_id)), default=0) for block_id in taken}
     card = card_text(manifest, taken, newest, training_of(config.trunk, manifest.run_id))
-    return small_files(manifest, unfinished.groups, taken, card, _tokenizer(manifest))
+    return small_files(manifest, unfinished.groups, taken, card, _tokenizer(manifest), pretrained)
 
 
 def _tokenizer(manifest: Manifest) -> bytes | None:
@@ -194,7 +227,8 @@ def _summary(out: Path, manifest: Manifest) -> str:
     files = list(out.glob("*.safetensors"))
     model = manifest.model
     n_experts, size = model.n_layers * model.experts_per_layer, sum(file.stat().st_size for file in files)
+    trunk = "the pretrained model, the trunk" if model.trunk == "hf" else "the trunk"
     return (
-        f"{out}: the trunk and {n_experts:,} experts of run {manifest.run_id}, {bytes_text(size)} of weights in "
+        f"{out}: {trunk} and {n_experts:,} experts of run {manifest.run_id}, {bytes_text(size)} of weights in "
         f"{len(files)} {'file' if len(files) == 1 else 'files'}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from node.export.tokenizer_files import tokenizer_files
 from node.trainer import exported
@@ -15,6 +15,7 @@ from protocol.manifest import TRUNK
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from node.export.pretrained_model import PretrainedParts
     from node.export.unfinished import Taken
     from node.trainer.exported.layout import FileGroup
     from protocol.manifest import BlockId, Manifest
@@ -30,11 +31,11 @@ def small_files(
     taken: Mapping[BlockId, Taken],
     card: str,
     tokenizer: bytes | None,
+    pretrained: PretrainedParts | None = None,
 ) -> dict[str, bytes]:
     """The files by name; `tokenizer` is the run's own file, None where tokens are bytes."""
     of_files = [(name, tensor) for group in groups for name, tensors in group.files for tensor in tensors]
     n_strides = next((tensor.shape[0] for _, tensor in of_files if tensor.name.endswith(STRIDES)), 0)
-    context = manifest.model.context
     index = {
         "metadata": {
             "total_size": sum(n_bytes(tensor) for _, tensor in of_files),
@@ -43,16 +44,23 @@ def small_files(
         },
         "weight_map": {tensor.name: name for name, tensor in of_files},
     }
-    generation = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "max_new_tokens": max(1, context // 2)}
-    code = files(exported).joinpath(CODE).read_bytes()
+    library = None if pretrained is None else pretrained.library
     return {
-        CONFIG: config_text(manifest, taken[TRUNK].version, n_strides).encode(),
+        CONFIG: config_text(manifest, taken[TRUNK].version, n_strides, library).encode(),
         INDEX: _json(index),
-        GENERATION: _json(generation),
-        CODE: code,
+        GENERATION: _json(_generation(manifest.model.context, pretrained)),
+        **{name: files(exported).joinpath(name).read_bytes() for name in CODE[manifest.model.trunk]},
         CARD: card.encode(),
-        **tokenizer_files(tokenizer, context),
+        **tokenizer_files(tokenizer, manifest.model.context, None if pretrained is None else pretrained.tokens),
     }
+
+
+def _generation(context: int, pretrained: PretrainedParts | None) -> dict[str, Any]:
+    """How text is drawn from the model unless somebody says otherwise: from a pretrained one as its own files say."""
+    if pretrained is None:
+        return {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "max_new_tokens": max(1, context // 2)}
+    own = pretrained.generation()
+    return own if "max_length" in own else {"max_new_tokens": max(1, context // 2), **own}
 
 
 def _json(table: object) -> bytes:

@@ -16,7 +16,7 @@ from node.export.unfinished import Taken
 from node.model.experts.kinds import expert_kind
 from node.model.replica_state import TensorSchema
 from node.trainer.exported.layout import expert_tensor, meta_model, trunk_tensors
-from node.trainer.train_step import build_transformer
+from node.trainer.train_step import build_model
 from node.trainer.trunk_replica import trunk_weights
 from node.trainer.trunk_state import load_trunk_weights
 from protocol.manifest import TRUNK
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
     from dht.view import PeerInfo, Replica
     from node.averaging.joining import Downloader, Fetched
     from node.export.unfinished import Word
-    from node.model.transformer import Transformer
-    from node.trainer.exported.layout import ModelPart
+    from node.model.trunk import Trunk
     from protocol.manifest import BlockId, Manifest, ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -56,10 +57,21 @@ class ReplicaDirectory(Protocol):
 
 
 class PartSource:
-    """A run's replicas. Belongs to the event loop. Every wait is for `wait_s` seconds at most."""
+    """A run's replicas. Belongs to the event loop. Every wait is for `wait_s` seconds at most.
 
-    def __init__(self, manifest: Manifest, directory: ReplicaDirectory, client: Downloader, wait_s: float) -> None:
+    `outline` is that of the pretrained model that the run is built around, None if there is none.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        directory: ReplicaDirectory,
+        client: Downloader,
+        wait_s: float,
+        outline: PreTrainedModel | None = None,
+    ) -> None:
         self._manifest, self._directory, self._client, self._wait_s = manifest, directory, client, wait_s
+        self._outline = outline
         self._join_config = JoinConfig(
             max_distance=manifest.averaging.clip_radius, timeout_s=DOWNLOAD_S, weights_only=True
         )
@@ -77,17 +89,21 @@ class PartSource:
             is_told = True
             await self._directory.wait_for_change(min(left_s, WAIT_FOR_CHANGE_S))
 
-    async def fetch(self, part: ModelPart) -> tuple[dict[str, torch.Tensor], Taken]:
-        """The tensors of a part, and where they came from. Raises UnavailableError."""
-        if part.id == TRUNK:
-            model = await asyncio.to_thread(seeded_trunk, self._manifest)
-            run_tokens = max((p.run_tokens for p in self._directory.peers() if p.role == "trainer"), default=0)
-            fetched = await self._fetched(TRUNK, trunk_weights(model))
-            await asyncio.to_thread(_fill, model, fetched.state.params)
-            return trunk_tensors(model), _taken(fetched, run_tokens)
-        names = {expert_tensor(part.id, parameter): parameter for parameter in self._parameters}
-        wanted = [TensorSchema(f"{PARAMS}{names[t.name]}", t.shape, t.dtype) for t in part.tensors]
-        fetched = await self._fetched(part.id, sorted(wanted))
+    async def fetch_trunk(self) -> tuple[dict[str, torch.Tensor], Taken]:
+        """The trunk's tensors, and where they came from. Raises UnavailableError."""
+        model = await asyncio.to_thread(seeded_trunk, self._manifest, self._outline)
+        run_tokens = max((p.run_tokens for p in self._directory.peers() if p.role == "trainer"), default=0)
+        fetched = await self._fetched(TRUNK, trunk_weights(model))
+        await asyncio.to_thread(_fill, model, fetched.state.params)
+        return trunk_tensors(model), _taken(fetched, run_tokens)
+
+    async def fetch_block(
+        self, block_id: BlockId, tensors: Iterable[TensorSchema]
+    ) -> tuple[dict[str, torch.Tensor], Taken]:
+        """The `tensors` of a block, and where they came from. Raises UnavailableError."""
+        names = {expert_tensor(self._manifest.model, block_id, name): name for name in self._parameters}
+        wanted = [TensorSchema(f"{PARAMS}{names[t.name]}", t.shape, t.dtype) for t in tensors]
+        fetched = await self._fetched(block_id, sorted(wanted))
         return {name: fetched.state.params[parameter] for name, parameter in names.items()}, _taken(fetched)
 
     @property
@@ -126,19 +142,22 @@ class Checkpoint(NamedTuple):
 
     folder: Path
 
-    def read(self, manifest: Manifest) -> tuple[dict[str, torch.Tensor], Taken]:
+    def read(self, manifest: Manifest, outline: PreTrainedModel | None = None) -> tuple[dict[str, torch.Tensor], Taken]:
         """The trunk's tensors. Raises CheckpointError if there is no checkpoint of the run's."""
-        model = seeded_trunk(manifest)
+        model = seeded_trunk(manifest, outline)
         progress = load_trunk_weights(self.folder, model, manifest.run_id)
         return trunk_tensors(model), Taken(
             version=progress.version, word="a checkpoint", run_tokens=progress.run_tokens
         )
 
 
-def seeded_trunk(manifest: Manifest) -> Transformer:
-    """The trunk as every trainer of the run has it before any training, with what is drawn from the run's seed."""
-    _, experts = meta_model(manifest)
-    return build_transformer(manifest, experts, torch.Generator().manual_seed(manifest.seed))
+def seeded_trunk(manifest: Manifest, outline: PreTrainedModel | None = None) -> Trunk:
+    """The trunk as every trainer of the run has it before any training, with what is drawn from the run's seed.
+
+    Of a pretrained model it has what the run trains, all of it zero.
+    """
+    _, experts = meta_model(manifest, outline)
+    return build_model(manifest, experts, torch.Generator().manual_seed(manifest.seed), outline)
 
 
 def words_of(block_ids: Sequence[BlockId], model: ModelConfig) -> str:
@@ -161,7 +180,7 @@ def _taken(fetched: Fetched, run_tokens: int = 0) -> Taken:
 
 
 @torch.no_grad()
-def _fill(model: Transformer, params: Mapping[str, torch.Tensor]) -> None:
+def _fill(model: Trunk, params: Mapping[str, torch.Tensor]) -> None:
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, rows in params.items():
         places[name].copy_(rows[0])

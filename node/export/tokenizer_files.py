@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from common.vocabulary import BYTE_VALUES
-from node.trainer.exported.layout import TOKENIZER, TOKENIZER_CONFIG
+from node.trainer.exported.layout import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+
+if TYPE_CHECKING:
+    from node.export.pretrained_model import PretrainedTokens
 
 PADDING_BYTE: Final = 0
 """Fills up a batch of texts where tokens are bytes. It is a token like any other, so it has to be masked."""
@@ -34,19 +37,32 @@ def byte_names() -> list[str]:
     return [chr(value) if value in own else next(others) for value in range(BYTE_VALUES)]
 
 
-def tokenizer_files(run_file: bytes | None, context: int) -> dict[str, bytes]:
-    """The files by name: from the run's own `tokenizer.json`, or, without one, for a run whose tokens are bytes."""
+def tokenizer_files(
+    run_file: bytes | None, context: int, pretrained: PretrainedTokens | None = None
+) -> dict[str, bytes]:
+    """The files by name: from the run's own `tokenizer.json`, or, without one, for a run whose tokens are bytes.
+
+    `pretrained` is what is known of the tokens of the model that the run is built around.
+    """
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
+        "model_max_length": context if pretrained is None else pretrained.max_tokens,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
+    if pretrained is not None:
+        config |= _of_pretrained(pretrained)
     if run_file is None:
         # Only so is a text that holds the padding's character read as text.
         config |= {"pad_token": byte_names()[PADDING_BYTE], "split_special_tokens": True}
     data = byte_tokenizer() if run_file is None else _plain(run_file)
     return {TOKENIZER: data, TOKENIZER_CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _of_pretrained(tokens: PretrainedTokens) -> dict[str, object]:
+    extra = {"extra_special_tokens": list(tokens.extra_special)} if tokens.extra_special else {}
+    template = {} if tokens.chat_template is None else {CHAT_TEMPLATE: tokens.chat_template}
+    return {**tokens.special, **extra, **template}
 
 
 def _plain(run_file: bytes) -> bytes:

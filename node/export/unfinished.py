@@ -20,7 +20,7 @@ from common.atomic_file import sync_folder, write_atomically
 from common.errors import CheckpointError, ConfigError
 from common.text import bytes_text
 from node.trainer.exported.sums import SUMS, file_sum, sums_text
-from protocol.manifest import parse_block_id
+from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     import torch
 
     from node.trainer.exported.layout import FileGroup, ModelPart
-    from protocol.manifest import BlockId
 
 FORMAT: Final = 1
 ABOUT: Final = "about"
 SHARD_METADATA: Final = {"format": "pt"}
 
-Word = Literal["two replicas", "one replica", "a checkpoint"]
+Word = Literal["two replicas", "one replica", "a checkpoint", "the run's files"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
     """Where a part of the model came from: at which version, and on whose word.
 
-    `run_tokens`: the tokens that the run had trained on by then, known with the trunk; else 0.
+    `run_tokens`: the tokens that the run had trained on by then, known with the trunk; else 0. The version is 0 for a
+    pretrained model, whose files a manifest names by hash.
     """
 
     version: int
@@ -67,7 +67,7 @@ class UnfinishedExport:
         """
         going_on = self._is_ours()
         if _has_something(self.out):
-            if going_on and not self._model.exists():
+            if (going_on and not self._model.exists()) or self._is_left_over():
                 return False
             raise ConfigError(f"--out: {self.out} is not empty; name a folder that is not there yet")
         if not going_on:
@@ -135,11 +135,13 @@ class UnfinishedExport:
             self._part_path(part).unlink(missing_ok=True)
 
     def taken(self) -> dict[BlockId, Taken]:
-        """Where each part came from, once all groups are written."""
-        parts: dict[str, Any] = {}
+        """Where the trunk and each block came from, once all groups are written."""
+        taken: dict[BlockId, Taken] = {}
         for group in self.groups:
-            parts |= json.loads(self._record_path(group).read_bytes())["parts"]
-        return {parse_block_id(name): Taken(**about) for name, about in parts.items()}
+            about = json.loads(self._record_path(group).read_bytes())["parts"]
+            blocks = [part.id for part in group.parts if isinstance(part.id, BlockId)]
+            taken |= {block_id: Taken(**about[str(block_id)]) for block_id in blocks}
+        return taken
 
     def sums(self) -> dict[str, str]:
         """SHA-256 of every file that has been written, by name; raises CheckpointError if one is damaged since."""
@@ -168,8 +170,12 @@ class UnfinishedExport:
             for folder in (self._parts, self._records):
                 if folder.exists():
                     shutil.rmtree(folder)
-            self._state.unlink()
+            self._state.unlink(missing_ok=True)
             self.folder.rmdir()
+
+    def _is_left_over(self) -> bool:
+        """Whether the process that gave `out` its name was ended before the last step, which takes the folder away."""
+        return (self.out / SUMS).is_file() and self.folder.is_dir() and not _has_something(self.folder)
 
     def _is_ours(self) -> bool:
         return _json_or_none(self._state) == self._plan

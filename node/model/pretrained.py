@@ -28,7 +28,7 @@ from node.model.trunk import Trunk
 from protocol.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Self
 
     from transformers import PreTrainedModel
@@ -77,7 +77,8 @@ class _TokensOfForward(threading.local):
 class PretrainedTrunk(Trunk):
     """Tokens in, logits of the next token out; `moe_layers[i]` stands beside the FFN of layer `attach[i]`.
 
-    `language_model` is shared, not changed: this trunk is a copy of its modules with the same weights.
+    `language_model` is shared, not changed: this trunk is a copy of its modules with the same weights. It may be an
+    outline (`pretrained_outline.py`): then the trunk holds what is trained and computes nothing.
     """
 
     def __init__(
@@ -99,14 +100,16 @@ class PretrainedTrunk(Trunk):
         frozen.train(mode=False)
         for parameter in frozen.parameters():
             parameter.requires_grad = False
-        self._unfrozen = nn.ParameterList(_unfrozen(frozen, manifest.pretrained.unfreeze))
+        unfrozen = _unfrozen(frozen, manifest.pretrained.unfreeze)
+        self._unfrozen, self._unfrozen_names = nn.ParameterList(unfrozen.values()), tuple(unfrozen)
         layers, dtype = decoder_layers(frozen), DTYPES[manifest.dtype]
         for number, moe in zip(manifest.pretrained.attach, moe_layers, strict=True):
             name = feed_forward_name(layers[number])
             ffn = FfnWithExperts(getattr(layers[number], name), moe, self._tokens, dtype)
             setattr(layers[number], name, ffn)
         self._states, self._split = FrozenStates(), None
-        if manifest.pretrained.attach[0] and not self._unfrozen:
+        self._is_outline = is_outline(language_model)
+        if manifest.pretrained.attach[0] and not self._unfrozen and not self._is_outline:
             split = SplitModel(frozen, layers, manifest.pretrained.attach[0])
             with self._of_forward(None, None, experts=False):
                 self._split = split if split.works() else None
@@ -116,6 +119,11 @@ class PretrainedTrunk(Trunk):
     def device(self) -> torch.device:
         """Where it computes."""
         return self.get_buffer("_place").device
+
+    @property
+    def unfrozen(self) -> Mapping[str, nn.Parameter]:
+        """What is trained of the pretrained model, by the names that it has there."""
+        return dict(zip(self._unfrozen_names, self._unfrozen, strict=True))
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -188,7 +196,8 @@ class PretrainedTrunk(Trunk):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the frozen weights along to a device; their type stays that of the manifest."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        nn.Module.to(self.language_model, self.device)
+        if not self._is_outline:
+            nn.Module.to(self.language_model, self.device)
         if self._split is not None:
             self._split.to(self.device)
         return self
@@ -217,6 +226,18 @@ def feed_forward_name(layer: nn.Module) -> str:
     return next((name for name in FEED_FORWARD if isinstance(getattr(layer, name, None), nn.Module)), "")
 
 
+def feed_forward_paths(language_model: PreTrainedModel, numbers: Sequence[int]) -> list[str]:
+    """Where the feed-forward parts of these layers are among the model's modules."""
+    layers = decoder_layers(language_model)
+    path = next(path for path, part in language_model.named_modules() if part is layers)
+    return [f"{path}.{number}.{feed_forward_name(layers[number])}" for number in numbers]
+
+
+def is_outline(language_model: PreTrainedModel) -> bool:
+    """Whether the model is names, shapes and types alone."""
+    return any(parameter.is_meta for parameter in language_model.parameters())
+
+
 def sharing_weights(language_model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the modules, whose parameters and buffers are the same tensors."""
     shared = [*language_model.parameters(), *language_model.buffers()]
@@ -243,16 +264,22 @@ def check_fit(manifest: Manifest, language_model: PreTrainedModel) -> None:
         )
 
 
-def _unfrozen(frozen: PreTrainedModel, beginnings: Sequence[str]) -> list[nn.Parameter]:
-    """Parameters of the copy's own, which are trained, in place of those whose names begin so."""
-    found = []
+def _unfrozen(frozen: PreTrainedModel, beginnings: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Parameters of the copy's own, which are trained, in place of those whose names begin so; by name."""
+    found: dict[str, nn.Parameter] = {}
     for beginning in beginnings:
         names = [name for name, _ in frozen.named_parameters() if name.startswith(beginning)]
         if not names:
             raise DataError(f"pretrained.unfreeze: no parameter of the pretrained model begins with {beginning}")
         for name in names:
             owner, _, last = name.rpartition(".")
-            own = nn.Parameter(frozen.get_parameter(name).detach().clone())
-            setattr(frozen.get_submodule(owner), last, own)
-            found.append(own)
+            found[name] = _own(frozen.get_parameter(name))
+            setattr(frozen.get_submodule(owner), last, found[name])
     return found
+
+
+def _own(parameter: nn.Parameter) -> nn.Parameter:
+    """A copy; of an outline's parameter zeros, which whoever asked for an outline fills."""
+    if parameter.is_meta:
+        return nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
+    return nn.Parameter(parameter.detach().clone())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -34,6 +34,11 @@ class Trunk(nn.Module):
     @abstractmethod
     def device(self) -> torch.device:
         """Where it computes."""
+
+    @property
+    def unfrozen(self) -> Mapping[str, nn.Parameter]:
+        """What is trained of a pretrained model inside, by the names that it has there; of other trunks nothing."""
+        return {}
 
     @abstractmethod
     def forward(self, ids_BT: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Future
 
+    from transformers import PreTrainedModel
+
     from node.data import TextDataset
     from node.model.moe import Experts
     from node.model.trunk import Trunk
@@ -286,9 +288,11 @@ def mean_nats(model: Trunk, batches: Iterable[torch.Tensor], device: torch.devic
     return sum(nats for nats, _ in sums) / sum(n for _, n in sums)
 
 
-def build_model(manifest: Manifest, experts: Experts, generator: torch.Generator) -> Trunk:
-    """The trunk with gates of its own around a run's experts."""
-    return build_trunk(manifest, new_layers(manifest, experts, generator), generator)
+def build_model(
+    manifest: Manifest, experts: Experts, generator: torch.Generator, pretrained: PreTrainedModel | None = None
+) -> Trunk:
+    """The trunk with gates of its own around a run's experts; see `build_trunk`."""
+    return build_trunk(manifest, new_layers(manifest, experts, generator), generator, pretrained)
 
 
 def build_transformer(manifest: Manifest, experts: Experts, generator: torch.Generator) -> Transformer:
@@ -302,13 +306,18 @@ def new_layers(manifest: Manifest, experts: Experts, generator: torch.Generator)
     return [MoE(build_gate(manifest.model, generator), experts, layer) for layer in range(manifest.model.n_layers)]
 
 
-def build_trunk(manifest: Manifest, layers: Sequence[MoE], generator: torch.Generator) -> Trunk:
-    """The trunk around `layers`, in the run's dtype; DataError where a pretrained one is not on this machine."""
+def build_trunk(
+    manifest: Manifest, layers: Sequence[MoE], generator: torch.Generator, pretrained: PreTrainedModel | None = None
+) -> Trunk:
+    """The trunk around `layers`, in the run's dtype; DataError where a pretrained one is not on this machine.
+
+    The pretrained model is read from its files, unless it is given as `pretrained`.
+    """
     if manifest.model.trunk == "hf":
         # These bring the library `transformers`, which takes a second, and few runs need it.
         from node.model.pretrained import PretrainedTrunk  # noqa: PLC0415
         from node.model.pretrained_files import language_model  # noqa: PLC0415
 
-        pretrained = language_model(manifest.pretrained)
+        pretrained = language_model(manifest.pretrained) if pretrained is None else pretrained
         return PretrainedTrunk(manifest, pretrained, layers, generator).to(DTYPES[manifest.dtype])
     return Transformer(manifest.model, layers, generator).to(DTYPES[manifest.dtype])

@@ -4,68 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import sys
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.assets import asset_of, asset_store
+from common.assets import asset_of
 from common.errors import ConfigError, UnavailableError
-from experiments.live.processes import RUN_NODE
 from kilohive import load_model
 from node.export.command import run_export
 from node.export.config import ExportConfig
 from node.export.unfinished import UnfinishedExport
-from node.model.generation import Generation, Prompt
-from node.model.next_token import GenerationConfig
 from node.trainer.config import EvaluateConfig, SampleConfig
 from node.trainer.evaluation import run_evaluate
 from node.trainer.sample_command import run_sample
 from node.trainer.trained_model import trained_model
 from protocol.run_assets import DataConfig
-from tests.support.contributing import RunInLoop, run_in_loop
+from tests.support.contributing import run_in_loop
 from tests.support.exported import HASH, contents
+from tests.support.exported_runs import CLOSE, RATES, greedy, killed_export, read_by_a_stranger, trained_run
 from tests.support.swarm_parts import small_manifest
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from node.export.unfinished import Taken
-    from node.model.trunk import Trunk
     from node.trainer.exported.layout import ModelPart
     from protocol.manifest import Manifest
 
-CLOSE: Any = {"atol": 1e-4, "rtol": 0.0}
 ASSET = asset_of(tiny_tokenizer())
 PAIRS = DataConfig(tokenizer=ASSET.sha256, tokenizer_bytes=ASSET.n_bytes)
-# It learns fast for a few steps; after them the rate is 0, and the run stands still although its trainer is there.
-RATES = {"total_tokens": 10_000, "final_lr_fraction": 0.0, "lr": 1e-2, "expert_lr": 1e-2}
 BYTE_RUN = small_manifest(codec="fp32", model={**HASH, "gate_heads": 2}, optimizer=RATES)
 PAIR_RUN = small_manifest(codec="fp32", model={"gate": "topk", "vocab_size": 300}, data=PAIRS, optimizer=RATES)
-
-STRANGER = """
-import importlib.util, json, sys, torch
-assert not any(importlib.util.find_spec(name) for name in ("kilohive", "node", "common", "protocol")), sys.path
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, out, prompt = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-ids = torch.load(f"{out}/ids.pt", weights_only=True)
-with torch.no_grad():
-    torch.save(model(ids).logits, f"{out}/logits.pt")
-read = tokenizer(prompt, return_tensors="pt")
-written = model.generate(**read, do_sample=False, max_new_tokens=8)
-text = tokenizer.decode(written[0])
-print(json.dumps({"read": read["input_ids"].tolist(), "text": text}))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -78,47 +51,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(f"Row {n}: the square of {n % 50} is {(n % 50) ** 2}." for n in range(3000)))
     return path
-
-
-@asynccontextmanager
-async def trained_run(folder: Path, manifest: Manifest, text: Path, n_hosts: int) -> AsyncIterator[RunInLoop]:
-    """A run whose trainer has trained to the last token, saved its trunk and left; its hosts are up."""
-    asset_store().add(tiny_tokenizer())
-    async with run_in_loop(folder, manifest, text, n_hosts) as run:
-        await run.until((run.trainer_folder / "summary.json").exists)
-        await run.until(run.trainer.done)
-        yield run
-
-
-@dataclass(frozen=True)
-class Greedy:
-    """What a model says: logits of some ids, and the ids that it goes on with."""
-
-    logits_BTV: torch.Tensor
-    written: list[int]
-
-
-@torch.no_grad()
-def greedy(model: Trunk, ids: torch.Tensor, prompt: list[int]) -> Greedy:
-    config = GenerationConfig(max_new_tokens=8, temperature=0)
-    steps = Generation(model, [Prompt(ids=prompt, config=config)])
-    return Greedy(model(ids), [new.token for step in steps for new in step])
-
-
-async def read_by_a_stranger(folder: Path, out: Path, ids: torch.Tensor, prompt: str) -> tuple[torch.Tensor, Any]:
-    """Logits and text of a process that knows nothing of Kilohive but the folder."""
-    torch.save(ids, out / "ids.pt")
-    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-c", STRANGER, str(folder), str(out), prompt),
-        cwd=out,
-        env={**inherited, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules"), "HF_HOME": str(out / "hf")},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    told, errors = await asyncio.wait_for(process.communicate(), 100)
-    assert process.returncode == 0, errors.decode()
-    return torch.load(out / "logits.pt", weights_only=True), json.loads(told)
 
 
 @pytest.mark.parametrize("manifest", [BYTE_RUN, PAIR_RUN], ids=["bytes", "pairs"])
@@ -211,20 +143,6 @@ async def test_an_export_that_is_stopped_or_killed_goes_on_to_the_same_folder(
         assert not out.exists()
         await run_export(replace(config, out=out), asyncio.Event())
         assert contents(out) == wanted
-
-
-async def killed_export(run: RunInLoop, out: Path) -> None:
-    """One in a process of its own, which is killed as soon as some of the model has come."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, RUN_NODE, "export", "--join", str(run.swarm_file), "--out", str(out)),
-        *("--trunk", str(run.trainer_folder)),
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    parts = out.with_name(f"{out.name}.partial") / "parts"
-    await run.until(lambda: process.returncode is not None or any(parts.glob("[!.]*")))
-    assert process.returncode is None
-    process.send_signal(signal.SIGKILL)
-    await process.wait()
 
 
 async def test_experts_that_nobody_has_are_named_after_a_wait(tmp_path: Path, text: Path) -> None:

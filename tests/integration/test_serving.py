@@ -13,18 +13,17 @@ import openai
 import pytest
 import torch
 
-from common.errors import CheckpointError, ConfigError
+from common.errors import ConfigError
 from common.tokenizer import ByteTokenizer
 from node.api.chat import PlainChat
 from node.api.config import ServeConfig
 from node.api.http_server import listening_socket
-from node.api.serve_command import run_serve, serve, served_model
-from node.api.served_model import ExpertCount, ServedModel, SwarmExperts
+from node.api.serve_command import run_serve, serve
+from node.api.served_model import ServedModel, SwarmExperts
 from node.model.moe import LocalExperts
 from node.trainer.train_step import build_transformer
 from protocol.manifest import all_blocks
 from tests.support.docs import ROOT, fences
-from tests.support.exported import exported
 from tests.support.serving import CONTEXT, NAME, PATIENCE_S, Serving, serving, small_model
 from tests.support.swarm_parts import running_swarm, small_manifest
 
@@ -265,35 +264,6 @@ MANIFEST = small_manifest(
 
 def model_over(experts: Experts) -> Transformer:
     return build_transformer(MANIFEST, experts, torch.Generator().manual_seed(MANIFEST.seed)).eval()
-
-
-async def test_a_model_that_has_left_its_swarm_is_served_from_its_folder(tmp_path: Path) -> None:
-    model, manifest = exported(tmp_path / "model")
-    stop = asyncio.Event()
-    async with served_model(ServeConfig(export=tmp_path / "model"), stop) as served:
-        assert served.name == manifest.run_id
-        assert served.experts.count() == ExpertCount(live_by_layer=(16, 16), per_layer=16)
-        ids = torch.arange(8)[None]
-        torch.testing.assert_close(served.model(ids), model(ids))
-        async with contextlib.AsyncExitStack() as stack:
-            listener = stack.enter_context(contextlib.closing(listening_socket("127.0.0.1", 0)))
-            work = asyncio.create_task(serve(ServeConfig(export=tmp_path / "model"), served, listener, "", stop))
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            client = await stack.enter_async_context(openai.AsyncOpenAI(base_url=url, api_key="none"))
-            answer = await client.completions.create(model=served.name, prompt="The ", max_tokens=5)
-            assert answer.usage is not None
-            assert answer.usage.completion_tokens == 5
-            stop.set()
-            await asyncio.wait_for(work, PATIENCE_S)
-
-
-async def test_an_export_that_is_damaged_or_named_beside_a_swarm_is_one_sentence(tmp_path: Path) -> None:
-    exported(tmp_path / "model")
-    with pytest.raises(ConfigError, match="--export: names a model that needs no swarm"):
-        await run_serve(ServeConfig(export=tmp_path / "model", join="swarm.toml", port=0), asyncio.Event())
-    (tmp_path / "model" / "config.json").write_bytes(b"{}")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        await run_serve(ServeConfig(export=tmp_path / "model", port=0), asyncio.Event())
 
 
 @contextlib.asynccontextmanager

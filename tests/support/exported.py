@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from node.export.command import pretrained_parts
 from node.export.small_files import small_files
 from node.export.unfinished import Taken, UnfinishedExport
 from node.model.moe import LocalExperts
 from node.trainer.exported.layout import expert_tensor, groups_of, parts_of, trunk_tensors
 from node.trainer.exported.modeling_kilohive import KilohiveForCausalLM
-from node.trainer.train_step import build_transformer
-from protocol.manifest import TRUNK
+from node.trainer.exported.modeling_kilohive_pretrained import KilohivePretrainedForCausalLM
+from node.trainer.exported.sums import SUMS, file_sum, sums_text
+from node.trainer.train_step import build_model
+from protocol.manifest import TRUNK, BlockId
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from node.model.transformer import Transformer
+    from node.export.pretrained_model import PretrainedParts
+    from node.model.trunk import Trunk
     from node.trainer.exported.layout import ModelPart
     from protocol.manifest import Manifest
 
@@ -32,11 +37,14 @@ HASH: dict[str, Any] = {"gate": "hash", "gate_reads": "tokens", "gate_score": "s
 
 
 @torch.no_grad()
-def random_model(manifest: Manifest) -> tuple[Transformer, LocalExperts]:
-    """A model none of whose numbers are as they were drawn from the run's seed, but for what never changes."""
+def random_model(manifest: Manifest) -> tuple[Trunk, LocalExperts]:
+    """A model none of whose numbers are as they were drawn from the run's seed, but for what never changes.
+
+    A pretrained model that it is built around has to be on this machine.
+    """
     generator = torch.Generator().manual_seed(manifest.seed)
     experts = LocalExperts(manifest)
-    model = build_transformer(manifest, experts, generator).eval()
+    model = build_model(manifest, experts, generator).eval()
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.1)
     for name, buffer in model.named_buffers():
@@ -48,19 +56,31 @@ def random_model(manifest: Manifest) -> tuple[Transformer, LocalExperts]:
     return model, experts
 
 
-def part_tensors(part: ModelPart, model: Transformer, experts: LocalExperts) -> dict[str, torch.Tensor]:
+def part_tensors(
+    part: ModelPart, model: Trunk, experts: LocalExperts, pretrained: PretrainedParts | None = None
+) -> dict[str, torch.Tensor]:
     if part.id == TRUNK:
         return trunk_tensors(model)
+    if not isinstance(part.id, BlockId):
+        assert pretrained is not None
+        return pretrained.tensors(part)
     block = experts.blocks[part.id.layer][part.id.block]
-    return {expert_tensor(part.id, name): t for name, t in block.params.items()}
+    return {expert_tensor(experts.manifest.model, part.id, name): t for name, t in block.params.items()}
 
 
-def unfinished_export(out: Path, manifest: Manifest, max_bytes: int = 10_000_000) -> UnfinishedExport:
-    return UnfinishedExport(out, manifest.run_id, groups_of(parts_of(manifest), max_bytes))
+def unfinished_export(
+    out: Path, manifest: Manifest, max_bytes: int = 10_000_000, pretrained: PretrainedParts | None = None
+) -> UnfinishedExport:
+    parts = parts_of(manifest, None if pretrained is None else pretrained.outline)
+    return UnfinishedExport(out, manifest.run_id, groups_of(parts, max_bytes))
 
 
 def write_export(
-    unfinished: UnfinishedExport, manifest: Manifest, of: tuple[Transformer, LocalExperts], tokenizer: bytes | None
+    unfinished: UnfinishedExport,
+    manifest: Manifest,
+    of: tuple[Trunk, LocalExperts],
+    tokenizer: bytes | None,
+    pretrained: PretrainedParts | None = None,
 ) -> None:
     """What `export` does once it has joined a swarm, without the swarm."""
     if not unfinished.begin():
@@ -70,19 +90,21 @@ def write_export(
         if unfinished.record(group) is None:
             for part in group.parts:
                 if not unfinished.has(part):
-                    unfinished.keep(part, part_tensors(part, *of), TAKEN)
+                    unfinished.keep(part, part_tensors(part, *of, pretrained), TAKEN)
             unfinished.write(group)
     taken = unfinished.taken()
-    unfinished.finish(small_files(manifest, unfinished.groups, taken, CARD, tokenizer))
+    unfinished.finish(small_files(manifest, unfinished.groups, taken, CARD, tokenizer, pretrained))
 
 
 def exported(
     out: Path, manifest: Manifest | None = None, tokenizer: bytes | None = None, max_bytes: int = 10_000_000
-) -> tuple[Transformer, Manifest]:
+) -> tuple[Trunk, Manifest]:
     """The folder `out`, and the model that is in it."""
     manifest = manifest or small_manifest(model=HASH)
     model, experts = random_model(manifest)
-    write_export(unfinished_export(out, manifest, max_bytes), manifest, (model, experts), tokenizer)
+    pretrained = pretrained_parts(manifest)
+    unfinished = unfinished_export(out, manifest, max_bytes, pretrained)
+    write_export(unfinished, manifest, (model, experts), tokenizer, pretrained)
     return model, manifest
 
 
@@ -93,8 +115,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def read_by_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The model of the folder, by the code that it brings, as it is in this checkout."""
     show_no_progress_bar()
-    model: Any = KilohiveForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-    return model.eval()
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in (KilohiveForCausalLM, KilohivePretrainedForCausalLM)}
+    return kinds[name].from_pretrained(folder, dtype=dtype or "auto").eval()
 
 
 def show_no_progress_bar() -> None:
@@ -111,3 +134,9 @@ def flipped(path: Path, place: int = -1) -> Iterator[None]:
     yield
     data[place] ^= 1
     path.write_bytes(data)
+
+
+def sealed(folder: Path) -> None:
+    """Have the hashes fit what is in the folder, as somebody who changes it on purpose would."""
+    (folder / SUMS).unlink()
+    (folder / SUMS).write_text(sums_text({path.name: file_sum(path) for path in folder.iterdir()}))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from common.assets import asset_of, asset_of_file
-from common.tokenizer import FileTokenizer
+from common.assets import asset_of, asset_of_file, asset_store
 from node.model.pretrained_files import quiet_transformers
 from protocol.manifest import Manifest, ModelConfig, OptimizerConfig
 from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedFile
@@ -30,6 +30,11 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 KINDS: dict[str, type[LibraryConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+END = "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def new_model(config: LibraryConfig) -> Any:
@@ -37,39 +42,67 @@ def new_model(config: LibraryConfig) -> Any:
     return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
-def save_pretrained(folder: Path, kind: str = "llama") -> Path:
+def save_pretrained(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a model whose weights are random, but large enough that every part of it counts."""
     torch.manual_seed(5)
     with quiet_transformers():
-        return _save(folder, kind)
+        return _save(folder, new_model(KINDS[kind](**{**SHAPE, **changes})), dtype)
 
 
-def _save(folder: Path, kind: str) -> Path:
-    model = new_model(KINDS[kind](**SHAPE))
+def save_chat_model(folder: Path, **changes: Any) -> Path:
+    """The same with a token that ends a turn, and a template for chats."""
+    save_pretrained(folder, bos_token_id=None, eos_token_id=N_TOKENS - 1, **changes)
+    (folder / "tokenizer.json").write_bytes(chat_tokenizer())
+    library: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(folder / "tokenizer.json"), eos_token=END, pad_token=END, chat_template=CHAT_TEMPLATE
+    )
+    library.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(chat_tokenizer())
+    return folder
+
+
+def chat_tokenizer() -> bytes:
+    """The last of the N_TOKENS tokens ends a turn."""
+    library = Tokenizer.from_buffer(tiny_tokenizer(N_TOKENS - 1))
+    library.add_special_tokens([END])
+    return library.to_str().encode("utf-8")
+
+
+def kept_manifest(folder: Path, tokenizer: bytes | None = None, **changes: Any) -> Manifest:
+    """A run around the model in `folder`, whose files are kept on this machine."""
+    manifest = pretrained_manifest(folder, tokenizer, **changes)
+    if tokenizer is not None:
+        asset_store().add(tokenizer)
+    for file in manifest.pretrained.files:
+        asset_store().add_file(folder / file.name)
+    return manifest
+
+
+def _save(folder: Path, model: Any, dtype: torch.dtype) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn(parameter.shape))
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tiny_tokenizer(N_TOKENS))
     PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(folder)  # type: ignore[no-untyped-call]
     return folder
 
 
-def pretrained_manifest(folder: Path, **changes: Any) -> Manifest:
-    """A run with experts beside layers 1 and 3 of the model in `folder`."""
+def pretrained_manifest(folder: Path, tokenizer: bytes | None = None, **changes: Any) -> Manifest:
+    """A run with experts beside layers 1 and 3 of the model in `folder`, where the tokenizer is if it is not given."""
     files = tuple(
         PretrainedFile(name=path.name, sha256=asset_of_file(path).sha256, n_bytes=path.stat().st_size)
         for path in sorted(folder.iterdir())
         if path.is_file() and not path.name.startswith(".")
     )
-    tokenizer = asset_of((folder / "tokenizer.json").read_bytes())
+    asset = asset_of((folder / "tokenizer.json").read_bytes() if tokenizer is None else tokenizer)
     model: dict[str, Any] = {
         "trunk": "hf",
         "d_model": 16,
         "n_layers": 2,
         "n_heads": 1,
         "context": 32,
-        "vocab_size": FileTokenizer(tiny_tokenizer(N_TOKENS), "tiny").vocab_size,
+        "vocab_size": N_TOKENS,
         "expert_kind": "lora",
         "expert_hidden": 2,
         "experts_per_layer": 16,
@@ -84,6 +117,6 @@ def pretrained_manifest(folder: Path, **changes: Any) -> Manifest:
         codec="fp32",
         model=ModelConfig(**{**model, **of_model}),
         optimizer=OptimizerConfig(warmup_tokens=0, lr=0.02, expert_lr=0.02),
-        data=DataConfig(tokenizer=tokenizer.sha256, tokenizer_bytes=tokenizer.n_bytes),
+        data=DataConfig(tokenizer=asset.sha256, tokenizer_bytes=asset.n_bytes),
         pretrained=PretrainedConfig(**{**pretrained, **{k: v for k, v in changes.items() if k not in of_model}}),
     )

@@ -1,48 +1,73 @@
 """What is in the folder of an exported model: the names of its files and tensors, and which tensor is in which file.
 
 The trunk is one part of the model and each block of experts another: a part comes from one replica, as it was at one
-moment.
+moment. What stays as it was of a pretrained model comes from its files, in pieces.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import torch
 
 from node.model.gate import GATE_BIAS
 from node.model.moe import LocalExperts
 from node.model.replica_state import TensorSchema
-from node.trainer.train_step import build_transformer
+from node.trainer.train_step import build_model
 from protocol.manifest import TRUNK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Set as AbstractSet
 
-    from node.model.transformer import Transformer
-    from protocol.manifest import BlockId, Manifest
+    from transformers import PreTrainedModel
+
+    from node.model.trunk import Trunk
+    from protocol.manifest import BlockId, Manifest, ModelConfig
 
 T = TypeVar("T")
 
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
-CODE: Final = "modeling_kilohive.py"
+CODE: Final = {
+    "transformer": ("modeling_kilohive.py", "kilohive_experts.py", "kilohive_gates.py"),
+    "hf": ("modeling_kilohive_pretrained.py", "kilohive_experts.py", "kilohive_gates.py"),
+}
+"""The files with a model's code, by its trunk; the first has the classes that `config.json` names."""
+
 CARD: Final = "README.md"
 GENERATION: Final = "generation_config.json"
 TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+CHAT_TEMPLATE: Final = "chat_template"
+"""What `tokenizer_config.json` has if the model knows how a chat is written."""
 
 SIGNS: Final = "codes.signs_VD"
 MEAN_LOAD: Final = "mean_load_E"
 
+PRETRAINED: Final = "language_model."
+"""What names of a pretrained model's own tensors begin with; what follows are the names that it has for them."""
+
+PIECE_BYTES: Final = 1 << 26
+"""Tensors of a pretrained model that are read and written together, unless a single one is larger."""
+
+
+class Piece(NamedTuple):
+    """Some of what stays as it was of a pretrained model, counted from 0."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"pretrained/{self.number}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPart:
-    """The trunk, or a block of experts, as tensors of the folder."""
+    """The trunk, a block of experts, or a piece of a pretrained model, as tensors of the folder."""
 
-    id: BlockId
+    id: BlockId | Piece
     tensors: tuple[TensorSchema, ...]
 
     @property
@@ -72,37 +97,60 @@ def file_name(number: int, total: int) -> str:
     return f"model-{number:05}-of-{total:05}.safetensors"
 
 
-def expert_tensor(block_id: BlockId, parameter: str) -> str:
+def expert_tensor(model: ModelConfig, block_id: BlockId, parameter: str) -> str:
     """The name of a parameter of a block's experts, stacked."""
-    return f"layers.{block_id.layer}.moe.experts.{block_id.block}.{parameter}"
+    layer = f"moe_layers.{block_id.layer}" if model.trunk == "hf" else f"layers.{block_id.layer}.moe"
+    return f"{layer}.experts.{block_id.block}.{parameter}"
 
 
-def trunk_tensors(model: Transformer) -> dict[str, torch.Tensor]:
+def trunk_places(model: Trunk) -> dict[str, torch.Tensor]:
     """All of a trunk that inference computes with, by name: what is trained, and what was drawn from the run's seed.
 
-    Signs of codes become int8, which holds them exactly.
+    Of a pretrained model it is what the run trains. The tensors are the trunk's own.
     """
-    read = {name: buffer for name, buffer in model.named_buffers() if _is_read(name, model)}
-    found = {**dict(model.named_parameters()), **read}
-    return {name: t.detach().to(torch.int8) if name == SIGNS else t.detach() for name, t in found.items()}
+    found = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if _is_read(n, model)}}
+    own = {name: tensor for name, tensor in found.items() if not name.startswith("_")}
+    return {**own, **{f"{PRETRAINED}{name}": parameter for name, parameter in model.unfrozen.items()}}
 
 
-def meta_model(manifest: Manifest) -> tuple[Transformer, LocalExperts]:
-    """A run's whole model as names, shapes and types: without memory for any number."""
+def trunk_tensors(model: Trunk) -> dict[str, torch.Tensor]:
+    """What is at `trunk_places`, as it is written: signs of codes become int8, which holds them exactly."""
+    places = trunk_places(model)
+    return {name: t.detach().to(torch.int8) if name == SIGNS else t.detach() for name, t in places.items()}
+
+
+def meta_model(manifest: Manifest, pretrained: PreTrainedModel | None = None) -> tuple[Trunk, LocalExperts]:
+    """A run's whole model as names, shapes and types, without memory for any number.
+
+    Of a run around a pretrained model `pretrained` is the outline of that.
+    """
     with torch.device("meta"):
         experts = LocalExperts(manifest, torch.device("meta"))
-        return build_transformer(manifest, experts, torch.Generator("cpu")), experts
+        return build_model(manifest, experts, torch.Generator("cpu"), pretrained), experts
 
 
-def parts_of(manifest: Manifest) -> tuple[ModelPart, ...]:
-    """The trunk and every block, in the order in which they are written. Allocates no weights."""
-    model, experts = meta_model(manifest)
+def parts_of(manifest: Manifest, pretrained: PreTrainedModel | None = None) -> tuple[ModelPart, ...]:
+    """The trunk, every block and the pretrained model, in the order in which they are written. Allocates no weights.
+
+    `pretrained` is as in `meta_model`. DataError where it and the manifest do not fit each other.
+    """
+    model, experts = meta_model(manifest, pretrained)
     blocks = [
-        (block.id, {expert_tensor(block.id, name): t for name, t in block.params.items()})
+        (block.id, {expert_tensor(manifest.model, block.id, name): t for name, t in block.params.items()})
         for of_layer in experts.blocks.values()
         for block in of_layer
     ]
-    return tuple(_part(*of) for of in ((TRUNK, trunk_tensors(model)), *blocks))
+    parts = tuple(_part(*of) for of in ((TRUNK, trunk_tensors(model)), *blocks))
+    return parts if pretrained is None else (*parts, *_pieces(pretrained, model.unfrozen.keys()))
+
+
+def _pieces(pretrained: PreTrainedModel, unfrozen: AbstractSet[str]) -> Iterable[ModelPart]:
+    from node.model.pretrained_outline import frozen_tensors  # noqa: PLC0415 - as in `train_step.build_trunk`
+
+    frozen = frozen_tensors(pretrained, unfrozen)
+    schemas = [TensorSchema(f"{PRETRAINED}{name}", tuple(t.shape), t.dtype) for name, t in frozen.items()]
+    packed = _packed(schemas, n_bytes, PIECE_BYTES)
+    return (ModelPart(id=Piece(number), tensors=tuple(tensors)) for number, tensors in enumerate(packed))
 
 
 def groups_of(parts: Iterable[ModelPart], max_bytes: int) -> tuple[FileGroup, ...]:
@@ -131,13 +179,13 @@ def _packed(items: Iterable[T], size: Callable[[T], int], most: int) -> list[lis
     return packed
 
 
-def _is_read(buffer: str, model: Transformer) -> bool:
+def _is_read(buffer: str, model: Trunk) -> bool:
     """Training alone reads a gate's memory of loads, and a gate without parameters reads no biases."""
     name = buffer.rpartition(".")[2]
     return name != MEAN_LOAD and (name != GATE_BIAS or _has_parameters(model, buffer.removesuffix(f".{GATE_BIAS}")))
 
 
-def _has_parameters(model: Transformer, module: str) -> bool:
+def _has_parameters(model: Trunk, module: str) -> bool:
     return next(model.get_submodule(module).parameters(), None) is not None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from common.errors import ConfigError, DataError, InvalidInputError
-from node.api.chat import PlainChat, TemplateChat, Turn, read_chat
+from node.api.chat import PlainChat, TemplateChat, Turn, exported_chat, read_chat
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +42,16 @@ def test_a_jinja_file_is_a_template_without_tokens(tmp_path: Path) -> None:
     assert chat.stop == ()
 
 
+def test_an_exported_model_brings_its_template_along_if_it_has_one(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"}))
+    assert exported_chat(tmp_path) == read_chat(path)
+    path.write_text(json.dumps({"eos_token": "</s>"}))
+    assert isinstance(exported_chat(tmp_path), PlainChat)
+    with pytest.raises(DataError, match="has no text chat_template"):
+        read_chat(path)
+
+
 def test_no_file_means_the_plain_form() -> None:
     assert isinstance(read_chat(None), PlainChat)
 
@@ -63,6 +73,7 @@ def test_a_template_reaches_nothing_outside_of_it() -> None:
     [
         ("a.json", "{", "is no JSON"),
         ("a.json", "[]", "has no text chat_template"),
+        ("a.json", "{}", "has no text chat_template"),
         ("a.json", '{"chat_template": 3}', "has no text chat_template"),
         ("a.jinja", "{% if %}", "do not fit the chat template"),
         ("a.jinja", "x" * (1 << 20) + "y", "is longer than 1,048,576 bytes"),

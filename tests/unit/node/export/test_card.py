@@ -10,7 +10,8 @@ import pytest
 
 from node.export.card import KnownTraining, card_text, training_of
 from node.export.unfinished import Taken
-from protocol.manifest import TRUNK, BlockId, all_blocks
+from protocol.manifest import TRUNK, BlockId, Manifest, ModelConfig, all_blocks
+from protocol.run_assets import PretrainedConfig, PretrainedFile
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
@@ -40,6 +41,34 @@ def test_it_names_the_run_and_what_was_trained() -> None:
         assert words in card
     assert "| held-out loss | not known |" in card
     assert "not known to who exported it, nor is its licence" in card
+
+
+AROUND = Manifest(
+    name="tiny-llama",
+    model=ModelConfig(trunk="hf", d_model=16, n_heads=1, experts_per_layer=16, experts_per_block=4, expert_kind="lora"),
+    pretrained=PretrainedConfig(
+        files=(PretrainedFile(name="tiny.gguf", sha256="ab" * 32, n_bytes=47_904),), dtype="bf16", attach=(1, 3)
+    ),
+)
+
+
+def test_it_tells_a_pretrained_model_from_what_was_trained_beside_it() -> None:
+    taken = {id_: TAKEN[TRUNK] if id_ == TRUNK else TAKEN[BlockId(0, 0)] for id_ in (TRUNK, *all_blocks(AROUND.model))}
+    card = one_line(card_text(AROUND, taken, {}, KnownTraining()))
+    for words in (
+        "The run is called `tiny-llama`",
+        f"| `tiny.gguf` | 47,904 | `{'ab' * 32}` |",
+        "its licence applies here. The run does not know which licence that is",
+        "beside the feed-forward parts of its layers 1, 3, counted from 0, and the gates that choose among them. ",
+        "All else of it is as it was, in bfloat16.",
+        "`trust_remote_code` runs `modeling_kilohive_pretrained.py`, `kilohive_experts.py`, `kilohive_gates.py`",
+        "| layers with experts | 2, of width 16 |",
+        "| context in training | 128 tokens |",
+    ):
+        assert words in card
+    unfrozen = replace(AROUND, pretrained=replace(AROUND.pretrained, unfreeze=("model.norm", "lm_head")))
+    card = one_line(card_text(unfrozen, taken, {}, KnownTraining()))
+    assert "and of its own parameters those whose names begin with `model.norm`, `lm_head`. All else" in card
 
 
 def test_a_run_that_stands_still_is_of_one_moment() -> None:

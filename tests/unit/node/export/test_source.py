@@ -99,7 +99,7 @@ def downloads() -> tuple[Downloads, dict[BlockId, dict[str, torch.Tensor]]]:
 async def test_the_trunk_comes_with_what_the_runs_seed_drew() -> None:
     client, wanted = downloads()
     source = PartSource(MANIFEST, replicas_of_everything("a", "b"), client, wait_s=0)
-    tensors, taken = await source.fetch(parts_of(MANIFEST)[0])
+    tensors, taken = await source.fetch_trunk()
     assert tensors.keys() == wanted[TRUNK].keys()
     assert all(torch.equal(tensors[name], t) for name, t in wanted[TRUNK].items())
     assert (taken.version, taken.word, taken.run_tokens) == (9, "two replicas", 4096)
@@ -110,9 +110,9 @@ async def test_a_block_of_one_replica_is_taken_on_its_word() -> None:
     client, _ = downloads()
     source = PartSource(MANIFEST, replicas_of_everything("a"), client, wait_s=0)
     part = parts_of(MANIFEST)[6]
-    tensors, taken = await source.fetch(part)
     assert part.id == BlockId(1, 1)
-    assert torch.equal(tensors["layers.1.moe.experts.1.w_in"], client.params[part.id]["w_in"])
+    tensors, taken = await source.fetch_block(BlockId(1, 1), part.tensors)
+    assert torch.equal(tensors["layers.1.moe.experts.1.w_in"], client.params[BlockId(1, 1)]["w_in"])
     assert set(tensors) == {tensor.name for tensor in part.tensors}
     assert (taken.word, taken.run_tokens) == ("one replica", 0)
 
@@ -135,11 +135,11 @@ async def test_a_replica_that_fails_is_asked_again_while_there_is_time() -> None
     client, _ = downloads()
     client.failing = {"a": 1}
     source = PartSource(MANIFEST, replicas_of_everything("a"), client, wait_s=30)
-    await source.fetch(parts_of(MANIFEST)[1])
+    await source.fetch_block(BlockId(0, 0), parts_of(MANIFEST)[1].tensors)
     client.failing = {"a": 10**6}
     source = PartSource(MANIFEST, replicas_of_everything("a"), client, wait_s=0)
     with pytest.raises(UnavailableError, match="block 0/0: none of 1 replicas could be downloaded"):
-        await source.fetch(parts_of(MANIFEST)[1])
+        await source.fetch_block(BlockId(0, 0), parts_of(MANIFEST)[1].tensors)
 
 
 async def test_experts_without_a_replica_are_waited_for_and_named() -> None:
@@ -147,7 +147,7 @@ async def test_experts_without_a_replica_are_waited_for_and_named() -> None:
     directory = replicas_of_everything("a")
     for gone in (BlockId(0, 1), BlockId(0, 2), BlockId(1, 0), TRUNK):
         del directory.table[gone]
-    ids = [part.id for part in parts_of(MANIFEST)]
+    ids = [TRUNK, *all_blocks(MODEL)]
     words = (
         "the trunk, experts 4 to 11 of layer 0, experts 0 to 3 of layer 1 have no live replica after a wait of 0 s: "
     )

@@ -14,6 +14,7 @@ from common import atomic_file
 from common.errors import CheckpointError, ConfigError
 from node.export import unfinished as module
 from node.export.unfinished import Taken
+from protocol.manifest import BlockId
 from tests.support.exported import (
     CARD,
     HASH,
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from node.model.moe import LocalExperts
-    from node.model.transformer import Transformer
-    from protocol.manifest import BlockId
-
+    from node.model.trunk import Trunk
 MANIFEST = small_manifest(model=HASH)
 MAX_BYTES = 20_000
 """A trunk in several files, and blocks of which two go into one."""
@@ -45,7 +44,7 @@ class KilledError(BaseException):
 
 
 @pytest.fixture(scope="module")
-def model() -> tuple[Transformer, LocalExperts]:
+def model() -> tuple[Trunk, LocalExperts]:
     return random_model(MANIFEST)
 
 
@@ -56,7 +55,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(out)
 
 
-def export(out: Path, of: tuple[Transformer, LocalExperts]) -> None:
+def export(out: Path, of: tuple[Trunk, LocalExperts]) -> None:
     write_export(unfinished_export(out, MANIFEST, MAX_BYTES), MANIFEST, of, None)
 
 
@@ -94,7 +93,7 @@ class Steps:
 @pytest.mark.parametrize("is_after", [False, True])
 def test_whatever_step_it_is_killed_at_it_goes_on_to_the_same_bytes(
     tmp_path: Path,
-    model: tuple[Transformer, LocalExperts],
+    model: tuple[Trunk, LocalExperts],
     wanted: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
     is_after: bool,
@@ -117,8 +116,18 @@ def test_whatever_step_it_is_killed_at_it_goes_on_to_the_same_bytes(
         assert list(out.parent.iterdir()) == [out]
 
 
+def test_one_that_was_killed_before_its_last_step_is_whole(tmp_path: Path, model: tuple[Trunk, LocalExperts]) -> None:
+    export(tmp_path / "model", model)
+    left_over = tmp_path / "model.partial"
+    left_over.mkdir()
+    export(tmp_path / "model", model)
+    assert not left_over.exists()
+    with pytest.raises(ConfigError, match="model is not empty"):
+        export(tmp_path / "model", model)
+
+
 def test_half_a_file_that_a_killed_process_left_does_not_come_along(
-    tmp_path: Path, model: tuple[Transformer, LocalExperts], wanted: dict[str, bytes]
+    tmp_path: Path, model: tuple[Trunk, LocalExperts], wanted: dict[str, bytes]
 ) -> None:
     unfinished = unfinished_export(tmp_path / "model", MANIFEST, MAX_BYTES)
     unfinished.begin()
@@ -128,7 +137,7 @@ def test_half_a_file_that_a_killed_process_left_does_not_come_along(
 
 
 def test_an_export_that_has_its_name_is_only_tidied_up(
-    tmp_path: Path, model: tuple[Transformer, LocalExperts], wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: tuple[Trunk, LocalExperts], wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(module.UnfinishedExport, "clear", killed)
@@ -144,7 +153,7 @@ def killed(_: module.UnfinishedExport) -> None:
     raise KilledError
 
 
-def test_what_had_come_is_not_fetched_again(tmp_path: Path, model: tuple[Transformer, LocalExperts]) -> None:
+def test_what_had_come_is_not_fetched_again(tmp_path: Path, model: tuple[Trunk, LocalExperts]) -> None:
     unfinished = unfinished_export(tmp_path / "model", MANIFEST, MAX_BYTES)
     assert unfinished.begin()
     first, second, *_ = unfinished.groups
@@ -159,7 +168,7 @@ def test_what_had_come_is_not_fetched_again(tmp_path: Path, model: tuple[Transfo
 
 @pytest.mark.parametrize("place", [9, -1])
 def test_a_file_that_was_damaged_meanwhile_is_written_anew(
-    tmp_path: Path, model: tuple[Transformer, LocalExperts], wanted: dict[str, bytes], place: int
+    tmp_path: Path, model: tuple[Trunk, LocalExperts], wanted: dict[str, bytes], place: int
 ) -> None:
     unfinished = unfinished_export(tmp_path / "model", MANIFEST, MAX_BYTES)
     unfinished.begin()
@@ -176,7 +185,7 @@ def test_a_file_that_was_damaged_meanwhile_is_written_anew(
 
 
 def test_a_part_that_is_cut_short_or_of_other_shapes_counts_as_missing(
-    tmp_path: Path, model: tuple[Transformer, LocalExperts]
+    tmp_path: Path, model: tuple[Trunk, LocalExperts]
 ) -> None:
     unfinished = unfinished_export(tmp_path / "model", MANIFEST, MAX_BYTES)
     unfinished.begin()
@@ -219,14 +228,14 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     ]
 
 
-def test_an_empty_folder_is_as_good_as_none(tmp_path: Path, model: tuple[Transformer, LocalExperts]) -> None:
+def test_an_empty_folder_is_as_good_as_none(tmp_path: Path, model: tuple[Trunk, LocalExperts]) -> None:
     (tmp_path / "model").mkdir()
     export(tmp_path / "model", model)
     assert "config.json" in contents(tmp_path / "model")
 
 
 def test_a_disk_that_fills_up_is_told_in_a_sentence_and_what_is_there_stays(
-    tmp_path: Path, model: tuple[Transformer, LocalExperts], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: tuple[Trunk, LocalExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unfinished = unfinished_export(tmp_path / "model", MANIFEST, MAX_BYTES)
     unfinished.begin()
@@ -256,7 +265,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(
 
 
 def test_what_reads_back_otherwise_than_it_was_written_is_an_error(
-    tmp_path: Path, model: tuple[Transformer, LocalExperts], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: tuple[Trunk, LocalExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = atomic_file.write_atomically
 
@@ -268,12 +277,13 @@ def test_what_reads_back_otherwise_than_it_was_written_is_an_error(
         export(tmp_path / "model", model)
 
 
-def test_where_each_part_came_from_is_kept(tmp_path: Path, model: tuple[Transformer, LocalExperts]) -> None:
+def test_where_each_part_came_from_is_kept(tmp_path: Path, model: tuple[Trunk, LocalExperts]) -> None:
     unfinished = unfinished_export(tmp_path / "model", MANIFEST, MAX_BYTES)
     unfinished.begin()
     wanted: dict[BlockId, Taken] = {}
     for group in unfinished.groups:
         for part in group.parts:
+            assert isinstance(part.id, BlockId)
             wanted[part.id] = Taken(version=len(wanted), word="one replica", run_tokens=3)
             unfinished.keep(part, part_tensors(part, *model), wanted[part.id])
         unfinished.write(group)

@@ -16,18 +16,18 @@ from common.errors import CheckpointError, ConfigError
 from kilohive import load_model
 from node.trainer.config import EvaluateConfig, SampleConfig
 from node.trainer.evaluation import run_evaluate
+from node.trainer.exported.layout import CODE
 from node.trainer.exported.loading import open_export
-from node.trainer.exported.sums import SUMS, file_sum, sums_text
+from node.trainer.exported.sums import SUMS, read_sums
 from node.trainer.sample_command import run_sample
 from protocol.run_assets import DataConfig
-from tests.support.exported import HASH, exported, flipped
+from tests.support.exported import HASH, exported, flipped, sealed
 from tests.support.swarm_parts import small_manifest
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from node.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 SHARD = "model-00001-of-00001.safetensors"
@@ -41,12 +41,6 @@ def some_ids() -> torch.Tensor:
 def folder(tmp_path: Path) -> Path:
     exported(tmp_path / "model")
     return tmp_path / "model"
-
-
-def sealed(folder: Path) -> None:
-    """Have the hashes fit what is in the folder, as somebody who changes it on purpose would."""
-    (folder / SUMS).unlink()
-    (folder / SUMS).write_text(sums_text({path.name: file_sum(path) for path in folder.iterdir()}))
 
 
 @pytest.mark.parametrize("shape", [HASH, {"gate": "product_key"}, {"gate": "topk", "expert_kind": "lora"}])
@@ -73,7 +67,7 @@ def test_a_folder_gives_the_model_that_was_written_whatever_this_torch_draws(
 def test_a_loaded_model_can_go_on_training(folder: Path) -> None:
     exported_model = open_export(folder, CPU)
     before = exported_model.experts.blocks[0][0].params["w_in"].clone()
-    model: Transformer = exported_model.model.train()
+    model = exported_model.model.train()
     model(some_ids()).square().mean().backward()
     assert not torch.equal(exported_model.experts.blocks[0][0].params["w_in"], before)
 
@@ -134,7 +128,7 @@ def test_a_configuration_that_does_not_fit_is_refused_before_memory_is_taken(
 def test_a_number_that_is_not_finite_is_refused(folder: Path) -> None:
     exported_model = open_export(folder, CPU)
     tensors = {"head_VD": torch.full((256, 16), torch.nan)}
-    assert exported_model.model.head_VD.shape == (256, 16)
+    assert exported_model.model.get_parameter("head_VD").shape == (256, 16)
     save_file(tensors, folder / "x.safetensors")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["head_VD"] = "x.safetensors"
@@ -158,6 +152,25 @@ def test_hashes_that_are_none_are_refused(folder: Path) -> None:
     (folder / SUMS).write_text(f"{'0' * 64}  ../secret\n")
     with pytest.raises(CheckpointError, match="is not a SHA-256 and a name"):
         load_model(folder)
+
+
+def test_a_folder_with_all_code_in_one_file_is_read_like_any_other(folder: Path) -> None:
+    """Such are those of before there were several files."""
+    expected = load_model(folder)(some_ids())
+    for name in CODE["transformer"][1:]:
+        (folder / name).unlink()
+    (folder / CODE["transformer"][0]).write_text("# as it was then\n")
+    sealed(folder)
+    torch.testing.assert_close(load_model(folder)(some_ids()), expected)
+
+
+def test_all_code_is_in_the_folder_and_has_its_hash(folder: Path) -> None:
+    assert set(CODE["transformer"]) <= read_sums(folder).keys()
+    assert {path.name for path in folder.iterdir()} == {*read_sums(folder), SUMS}
+    imported = {
+        name for file in CODE["transformer"] for name in re.findall(r"from \.(\w+) import", (folder / file).read_text())
+    }
+    assert {f"{name}.py" for name in imported} == set(CODE["transformer"][1:])
 
 
 async def test_sample_and_evaluate_use_the_folder_without_a_swarm(

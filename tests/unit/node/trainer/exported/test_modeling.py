@@ -17,7 +17,7 @@ from tests.support.swarm_parts import small_manifest
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
 
 CLOSE: Any = {"atol": 1e-5, "rtol": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def some_ids(n_rows: int = 3, n_tokens: int = 16, seed: int = 1) -> torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Any]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trunk, Any]:
     folder = tmp_path_factory.mktemp("exported") / "model"
     model, _ = exported(folder, max_bytes=20_000)  # several files
     return model, read_by_transformers(folder)
@@ -56,7 +56,7 @@ def test_logits_are_those_of_the_swarms_model(tmp_path: Path, shape: dict[str, A
 @pytest.mark.parametrize("side", ["left", "right", "within"])
 @torch.no_grad()
 def test_a_rows_logits_are_those_that_it_has_alone_wherever_it_is_padded_and_with_whatever_id(
-    both: tuple[Transformer, Any], side: str
+    both: tuple[Trunk, Any], side: str
 ) -> None:
     _, model = both
     rows = [some_ids(1, n, seed=n)[0] for n in (3, 16, 9)]
@@ -72,7 +72,7 @@ def test_a_rows_logits_are_those_that_it_has_alone_wherever_it_is_padded_and_wit
 
 
 @torch.no_grad()
-def test_what_is_read_in_pieces_has_the_logits_of_the_whole(both: tuple[Transformer, Any]) -> None:
+def test_what_is_read_in_pieces_has_the_logits_of_the_whole(both: tuple[Trunk, Any]) -> None:
     _, model = both
     ids = some_ids(2)
     mask = torch.ones_like(ids)
@@ -88,14 +88,14 @@ def test_what_is_read_in_pieces_has_the_logits_of_the_whole(both: tuple[Transfor
     torch.testing.assert_close(again, whole.flip(0)[:, 8:], **CLOSE)
 
 
-def greedy(model: Transformer, prompt: torch.Tensor, n_tokens: int) -> list[int]:
+def greedy(model: Trunk, prompt: torch.Tensor, n_tokens: int) -> list[int]:
     config = GenerationConfig(max_new_tokens=n_tokens, temperature=0)
     return [new.token for step in Generation(model, [Prompt(ids=prompt.tolist(), config=config)]) for new in step]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generate_writes_what_the_swarms_model_writes_for_prompts_of_several_lengths(
-    both: tuple[Transformer, Any], use_cache: bool
+    both: tuple[Trunk, Any], use_cache: bool
 ) -> None:
     ours, model = both
     prompts = [some_ids(1, n, seed=n)[0] for n in (2, 8)]
@@ -106,7 +106,7 @@ def test_generate_writes_what_the_swarms_model_writes_for_prompts_of_several_len
         assert of_row == greedy(ours, prompt, 6)
 
 
-def test_generate_draws_and_searches_with_beams(both: tuple[Transformer, Any]) -> None:
+def test_generate_draws_and_searches_with_beams(both: tuple[Trunk, Any]) -> None:
     _, model = both
     prompt = some_ids(2, 4)
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_generate_draws_and_searches_with_beams(both: tuple[Transformer, Any]) -
     assert cached.tolist() == read_again.tolist()
 
 
-def test_the_loss_is_the_mean_of_what_is_not_left_out(both: tuple[Transformer, Any]) -> None:
+def test_the_loss_is_the_mean_of_what_is_not_left_out(both: tuple[Trunk, Any]) -> None:
     _, model = both
     ids = some_ids(2)
     labels = ids.clone()
@@ -133,7 +133,7 @@ def test_the_loss_is_the_mean_of_what_is_not_left_out(both: tuple[Transformer, A
 
 
 def test_more_than_the_context_and_masks_of_another_shape_are_refused_in_one_sentence(
-    both: tuple[Transformer, Any],
+    both: tuple[Trunk, Any],
 ) -> None:
     _, model = both
     with pytest.raises(ValueError, match="17 tokens are more than the 16 of this model's context"):

@@ -7,8 +7,8 @@ SHELL := bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 \
 	|| echo python3)
-TORCH ?= auto#     make setup TORCH=cuda: PyPI's build, with NVIDIA's libraries; cpu: for processors alone
-CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH ?= auto#     make setup TORCH=cuda: PyPI's build, with NVIDIA's libraries, 2.7 GB; cpu: for processors alone
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 SWARM_FLAGS ?=#    make swarm SWARM_FLAGS=--resume
 MODEL ?=#          make swarm MODEL=smollm2: experts around a pretrained model; or a folder, a GGUF, OWNER/NAME@REVISION
@@ -99,20 +99,25 @@ $(BIN)/python -m pytest $(1) $(if $(strip $(PYTEST_FLAGS)),$(PYTEST_FLAGS),-n 2 
 tests/faults tests/swarm tests/integration tests/unit)
 endef
 
-# PyPI's torch for Linux brings NVIDIA's libraries, 3 GB, which a machine without such a GPU has no use for.
+# PyPI's torch for Linux on x86-64 brings NVIDIA's libraries, which a machine without such a GPU has no use for. A build
+# for processors alone has +cpu in its version, wherever it lies.
 define cpu_torch
-if [ "$(TORCH)" != cuda ] && [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import torch' 2>/dev/null \
-	&& { [ "$(TORCH)" = cpu ] || ! nvidia-smi -L >/dev/null 2>&1; }; then \
-	if $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null; then \
-		echo 'No NVIDIA GPU: fetching torch for processors alone, about 200 MB (TORCH=cuda fetches the other, 3 GB)'; \
-		$(BIN)/pip install -q --disable-pip-version-check --no-deps --index-url $(CPU_INDEX) \
-			"$$(grep -o '^torch==[0-9.]*' requirements.lock)"; \
-	else echo 'No NVIDIA GPU, and $(CPU_INDEX) does not answer: torch comes from where pip finds it'; fi; fi
+torch="$$(grep -o '^torch==[0-9.]*' requirements.lock)"; \
+if $(BIN)/python -c 'import torch' 2>/dev/null || [ "$$(uname -sm)" != 'Linux x86_64' ]; then :; \
+elif [ "$(TORCH)" = cuda ] || { [ "$(TORCH)" = auto ] && nvidia-smi -L >/dev/null 2>&1; }; then \
+	echo "Fetching torch with NVIDIA's libraries: about 2.7 GB, 5 GB on disk"; \
+elif $(BIN)/pip index versions torch 2>/dev/null | grep -F "$${torch#torch==}+cpu" >/dev/null; then \
+	echo 'No NVIDIA GPU: fetching torch for processors alone, about 200 MB'; \
+elif $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null; then \
+	echo 'No NVIDIA GPU: fetching torch for processors alone, about 200 MB (TORCH=cuda fetches the other, 2.7 GB)'; \
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --index-url $(CPU_INDEX) "$$torch"; \
+else echo "error: no NVIDIA GPU here, and $(CPU_INDEX), which has torch without NVIDIA's libraries, does not answer:" \
+	"try again later, or fetch 2.7 GB of which this machine has no use with TORCH=cuda" >&2; exit 1; fi
 endef
 # A dot every two seconds, because pip is silent while it unpacks torch; pip's errors are shown, its warnings are not.
 define install
 $(cpu_torch); \
-printf 'Installing %s packages into .venv (a minute or more) ' "$$(grep -c == $(1))"; \
+printf 'Installing %s packages into .venv: 250 MB or more beside torch, a minute or more ' "$$(grep -c == $(1))"; \
 (while sleep 2; do printf .; done) & dots=$$!; trap "kill $$dots 2>/dev/null; echo" EXIT; \
 $(BIN)/pip install -qq --disable-pip-version-check -r $(1); printf done
 endef

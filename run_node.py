@@ -17,7 +17,18 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+# Here, since another Python cannot read what is imported below.
+if not (3, 11) <= sys.version_info < (3, 14):
+    sys.stderr.write(
+        f"error: Kilohive needs Python 3.11, 3.12 or 3.13; {sys.executable} is {sys.version.split()[0]}: "
+        "install one of these and start it with that\n"
+    )
+    sys.exit(2)
+# A PYTHONPATH may name packages of the same names as ours, such as `common`.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -35,6 +46,7 @@ from common.command_line import (
 )
 from common.errors import ConfigError, KilohiveError
 from common.open_files import raise_open_files_limit
+from common.program import program_name
 from common.standard_streams import open_standard_streams, watch_stdin
 from common.utf8_mode import start_again_if_needed
 from coordinator.config import (
@@ -43,7 +55,6 @@ from coordinator.config import (
     LighthouseConfig,
     LocalConfig,
     StatusConfig,
-    program_name,
 )
 from node.api.config import ServeConfig
 from node.contributor.config import ContributeConfig
@@ -109,7 +120,7 @@ COMMANDS = (
         name="host",
         summary="host blocks of experts for a run.",
         config=HostConfig,
-        examples=("host --join runs/run/swarm.toml", "host --join swarm.toml --blocks 0/0-3,1/7 --state state/b"),
+        examples=("host --join invite.txt", "host --join swarm.toml --blocks 0/0-3,1/7 --state state/b"),
         limits=LimitsConfig,
         entry="node.host.host:run_host",
         endless=True,
@@ -152,28 +163,28 @@ COMMANDS = (
         name="health",
         summary="ask the node of a folder on this machine whether it serves.",
         config=HealthConfig,
-        examples=("health --state state/host", "health --state runs/run"),
+        examples=("health", "health --state runs/run"),
         entry="node.rpc.health:run_health",
     ),
     Command(
         name="pause",
         summary="have the host of a folder on this machine stop working; it stays in the swarm.",
         config=PauseConfig,
-        examples=("pause 1h", "pause --state state/host"),
+        examples=("pause 1h", "pause --state state/b"),
         entry="node.host.control:run_pause",
     ),
     Command(
         name="resume",
         summary="have a paused host work again.",
         config=ControlConfig,
-        examples=("resume --state state/host",),
+        examples=("resume", "resume --state state/b"),
         entry="node.host.control:run_resume",
     ),
     Command(
         name="leave",
         summary="have a host hand its blocks over, leave the swarm and end, within 20 s.",
         config=ControlConfig,
-        examples=("leave --state state/host",),
+        examples=("leave", "leave --state state/b"),
         entry="node.host.control:run_leave",
     ),
     Command(
@@ -314,7 +325,9 @@ def _run_on_trio(command: Command, parsed: Parsed[Any]) -> tuple[int | None, boo
     try:
         import trio  # noqa: PLC0415 - an extra, which hosts and trainers do not need
     except ModuleNotFoundError:
-        raise ConfigError(f"{command.name} needs the extra `lighthouse`: run make setup-lighthouse") from None
+        raise ConfigError(
+            f"{command.name} needs libp2p: install kilohive[lighthouse], in a checkout with make setup-lighthouse"
+        ) from None
 
     result: tuple[int | None, bool] = trio.run(_until_done_on_trio, command.load(), parsed)
     return result

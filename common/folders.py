@@ -81,6 +81,18 @@ def data_cache() -> Path:
     return folder
 
 
+def state_folder(role: str) -> Path:
+    """Where a node of this account has its key and its files: `$KILOHIVE_STATE/ROLE`, else in the user's data folder.
+
+    It is the same wherever the node is started. For an account without a home it is `state/ROLE` in the folder where
+    the node is started.
+    """
+    if named := os.environ.get("KILOHIVE_STATE"):
+        return Path(named) / role
+    data = _users_folder("XDG_DATA_HOME", ".local/share")
+    return Path("state") / role if data is None else data / role
+
+
 def give_matplotlib_a_folder() -> None:
     """Where it cannot write to its usual one, Matplotlib would make one for each process, and leave it."""
     usual = _users_cache()
@@ -100,10 +112,15 @@ def temporary_folder() -> Path:
 
 
 def _users_cache() -> Path | None:
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache) / "kilohive"
+    return _users_folder("XDG_CACHE_HOME", ".cache")
+
+
+def _users_folder(variable: str, below_home: str) -> Path | None:
+    """Kilohive's own in the folder that `variable` names, else in the usual one; None for an account without a home."""
+    if named := os.environ.get(variable):
+        return Path(named) / "kilohive"
     try:
-        return Path.home() / ".cache" / "kilohive"
+        return Path.home() / below_home / "kilohive"
     except RuntimeError:  # neither HOME nor an entry in /etc/passwd
         return None
 

@@ -5,7 +5,6 @@ Light: no hivemind, so that `--help` is quick.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -392,8 +391,3 @@ def _settings(manifest: Manifest) -> dict[str, object]:
     for name, value in asdict(manifest).items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat
-
-
-def program_name() -> str:
-    """What a person types to get to the subcommands."""
-    return "python run_node.py" if sys.argv[0].endswith("run_node.py") else "kilohive"

@@ -22,6 +22,7 @@ from common.config import EVENT_LOG_MINIMUMS
 from common.errors import ConfigError, UnavailableError
 from common.events import EventLog
 from common.folders import SWARM_LOCK, FolderClaim, claimed
+from common.program import program_name
 from common.settings import check_minimums
 from common.tasks import Periodic
 from coordinator.config import (
@@ -30,7 +31,6 @@ from coordinator.config import (
     check_same_run,
     manifest_of,
     owned_by,
-    program_name,
     read_manifest,
 )
 from coordinator.events import PeerLeaveEvent, PeerStartEvent
@@ -239,7 +239,7 @@ def how_to_join(path: Path, swarm: SwarmFile, invite: str) -> Text:
     """What to type, here and on another machine."""
     text = Text.assemble("run ", (swarm.run_id, "bold"), " is up\n\n")
     for purpose, command in (
-        ("host experts", f"host --join {path} --state state/host"),
+        ("host experts", f"host --join {path}"),
         ("train", f"train --join {path} --out runs/train"),
         ("look at it", f"status --join {path}"),
     ):

@@ -20,6 +20,7 @@ from common.errors import ConfigError, InvalidInputError, UnavailableError
 from common.events import EventLog, read_event
 from common.folders import LOCAL_LOCK, NODE_LOCK, SWARM_LOCK, FolderClaim, claimed, wait_until_free
 from common.log_files import LogPlace, LogReader, end_of_log
+from common.program import program_name
 from common.settings import check_minimums
 from coordinator.blocks import block_list_text, split_blocks
 from coordinator.children import PROGRAM, Child, ChildSpec, end_all, exit_words
@@ -29,7 +30,6 @@ from coordinator.config import (
     RunConfig,
     check_same_run,
     manifest_of,
-    program_name,
     read_manifest,
 )
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent

@@ -19,8 +19,8 @@ from common.config import EVENT_LOG_MINIMUMS
 from common.events import EventLog
 from common.folders import NODE_LOCK, SWARM_LOCK, FolderClaim, claimed
 from common.metrics import serve_metrics
+from common.program import program_name
 from common.settings import check_minimums
-from coordinator.config import program_name
 from coordinator.events import PeerLeaveEvent, PeerStartEvent
 from coordinator.lighthouse.announcer import LighthouseAnnouncer
 from coordinator.lighthouse.kademlia import Kademlia
@@ -159,7 +159,7 @@ def _tell(config: LighthouseConfig, admission: Admission, address: str, initial_
     SwarmFile(run_id=run_id, initial_peers=initial_peers, admission=admission.token).write(path)
     text = Text.assemble("lighthouse of run ", (run_id, "bold"), f" is up at {address}\n\n")
     for purpose, command in (
-        ("join through it", f"host --join {path} --state state/host"),
+        ("join through it", f"host --join {path}"),
         ("put it in the invite", f"coordinator --initial-peers {address}"),
     ):
         text.append(f"  {purpose:<22}").append(f"{program_name()} {command}\n", style="cyan")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path  # noqa: TC003 - tyro reads the annotation
 
 import tyro  # noqa: TC002 - it reads the annotation itself
 
@@ -11,13 +11,14 @@ from common.config import EventLogConfig
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from node.limits.config import LimitsConfig
 from node.membership.config import ReachConfig, SwarmConfig
+from node.rpc.config import host_folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostConfig(LimitsConfig, EventLogConfig, ReachConfig, SwarmConfig):
     """Host blocks of experts for a run."""
 
-    state: Path = Path("state/host")
+    state: Path = field(default_factory=host_folder)
     """Keep key, checkpoints and event log in this folder."""
     blocks: str = "auto"
     """Host these blocks, such as 0/0-3,1/7; auto takes those most needed. Each is layer/block."""
@@ -53,7 +54,7 @@ class HostConfig(LimitsConfig, EventLogConfig, ReachConfig, SwarmConfig):
 class ControlConfig:
     """Tell the host of a folder on this machine what its owner wants."""
 
-    state: Path = Path("state/host")
+    state: Path = field(default_factory=host_folder)
     """Speak to the host of this folder."""
     timeout_s: FileOnly[float] = 60.0
     """Wait this many seconds until it has done so."""

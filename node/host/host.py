@@ -44,6 +44,7 @@ from node.host.load_events import LoadEvents
 from node.host.memory_watch import MemoryWatch, watch_device_memory
 from node.host.metrics import HostCollector
 from node.host.owner_pause import OwnerPause
+from node.host.owner_words import owner_words
 from node.host.pause import Pause
 from node.host.placement import PlacementConfig, parse_blocks
 from node.host.placement_controller import PlacementController
@@ -52,7 +53,7 @@ from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.host.serving.service import SERVICE_NAME, ExpertService
 from node.host.signals import signals_heard
 from node.limits.limits import Limits
-from node.limits.memory import container_limit, lowest_limit
+from node.limits.memory import container_limit, limit_around, lowest_limit
 from node.limits.process_usage import ProcessUse
 from node.limits.rate_limits import RateLimits
 from node.membership import reachability
@@ -185,7 +186,8 @@ class Host:
         fixed, manifest = self._fixed_blocks(), self._swarm.manifest
         wanted = wanted_capacity(self._config, len(fixed) or self._config.max_blocks)
         used_bytes = self._use.memory_bytes()
-        capacity = capacity_for(wanted, self._limits, manifest, self._device, used_bytes, container_limit())
+        around = limit_around(self._limits.memory_bytes)
+        capacity = capacity_for(wanted, self._limits, manifest, self._device, used_bytes, around)
         if capacity.max_blocks < wanted.max_blocks:
             logger.warning(
                 "Room for %d blocks, not for %d, under this host's limits", capacity.max_blocks, wanted.max_blocks
@@ -384,6 +386,8 @@ class Host:
         what = f"{n_experts} experts in {len(blocks)} blocks"
         where = endpoint_text(endpoint)
         logger.info("Hosting %s at %s on %s, announced after %.1f s", what, where, self._device, seconds)
+        for words in owner_words(self._config, self._capacity):
+            logger.info("%s", words)
 
     def _report_signal(self, word: str) -> None:
         availability, until_s = self._availability, self._owner.until_s

@@ -1,13 +1,15 @@
 """How much memory there is for a host's work, and how many blocks, tokens and cached activations fit: pure arithmetic.
 
-The smaller of the owner's limit and the container's holds. What the node takes before its first block is measured, what
-a block and a token take is known from the manifest.
+The smaller of the owner's limit and the container's holds; an owner who sets none gives half of the machine's memory.
+What the node takes before its first block is measured, what a block and a token take is known from the manifest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import psutil
 
 from common.errors import ConfigError
 from common.sizes import size_text
@@ -75,6 +77,12 @@ def container_limit(root: Path = CGROUP, own: Path = OWN_CGROUP) -> int | None:
     return min(found, default=None)
 
 
+def limit_around(own_bytes: int | None) -> int | None:
+    """What a host plans with beside its owner's limit: the container's and, without an owner's, half of the memory."""
+    half = int(psutil.virtual_memory().total) // 2
+    return lowest_limit(container_limit(), half if own_bytes is None else None)
+
+
 def fit(wanted: Capacity, limit_bytes: int | None, used_bytes: int, need: Need, flag: str) -> Capacity:
     """`wanted`, lowered to what the limit leaves beside the `used_bytes`; raises ConfigError if no block fits."""
     if limit_bytes is None:
@@ -85,8 +93,9 @@ def fit(wanted: Capacity, limit_bytes: int | None, used_bytes: int, need: Need, 
     if n_blocks < 1:
         least = used_bytes + SPARE_BYTES + (transient + need.block_bytes) / BLOCKS_SHARE
         raise ConfigError(
-            f"{flag}: {size_text(limit_bytes)}, of the flag or of the container, are too little: this node takes "
-            f"{size_text(used_bytes)} before its first block, and with one block it needs {size_text(least)}"
+            f"{flag}: {size_text(limit_bytes)}, of the flag, the container or half of this machine, are too little: "
+            f"this node takes {size_text(used_bytes)} before its first block, and needs {size_text(least)} with one; "
+            f"{flag} sets the limit"
         )
     left = capacity - transient - n_blocks * need.block_bytes
     queue_share = 1 - KEPT_SHARE - BATCH_SHARE

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.compose import (
     STATE,
+    VOLUNTEER,
     Compose,
     docker,
     exit_code_of,
@@ -152,6 +153,38 @@ def test_a_host_without_network_is_done_without_and_used_again(swarm: Compose) -
     is_done_without(swarm, peer_id)
     docker("network", "connect", swarm.network, host)
     assert back_as(swarm, host, peer_id) == peer_id
+
+
+def test_a_volunteer_alone_joins_with_an_invite_leaves_and_comes_back_as_itself(swarm: Compose) -> None:
+    (coordinator,) = swarm.containers("coordinator")
+    invite = swarm.exec(coordinator, "cat", "invite/invite.txt")
+    volunteer = Compose(f"{swarm.name}-guest", {"KILOHIVE_IMAGE": IMAGE, "INVITE": invite}, VOLUNTEER)
+    try:
+        volunteer.run("up", "--detach", "--no-build")
+        (host,) = volunteer.containers("host")
+        peer_id = announced_by(swarm, host)
+        volunteer.run("stop")
+        assert exit_code_of(host) == 0, "it was killed before it had handed its blocks over"
+        volunteer.run("start")
+        assert announced_by(swarm, host) == peer_id
+    finally:
+        volunteer.run("down", "--volumes")
+    assert volunteer.left() == []
+
+
+def announced_by(swarm: Compose, host: str) -> str:
+    """Peer id of the host in a container, once the run's trainer sees its blocks."""
+    wait_until(lambda: health_of(host) == "healthy", f"{host} is healthy")
+    peer_id = json.loads(swarm.exec(host, "cat", "state/host/server.json"))["peer_id"]
+    (trainer,) = swarm.containers("trainer")
+    status = ("kilohive", "status", "--join", "invite/invite.txt", "--json", "--log-level", "error")
+
+    def seen() -> bool:
+        peers = json.loads(swarm.exec(trainer, *status))["peers"]
+        return any(peer["peer_id"] == peer_id and peer["n_blocks"] for peer in peers)
+
+    wait_until(seen, f"{peer_id} is in the run")
+    return str(peer_id)
 
 
 def test_the_loss_went_on_falling_through_all_of_it(swarm: Compose) -> None:

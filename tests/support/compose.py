@@ -1,4 +1,4 @@
-"""A compose project of its own over docker/compose.yaml: commands, what its trainer tells, what it leaves behind."""
+"""A compose project of its own over a file in docker/: commands, what its trainer tells, what it leaves behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-FILE = ROOT / "docker" / "compose.yaml"
+SWARM, VOLUNTEER = ROOT / "docker" / "compose.yaml", ROOT / "docker" / "volunteer.yaml"
 POLL_S = 0.5
 STATE = "/tmp/state"  # noqa: S108 - in a container
 NEEDS_AN_ENGINE = "make compose-test needs a Docker engine with compose 2"
@@ -53,21 +53,22 @@ def docker(*words: str, timeout_s: float = 60) -> str:
 
 
 class Compose:
-    """The project `name`; `env` are the variables that compose.yaml reads."""
+    """The project `name`; `env` are the variables that `file` reads."""
 
-    def __init__(self, name: str, env: dict[str, str]) -> None:
-        self.name, self._env = name, env
+    def __init__(self, name: str, env: dict[str, str], file: Path = SWARM) -> None:
+        self.name, self._env, self._file = name, env, file
 
     def run(self, *words: str, timeout_s: float = 120) -> str:
         """`docker compose ...` of this project."""
-        every = ("compose", "--project-name", self.name, "--file", str(FILE), *words)
+        every = ("compose", "--project-name", self.name, "--file", str(self._file), *words)
         done = _docker(*every, timeout_s=timeout_s, env=self._env)
         assert done.returncode == 0, f"docker {' '.join(every)}: {done.stderr[-3000:]}"
         return done.stdout.strip()
 
     def build(self, service: str, timeout_s: float) -> None:
         """Build the image of a service; what docker says goes to the terminal, since it takes minutes."""
-        words = ("compose", "--progress", "plain", "--project-name", self.name, "--file", str(FILE), "build", service)
+        project = ("--project-name", self.name, "--file", str(self._file))
+        words = ("compose", "--progress", "plain", *project, "build", service)
         done = subprocess.run(
             [shutil.which("docker") or "docker", *words],
             check=False,

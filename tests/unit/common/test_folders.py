@@ -20,6 +20,7 @@ from common.folders import (
     data_cache,
     give_matplotlib_a_folder,
     locked,
+    state_folder,
     temporary_folder,
     wait_until_free,
 )
@@ -179,3 +180,28 @@ def test_without_a_folder_for_temporary_files_tmpdir_is_named(monkeypatch: pytes
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(ConfigError, match="no folder for temporary files can be written; set TMPDIR to one"):
         temporary_folder()
+
+
+def test_a_nodes_usual_folder_is_the_same_wherever_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("KILOHIVE_STATE", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.chdir(tmp_path)
+    assert state_folder("host") == Path("/home/somebody/.local/share/kilohive/host")
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert state_folder("host") == Path("/data/kilohive/host")
+    monkeypatch.setenv("KILOHIVE_STATE", "/kilohive/state")
+    assert state_folder("host") == Path("/kilohive/state/host")
+
+
+def test_an_account_without_a_home_has_a_nodes_folder_where_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KILOHIVE_STATE", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert state_folder("host") == Path("state/host")
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")

@@ -113,7 +113,7 @@ def test_a_command_ends_as_it_would_whoever_reads_it(words: str, code: int) -> N
 @pytest.mark.parametrize(
     ("words", "code", "shown"),
     [
-        ("$K host --help", 0, b"state/host"),
+        ("$K host --help", 0, b"--state PATH"),
         ("$K status --join $'\\xe4\\xff.toml'", 2, b"neither an invite"),
         ("$K host --join '\u2192'", 2, b"neither an invite"),
         ("$K evaluate --join no.toml --out '\u2581\u2582'", 2, b"no.toml"),

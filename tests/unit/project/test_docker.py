@@ -11,12 +11,16 @@ import pytest
 
 import run_node
 from common.command_line import parse
+from node.host.signals import SIGNALS
+from node.limits.limits import Limits
 from tests.support.compose import NEEDS_AN_ENGINE, what_is_missing
 from tests.support.docs import ROOT, code_in, table
 
 DOCKER = ROOT / "docker"
 COMPOSE = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+VOLUNTEER = (DOCKER / "volunteer.yaml").read_text(encoding="utf-8")
+EXAMPLE = (DOCKER / "volunteer.env.example").read_text(encoding="utf-8")
 DASHBOARD = json.loads((DOCKER / "grafana" / "dashboards" / "kilohive.json").read_text(encoding="utf-8"))
 METRICS = [row for row in table(ROOT / "docs" / "running.md", "Metrics") if row[0].startswith("`kilohive_")]
 
@@ -37,6 +41,51 @@ def health_commands() -> list[list[str]]:
 def test_every_command_in_the_compose_file_can_be_typed(words: list[str]) -> None:
     command = next(command for command in run_node.COMMANDS if command.name == words[0])
     assert isinstance(parse(command, words[1:], "docker").config, command.config)
+
+
+def volunteers_variables() -> dict[str, str]:
+    """With the values that hold where its env file has none."""
+    return dict(re.findall(r"\$\{(\w+):[-?]([^}]*)\}", VOLUNTEER))
+
+
+def volunteers_command(settings: dict[str, str]) -> list[str]:
+    """As compose makes it of an env file."""
+    values = {**volunteers_variables(), **settings}
+    words = re.findall(r"^      - (.*)$", VOLUNTEER, re.MULTILINE)
+    return [re.sub(r"\$\{(\w+):[^}]*\}", lambda found: values[found[1]], word) for word in words]
+
+
+SETTINGS = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
+
+
+@pytest.mark.parametrize("settings", [{"INVITE": "kh1x"}, {**SETTINGS, "INVITE": "kh1x"}], ids=["an invite", "all"])
+def test_a_volunteers_command_can_be_typed(settings: dict[str, str]) -> None:
+    name, *flags = volunteers_command(settings)
+    command = next(command for command in run_node.COMMANDS if command.name == name)
+    config = parse(command, flags, "docker").config
+    limits = Limits.of(config)
+    assert config.join == "kh1x"
+    assert limits.up_bytes_per_s
+    assert limits.disk_bytes
+    assert (limits.schedule is not None) is ("SCHEDULE" in settings)
+
+
+def test_every_setting_of_a_volunteer_is_in_the_example_with_its_default() -> None:
+    defaults = volunteers_variables()
+    for name in ("KILOHIVE_IMAGE", "TORCH", "PIP_NO_INDEX"):  # of whoever builds images
+        del defaults[name]
+    assert SETTINGS.keys() == defaults.keys()
+    same = ("CPUS", "MEMORY", "BANDWIDTH_UP", "BANDWIDTH_DOWN", "DISK")
+    assert {name: SETTINGS[name] for name in same} == {name: defaults[name] for name in same}
+
+
+def test_a_volunteers_container_has_time_to_hand_its_blocks_over_and_its_invite_stays_out_of_git() -> None:
+    signals = {number.name: word for word, number in SIGNALS.items()}
+    (asked,) = re.findall(r"stop_signal: (\w+)", VOLUNTEER)
+    (grace_s,) = re.findall(r"stop_grace_period: (\d+)s", VOLUNTEER)
+    assert signals[asked] == "leave"
+    assert int(grace_s) > 20
+    assert "/docker/volunteer.env" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
 
 
 def test_every_role_is_a_service_with_a_health_check() -> None:

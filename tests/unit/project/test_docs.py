@@ -140,13 +140,30 @@ def check_command(words: list[str]) -> None:
             check_make(rest)
         case ["docker", *rest]:
             check_docker(rest)
+        case _:
+            check_install(words)
+
+
+OF_THE_SYSTEM = {
+    *("curl", "echo", "export", "grep", "install", "journalctl", "loginctl", "mkdir", "python3", "source", "systemctl"),
+    *("tar", "useradd"),
+}
+
+
+def check_install(words: list[str]) -> None:
+    """What is installed is Kilohive, from an index or from this checkout, and what is copied is there."""
+    match words:
+        case ["uvx", "kilohive", *rest] | ["uvx", "--from", ".", "kilohive", *rest]:
+            check_command(["python", "run_node.py", *rest])
+        case ["uv", "tool", "install", what] | [("pip" | "pipx" | "/opt/kilohive/bin/pip"), "install", what]:
+            assert what in {"kilohive", "."}, words
         case ["pip", "wheel", "-r", lock, "-w", folder]:
             assert (ROOT / lock).exists(), words
             assert (ROOT / folder).is_dir(), words
-        case ["source" | "curl" | "grep" | "cp" | "useradd" | "systemctl" | "journalctl" | "tar", *_]:
-            pass
+        case ["cp", source, _]:
+            assert source == "invite.txt" or (ROOT / source).exists(), words
         case _:
-            pytest.fail(f"unknown command: {words}")
+            assert words[0] in OF_THE_SYSTEM, f"unknown command: {words}"
 
 
 def check_make(words: list[str]) -> None:
@@ -174,7 +191,7 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
     known = {row[0].split()[0] for command in run_node.COMMANDS for row in help_rows(command.config)}
     known |= {flag.split()[0] for flag, _ in SHARED_FLAGS} | {"--help", "--version", HELP_LIMITS, *OF_PROGRAMS}
     for span in spans(page):
-        if span.startswith(("python -m", "docker ")):
+        if span.startswith(("python -m", "docker ", "uv ", "uvx --from ")):
             continue
         unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)) - known
         assert not unknown, f"{name_of(page)}: `{span}`"

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
@@ -17,9 +19,10 @@ from common.sizes import parse_rate, parse_size
 from node.host.block_store import BlockStore, block_path, folder_bytes
 from node.host.capacity import block_bytes, capacity_for, need_of, wanted_capacity
 from node.host.config import HostConfig
+from node.limits import memory
 from node.limits.config import LimitsConfig
 from node.limits.limits import Limits
-from node.limits.memory import Capacity, Need, container_limit, fit, lowest_limit
+from node.limits.memory import Capacity, Need, container_limit, fit, limit_around, lowest_limit
 from node.limits.process_usage import ProcessUse
 from node.limits.rate_limits import CALL_BYTES, CREDIT_S, OVERHEAD, RateLimits, TokenBucket
 from node.model.experts.block import new_block
@@ -215,6 +218,15 @@ def test_the_containers_limit_holds_where_it_is_lower(tmp_path: Path) -> None:
     assert container_limit(group, own) == 400_000_000
     assert lowest_limit(600_000_000, 400_000_000) == 400_000_000
     assert lowest_limit(None, None) is None
+
+
+def test_an_owner_who_sets_no_limit_gives_half_of_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=8_000_000_000))
+    monkeypatch.setattr(memory, "container_limit", lambda: None)
+    assert limit_around(None) == 4_000_000_000
+    assert limit_around(6_000_000_000) is None
+    monkeypatch.setattr(memory, "container_limit", lambda: 1_000_000_000)
+    assert limit_around(None) == limit_around(6_000_000_000) == 1_000_000_000
 
 
 def test_a_machine_without_control_groups_has_no_such_limit(tmp_path: Path) -> None:

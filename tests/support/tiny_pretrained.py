@@ -37,15 +37,15 @@ def new_model(config: LibraryConfig) -> Any:
     return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
-def save_pretrained(folder: Path, kind: str = "llama") -> Path:
+def save_pretrained(folder: Path, kind: str = "llama", **changes: Any) -> Path:
     """Write a model whose weights are random, but large enough that every part of it counts."""
     torch.manual_seed(5)
     with quiet_transformers():
-        return _save(folder, kind)
+        return _save(folder, KINDS[kind](**{**SHAPE, **changes}))
 
 
-def _save(folder: Path, kind: str) -> Path:
-    model = new_model(KINDS[kind](**SHAPE))
+def _save(folder: Path, config: LibraryConfig) -> Path:
+    model = new_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1).add_(0.1 * torch.randn(parameter.shape))

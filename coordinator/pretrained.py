@@ -70,7 +70,11 @@ def described(name: str) -> tuple[PretrainedSource, PretrainedShape, tuple[Pretr
     """The model that a person calls `name`, its shape, and its files as a manifest has them. Raises ConfigError."""
     logger.info("Reading the pretrained model %s", name)
     source = find_pretrained(name)
-    shape = shape_of(source)
+    return source, shape_of(source), files_of(source)
+
+
+def files_of(source: PretrainedSource) -> tuple[PretrainedFile, ...]:
+    """The files of a model as a manifest has them. Raises ConfigError."""
     files = []
     for file in source.names:
         try:
@@ -78,7 +82,7 @@ def described(name: str) -> tuple[PretrainedSource, PretrainedShape, tuple[Pretr
         except OSError as error:
             raise ConfigError(f"--model {source.folder / file}: cannot be read: {error.strerror or error}") from None
         files.append(PretrainedFile(name=file, sha256=asset.sha256, n_bytes=asset.n_bytes))
-    return source, shape, tuple(files)
+    return tuple(files)
 
 
 def parts_of(config: RunConfig) -> tuple[PretrainedConfig, DataConfig, PretrainedShape]:

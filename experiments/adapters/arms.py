@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from experiments.adapters.adapting import AdapterGrid, AdapterRun
 from experiments.adapters.domains import WEAK
-from experiments.adapters.seed.adapting import AdapterGrid, AdapterRun
-from experiments.adapters.seed.states import TextPlan
+from experiments.adapters.seed import TextPlan
 from experiments.arms.tuning import SEED as TUNING_SEED
 from experiments.harness.experiment import Trial
 from experiments.harness.statistics import Estimate, difference, estimate

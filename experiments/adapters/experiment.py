@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from common.pretrained_source import SMOLLM2
+from experiments.adapters.adapting import STEP_WINDOWS, AdapterGrid
 from experiments.adapters.arms import AdapterArm, AdapterArms, AdapterResults, AdapterTrial
 from experiments.adapters.domains import read_domain
+from experiments.adapters.measuring import measure
 from experiments.adapters.report import adapters_report
-from experiments.adapters.seed.adapting import STEP_WINDOWS, AdapterGrid
-from experiments.adapters.seed.measuring import measure
-from experiments.adapters.seed.model import load_seed
-from experiments.adapters.seed.states import Frozen, TextPlan
+from experiments.adapters.seed import TextPlan, open_texts
 from experiments.harness.experiment import no_results
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from experiments.adapters.domains import Domain, DomainName
-    from experiments.adapters.seed.model import Seed
     from experiments.harness.experiment import Preset, Report, Result, Trial, TrialContext
 
 RANK = 16
@@ -117,7 +116,7 @@ class AdaptersExperiment:
 
     def run(self, spec: dict[str, Any], context: TrialContext) -> Result:
         """One training and its tests, or the seed alone. Takes a few minutes at most, so nothing of it is kept."""
-        return run_trial(AdapterTrial.from_json(spec), load_seed(), read_domain, context)
+        return run_trial(AdapterTrial.from_json(spec), SMOLLM2, read_domain, context)
 
     def report(self, preset: Preset, results: Mapping[str, Result]) -> Report:
         """Report on the arms' long trials; raises ConfigError where one has none."""
@@ -127,10 +126,9 @@ class AdaptersExperiment:
         return adapters_report(found)
 
 
-def run_trial(trial: AdapterTrial, seed: Seed, read: Callable[[DomainName], Domain], context: TrialContext) -> Result:
-    """What `run` does, with any seed and texts."""
-    texts = Frozen(seed, context.shared).texts(read, trial.text, context.progress)
-    return measure(trial, texts, context)
+def run_trial(trial: AdapterTrial, model: str, read: Callable[[DomainName], Domain], context: TrialContext) -> Result:
+    """What `run` does, with any pretrained model, as `--model` calls it, and texts."""
+    return measure(trial, open_texts(model, read, trial.text, context.shared, context.progress), context)
 
 
 EXPERIMENT = AdaptersExperiment({"quick": QUICK, "full": FULL})

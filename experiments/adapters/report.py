@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.adapters.domains import DOMAINS, WEAK
-from experiments.adapters.seed.volunteer import Volunteer
+from experiments.adapters.volunteer import Volunteer
 from experiments.arms.report import load_table_of
 from experiments.harness.experiment import Report, markdown_table
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from node.data import TextDataset
     from node.model.experts.block import Block
     from node.model.moe import Experts
+    from node.model.trunk import Trunk
     from node.trainer.train_step import StepResult
     from protocol.manifest import Manifest
 
@@ -247,10 +248,10 @@ def nats_per_window(trunk: Transformer, dataset: TextDataset, spec: TrainSpec, m
 
 
 @torch.no_grad()
-def log_likelihood(trunk: Transformer, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+def log_likelihood(trunk: Trunk, batches: Iterable[torch.Tensor]) -> torch.Tensor:
     """Log probability [N, T] float64 of each token of windows [B, T + 1] but their first."""
     trunk.eval()
-    device, found = trunk.embedding_VD.device, []
+    device, found = trunk.device, []
     for ids in batches:
         ids_BT = ids.to(device)
         logits_BTV = trunk(ids_BT[:, :-1])

@@ -7,29 +7,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.pretrained_source import SMOLLM2
+from experiments.adapters.adapting import (
+    AdapterGrid,
+    AdapterRun,
+    n_tokens,
+    nats_per_token,
+    train_adapters,
+    train_apart,
+)
+from experiments.adapters.apart import Whole, arrow, products
 from experiments.adapters.domains import WEAK, read_domain
 from experiments.adapters.experiment import FULL as ADAPTERS
 from experiments.adapters.experiment import SMALL, WHOLE
-from experiments.adapters.seed.adapting import AdapterGrid, AdapterRun, nats_per_token, train_adapters, train_apart
-from experiments.adapters.seed.apart import arrow, from_products, products
-from experiments.adapters.seed.matrix import FrozenMatrix
-from experiments.adapters.seed.model import load_seed
-from experiments.adapters.seed.states import Frozen, TextPlan
+from experiments.adapters.seed import TextPlan, open_texts
 from experiments.arms.arm import Cost
 from experiments.harness.experiment import Trial
 from experiments.merging.evaluator import MergeEvaluator, chosen_between, unsearched, ways_apart
 from experiments.merging.experiment import MergingExperiment
 from experiments.merging.report import POSTERIOR, MergingResults, Wording
 from experiments.merging.search import POPULATION, MergeSearch
+from node.model.pretrained import decoder_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
-
-    from experiments.adapters.seed.states import States, Texts, Upper
+    from experiments.adapters.adapting import Adapters
+    from experiments.adapters.seed import Seed, Texts
     from experiments.harness.experiment import Preset, Result, TrialContext
     from experiments.merging.merges import Weights
+    from node.model.pretrained import PretrainedTrunk
 
 RATES = {"further": 3e-2, "less-far": 1e-2}
 """Rates by kind: the best one where each adapter has its own domain or they are averaged, and where Arrow
@@ -118,7 +125,7 @@ plain average.
 
 def carry_out(spec: dict[str, Any], context: TrialContext) -> Result:
     """Train and measure; minutes, so nothing of it is kept but what the frozen layers gave for the texts."""
-    texts = Frozen(load_seed(), context.shared).texts(read_domain, TextPlan(**spec["text"]), context.progress)
+    texts = open_texts(SMOLLM2, read_domain, TextPlan(**spec["text"]), context.shared, context.progress)
     return run_trial(spec, texts, context)
 
 
@@ -154,22 +161,23 @@ def run_trial(spec: dict[str, Any], texts: Texts, context: TrialContext) -> Resu
 
 def together(run: AdapterRun, texts: Texts, context: TrialContext) -> Result:
     """Adapters that learn from all the domains, and their gate with them."""
-    adapters = train_adapters(run, texts.upper, [texts.training[name] for name in WEAK], context.progress)
-    nats_NT = AroundSeed(texts).nats(adapters.layers)
-    return {"nats": float(nats_NT.mean()), "tokens": adapters.experts.run_tokens}
+    training = [texts.training[name] for name in WEAK]
+    adapters = train_adapters(run, texts.seed, training, context.progress)
+    nats_NT = AroundSeed(texts).nats(adapters.trunk)
+    return {"nats": float(nats_NT.mean()), "tokens": sum(map(n_tokens, training))}
 
 
 def apart(run: AdapterRun, texts: Texts, evaluations: int, context: TrialContext) -> Result:
     """An adapter for each domain; every way to make one prediction of them."""
-    alone = train_apart(run, texts.upper, {name: texts.training[name] for name in WEAK}, context.progress)
-    participants = [products(adapters) for adapters in alone.values()]
+    alone = list(train_apart(run, texts.seed, texts.training, context.progress).values())
+    participants = [weights_of(adapters) for adapters in alone]
     base = {name: torch.zeros_like(weight_DD) for name, weight_DD in participants[0].items()}
     measure = AroundSeed(texts)
     merge_evaluator = MergeEvaluator(measure, evaluations, context.progress)
     ways = {SEED_ALONE: unsearched(merge_evaluator.figure(base), 1)}
     ways |= merge_evaluator.merges(MergeSearch(base, participants, merge_evaluator.loss), run.seed)
     for way, per_token in ((ARROW_ONE, 1), (ARROW_ALL, len(alone))):
-        nats_NT = measure.nats(arrow(list(alone.values()), per_token))
+        nats_NT = measure.nats(arrow(texts.seed, alone, per_token))
         ways[way] = unsearched(float(nats_NT.mean()), 1)
     log_p_PNT = torch.stack([merge_evaluator.log_likelihood(participant) for participant in participants])
     _, length, cosine = ways_apart(base, participants)
@@ -179,38 +187,50 @@ def apart(run: AdapterRun, texts: Texts, evaluations: int, context: TrialContext
         "length": length,
         "cosine": cosine,
         "tokens_of_evaluation": measure.n_tokens,
-        "parameters": parameters_of(texts.upper),
+        "parameters": parameters_of(texts.seed),
     }
+
+
+def weights_of(adapters: Adapters) -> dict[str, torch.Tensor]:
+    """What they do to their inputs, A B [D, D], named as a model's tensors are."""
+    named = zip(adapters.manifest.pretrained.attach, products(adapters), strict=True)
+    return {f"layers.{layer}": weight_DD for layer, weight_DD in named}
 
 
 class AroundSeed:
     """Measures adapters around the seed where it is weak; a Measure of their products."""
 
     def __init__(self, texts: Texts) -> None:
-        self._upper = texts.upper
+        self._adapters = [Whole(torch.empty(0)) for _ in texts.seed.layers]
+        self._trunk = texts.seed.trunk(self._adapters)
         self._chosen_on = [texts.tuning[name] for name in WEAK]
         self._figures = [texts.held_out[name] for name in WEAK]
-        self.owner_N = torch.cat([torch.full((len(states),), i) for i, states in enumerate(self._figures)])
-        self.n_tokens = sum(states.targets_WT.numel() for states in self._chosen_on)
+        self.owner_N = torch.cat([torch.full((len(ids_WT),), i) for i, ids_WT in enumerate(self._figures)])
+        self.n_tokens = sum(map(n_tokens, self._chosen_on))
 
     def chosen_on(self, weights: Weights) -> float:
         """Return the loss on the text to choose on; see `Measure`."""
-        return float(self._nats(from_products(weights), self._chosen_on).mean())
+        return float(self._nats(self._with(weights), self._chosen_on).mean())
 
     def log_likelihood(self, weights: Weights) -> torch.Tensor:
         """Return the log-likelihoods of windows, domain by domain in the order of WEAK; see `Measure`."""
-        return -self.nats(from_products(weights))
+        return -self.nats(self._with(weights))
 
-    def nats(self, adapters: Mapping[int, nn.Module]) -> torch.Tensor:
-        """[N, T] of any adapters on the text for the figures."""
-        return self._nats(adapters, self._figures)
+    def nats(self, trunk: PretrainedTrunk) -> torch.Tensor:
+        """[N, T] of any trunk on the text for the figures."""
+        return self._nats(trunk, self._figures)
 
-    def _nats(self, adapters: Mapping[int, nn.Module], parts: Sequence[States]) -> torch.Tensor:
-        return torch.cat([nats_per_token(self._upper, adapters, states) for states in parts])
+    def _with(self, weights: Weights) -> PretrainedTrunk:
+        for adapter, weight_DD in zip(self._adapters, weights.values(), strict=True):
+            adapter.weight_DD = weight_DD
+        return self._trunk
+
+    def _nats(self, trunk: PretrainedTrunk, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([nats_per_token(trunk, ids_WT) for ids_WT in parts])
 
 
-def parameters_of(upper: Upper) -> int:
+def parameters_of(seed: Seed) -> int:
     """Weights that a token meets above the layers that are never adapted, the table of tokens that occur included."""
-    modules = upper.model.layers[upper.start :].modules()
-    matrices = [module for module in modules if isinstance(module, FrozenMatrix)]
-    return upper.head_VD.numel() + sum(matrix.stored.numel() for matrix in matrices)
+    upper, model = decoder_layers(seed.language_model)[seed.layers[0] :], seed.manifest.model
+    matrices = sum(weight.numel() for weight in upper.parameters() if weight.dim() > 1)
+    return model.vocab_size * model.d_model + matrices

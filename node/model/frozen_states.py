@@ -37,17 +37,22 @@ class FrozenStates:
 
     def of(self, ids_BT: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """States [B, T, D]; `compute` gives those [b, T, D] of the sequences [b, T] that are not kept."""
-        keys = [row_T.numpy().tobytes() for row_T in ids_BT.cpu()]
+        keys = _keys(ids_BT)
         with self._lock:
             known = {key: self._kept[key] for key in keys if key in self._kept}
             for key in known:
                 self._kept.move_to_end(key)
         missing = [row for row, key in enumerate(keys) if key not in known]
         if missing:
-            for row, state_TD in zip(missing, compute(ids_BT[missing]), strict=True):
-                known[keys[row]] = state_TD
-                self._keep(keys[row], state_TD)
+            x_BTD = compute(ids_BT[missing])
+            self.keep(ids_BT[missing], x_BTD)
+            known |= zip([keys[row] for row in missing], x_BTD, strict=True)
         return torch.stack([known[key] for key in keys])
+
+    def keep(self, ids_BT: Tensor, x_BTD: Tensor) -> None:
+        """Have states that were computed elsewhere, such as in an earlier process."""
+        for key, state_TD in zip(_keys(ids_BT), x_BTD, strict=True):
+            self._keep(key, state_TD)
 
     def _keep(self, key: bytes, state_TD: Tensor) -> None:
         with self._lock:
@@ -56,6 +61,10 @@ class FrozenStates:
                 self._n_bytes += state_TD.nbytes
             while self._n_bytes > self._max_bytes:
                 self._n_bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _keys(ids_BT: Tensor) -> list[bytes]:
+    return [row_T.numpy().tobytes() for row_T in ids_BT.cpu()]
 
 
 class SplitModel:

@@ -87,8 +87,12 @@ class PretrainedTrunk(Trunk):
         language_model: PreTrainedModel,
         moe_layers: Sequence[nn.Module],
         generator: torch.Generator,
+        states: FrozenStates | None = None,
     ) -> None:
-        """DataError where the model and the manifest do not fit each other, naming what differs."""
+        """DataError where the model and the manifest do not fit each other, naming what differs.
+
+        Trunks of one model whose experts begin in the same layer may share `states`.
+        """
         super().__init__()
         check_fit(manifest, language_model)
         self.context, self.vocab_size = manifest.model.context, manifest.model.vocab_size
@@ -107,7 +111,7 @@ class PretrainedTrunk(Trunk):
             name = feed_forward_name(layers[number])
             ffn = FfnWithExperts(getattr(layers[number], name), moe, self._tokens, dtype)
             setattr(layers[number], name, ffn)
-        self._states, self._split = FrozenStates(), None
+        self._states, self._split = FrozenStates() if states is None else states, None
         self._is_outline = is_outline(language_model)
         if manifest.pretrained.attach[0] and not self._unfrozen and not self._is_outline:
             split = SplitModel(frozen, layers, manifest.pretrained.attach[0])

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from experiments.adapters.adapting import AdapterGrid, AdapterRun
 from experiments.adapters.arms import AdapterTrial, windows_of
 from experiments.adapters.domains import WEAK
 from experiments.adapters.experiment import run_trial
-from experiments.adapters.seed.adapting import AdapterGrid, AdapterRun
-from experiments.adapters.seed.states import TextPlan
-from tests.support.tiny_seed import tiny_domain, tiny_seed
+from experiments.adapters.seed import TextPlan
+from tests.support.tiny_domain import tiny_domain
+from tests.support.tiny_pretrained import save_pretrained
 from tests.support.trials import Context
 
 if TYPE_CHECKING:
@@ -25,17 +26,17 @@ HERE = AdapterTrial(text=TEXT, ways=("gated",), windows=12, run=RUN)
 
 
 def test_adapters_that_hosts_hold_learn_what_they_learn_in_one_process(tmp_path: Path) -> None:
-    seed = tiny_seed()
+    model = str(save_pretrained(tmp_path / "model"))
     places = {"here": HERE, "hosts": replace(HERE, hosts=2)}
     found = {}
     for name, trial in places.items():
         assert AdapterTrial.from_json(trial.to_json()) == trial
         context = Context(tmp_path / name / "trial")
         context.folder.mkdir(parents=True, exist_ok=True)
-        found[name] = run_trial(trial, seed, tiny_domain, context)
+        found[name] = run_trial(trial, model, tiny_domain, context)
     here, hosted = found["here"], found["hosts"]
     untrained = run_trial(
-        AdapterTrial(text=TEXT, ways=("alone",)), seed, tiny_domain, Context(tmp_path / "x" / "trial")
+        AdapterTrial(text=TEXT, ways=("alone",)), model, tiny_domain, Context(tmp_path / "x" / "trial")
     )
     nats = {name: float(np.mean(windows_of(result, "gated", WEAK))) for name, result in found.items()}
     assert nats["here"] < float(np.mean(windows_of(untrained, "alone", WEAK))) - 0.2

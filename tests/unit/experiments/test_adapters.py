@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,32 +12,38 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError
+from experiments.adapters.adapting import (
+    AdapterGrid,
+    AdapterRun,
+    moe_layers,
+    nats_per_window,
+    train_adapters,
+    train_apart,
+)
+from experiments.adapters.apart import ArrowGate, arrow, merged, prototypes, seed_alone, together
 from experiments.adapters.arms import ALONE, AdapterArms, AdapterTrial
-from experiments.adapters.domains import DOMAINS, WEAK, DomainName, parted, windows
+from experiments.adapters.domains import DOMAINS, WEAK, DomainName, parted
 from experiments.adapters.experiment import ARMS, EXPERIMENT, FULL, AdaptersExperiment, run_trial
-from experiments.adapters.seed.adapting import AdapterGrid, AdapterRun, nats_per_window, train_adapters, train_apart
-from experiments.adapters.seed.apart import ArrowGate, arrow, merged, prototypes, together
-from experiments.adapters.seed.measuring import shares, specialisation
-from experiments.adapters.seed.model import SeedModel, SeedShape
-from experiments.adapters.seed.states import TEXT_SEED, Frozen, TextPlan, Texts
-from experiments.adapters.seed.volunteer import CALL_TOKENS, volunteer, wire_bytes
+from experiments.adapters.measuring import shares, specialisation
+from experiments.adapters.seed import TextPlan, Texts, open_texts
+from experiments.adapters.volunteer import CALL_TOKENS, volunteer, wire_bytes
 from protocol.manifest import ModelConfig
-from tests.support.tiny_seed import D_MODEL, tiny_domain, tiny_seed
+from tests.support.tiny_domain import tiny_domain
+from tests.support.tiny_pretrained import SHAPE, save_pretrained
 from tests.support.trials import Context
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from experiments.adapters.seed.adapting import Adapters
-    from experiments.adapters.seed.model import Seed
+    from experiments.adapters.adapting import Adapters
     from experiments.harness.experiment import Report, Result
 
 TEXT = TextPlan(training=12, tuning=2, held_out=3, window_tokens=16, layers=2)
 GRIDS = {16: AdapterGrid(rank=4), 2: AdapterGrid(rank=2, experts=8, per_token=2)}
 SMALL_ARMS = tuple(replace(arm, grid=arm.grid and GRIDS[arm.grid.rank]) for arm in ARMS if "1,024" not in arm.label)
 SMALL = AdapterArms(arms=SMALL_ARMS, text=replace(TEXT, training=6), seeds=2, rates=(3e-2, 1e-1), tuning_windows=2)
-SHAPE = SeedShape(n_layers=30, d_model=576, n_heads=9, n_kv_heads=3, rope_base=1e5, norm_eps=1e-5)
+D_MODEL = SHAPE["hidden_size"]
 RUN = AdapterRun(grid=GRIDS[2], layers=2, rate=3e-2, seed=0)
 ONE = replace(RUN, grid=GRIDS[16])
 
@@ -48,21 +53,21 @@ def ignore(done: float, total: float, words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def seed() -> Seed:
-    return tiny_seed()
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_pretrained(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
-def texts(seed: Seed, tmp_path_factory: pytest.TempPathFactory) -> Texts:
-    return Frozen(seed, tmp_path_factory.mktemp("states")).texts(tiny_domain, TEXT, ignore)
+def texts(model: str, tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    return open_texts(model, tiny_domain, TEXT, tmp_path_factory.mktemp("shared"), ignore)
 
 
 @pytest.fixture(scope="module")
-def alone(seed: Seed, texts: Texts) -> dict[DomainName, Adapters]:
-    return train_apart(ONE, texts.upper, texts.training, ignore)
+def alone(texts: Texts) -> dict[DomainName, Adapters]:
+    return train_apart(ONE, texts.seed, texts.training, ignore)
 
 
-def run_all(arms: AdapterArms, seed: Seed, context: Context) -> tuple[list[list[str]], dict[str, Result]]:
+def run_all(arms: AdapterArms, model: str, context: Context) -> tuple[list[list[str]], dict[str, Result]]:
     """Stage by stage, as the runner does."""
     stages: list[list[str]] = []
     results: dict[str, Result] = {}
@@ -70,12 +75,12 @@ def run_all(arms: AdapterArms, seed: Seed, context: Context) -> tuple[list[list[
         stages.append([trial.name for trial in todo])
         for trial in todo:
             spec = AdapterTrial.from_json(json.loads(json.dumps(trial.spec)))
-            results[trial.name] = json.loads(json.dumps(run_trial(spec, seed, tiny_domain, context)))
+            results[trial.name] = json.loads(json.dumps(run_trial(spec, model, tiny_domain, context)))
     return stages, results
 
 
-def test_the_whole_experiment_goes_from_the_seed_alone_over_rates_to_a_report(seed: Seed, tmp_path: Path) -> None:
-    stages, results = run_all(SMALL, seed, Context(tmp_path / "trial"))
+def test_the_whole_experiment_goes_from_the_seed_alone_over_rates_to_a_report(model: str, tmp_path: Path) -> None:
+    stages, results = run_all(SMALL, model, Context(tmp_path / "trial"))
     assert stages[0] == [ALONE]
     assert len(stages[1]) == 3 * len(SMALL.rates), "adapters that are trained apart are tuned once for all their ways"
     assert all(name.startswith("tune-") for name in stages[1])
@@ -97,40 +102,26 @@ def test_the_whole_experiment_goes_from_the_seed_alone_over_rates_to_a_report(se
     assert set(report.figures) == {"domains"}
 
 
-def test_adapters_begin_as_nothing_and_learn_what_the_seed_does_not_know(seed: Seed, texts: Texts) -> None:
-    run = replace(RUN, rate=0.0)
-    untrained = train_adapters(run, texts.upper, list(texts.training.values()), ignore)
-    trained = train_adapters(RUN, texts.upper, list(texts.training.values()), ignore)
+def test_adapters_begin_as_nothing_and_learn_what_the_seed_does_not_know(texts: Texts) -> None:
+    training, plain = list(texts.training.values()), seed_alone(texts.seed)
+    untrained = train_adapters(replace(RUN, rate=0.0), texts.seed, training, ignore)
+    trained = train_adapters(RUN, texts.seed, training, ignore)
     for name in WEAK:
-        plain = nats_per_window(texts.upper, {}, texts.held_out[name])
-        assert nats_per_window(texts.upper, untrained.layers, texts.held_out[name]) == pytest.approx(plain)
-        assert np.mean(nats_per_window(texts.upper, trained.layers, texts.held_out[name])) < np.mean(plain) - 0.2
+        nats = nats_per_window(plain, texts.held_out[name])
+        assert nats_per_window(untrained.trunk, texts.held_out[name]) == pytest.approx(nats)
+        assert np.mean(nats_per_window(trained.trunk, texts.held_out[name])) < np.mean(nats) - 0.2
 
 
-def test_the_same_seed_trains_the_same_adapters(seed: Seed, texts: Texts) -> None:
-    one, two = (train_adapters(RUN, texts.upper, list(texts.training.values()), ignore) for _ in range(2))
-    for layer in one.layers:
-        assert all(torch.equal(w, two.weights(layer)[name]) for name, w in one.weights(layer).items())
+def test_the_same_seed_trains_the_same_adapters(texts: Texts) -> None:
+    one, two = (train_adapters(RUN, texts.seed, list(texts.training.values()), ignore) for _ in range(2))
+    for ours, theirs in zip(one.weights(), two.weights(), strict=True):
+        assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
-def test_adapters_are_trained_apart_on_their_domain_alone(
-    seed: Seed, texts: Texts, alone: dict[DomainName, Adapters]
-) -> None:
+def test_adapters_are_trained_apart_on_their_domain_alone(texts: Texts, alone: dict[DomainName, Adapters]) -> None:
     for name in WEAK:
-        nats = {own: np.mean(nats_per_window(texts.upper, alone[own].layers, texts.held_out[name])) for own in WEAK}
+        nats = {own: np.mean(nats_per_window(alone[own].trunk, texts.held_out[name])) for own in WEAK}
         assert min(nats, key=lambda own: nats[own]) == name
-
-
-def test_the_seed_goes_on_from_cached_states_as_from_the_text(seed: Seed, texts: Texts) -> None:
-    documents = tiny_domain("german").held_out
-    ids_WT = windows(documents, TEXT.held_out, TEXT.window_tokens + 1, seed.tokenizer.encode, TEXT_SEED)
-    vocabulary = texts.upper.vocabulary_V.tolist()
-    assert set(ids_WT.flatten().tolist()) < set(vocabulary) < set(range(256))
-    logits_WTV = seed.model(ids_WT[:, :-1])[..., vocabulary]
-    targets_WT = ids_WT[:, 1:].clone().apply_(vocabulary.index)
-    nats_WT = torch.nn.functional.cross_entropy(logits_WTV.transpose(1, 2), targets_WT, reduction="none")
-    found = nats_per_window(texts.upper, {}, texts.held_out["german"])
-    assert found == pytest.approx(nats_WT.mean(1).tolist(), abs=1e-4)
 
 
 def test_nothing_is_tuned_or_tested_on_that_was_trained_on() -> None:
@@ -141,32 +132,13 @@ def test_nothing_is_tuned_or_tested_on_that_was_trained_on() -> None:
         assert len(training) > len(tuning) > 0
 
 
-def test_states_that_two_workers_want_at_once_are_computed_once(
-    seed: Seed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_merged_adapter_gives_the_mean_of_what_the_adapters_give(
+    texts: Texts, alone: dict[DomainName, Adapters]
 ) -> None:
-    runs: list[int] = []
-    whole = SeedModel.run
-
-    def counted(model: SeedModel, x_BTD: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
-        runs.append(start)
-        return whole(model, x_BTD, start, stop)
-
-    monkeypatch.setattr(SeedModel, "run", counted)
-    frozen = Frozen(seed, tmp_path)
-    with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(frozen.texts, tiny_domain, TEXT, ignore) for _ in range(2)]
-    one, two = (future.result() for future in both)
-    assert len(runs) == (2 + 1) * len(WEAK) + len(DOMAINS), "12 windows are two batches, fewer are one"
-    for name in WEAK:
-        assert np.array_equal(one.training[name].x_WTD, two.training[name].x_WTD)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "nothing unfinished is left"
-
-
-def test_the_merged_adapter_gives_the_mean_of_what_the_adapters_give(alone: dict[DomainName, Adapters]) -> None:
     x_ND = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(0))
-    for layer, product in merged(list(alone.values())).items():
+    for layer, adapter in enumerate(merged(texts.seed, list(alone.values())).moe_layers):
         outputs = [adapters.layers[layer].eval()(x_ND).detach() for adapters in alone.values()]
-        assert torch.allclose(product(x_ND), torch.stack(outputs).mean(0), atol=1e-5)
+        assert torch.allclose(adapter(x_ND), torch.stack(outputs).mean(0), atol=1e-5)
         assert any(bool(output.abs().max() > 0.01) for output in outputs)
 
 
@@ -191,10 +163,10 @@ def test_arrow_sends_a_token_where_it_points_whichever_way_and_weighs_by_softmax
     assert torch.allclose(by_expert, torch.softmax(x_TD[:, :3].abs(), 1), atol=1e-5)
 
 
-def test_arrow_uses_the_adapters_that_were_trained_apart(alone: dict[DomainName, Adapters]) -> None:
+def test_arrow_uses_the_adapters_that_were_trained_apart(texts: Texts, alone: dict[DomainName, Adapters]) -> None:
     adapters = list(alone.values())
     x_ND = torch.randn(20, D_MODEL, generator=torch.Generator().manual_seed(0))
-    for layer, moe in arrow(adapters, 1).items():
+    for layer, moe in enumerate(moe_layers(arrow(texts.seed, adapters, 1))):
         chosen_N = moe.gate(x_ND).expert_ids_TK[:, 0].tolist()
         assert len(set(chosen_N)) > 1
         wanted = [adapters[expert].layers[layer].eval()(x_ND[n : n + 1]) for n, expert in enumerate(chosen_N)]
@@ -210,8 +182,12 @@ def test_what_the_choices_tell_of_the_domain_is_held_against_shuffled_windows() 
     assert shares(choices["german"], 4) == [0.0, 1.0, 0.0, 0.0]
 
 
-def test_a_volunteer_gives_twelve_bytes_for_a_parameter_and_little_more_than_the_values_on_the_wire() -> None:
-    manifest = AdapterRun(grid=FULL.arms[2].grid or GRIDS[2], layers=4, rate=0.03, seed=0).manifest(SHAPE, 1000, 128)
+def test_a_volunteer_gives_twelve_bytes_for_a_parameter_and_little_more_than_the_values_on_the_wire(
+    texts: Texts,
+) -> None:
+    around = replace(texts.seed.manifest, model=replace(texts.seed.manifest.model, d_model=576))
+    run = AdapterRun(grid=FULL.arms[2].grid or GRIDS[2], layers=TEXT.layers, rate=0.03, seed=0)
+    manifest = run.manifest(around, 1000)
     own = volunteer(manifest)
     assert own.parameters == 2 * 576 * 2
     assert own.memory_bytes == 12 * own.parameters + 16, "weights, two moments, two counters"
@@ -304,7 +280,7 @@ def test_without_the_seed_one_sentence_says_what_to_run(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
     (first,) = EXPERIMENT.plan("quick", {})
-    with pytest.raises(DataError, match="is not installed: run `make setup-seed`") as caught:
+    with pytest.raises(ConfigError, match="is not installed: run `make setup-seed`") as caught:
         EXPERIMENT.run(first.spec, Context(tmp_path / "trial"))
     assert "\n" not in str(caught.value)
 

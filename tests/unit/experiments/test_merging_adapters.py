@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from common.errors import ConfigError
+from experiments.adapters.adapting import AdapterGrid, AdapterRun, nats_per_window, train_apart
+from experiments.adapters.apart import arrow
 from experiments.adapters.domains import WEAK
-from experiments.adapters.seed.adapting import AdapterGrid, AdapterRun, nats_per_window, train_apart
-from experiments.adapters.seed.apart import arrow, merged, products
-from experiments.adapters.seed.states import Frozen, TextPlan, Texts
+from experiments.adapters.seed import TextPlan, Texts, open_texts
 from experiments.merging.adapters import (
     ARROW_ALL,
     ARROW_ONE,
@@ -28,16 +28,17 @@ from experiments.merging.adapters import (
     AroundSeed,
     parameters_of,
     run_trial,
+    weights_of,
 )
-from experiments.merging.merges import average
 from experiments.merging.report import MERGES
 from experiments.merging.search import POPULATION
-from tests.support.tiny_seed import D_MODEL, HEADS, HIDDEN, tiny_domain, tiny_seed
+from tests.support.tiny_domain import tiny_domain
+from tests.support.tiny_pretrained import SHAPE, save_pretrained
 from tests.support.trials import Context
 
 if TYPE_CHECKING:
+    from experiments.adapters.adapting import Adapters
     from experiments.adapters.domains import DomainName
-    from experiments.adapters.seed.adapting import Adapters
     from experiments.harness.experiment import Result, Trial
 
 TEXT = TextPlan(training=12, tuning=2, held_out=3, window_tokens=16, layers=2)
@@ -52,12 +53,13 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 @pytest.fixture(scope="module")
 def texts(context: Context) -> Texts:
-    return Frozen(tiny_seed(), context.shared).texts(tiny_domain, TEXT, context.progress)
+    model = str(save_pretrained(context.folder.parent / "model"))
+    return open_texts(model, tiny_domain, TEXT, context.shared, context.progress)
 
 
 @pytest.fixture(scope="module")
 def alone(texts: Texts, context: Context) -> dict[DomainName, Adapters]:
-    return train_apart(RUN, texts.upper, texts.training, context.progress)
+    return train_apart(RUN, texts.seed, texts.training, context.progress)
 
 
 def carried_out(trial: Trial, texts: Texts, context: Context) -> Result:
@@ -90,25 +92,17 @@ def test_a_trial_measures_every_merge_and_every_way_between(apart: Result) -> No
     assert apart["tokens_of_evaluation"] == len(WEAK) * TEXT.tuning * TEXT.window_tokens
 
 
-def test_the_average_of_products_is_the_merged_adapter(texts: Texts, alone: dict[DomainName, Adapters]) -> None:
-    """Two ways to the same figure: weights as the merges take them, and the adapters page's own."""
-    adapters = list(alone.values())
-    made = AroundSeed(texts).log_likelihood(average([products(own) for own in adapters]))
-    wanted = [nats for name in WEAK for nats in nats_per_window(texts.upper, merged(adapters), texts.held_out[name])]
-    assert (-made.mean(1)).tolist() == pytest.approx(wanted, abs=1e-5)
-
-
 def test_an_adapters_product_does_what_the_adapter_does(texts: Texts, alone: dict[DomainName, Adapters]) -> None:
     measure = AroundSeed(texts)
     for adapters in alone.values():
-        nats_NT = measure.nats(adapters.layers)
-        assert torch.allclose(-measure.log_likelihood(products(adapters)), nats_NT, atol=1e-4)
+        nats_NT = measure.nats(adapters.trunk)
+        assert torch.allclose(-measure.log_likelihood(weights_of(adapters)), nats_NT, atol=1e-4)
     assert measure.owner_N.tolist() == [owner for owner in range(len(WEAK)) for _ in range(TEXT.held_out)]
 
 
 def test_arrow_is_measured_on_the_same_windows(texts: Texts, alone: dict[DomainName, Adapters], apart: Result) -> None:
-    layers = arrow(list(alone.values()), 1)
-    nats = np.mean([nats_per_window(texts.upper, layers, texts.held_out[name]) for name in WEAK])
+    trunk = arrow(texts.seed, list(alone.values()), 1)
+    nats = np.mean([nats_per_window(trunk, texts.held_out[name]) for name in WEAK])
     assert apart["ways"][ARROW_ONE]["nats"] == pytest.approx(float(nats), abs=1e-4)
 
 
@@ -119,9 +113,12 @@ def test_what_is_trained_together_learns_from_every_domain(results: dict[str, Re
 
 
 def test_the_weights_that_a_token_meets_are_those_of_the_adapted_layers_and_the_tokens_that_occur(texts: Texts) -> None:
-    attention = 2 * D_MODEL * D_MODEL + 2 * D_MODEL * (D_MODEL // HEADS)
-    layer = attention + 3 * D_MODEL * HIDDEN
-    assert parameters_of(texts.upper) == TEXT.layers * layer + len(texts.upper.vocabulary_V) * D_MODEL
+    width, kept_heads = SHAPE["hidden_size"], SHAPE["num_key_value_heads"] / SHAPE["num_attention_heads"]
+    layer = (2 + 2 * kept_heads) * width**2 + 3 * width * SHAPE["intermediate_size"]
+    occurring = torch.cat(
+        [ids_WT.flatten() for part in (texts.training, texts.tuning, texts.held_out) for ids_WT in part.values()]
+    )
+    assert parameters_of(texts.seed) == TEXT.layers * layer + len(occurring.unique()) * width
 
 
 def test_a_page_speaks_of_tokens_and_holds_both_kinds_against_what_was_trained_on_all(

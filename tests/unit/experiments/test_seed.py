@@ -1,113 +1,121 @@
-"""The seed model, read from its package and run in plain torch. Skipped where the package is not installed."""
+"""The seed of the adapters' experiment: of its texts' tokens alone, its frozen layers run once. And the real one."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch.nn import functional
 
-from common.errors import DataError
-from experiments.adapters.seed.model import Seed, load_seed
+from common.errors import ConfigError
+from common.pretrained_source import SMOLLM2, find_pretrained, shape_of
+from common.tokenizer import FileTokenizer
+from experiments.adapters.adapting import nats_per_token
+from experiments.adapters.apart import seed_alone
+from experiments.adapters.domains import DOMAINS, windows
+from experiments.adapters.seed import TEXT_SEED, TextPlan, open_texts
+from node.model.frozen_states import SplitModel
+from node.model.pretrained_files import loaded
+from tests.support.tiny_domain import tiny_domain
+from tests.support.tiny_pretrained import N_TOKENS, save_pretrained
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from experiments.adapters.domains import Domain, DomainName
+
+TEXT = TextPlan(training=12, tuning=2, held_out=3, window_tokens=16, layers=2)
 TOWER = (
     "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is named after the "
     "engineer Gustave Eiffel, whose company designed and built the tower from 1887 to 1889."
 )
 
 
-@pytest.fixture(scope="module", name="seed")
-def fixture_seed() -> Seed:
+def ignore(done: float, total: float, words: str) -> None:
+    assert done <= total
+    assert words
+
+
+def ids_of(tokenizer: FileTokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode([text.encode()])[0].tolist()
+    return ids
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_the_seed_foretells_what_the_whole_model_does_of_the_tokens_that_occur(tmp_path: Path, tied: bool) -> None:
+    folder = save_pretrained(tmp_path / "model", tie_word_embeddings=tied)
+    texts = open_texts(str(folder), tiny_domain, TEXT, tmp_path, ignore)
+    tokenizer = FileTokenizer(tiny_tokenizer(N_TOKENS), "tiny")
+    documents = tiny_domain("german").held_out
+    ids_WT = windows(documents, TEXT.held_out, TEXT.window_tokens + 1, lambda text: ids_of(tokenizer, text), TEXT_SEED)
+    found_WT = texts.held_out["german"]
+    vocabulary = dict(zip(found_WT.flatten().tolist(), ids_WT.flatten().tolist(), strict=True))
+    n_tokens = texts.seed.manifest.model.vocab_size
+    assert len(set(vocabulary.values())) == len(vocabulary) < n_tokens < N_TOKENS
+
+    trunk = seed_alone(texts.seed)
+    whole = loaded(folder, ["model.safetensors"], torch.float32)
+    logits_WTV = whole(ids_WT[:, :-1]).logits[..., list(vocabulary.values())]
+    torch.testing.assert_close(trunk(found_WT[:, :-1])[..., list(vocabulary)], logits_WTV, rtol=1e-4, atol=1e-4)
+
+
+def test_the_frozen_layers_run_once_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, shared, runs = str(save_pretrained(tmp_path / "model")), tmp_path / "shared", list[int]()
+    shared.mkdir()
+    states = SplitModel.states
+
+    def counted(split: SplitModel, ids_BT: torch.Tensor) -> torch.Tensor:
+        runs.append(len(ids_BT))
+        return states(split, ids_BT)
+
+    monkeypatch.setattr(SplitModel, "states", counted)
+    first = open_texts(folder, tiny_domain, TEXT, shared, ignore)
+    assert sum(runs) == 3 * (TEXT.training + TEXT.tuning) + len(DOMAINS) * TEXT.held_out
+    runs.clear()
+    later = open_texts(folder, tiny_domain, TEXT, shared, ignore)
+    assert not runs
+    trunks = [seed_alone(texts.seed) for texts in (first, later)]
+    runs.clear()  # a trunk tries whether its model can be split
+    nats = [nats_per_token(trunk, first.training["french"]) for trunk in trunks]
+    assert not runs
+    assert torch.equal(*nats)
+    assert len([path for path in shared.iterdir() if path.is_dir()]) == 1, "nothing unfinished is left"
+
+
+def test_what_was_kept_of_other_texts_is_not_taken(tmp_path: Path) -> None:
+    folder = str(save_pretrained(tmp_path / "model"))
+
+    def other(name: DomainName) -> Domain:
+        domain = tiny_domain(name)
+        return replace(domain, held_out=tuple(text.upper() for text in domain.held_out))
+
+    texts, others = (open_texts(folder, read, TEXT, tmp_path, ignore) for read in (tiny_domain, other))
+    assert texts.seed.manifest.model.vocab_size != others.seed.manifest.model.vocab_size
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_real_seed_goes_on_as_anybody_would_and_shuffled_words_surprise_it(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        return load_seed()
-    except DataError as error:
+        source = find_pretrained(SMOLLM2)
+    except ConfigError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module", name="packed")
-def fixture_packed() -> Seed:
-    try:
-        return load_seed(packed=True)
-    except DataError as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "likeliest"),
-    [
-        ("The capital of France is", " Paris"),
-        ("Monday, Tuesday, Wednesday, Thursday,", " Friday"),
-        ("Water freezes at 0 degrees", " Celsius"),
-        ("1, 2, 3, 4, 5, 6,", " 7"),
-    ],
-)
-def test_the_seed_goes_on_as_anybody_would(seed: Seed, prompt: str, likeliest: str) -> None:
-    assert seed.continuation(prompt, 2).startswith(likeliest)
-
-
-def test_english_costs_the_seed_few_nats_and_the_same_words_shuffled_many(seed: Seed) -> None:
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # the library's bar would leave a thread behind
+    model, tokenizer = loaded(source.folder, list(source.names), torch.float32), shape_of(source).tokenizer
+    cut = FileTokenizer(tokenizer, SMOLLM2)
+    for prompt, word in (("The capital of France is", " Paris"), ("Water freezes at 0 degrees", " Celsius")):
+        logits_V = model(torch.tensor([ids_of(cut, prompt)])).logits[0, -1]
+        assert cut.decode([int(logits_V.argmax())]).decode() == word
     words = TOWER.split()
     random.Random(0).shuffle(words)
-    assert 1.0 < seed.nats_per_token(TOWER) < 2.5
-    assert seed.nats_per_token(" ".join(words)) > 4.5
-
-
-def test_any_text_comes_back_from_its_tokens(seed: Seed) -> None:
-    for text in ("Grüße, œuvre, ∀x\n\n\t 12345 don't", "<|im_start|>user", ""):
-        assert seed.tokenizer.decode(seed.tokenizer.encode(text)) == text
-    assert len(seed.tokenizer.encode("12345")) == 5
-    assert len(seed.tokenizer.encode("<|im_start|>")) > 1
-
-
-def test_weights_kept_in_four_bits_give_the_same_logits_in_a_fifth_of_the_memory(seed: Seed, packed: Seed) -> None:
-    ids = torch.tensor([seed.tokenizer.encode(TOWER)])
-    with torch.no_grad():
-        torch.testing.assert_close(packed.model(ids), seed.model(ids), rtol=1e-4, atol=1e-3)
-    dense_bytes, packed_bytes = (sum(b.nbytes for b in s.model.buffers()) for s in (seed, packed))
-    assert packed_bytes < dense_bytes / 5
-    assert packed_bytes < 100e6
-
-
-def test_packed_weights_keep_no_dense_copy_for_backward_and_give_the_same_gradient(seed: Seed, packed: Seed) -> None:
-    x_BTD = torch.randn(1, 8, 576, generator=torch.Generator().manual_seed(0))
-    targets_BT = torch.arange(8)[None]
-    gradients: list[torch.Tensor] = []
-    most_values: list[int] = []
-    for own in (seed, packed):
-        x_BTD = x_BTD.detach().clone().requires_grad_()
-        kept: list[int] = []
-
-        def note(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
-            kept.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = own.model.nats(own.model.run(x_BTD, 28), targets_BT).mean()
-        gradients += torch.autograd.grad(loss, x_BTD)
-        most_values.append(max(kept))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
-    assert most_values == [49152 * 576, 8 * 49152]  # the table of tokens; the logits, fewer than an FFN's matrix
-
-
-def test_layers_run_apart_give_what_they_give_together(seed: Seed) -> None:
-    ids = torch.tensor([seed.tokenizer.encode(TOWER)])
-    with torch.no_grad():
-        lower = seed.model.run(seed.model.embed(ids), 0, 26)
-        torch.testing.assert_close(seed.model.logits(seed.model.run(lower, 26)), seed.model(ids))
-
-
-def test_an_adapter_sees_what_the_ffn_sees_and_is_added_to_it(seed: Seed) -> None:
-    ids = torch.tensor([seed.tokenizer.encode(TOWER)])
-    seen: list[torch.Tensor] = []
-
-    class Nothing(torch.nn.Module):
-        def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-            seen.append(x_ND)
-            return torch.zeros_like(x_ND)
-
-    with torch.no_grad():
-        plain = seed.model.run(seed.model.embed(ids), 0)
-        same = seed.model.run(seed.model.embed(ids), 0, adapters={29: Nothing()})
-    assert torch.equal(plain, same)
-    assert [x.shape for x in seen] == [(ids.shape[1], 576)]
-    assert not any(p.requires_grad for p in seed.model.parameters())
+    nats = []
+    for text in (TOWER, " ".join(words)):
+        ids_T = torch.tensor(ids_of(cut, text))
+        nats.append(float(functional.cross_entropy(model(ids_T[None, :-1]).logits[0], ids_T[1:])))
+    assert 1.0 < nats[0] < 2.5
+    assert nats[1] > 4.5

@@ -49,6 +49,13 @@ def test_each_sequence_is_computed_once_in_whatever_company_it_comes() -> None:
     torch.testing.assert_close(both, IDS[:, :, None].float() * 2)
 
 
+def test_what_was_computed_elsewhere_is_taken_as_it_is() -> None:
+    kept, compute = FrozenStates(), Doubling()
+    kept.keep(IDS, Doubling()(IDS))
+    torch.testing.assert_close(kept.of(IDS[[1, 0]], compute), IDS[[1, 0], :, None].float() * 2)
+    assert compute.n_computed == 0
+
+
 def test_what_was_used_longest_ago_goes_where_all_do_not_fit() -> None:
     kept, compute = FrozenStates(max_bytes=2 * 4 * 4), Doubling()
     rows = [torch.full((1, 4), value) for value in (1, 2, 3)]

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from common.assets import asset_store
 from common.errors import DataError, InvalidInputError, LimitExceededError, ManifestError
 from node.model.attention_cache import Stretch
+from node.model.frozen_states import FrozenStates
 from node.model.generation import Generation, Prompt
 from node.model.moe import LocalExperts
 from node.model.next_token import GenerationConfig
 from node.model.pretrained import PretrainedTrunk, decoder_layers
 from node.model.pretrained_files import language_model, loaded, quiet_transformers
-from node.trainer.train_step import build_model, next_token_loss
+from node.trainer.train_step import build_model, new_layers, next_token_loss
 from tests.support.tiny_pretrained import KINDS, N_TOKENS, new_model, pretrained_manifest, save_pretrained
 
 if TYPE_CHECKING:
@@ -179,6 +180,16 @@ def test_frozen_layers_are_computed_once_for_a_text_and_again_only_where_they_ar
         first, again = logits(model), logits(model)
         torch.testing.assert_close(first, again)
         assert len(runs) == n_runs
+
+
+def test_trunks_of_one_model_that_share_its_states_compute_them_once(folder: Path) -> None:
+    manifest, states, runs = manifest_of(folder), FrozenStates(), list[None]()
+    for _ in range(2):
+        layers = new_layers(manifest, LocalExperts(manifest), torch.Generator().manual_seed(3))
+        trunk = PretrainedTrunk(manifest, language_model(manifest.pretrained), layers, torch.Generator(), states)
+        decoder_layers(trunk.language_model)[0].register_forward_hook(lambda *_: runs.append(None))
+        logits(trunk)
+    assert len(runs) == 1
 
 
 def test_a_checkpoint_holds_what_is_trained_and_another_trunk_takes_it(folder: Path) -> None:

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from experiments.adapters.domains import DOMAINS, WEAK
-from experiments.adapters.seed.adapting import (
+from experiments.adapters.adapting import (
     STEP_WINDOWS,
     Gated,
     manifest_for,
+    moe_layers,
+    n_tokens,
     nats_and_choices,
     nats_per_window,
     train,
     train_apart,
 )
-from experiments.adapters.seed.apart import arrow, merged
-from experiments.adapters.seed.volunteer import volunteer
+from experiments.adapters.apart import arrow, merged, seed_alone
+from experiments.adapters.domains import DOMAINS, WEAK
+from experiments.adapters.volunteer import volunteer
 from experiments.arms.counted import CountedExperts
 from experiments.arms.specialisation import excess
 from experiments.live.placement import Placement, experts_at
@@ -31,15 +33,13 @@ from protocol.manifest import AveragingConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
-
+    from experiments.adapters.adapting import Adapters
     from experiments.adapters.arms import AdapterTrial, Way
     from experiments.adapters.domains import DomainName
-    from experiments.adapters.seed.adapting import Adapters
-    from experiments.adapters.seed.states import States, Texts, Upper
+    from experiments.adapters.seed import Seed, Texts
     from experiments.harness.experiment import Result, TrialContext
     from experiments.live.placement import Where
-    from node.model.moe import MoE
+    from node.model.pretrained import PretrainedTrunk
     from protocol.manifest import Manifest
 
 DIGITS = 4
@@ -47,25 +47,24 @@ DIGITS = 4
 
 def measure(trial: AdapterTrial, texts: Texts, context: TrialContext) -> Result:
     """Nats per token by way, domain and window; and of the gates that choose, what and how evenly."""
-    tests = texts.tuning if trial.is_tuning else texts.held_out
-    measuring = _Measuring(texts.upper, tests)
-    if trial.run is None:
-        measuring.result["vocabulary"] = len(texts.upper.vocabulary_V)
-        measuring.plain("alone", {name: {} for name in tests})
-        return measuring.result
-    training = {name: texts.training[name].first(trial.windows) for name in WEAK}
+    seed, measuring = texts.seed, _Measuring(texts.seed, texts.tuning if trial.is_tuning else texts.held_out)
     result = measuring.result
-    result["tokens"] = sum(states.targets_WT.numel() for states in training.values())
+    if trial.run is None:
+        result["vocabulary"] = seed.manifest.model.vocab_size
+        measuring.everywhere("alone", seed_alone(seed))
+        return result
+    training = {name: texts.training[name][: trial.windows] for name in WEAK}
+    result["tokens"] = sum(map(n_tokens, training.values()))
     if trial.is_apart:
         cpu = time.process_time()
-        alone = train_apart(trial.run, texts.upper, training, context.progress)
+        alone = train_apart(trial.run, seed, training, context.progress)
         result["cpu_seconds"] = round(time.process_time() - cpu, 1)
         result["volunteer"] = asdict(volunteer(alone[WEAK[0]].manifest))
         for way in trial.ways:
             _measure_apart(measuring, way, alone)
         return result
     together, place = list(training.values()), Placement(hosts=trial.hosts)
-    manifest = manifest_for(trial.run, texts.upper, together)
+    manifest = manifest_for(trial.run, seed, together)
     manifest = replace(manifest, averaging=AveragingConfig(target_replicas=place.replicas))
     steps = sum(map(len, together)) // STEP_WINDOWS
     with experts_at(place, manifest, steps, context.folder) as where:
@@ -74,11 +73,11 @@ def measure(trial: AdapterTrial, texts: Texts, context: TrialContext) -> Result:
 
 
 def _measure_gated(
-    measuring: _Measuring, manifest: Manifest, where: Where, training: list[States], context: TrialContext
+    measuring: _Measuring, manifest: Manifest, where: Where, training: list[torch.Tensor], context: TrialContext
 ) -> None:
     """Adapters that are trained with their gate and measured wherever they are held."""
     result, experts = measuring.result, CountedExperts(where.experts)
-    adapters = Gated(manifest, measuring.upper, experts)
+    adapters = Gated(manifest, measuring.seed, experts)
     cpu, others = time.process_time(), where.cpu_seconds()
     train(adapters, training, context.progress)
     result["cpu_seconds"] = round(time.process_time() - cpu, 1)
@@ -86,44 +85,47 @@ def _measure_gated(
     result |= {"volunteer": asdict(volunteer(manifest)), "gates": adapters.gate_stats()}
     result |= {"pairs": dict(experts.trained), **where.figures()}
     where.settle()
-    measuring.gated("gated", adapters.layers)
+    measuring.gated("gated", adapters.trunk)
     experts.check_held_out()
 
 
 def _measure_apart(measuring: _Measuring, way: Way, alone: Mapping[DomainName, Adapters]) -> None:
     """`alone` in the order of WEAK."""
-    together = list(alone.values())
+    seed, together = measuring.seed, list(alone.values())
     match way:
         case "own":
-            measuring.plain(way, {name: adapters.layers for name, adapters in alone.items()})
+            measuring.plain(way, {name: adapters.trunk for name, adapters in alone.items()})
         case "merged":
-            measuring.plain(way, dict.fromkeys(measuring.tests, merged(together)))
+            measuring.everywhere(way, merged(seed, together))
         case "arrow-1":
-            measuring.gated(way, arrow(together, 1))
+            measuring.gated(way, arrow(seed, together, 1))
         case _:
-            measuring.plain(way, dict.fromkeys(measuring.tests, arrow(together, len(together))))
+            measuring.everywhere(way, arrow(seed, together, len(together)))
 
 
 class _Measuring:
-    """Measures one model on some texts, way by way."""
+    """Measures one seed on some texts, way by way."""
 
-    def __init__(self, upper: Upper, tests: Mapping[DomainName, States]) -> None:
-        self.tests, self.upper = tests, upper
+    def __init__(self, seed: Seed, tests: Mapping[DomainName, torch.Tensor]) -> None:
+        self.tests, self.seed = tests, seed
         self.result: Result = {"nats": {}, "specialisation": {}, "shares": {}}
 
-    def plain(self, way: Way, adapters: Mapping[DomainName, Mapping[int, nn.Module]]) -> None:
-        """Measure with the adapters that are given for each domain."""
-        nats = {name: nats_per_window(self.upper, own, self.tests[name]) for name, own in adapters.items()}
-        self._keep(way, nats)
+    def plain(self, way: Way, trunks: Mapping[DomainName, PretrainedTrunk]) -> None:
+        """Measure what is given for each domain."""
+        self._keep(way, {name: nats_per_window(trunk, self.tests[name]) for name, trunk in trunks.items()})
 
-    def gated(self, way: Way, layers: Mapping[int, MoE]) -> None:
+    def everywhere(self, way: Way, trunk: PretrainedTrunk) -> None:
+        """Measure the same on every domain."""
+        self.plain(way, dict.fromkeys(self.tests, trunk))
+
+    def gated(self, way: Way, trunk: PretrainedTrunk) -> None:
         """Measure with a choice for each token, and keep the choices."""
         nats: dict[DomainName, list[float]] = {}
         chosen: dict[DomainName, list[torch.Tensor]] = {}
-        for name, states in self.tests.items():
-            nats[name], chosen[name] = nats_and_choices(self.upper, layers, states)
+        for name, ids_WT in self.tests.items():
+            nats[name], chosen[name] = nats_and_choices(trunk, ids_WT)
         self._keep(way, nats)
-        n_experts = next(iter(layers.values())).gate.n_experts
+        n_experts = moe_layers(trunk)[0].gate.n_experts
         if n_experts > 1:
             self.result["specialisation"][way] = specialisation(chosen)
         if way == "arrow-1":

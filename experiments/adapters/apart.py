@@ -3,7 +3,7 @@
 Arrow (arXiv 2405.11157) needs nothing but the adapters: each one's prototype is the direction of its input that it
 amplifies most, and a token goes to the adapters whose prototypes it points along, whichever way.
 
-Shapes: T tokens, N tokens, E adapters, K of them for a token, D model width, R rank, S = E * R.
+Shapes: T tokens, N tokens, E adapters, K of them for a token, D model width, R rank.
 """
 
 from __future__ import annotations
@@ -18,42 +18,16 @@ from node.model.gate import Gate
 from node.model.moe import LocalExperts, MoE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from experiments.adapters.seed.adapting import Adapters
+    from experiments.adapters.adapting import Adapters
+    from experiments.adapters.seed import Seed
+    from node.model.pretrained import PretrainedTrunk
     from protocol.manifest import ModelConfig
 
 
-class Product(nn.Module):
-    """One adapter that no gate chooses: x A B."""
-
-    def __init__(self, a_DR: torch.Tensor, b_RD: torch.Tensor) -> None:
-        super().__init__()
-        self.a_DR, self.b_RD = a_DR, b_RD
-
-    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """x_ND -> [N, D]."""
-        return x_ND @ self.a_DR @ self.b_RD
-
-
-def merged(alone: Sequence[Adapters]) -> dict[int, Product]:
-    """The mean of the adapters' products for each layer, which is an adapter of the sum of their ranks."""
-    found = {}
-    for layer in alone[0].layers:
-        weights = [adapters.weights(layer) for adapters in alone]
-        a_DS = torch.cat([own["w_in"][0] for own in weights], 1)
-        found[layer] = Product(a_DS, torch.cat([own["w_out"][0] for own in weights]) / len(alone))
-    return found
-
-
-def products(adapters: Adapters) -> dict[str, torch.Tensor]:
-    """What one adapter of each layer does to its input, A B [D, D], named as a model's tensors are."""
-    weights = {layer: adapters.weights(layer) for layer in adapters.layers}
-    return {f"layers.{layer}": own["w_in"][0] @ own["w_out"][0] for layer, own in weights.items()}
-
-
 class Whole(nn.Module):
-    """An adapter of any rank: x W."""
+    """An adapter of any rank that no gate chooses: x W."""
 
     def __init__(self, weight_DD: torch.Tensor) -> None:
         super().__init__()
@@ -64,9 +38,21 @@ class Whole(nn.Module):
         return x_ND @ self.weight_DD
 
 
-def from_products(weights: Mapping[str, torch.Tensor]) -> dict[int, Whole]:
-    """Adapters by layer, of such products or what was made of them."""
-    return {int(name.rpartition(".")[2]): Whole(weight_DD) for name, weight_DD in weights.items()}
+def seed_alone(seed: Seed) -> PretrainedTrunk:
+    """The seed with adapters that add nothing."""
+    width = seed.manifest.model.d_model
+    return seed.trunk([Whole(torch.zeros(width, width)) for _ in seed.layers])
+
+
+def products(adapters: Adapters) -> list[torch.Tensor]:
+    """What the only adapter of each layer does to its input, A B [D, D]."""
+    return [own["w_in"][0] @ own["w_out"][0] for own in adapters.weights()]
+
+
+def merged(seed: Seed, alone: Sequence[Adapters]) -> PretrainedTrunk:
+    """The seed with the mean of the adapters' products in each layer, an adapter of the sum of their ranks."""
+    layers = zip(*map(products, alone), strict=True)
+    return seed.trunk([Whole(torch.stack(own).mean(0)) for own in layers])
 
 
 class ArrowGate(Gate):
@@ -84,15 +70,15 @@ class ArrowGate(Gate):
         return best.indices, torch.logit(torch.softmax(best.values, 1), eps=torch.finfo(x_TD.dtype).eps)
 
 
-def arrow(alone: Sequence[Adapters], per_token: int) -> dict[int, MoE]:
-    """All adapters as the experts of one grid, in their order, and a gate for each layer that was never trained."""
+def arrow(seed: Seed, alone: Sequence[Adapters], per_token: int) -> PretrainedTrunk:
+    """The seed with all adapters as the experts of one grid, in their order, and gates that were never trained."""
     experts = together(alone)
     model = replace(experts.manifest.model, experts_per_token=per_token)
-    found = {}
-    for number, layer in enumerate(alone[0].layers):
-        params = experts.blocks[number][0].params
-        found[layer] = MoE(ArrowGate(model, prototypes(params["w_in"], params["w_out"])), experts, number)
-    return found
+    found = []
+    for layer, (block,) in experts.blocks.items():
+        gate = ArrowGate(model, prototypes(block.params["w_in"], block.params["w_out"]))
+        found.append(MoE(gate, experts, layer))
+    return seed.trunk(found)
 
 
 def together(alone: Sequence[Adapters]) -> LocalExperts:

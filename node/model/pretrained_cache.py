@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
-from node.model.attention_cache import KeptSequences
+from node.model.attention_cache import KeptSequences, places_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -65,7 +65,7 @@ class PretrainedPass(Cache):
     def __init__(self, cache: PretrainedCache, stretches: Sequence[Stretch], device: torch.device) -> None:
         super().__init__(layers=[])
         self._cache = cache
-        self._place_R, start_R, stop_R = torch.tensor(
+        place_R, start_R, stop_R = torch.tensor(
             [(of.place, of.start, of.stop) for of in stretches], device=device
         ).unbind(1)
         self.length_R = stop_R - start_R
@@ -73,6 +73,8 @@ class PretrainedPass(Cache):
         self.is_token_RT = column_T < self.length_R[:, None]
         self.position_RT = (start_R[:, None] + column_T).minimum(stop_R[:, None] - 1)
         self._row_N, self._column_N = self.is_token_RT.nonzero(as_tuple=True)
+        self._place_N, self._position_N = place_R[self._row_N], self.position_RT[self._row_N, self._column_N]
+        self._places = places_of(stretches)
         self._n_seen = int(stop_R.max())
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -91,13 +93,10 @@ class PretrainedPass(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [R, K, T, C], and return all that the pass sees [R, K, S, C]."""
         kept = self._cache.of_layer(layer_idx, key_states)
-        row_N, column_N = self._row_N, self._column_N
-        place_N, position_N = self._place_R[row_N], self.position_RT[row_N, column_N]
         for all_BKPC, new_RKTC in zip(kept, (key_states, value_states), strict=True):
-            all_BKPC[place_N, :, position_N] = new_RKTC[row_N, :, column_N]
+            all_BKPC[self._place_N, :, self._position_N] = new_RKTC[self._row_N, :, self._column_N]
         keys_BKPC, values_BKPC = kept
-        seen = (self._place_R, slice(None), slice(0, self._n_seen))
-        return keys_BKPC[seen], values_BKPC[seen]
+        return keys_BKPC[self._places, :, : self._n_seen], values_BKPC[self._places, :, : self._n_seen]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the library's name
         """Nothing that the model could count on: positions and mask are given to it."""

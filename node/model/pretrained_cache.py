@@ -1,6 +1,7 @@
 """Keys and values of the tokens that a pretrained model has read, so that generation reads each token once.
 
-Several sequences are read in one pass, each from where it stands, padded behind their ends. What is padding is written
+Several sequences are read in one pass, each from where it stands, padded behind their ends; where that would be much
+padding, as when one has a long prompt and others have a token each, in several passes. What is padding is written
 nowhere, seen by no token, and sent to no expert (`pretrained.FfnWithExperts`).
 """
 
@@ -10,7 +11,7 @@ nowhere, seen by no token, and sent to no expert (`pretrained.FfnWithExperts`).
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from transformers.cache_utils import Cache
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from node.model.attention_cache import Stretch
+
+
+FREE_PADDING: Final = 48
+"""So many tokens cost less than another pass, which reads all weights of the model from memory."""
+PADDED_PART: Final = 4
+"""A pass may be padded by a fourth of what is longest in it, for each of its stretches."""
 
 
 def bytes_per_sequence(language_model: PreTrainedModel, n_positions: int) -> int:
@@ -57,6 +64,20 @@ class PretrainedCache(KeptSequences):
         if layer not in self._layers:
             self._layers[layer] = (like.new_zeros(self._shape), like.new_zeros(self._shape))
         return self._layers[layer]
+
+
+def passes_of(stretches: Sequence[Stretch]) -> list[list[int]]:
+    """Which stretches are read in one pass, by their indices: those that are padded by little."""
+    lengths = [of.stop - of.start for of in stretches]
+    groups: list[list[int]] = []
+    n_padding = longest = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        n_padding += longest - lengths[index]
+        if not groups or n_padding > max(FREE_PADDING, longest * len(groups[-1]) // PADDED_PART):
+            groups.append([])
+            longest, n_padding = lengths[index], 0
+        groups[-1].append(index)
+    return [sorted(group) for group in groups]
 
 
 class PretrainedPass(Cache):

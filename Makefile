@@ -41,7 +41,7 @@ format: setup-dev ## format the code and mend what ruff can
 proto: setup-dev ## generate *_pb2 from the .proto files
 	@$(BIN)/python -m tests.support.generated
 setup-bench: .venv/.bench ## the same, and the digits that one benchmark learns
-bench: setup-bench ## run the benchmarks, an hour and a half for all (flags: BENCH_FLAGS)
+bench: setup-bench .venv/.smollm2 ## run the benchmarks, two hours for all (flags: BENCH_FLAGS)
 	@$(BIN)/python -m tests.benchmarks.suite $(BENCH_FLAGS)
 setup-seed: .venv/.seed ## the same as setup, and the seed model that experiments put adapters around, with its texts
 compose-test: setup-dev ## build the image, run docker/compose.yaml on a Docker engine and break things

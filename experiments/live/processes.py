@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psutil
 
@@ -31,6 +32,7 @@ RUN_NODE = str(Path(__file__).resolve().parents[2] / "run_node.py")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
+SERVED_AT: Final = re.compile(r" is served at (http://\S+)/\n")
 
 E = TypeVar("E", bound=Event)
 
@@ -82,16 +84,28 @@ class Node:
 
     def wait_for(self, name: str, timeout_s: float = START_TIMEOUT_S, count: int = 1) -> dict[str, Any]:
         """The last event `name`, once there are `count`; fails at once if the process ends before."""
+        self._wait(lambda: len(self.events(name)) >= count, f"{count} x {name!r}", timeout_s)
+        return self.events(name)[-1]
 
+    def wait_for_url(self, timeout_s: float = START_TIMEOUT_S) -> str:
+        """Where a `serve` has printed that it serves, without the last slash; fails at once if it ends before."""
+        self._wait(lambda: self._url() is not None, "an address", timeout_s)
+        return str(self._url())
+
+    def _url(self) -> str | None:
+        log = self.child.spec.log
+        said = SERVED_AT.search(log.read_text()) if log is not None and log.exists() else None
+        return None if said is None else said[1]
+
+    def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         def arrived() -> bool:
-            if len(self.events(name)) >= count:
+            if condition():
                 return True
             if self.child.ended():
-                raise UnavailableError(f"{self.folder.name} ended before {name!r}:\n{self.child.log_tail()}")
+                raise UnavailableError(f"{self.folder.name} ended before {what}:\n{self.child.log_tail()}")
             return False
 
-        wait_until(arrived, f"{count} x {name!r} of {self.folder.name}; its log:\n{self.child.log_tail()}", timeout_s)
-        return self.events(name)[-1]
+        wait_until(arrived, f"{what} of {self.folder.name}; its log:\n{self.child.log_tail()}", timeout_s)
 
     def cpu_seconds(self) -> float:
         """Processor time so far, its own and that of the processes that it runs; 0 once it is reaped."""
@@ -172,6 +186,11 @@ class ProcessSwarm:
         """Start a trainer with `--plain`."""
         out = self.folder / name
         return self.start(name, "train", "--join", str(self.swarm_file), "--out", str(out), "--plain", *arguments)
+
+    def server(self, name: str, out: Path, *arguments: str) -> Node:
+        """Start a `serve` of the trunk in `out` at a free port; returns before it serves."""
+        place = ("--join", str(self.swarm_file), "--out", str(out), "--port", "0")
+        return self.start(name, "serve", *place, *arguments)
 
     def swarm_file_through(self, node: Node) -> Path:
         """A swarm.toml that names only `node` as initial peer: for joining when the coordinator is gone."""

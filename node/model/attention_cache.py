@@ -52,6 +52,13 @@ class Stretch:
     stop: int
 
 
+def places_of(stretches: Sequence[Stretch]) -> slice | list[int]:
+    """Index of the places of all stretches: where each follows the one before, a slice, by which nothing is copied."""
+    places = [of.place for of in stretches]
+    run = range(places[0], places[0] + len(places))
+    return slice(run.start, run.stop) if places == list(run) else places
+
+
 class KeptSequences(ABC):
     """Places for `n_places` sequences, of which the first `n_sequences` are taken; what is kept of each is in tensors.
 
@@ -135,9 +142,7 @@ class Pass:
         self._place_N = place_R[self.stretch_N]
         cos_PC, sin_PC = cache.rotation_PC
         self.rotation = (cos_PC[self.position_N, None, None], sin_PC[self.position_N, None, None])
-        # Slices are no copies: in most steps every sequence reads, in the order of its place.
-        is_slice = [of.place for of in stretches] == list(range(len(stretches)))
-        self._places: Tensor | slice = slice(len(stretches)) if is_slice else place_R
+        self._places = places_of(stretches)
         self._shape = (len(stretches), max(of.stop - of.start for of in stretches))
         self._n_seen = max(of.stop for of in stretches)
         position_RT = start_R[:, None] + torch.arange(self._shape[1], device=device)

@@ -62,7 +62,8 @@ class Generation:
 
     No sequence has a part in another's arithmetic, and each draws from a generator of its own, so that what it says
     does not depend on what else is in the batch (but for rounding, where products of more rows add up in another
-    order). A step calls each layer once, with the new tokens of all sequences together.
+    order). A step calls each layer once, with the new tokens of all sequences together; a pretrained model's more often
+    where some have far more to read than others.
 
     The model never sees more than its context. A sequence that reaches it loses the older half of what it has, and the
     rest is read again as a new window, so that a token costs at most two on average. Of a prompt that is longer than

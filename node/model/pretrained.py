@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import DataError, InvalidInputError
 from node.model.frozen_states import FrozenStates, SplitModel
-from node.model.pretrained_cache import PretrainedCache, PretrainedPass, bytes_per_sequence
+from node.model.pretrained_cache import PretrainedCache, PretrainedPass, bytes_per_sequence, passes_of
 from node.model.token_codes import TokenCodes
 from node.model.trunk import Trunk
 from protocol.tensors import DTYPES
@@ -157,7 +157,19 @@ class PretrainedTrunk(Trunk):
 
     @torch.no_grad()
     def read(self, cache: PretrainedCache, stretches: Sequence[Stretch]) -> Tensor:
-        """Logits [R, V] of what follows each stretch; a pass in which the experts raise an error can be repeated."""
+        """Logits [R, V] of what follows each stretch, in one pass or, where much would be padding, in several.
+
+        What the experts raise an error in can be repeated, all of it.
+        """
+        groups = passes_of(stretches)
+        if len(groups) == 1:
+            return self._read_together(cache, stretches)
+        logits_RV = torch.empty(len(stretches), self.vocab_size, device=self.device)
+        for group in groups:
+            logits_RV[group] = self._read_together(cache, [stretches[index] for index in group])
+        return logits_RV
+
+    def _read_together(self, cache: PretrainedCache, stretches: Sequence[Stretch]) -> Tensor:
         at = PretrainedPass(cache, stretches, self.device)
         ids_RT = _padded([of.window[of.start : of.stop] for of in stretches], self.device)
         last_R = at.length_R - 1

@@ -1,6 +1,7 @@
 """Keys and values of the tokens that a pretrained model has read, so that generation reads each token once.
 
-Several sequences are read in one pass, each from where it stands, padded behind their ends. What is padding is written
+Several sequences are read in one pass, each from where it stands, padded behind their ends; where that would be much
+padding, as when one has a long prompt and others have a token each, in several passes. What is padding is written
 nowhere, seen by no token, and sent to no expert (`pretrained.FfnWithExperts`).
 """
 
@@ -10,12 +11,12 @@ nowhere, seen by no token, and sent to no expert (`pretrained.FfnWithExperts`).
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from transformers.cache_utils import Cache
 
-from node.model.attention_cache import KeptSequences
+from node.model.attention_cache import KeptSequences, places_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from node.model.attention_cache import Stretch
+
+
+FREE_PADDING: Final = 48
+"""So many tokens cost less than another pass, which reads all weights of the model from memory."""
+PADDED_PART: Final = 4
+"""A pass may be padded by a fourth of what is longest in it, for each of its stretches."""
 
 
 def bytes_per_sequence(language_model: PreTrainedModel, n_positions: int) -> int:
@@ -59,13 +66,27 @@ class PretrainedCache(KeptSequences):
         return self._layers[layer]
 
 
+def passes_of(stretches: Sequence[Stretch]) -> list[list[int]]:
+    """Which stretches are read in one pass, by their indices: those that are padded by little."""
+    lengths = [of.stop - of.start for of in stretches]
+    groups: list[list[int]] = []
+    n_padding = longest = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        n_padding += longest - lengths[index]
+        if not groups or n_padding > max(FREE_PADDING, longest * len(groups[-1]) // PADDED_PART):
+            groups.append([])
+            longest, n_padding = lengths[index], 0
+        groups[-1].append(index)
+    return [sorted(group) for group in groups]
+
+
 class PretrainedPass(Cache):
     """What the model's layers take for their cache during one pass, and where each token of it belongs."""
 
     def __init__(self, cache: PretrainedCache, stretches: Sequence[Stretch], device: torch.device) -> None:
         super().__init__(layers=[])
         self._cache = cache
-        self._place_R, start_R, stop_R = torch.tensor(
+        place_R, start_R, stop_R = torch.tensor(
             [(of.place, of.start, of.stop) for of in stretches], device=device
         ).unbind(1)
         self.length_R = stop_R - start_R
@@ -73,6 +94,8 @@ class PretrainedPass(Cache):
         self.is_token_RT = column_T < self.length_R[:, None]
         self.position_RT = (start_R[:, None] + column_T).minimum(stop_R[:, None] - 1)
         self._row_N, self._column_N = self.is_token_RT.nonzero(as_tuple=True)
+        self._place_N, self._position_N = place_R[self._row_N], self.position_RT[self._row_N, self._column_N]
+        self._places = places_of(stretches)
         self._n_seen = int(stop_R.max())
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -91,13 +114,10 @@ class PretrainedPass(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [R, K, T, C], and return all that the pass sees [R, K, S, C]."""
         kept = self._cache.of_layer(layer_idx, key_states)
-        row_N, column_N = self._row_N, self._column_N
-        place_N, position_N = self._place_R[row_N], self.position_RT[row_N, column_N]
         for all_BKPC, new_RKTC in zip(kept, (key_states, value_states), strict=True):
-            all_BKPC[place_N, :, position_N] = new_RKTC[row_N, :, column_N]
+            all_BKPC[self._place_N, :, self._position_N] = new_RKTC[self._row_N, :, self._column_N]
         keys_BKPC, values_BKPC = kept
-        seen = (self._place_R, slice(None), slice(0, self._n_seen))
-        return keys_BKPC[seen], values_BKPC[seen]
+        return keys_BKPC[self._places, :, : self._n_seen], values_BKPC[self._places, :, : self._n_seen]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the library's name
         """Nothing that the model could count on: positions and mask are given to it."""

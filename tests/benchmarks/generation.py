@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from node.model.transformer import Transformer
+    from node.model.trunk import Trunk
 
 METRIC = "tokens/s"
 STREAMS = (1, 8)
@@ -71,31 +72,37 @@ def new_model(context: int) -> Transformer:
     return build_transformer(manifest, LocalExperts(manifest), generator).eval()
 
 
-def prompts(streams: int) -> list[int]:
+def prompts(streams: int) -> list[list[int]]:
     """A token of its own for each stream, so that they go apart."""
-    return list(range(ord("A"), ord("A") + streams))
+    return [[ord("A") + stream] for stream in range(streams)]
 
 
 def rate_of(
-    write: Callable[[Transformer, Sequence[int], int], object], model: Transformer, firsts: Sequence[int], n_tokens: int
+    write: Callable[[Trunk, Sequence[Sequence[int]], int], object],
+    model: Trunk,
+    asked: Sequence[Sequence[int]],
+    n_tokens: int,
 ) -> float:
     """Tokens per second of all streams together."""
     started_s = time.perf_counter()
-    write(model, firsts, n_tokens)
-    return len(firsts) * n_tokens / (time.perf_counter() - started_s)
+    write(model, asked, n_tokens)
+    return len(asked) * n_tokens / (time.perf_counter() - started_s)
 
 
-def with_cache(model: Transformer, firsts: Sequence[int], n_tokens: int) -> list[list[int]]:
+def with_cache(model: Trunk, asked: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
     """Tokens of each stream, from `Generation`."""
     greedy = GenerationConfig(max_new_tokens=n_tokens, temperature=0.0)
-    steps = Generation(model, [Prompt(ids=[first], config=greedy) for first in firsts])
+    steps = Generation(model, [Prompt(ids=ids, config=greedy) for ids in asked])
     return [list(of_stream) for of_stream in zip(*([new.token for new in step] for step in steps), strict=True)]
 
 
 @torch.no_grad()
-def without_cache(model: Transformer, firsts: Sequence[int], n_tokens: int) -> list[list[int]]:
-    """Tokens of each stream, from windows that slide as those of `Generation` do and are read whole every time."""
-    window_BT = torch.tensor(firsts)[:, None]
+def without_cache(model: Trunk, asked: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+    """Tokens of each stream, from windows that slide as those of `Generation` do and are read whole every time.
+
+    All prompts are equally long.
+    """
+    window_BT = torch.tensor(asked)
     written: list[torch.Tensor] = []
     while len(written) < n_tokens:
         if window_BT.shape[1] > model.context:

@@ -39,7 +39,7 @@ BENCHMARKS = (
     "averaging",
     "replicas",
 )
-"""From seconds to half an hour; all of them take an hour and a half on two cores."""
+"""From seconds to half an hour; all of them take two hours on two cores."""
 MARK = "<!-- newest first: tests.benchmarks.suite writes below this line -->\n"
 
 

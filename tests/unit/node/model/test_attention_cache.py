@@ -9,7 +9,7 @@ import torch
 
 from common.errors import LimitExceededError, TooFewExpertsError
 from node.model import attention_cache
-from node.model.attention_cache import AttentionCache, Stretch, read
+from node.model.attention_cache import AttentionCache, Stretch, places_of, read
 from tests.support.counted_experts import counted_model
 
 if TYPE_CHECKING:
@@ -163,3 +163,13 @@ def test_more_sequences_than_memory_is_for_are_refused_before_it_is_taken(monkey
     assert AttentionCache(model, 3, CONTEXT).n_sequences == 3
     with pytest.raises(LimitExceededError, match="the limit is 3"):
         AttentionCache(model, 4, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("places", "index"),
+    [([0], slice(0, 1)), ([0, 1, 2], slice(0, 3)), ([2, 3], slice(2, 4)), ([0, 2], [0, 2]), ([1, 0], [1, 0])],
+)
+def test_places_that_follow_each_other_are_a_slice_which_copies_nothing(
+    places: list[int], index: slice | list[int]
+) -> None:
+    assert places_of([Stretch(place=place, window=[1], start=0, stop=1) for place in places]) == index

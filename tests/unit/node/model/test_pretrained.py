@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from common.assets import asset_store
 from common.errors import DataError, InvalidInputError, LimitExceededError, ManifestError
+from node.model import pretrained_cache
 from node.model.attention_cache import Stretch
 from node.model.frozen_states import FrozenStates
 from node.model.generation import Generation, Prompt
@@ -22,9 +23,10 @@ from node.trainer.train_step import build_model, new_layers, next_token_loss
 from tests.support.tiny_pretrained import KINDS, N_TOKENS, new_model, pretrained_manifest, save_pretrained
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from node.model.experts.block import Block
     from protocol.manifest import Manifest
 
 WINDOW = [5, 17, 299, 3, 42, 42, 8, 100, 7, 256, 31, 9]
@@ -155,6 +157,30 @@ def test_tokens_that_are_read_one_by_one_and_in_company_say_what_the_whole_windo
     cache.keep([1, 0])
     last = model.read(cache, [Stretch(place=1, window=WINDOW, start=10, stop=12)])
     torch.testing.assert_close(last[0], logits(model)[11], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_long_prompt_is_read_in_a_pass_of_its_own_and_all_get_the_logits_of_their_windows(
+    folder: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained_cache, "FREE_PADDING", 0)
+    model, experts = trunk_of(manifest_of(folder, **RECIPES[recipe]))
+    windows = [WINDOW[:2], WINDOW, WINDOW[3:5]]
+    cache = model.new_cache(len(windows), len(WINDOW))
+    stretches = [Stretch(place=cache.add(), window=of, start=0, stop=len(of)) for of in windows]
+    expected = torch.stack([logits(model, of)[-1] for of in windows])
+    read = list[int]()
+    monkeypatch.setattr(experts, "blocks_for_call", counting(experts.blocks_for_call, read))
+    torch.testing.assert_close(model.read(cache, stretches), expected, rtol=0, atol=1e-4)
+    assert len(read) == 2 * 2, "two passes through two layers"
+
+
+def counting(call: Callable[[int], list[Block]], layers: list[int]) -> Callable[[int], list[Block]]:
+    def counted(layer: int) -> list[Block]:
+        layers.append(layer)
+        return call(layer)
+
+    return counted
 
 
 def test_it_writes_what_transformers_writes_where_experts_have_learnt_nothing(folder: Path) -> None:

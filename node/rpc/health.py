@@ -22,10 +22,10 @@ from common.atomic_file import write_atomically
 from common.errors import ConfigError, IdentityError, UnavailableError
 from common.settings import check_minimums
 from common.text import peer_words
-from node.rpc.security import Security
 from protocol.admission import OPEN, Admission, token_from_hex
 from protocol.endpoints import Address
 from protocol.identity import Identity, public_key_of
+from protocol.security import Security
 from protocol.status import MAX_MESSAGE_CHARS, REASON_KEY
 from protocol.swarm_file import LISTENING_FILE, SwarmFile, checked_run_id
 

@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from typing import Self
 
     from node.membership.swarm import Swarm
-    from node.rpc.security import Caller
     from node.trainer.dispatch.backward import BackwardAnswer
     from node.trainer.dispatch.forward import ForwardAnswer, ForwardCall
     from node.trainer.dispatch.peers import ReplicaSource
     from protocol.manifest import Manifest
+    from protocol.security import Caller
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ def count(database: Database) -> int:
 
 def add(database: Database, name: str) -> None:
     with database.transaction() as connection:
-        connection.execute("INSERT INTO things VALUES (?, 1) ON CONFLICT DO UPDATE SET n = n + 1", (name,))
+        connection.execute("INSERT INTO things VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET n = n + 1", (name,))
 
 
 def add_both(database: Database, *names: str) -> None:

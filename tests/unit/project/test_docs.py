@@ -38,6 +38,7 @@ from protocol import (
     limits,
     node_events,
     reach_pb2,
+    receipts_pb2,
     records_pb2,
     relay_pb2,
     status,
@@ -227,7 +228,16 @@ def test_every_error_that_crosses_the_wire_is_listed_with_its_status() -> None:
 
 MESSAGES = {
     name: message
-    for module in (expert_pb2, averaging_pb2, contribution_pb2, reach_pb2, records_pb2, relay_pb2, invite_pb2)
+    for module in (
+        expert_pb2,
+        averaging_pb2,
+        contribution_pb2,
+        reach_pb2,
+        receipts_pb2,
+        records_pb2,
+        relay_pb2,
+        invite_pb2,
+    )
     for name, message in module.DESCRIPTOR.message_types_by_name.items()
 }
 
@@ -246,6 +256,7 @@ def test_every_message_is_described_field_by_field(name: str) -> None:
         (contribution_pb2, "Evaluation", "Evaluation"),
         (contribution_pb2, "Intake", "Intake"),
         (reach_pb2, "Reach", "Reach"),
+        (receipts_pb2, "Credit", "Credit"),
     ],
 )
 def test_every_call_of_the_service_is_described(module: ModuleType, service: str, heading: str) -> None:

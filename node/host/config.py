@@ -7,12 +7,13 @@ from pathlib import Path
 
 from common.config import EventLogConfig
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from node.credit.config import ProfileConfig
 from node.limits.config import LimitsConfig
 from node.membership.config import ReachConfig, SwarmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostConfig(LimitsConfig, EventLogConfig, ReachConfig, SwarmConfig):
+class HostConfig(LimitsConfig, EventLogConfig, ProfileConfig, ReachConfig, SwarmConfig):
     """Host blocks of experts for a run."""
 
     state: Path = Path("state/host")

@@ -12,14 +12,22 @@ import logging
 from typing import TYPE_CHECKING
 
 from common.backoff import backoff_s
+from common.errors import NoRoomError
 from common.tasks import repeat
 from node.host.availability import Reason
+from node.host.serving.batch_runner import try_forward
+from node.model.devices import first_line
+from node.model.experts.block import new_block
+from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    import torch
+
     from node.host.availability import Availability
     from node.host.serving.runtime import Runtime
+    from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -65,3 +73,12 @@ class DeviceWatch:
     def pause_s(self) -> float:
         """Seconds until the next look."""
         return backoff_s(TRY_AGAIN_S, self._tries - 1, max_doublings=MAX_DOUBLINGS) if self._tries else LOOK_S
+
+
+def device_problem(manifest: Manifest, device: torch.device) -> str:
+    """What goes wrong when a new block of the run computes a token on `device`; empty if nothing does."""
+    try:
+        block = new_block(manifest, BlockId(0, 0), device)
+    except (RuntimeError, NoRoomError) as error:
+        return first_line(error)
+    return try_forward(block, manifest.model.d_model, device)

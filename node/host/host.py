@@ -16,7 +16,7 @@ import torch
 from common.allocator import keep_freed_memory, keep_little_memory
 from common.clock import clock_with_sleep
 from common.config import EVENT_LOG_MINIMUMS
-from common.errors import DrainingError, NoRoomError
+from common.errors import DrainingError
 from common.events import EventLog
 from common.folders import FolderClaim, claimed
 from common.metrics import serve_metrics
@@ -33,7 +33,8 @@ from node.host.block_manager import BlockManager
 from node.host.block_store import BlockStore
 from node.host.capacity import capacity_for, events_bytes, wanted_capacity
 from node.host.checkpoints import Checkpoints
-from node.host.device_watch import DeviceWatch
+from node.host.credit.host_credit import HostCredit
+from node.host.device_watch import DeviceWatch, device_problem
 from node.host.events import AnnouncedEvent, AskedEvent, HostLeaveEvent, LimitsEvent
 from node.host.expert_upload_service import ExpertUploadService, VerdictChecker
 from node.host.hand_over import HandOver
@@ -45,7 +46,6 @@ from node.host.pause import Pause
 from node.host.placement import PlacementConfig, parse_blocks
 from node.host.placement_controller import PlacementController
 from node.host.placement_planner import PlacementPlanner
-from node.host.serving.batch_runner import try_forward
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.host.serving.service import SERVICE_NAME, ExpertService
 from node.host.signals import signals_heard
@@ -57,8 +57,7 @@ from node.membership import reachability
 from node.membership.endpoint import NodeEndpoint
 from node.membership.reachability import DialBackService
 from node.membership.swarm import Swarm
-from node.model.devices import first_line, limit_device_memory, pick_device
-from node.model.experts.block import new_block
+from node.model.devices import limit_device_memory, pick_device
 from node.rpc.health import server_told
 from node.rpc.rate_limit_interceptor import RateLimitInterceptor
 from node.rpc.server import NodeServer
@@ -66,7 +65,8 @@ from node.rpc.upload import INTAKE
 from protocol import expert_pb2 as pb
 from protocol.endpoints import Address, endpoint_text
 from protocol.identity import Identity
-from protocol.manifest import BlockId
+from protocol.profile import chosen_profile
+from protocol.receipts import CREDIT_SERVICE
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 
     from node.host.config import HostConfig
     from node.limits.memory import Capacity
+    from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     started = psutil.Process().create_time()
     check_minimums(config, MINIMUMS)
     limits = Limits.of(config)
+    chosen_profile(config.name, config.team, started)  # a mistake in it is told before anything is started
     torch.set_num_threads(config.threads)
     _ = keep_freed_memory() if limits.memory_bytes is None else keep_little_memory()
     device = pick_device(config.device)
@@ -174,6 +176,7 @@ class Host:
 
         self._memory = MemoryWatch(self._memory_limit, self._use, self._placement.give_up_one)
         self._service = self._build_service()
+        self._credit = HostCredit(config, limits, swarm, self._service.answered)
         self._server = self._build_server()
         self._checkpoints = Checkpoints(self._runtime, self._store, self._held, limits.disk_bytes, events)
         self._pause = self._build_pause()
@@ -266,6 +269,7 @@ class Host:
         handlers = {
             SERVICE_NAME: self._service.handler(),
             averaging_service.SERVICE_NAME: self._averaging.service.handler(),
+            CREDIT_SERVICE: self._credit.handler(),
             INTAKE: self._build_upload_service().handler(),
             reachability.SERVICE_NAME: DialBackService(swarm.security.caller(), swarm.listen).handler(),
         }
@@ -295,6 +299,7 @@ class Host:
         # To the end: a signal that nobody hears would kill the node before it has saved.
         with signals_heard(self._availability, self._report_signal):
             try:
+                await self._credit.open()
                 await self._server.start()
                 await self._work(stop)
                 await self._leave()
@@ -302,6 +307,7 @@ class Host:
                 await asyncio.gather(
                     self._announcer.stop(), self._averaging.stop(), self._node_endpoint.close(), self._server.drain(0)
                 )
+                await self._credit.close()
                 await asyncio.to_thread(self._runtime.stop, RUNTIME_STOP_S)
 
     async def _work(self, stop: asyncio.Event) -> None:
@@ -341,26 +347,20 @@ class Host:
                 task.cancel()
 
     def _background(self) -> list[Coroutine[None, None, None]]:
+        try_device = partial(device_problem, self._swarm.manifest, self._device)
         load = LoadEvents(self._runtime, self._rate_limits, self._memory, self._exchanged_bytes, self._events)
         work = [
             self._checkpoints.save_every(self._config.checkpoint_every_s),
+            self._credit.keep(),
             load.emit_forever(),
             self._memory.watch(),
             watch_device_memory(self._runtime, self._placement.give_up_one),
             self._node_endpoint.watch(self._announcer),
             self._monitor.watch(),
             self._pause.follow(),
-            DeviceWatch(self._runtime, self._availability, self._try_device, self._server.report).watch(),
+            DeviceWatch(self._runtime, self._availability, try_device, self._server.report).watch(),
         ]
         return [*work, self._placement.recheck_forever()] if self._config.recheck_s else work
-
-    def _try_device(self) -> str:
-        manifest = self._swarm.manifest
-        try:
-            block = new_block(manifest, BlockId(0, 0), self._device)
-        except (RuntimeError, NoRoomError) as error:
-            return first_line(error)
-        return try_forward(block, manifest.model.d_model, self._device)
 
     async def _leave(self) -> None:
         """Withdraw the records while running calls end, then save what they changed."""

@@ -15,6 +15,7 @@ import tyro
 from common.config import EventLogConfig
 from common.errors import ConfigError, ManifestError, RecordError
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from coordinator.credit.config import CollectionConfig
 from coordinator.pretrained import parts_of, with_defaults
 from coordinator.tokens import tokens_of
 from dht.swarm_config import SwarmChoice
@@ -119,7 +120,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinatorConfig(RunConfig, EventLogConfig):
+class CoordinatorConfig(RunConfig, CollectionConfig, EventLogConfig):
     """Create a run, or open it again, and be its first peer."""
 
     name: str = "run"

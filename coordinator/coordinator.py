@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -32,7 +33,9 @@ from coordinator.config import (
     program_name,
     read_manifest,
 )
-from coordinator.events import PeerLeaveEvent, PeerStartEvent
+from coordinator.credit.background import collecting
+from coordinator.credit.collection import open_collection
+from coordinator.events import CreditEvent, PeerLeaveEvent, PeerStartEvent
 from coordinator.pretrained import keep_pretrained
 from coordinator.tokens import check_training, keep_tokenizer, trained_tokenizer
 from dht.addresses import DEFAULT_ROUTES, listen_host
@@ -55,12 +58,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from coordinator.credit.collector import Collected
     from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
 MINIMUMS = {
     "invite_days": 0,
+    "credit_period_s": 0,
     "relay_circuits": 0,
     "relay_circuits_per_caller": 1,
     "relay_reservations": 1,
@@ -115,6 +120,10 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         await announcer.start()
         dht.on_restart(announcer.announce_soon)
         stack.push_async_callback(announcer.withdraw)
+        if config.credit_period_s:
+            folder = config.out / "coordinator" / "credit"
+            collection = await stack.enter_async_context(open_collection(folder, dht, identity, admission))
+            await stack.enter_async_context(collecting(collection, config.credit_period_s, partial(_tell, events)))
         swarm = SwarmFile(
             run_id=manifest.run_id,
             initial_peers=(*dht.addresses, *_peers(config)),
@@ -137,6 +146,10 @@ def _write_invite(config: CoordinatorConfig, swarm: SwarmFile) -> str:
         write_atomically(path, f"{invite}\n".encode(), mode=0o600 if swarm.admission else 0o644)
     swarm.write(config.out / "swarm.toml")
     return invite
+
+
+def _tell(events: EventLog, collected: Collected) -> None:
+    events.emit(CreditEvent(**asdict(collected)))
 
 
 async def _publish_again(dht: DhtNode, identity: Identity, manifest: Manifest) -> None:

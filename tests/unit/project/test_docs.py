@@ -17,7 +17,14 @@ import pytest
 
 import run_node
 from common.command_line import HELP_LIMITS, HELP_SETTINGS, SHARED_FLAGS, help_rows, parse, setting_rows
-from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent, PeerLeaveEvent, PeerStartEvent
+from coordinator.events import (
+    ChildEndedEvent,
+    CreditEvent,
+    LocalEndEvent,
+    LocalStartEvent,
+    PeerLeaveEvent,
+    PeerStartEvent,
+)
 from coordinator.lighthouse.metrics import Figures, LighthouseCollector
 from coordinator.lighthouse.observer import RunView
 from dht.directory import REFRESH_S
@@ -326,7 +333,7 @@ EVENTS = {
     "hosts and trainers": (*classes_in(averaging_events), *classes_in(membership_events)),
     "a trainer": (*classes_in(node_events), *classes_in(trainer_events)),
     "a host": classes_in(host_events),
-    "a coordinator": (PeerStartEvent, PeerLeaveEvent),
+    "a coordinator": (PeerStartEvent, PeerLeaveEvent, CreditEvent),
     "a lighthouse": (PeerStartEvent, PeerLeaveEvent),
     "local": (LocalStartEvent, ChildEndedEvent, LocalEndEvent),
 }

@@ -63,6 +63,7 @@ BlockCheckpointFailedEvent: checkpoint_failed reason
 HostLeaveEvent: leave
 PeerStartEvent: start run_id peer_id addresses
 PeerLeaveEvent: leave
+CreditEvent: credit asked answered new refused
 LocalStartEvent: start run_id hosts
 ChildEndedEvent: ended name exit_code
 LocalEndEvent: end dead killed

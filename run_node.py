@@ -56,6 +56,7 @@ from coordinator.config import (
     LocalConfig,
     StatusConfig,
 )
+from coordinator.credit.config import CreditConfig
 from node.api.config import ServeConfig
 from node.contributor.config import ContributeConfig
 from node.export.config import ExportConfig
@@ -158,6 +159,16 @@ COMMANDS = (
         config=StatusConfig,
         examples=("status --join runs/local/swarm.toml", "status --join runs/local/swarm.toml --json"),
         entry="coordinator.status:run_status",
+    ),
+    Command(
+        name="credit",
+        summary="collect a run's receipts, and show what hosts and trainers have earned.",
+        config=CreditConfig,
+        examples=(
+            "credit --join runs/local/swarm.toml",
+            "credit --join invite.txt --out runs/credit --csv credit.csv",
+        ),
+        entry="coordinator.credit.command:run_credit",
     ),
     Command(
         name="health",

@@ -21,6 +21,7 @@
     ├── ManifestError            a manifest that is malformed or out of range
     ├── DataError                a corpus that is missing, unreadable or too small
     ├── CheckpointError          a checkpoint that is damaged or cannot be written
+    ├── StorageError             a database that is damaged or cannot be written
     └── ConfigError              a mistake on the command line: exit code 2
 
 The message never holds a stack trace.
@@ -46,6 +47,7 @@ __all__ = [
     "OverloadedError",
     "RecordError",
     "RefusedError",
+    "StorageError",
     "TooFewExpertsError",
     "UnauthenticatedError",
     "UnavailableError",
@@ -160,6 +162,10 @@ class DataError(KilohiveError):
 
 class CheckpointError(KilohiveError):
     """A checkpoint that is damaged or cannot be written."""
+
+
+class StorageError(KilohiveError):
+    """A database that is damaged or cannot be written."""
 
 
 class ConfigError(KilohiveError):

@@ -14,6 +14,7 @@ import tyro
 from common.config import EventLogConfig
 from common.errors import ConfigError, ManifestError, RecordError
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from coordinator.credit.config import CollectionConfig
 from coordinator.pretrained import parts_of, with_defaults
 from coordinator.snapshot_config import LocalSnapshotConfig, SnapshotConfig
 from coordinator.tokens import tokens_of
@@ -119,7 +120,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinatorConfig(SnapshotConfig, RunConfig, EventLogConfig):
+class CoordinatorConfig(SnapshotConfig, RunConfig, CollectionConfig, EventLogConfig):
     """Create a run, or open it again, and be its first peer."""
 
     name: str = "run"

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -33,7 +34,9 @@ from coordinator.config import (
     owned_by,
     read_manifest,
 )
-from coordinator.events import PeerLeaveEvent, PeerStartEvent
+from coordinator.credit.background import collecting
+from coordinator.credit.collection import open_collection
+from coordinator.events import CreditEvent, PeerLeaveEvent, PeerStartEvent
 from coordinator.pretrained import keep_pretrained
 from coordinator.snapshot_config import SNAPSHOT_MINIMUMS, check_snapshots
 from coordinator.snapshots import Snapshots
@@ -58,12 +61,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from coordinator.credit.collector import Collected
     from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
 MINIMUMS = {
     "invite_days": 0,
+    "credit_period_s": 0,
     "relay_circuits": 0,
     "relay_circuits_per_caller": 1,
     "relay_reservations": 1,
@@ -104,21 +109,13 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         log, max_bytes = config.out / "coordinator" / "events.jsonl", config.event_log_bytes
         events = EventLog(log, max_bytes=max_bytes, n_files=config.event_log_files)
         stack.callback(events.close)
-        dht = await _start_dht(config, identity, admission)
-        stack.push_async_callback(dht.stop)
+        dht = await _first_peer(stack, config, identity, admission, manifest)
         dht.on_lost(stop.set)
-        dht.serve_only(manifest)
-        await publish_manifest(dht, identity, manifest)
-        publishing = Periodic("manifest", PUBLISH_PERIOD_S, lambda: _publish_again(dht, identity, manifest))
-        publishing.start()
-        stack.push_async_callback(publishing.stop)
-        if config.relay_circuits:
-            await Relay(dht.streams, RelayLimits.of(config)).start()
-        relay = dht.relay_address if config.relay_circuits else ""
-        announcer = Announcer(dht, identity, admission, describe=_describer(relay, config.evaluators))
-        await announcer.start()
-        dht.on_restart(announcer.announce_soon)
-        stack.push_async_callback(announcer.withdraw)
+        await _announce(stack, config, dht, identity, admission)
+        if config.credit_period_s:
+            folder = config.out / "coordinator" / "credit"
+            collection = await stack.enter_async_context(open_collection(folder, dht, identity, admission))
+            await stack.enter_async_context(collecting(collection, config.credit_period_s, partial(_tell, events)))
         swarm = SwarmFile(
             run_id=manifest.run_id,
             initial_peers=(*dht.addresses, *_peers(config)),
@@ -138,6 +135,33 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         dht.raise_if_lost()
 
 
+async def _first_peer(
+    stack: AsyncExitStack, config: CoordinatorConfig, identity: Identity, admission: Admission, manifest: Manifest
+) -> DhtNode:
+    """The run's first peer, which publishes the manifest again and again until `stack` is left."""
+    dht = await _start_dht(config, identity, admission)
+    stack.push_async_callback(dht.stop)
+    dht.serve_only(manifest)
+    await publish_manifest(dht, identity, manifest)
+    publishing = Periodic("manifest", PUBLISH_PERIOD_S, lambda: _publish_again(dht, identity, manifest))
+    publishing.start()
+    stack.push_async_callback(publishing.stop)
+    return dht
+
+
+async def _announce(
+    stack: AsyncExitStack, config: CoordinatorConfig, dht: DhtNode, identity: Identity, admission: Admission
+) -> None:
+    """Be among the run's peers, and relay for others if `config` says so, until `stack` is left."""
+    if config.relay_circuits:
+        await Relay(dht.streams, RelayLimits.of(config)).start()
+    relay = dht.relay_address if config.relay_circuits else ""
+    announcer = Announcer(dht, identity, admission, describe=_describer(relay, config.evaluators))
+    await announcer.start()
+    dht.on_restart(announcer.announce_soon)
+    stack.push_async_callback(announcer.withdraw)
+
+
 async def _keep_assets(config: CoordinatorConfig, manifest: Manifest) -> None:
     """Put the files that the manifest names where the trainers of this machine look for them."""
     await asyncio.to_thread(keep_pretrained, manifest, config.out, config.model)
@@ -151,6 +175,10 @@ def _write_invite(config: CoordinatorConfig, swarm: SwarmFile) -> str:
         write_atomically(path, f"{invite}\n".encode(), mode=0o600 if swarm.admission else 0o644)
     swarm.write(config.out / "swarm.toml")
     return invite
+
+
+def _tell(events: EventLog, collected: Collected) -> None:
+    events.emit(CreditEvent(**asdict(collected)))
 
 
 async def _publish_again(dht: DhtNode, identity: Identity, manifest: Manifest) -> None:

@@ -48,6 +48,18 @@ class SnapshotFailedEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CreditEvent(Event):
+    """A coordinator has collected receipts: `new` ones, of those that hold, from the peers that have `answered`."""
+
+    event: ClassVar[str] = "credit"
+
+    asked: int
+    answered: int
+    new: int
+    refused: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LocalStartEvent(Event):
     """Every process of a local swarm was started."""
 

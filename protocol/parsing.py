@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from common.errors import InvalidInputError, KilohiveError
+from common.errors import InvalidInputError, KilohiveError, LimitExceededError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Message)
 
 
-def parse_message(kind: type[M], raw: bytes, field: str = "message") -> M:
-    """A message of `kind`; raises InvalidInputError naming `field`, in which the bytes came."""
+def parse_message(kind: type[M], raw: bytes, field: str = "message", max_bytes: int | None = None) -> M:
+    """A message of `kind`; raises InvalidInputError naming `field`, in which the bytes came.
+
+    More than `max_bytes` are refused unread: a message of many small parts takes many times its bytes.
+    """
+    if max_bytes is not None and len(raw) > max_bytes:
+        raise LimitExceededError(f"{field} bytes", len(raw), max_bytes)
     return parse_or_raise(kind, raw, lambda problem: InvalidInputError(field, problem))
 
 

@@ -15,8 +15,8 @@ from common.errors import DeadlineError, UnavailableError
 from node.trainer.dispatch.client import ExpertClient
 
 if TYPE_CHECKING:
-    from node.rpc.security import Caller
     from protocol.endpoints import Address
+    from protocol.security import Caller
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from node.averaging.partial import PartialReplica
 from node.averaging.service import SERVICE_NAME
 from node.limits.limits import MIN_BYTES_PER_S
 from node.limits.rate_limits import RateLimits
-from node.rpc.call_errors import rebuilt_error
-from node.rpc.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
 from node.rpc.message_stream import ALIVE, ALIVE_PER_SILENCE, Inbox, Wire
+from protocol.call_errors import rebuilt_error
+from protocol.channels import CLOSE_GRACE_S, OPEN_TIMEOUT_S
 from protocol.limits import MAX_DEADLINE_S
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from node.averaging.exchange import ExchangeConfig, ExchangeResult
     from node.averaging.replica_set import ReplicaSet
     from node.model.replica_state import ReplicaState, TensorSchema
-    from node.rpc.security import Caller
     from protocol.endpoints import Address
     from protocol.manifest import BlockId
+    from protocol.security import Caller
 
 _CUT_IN_A_MESSAGE = "Internal error from Core"
 """What grpc.aio makes of the status when the call ends while a message is on its way out."""

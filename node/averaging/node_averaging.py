@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from common.events import EventLog
     from dht.directory import Directory
     from node.model.replica_state import ReplicaState
-    from node.rpc.security import Security
     from protocol.manifest import BlockId, Manifest
+    from protocol.security import Security
 
 
 RATE_SHARE = 0.8

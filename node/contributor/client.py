@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from node.rpc.call_errors import rebuilt_error
-from node.rpc.channels import OPEN_TIMEOUT_S
 from node.rpc.upload import INTAKE, UPLOAD_S, begin_of, file_messages
 from node.trainer.evaluator.evaluation_service import SERVICE_NAME as EVALUATION
 from protocol import contribution_pb2 as pb
+from protocol.call_errors import rebuilt_error
+from protocol.channels import OPEN_TIMEOUT_S
 from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from node.rpc.security import Caller
     from protocol.endpoints import Address
+    from protocol.security import Caller
     from protocol.verdict import Offered
 
 Res = TypeVar("Res", bound=Message)

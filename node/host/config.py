@@ -9,13 +9,14 @@ import tyro  # noqa: TC002 - it reads the annotation itself
 
 from common.config import EventLogConfig
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from node.credit.config import ProfileConfig
 from node.limits.config import LimitsConfig
 from node.membership.config import ReachConfig, SwarmConfig
 from node.rpc.config import host_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostConfig(LimitsConfig, EventLogConfig, ReachConfig, SwarmConfig):
+class HostConfig(LimitsConfig, EventLogConfig, ProfileConfig, ReachConfig, SwarmConfig):
     """Host blocks of experts for a run."""
 
     state: Path = field(default_factory=host_folder)

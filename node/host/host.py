@@ -35,6 +35,7 @@ from node.host.block_store import BlockStore
 from node.host.capacity import capacity_for, events_bytes, wanted_capacity
 from node.host.checkpoints import Checkpoints
 from node.host.conditions import conditions_of
+from node.host.credit.host_credit import HostCredit
 from node.host.device_watch import DeviceWatch, problem_of
 from node.host.events import AnnouncedEvent, AskedEvent, HostLeaveEvent, LimitsEvent
 from node.host.expert_upload_service import ExpertUploadService, VerdictChecker
@@ -44,7 +45,7 @@ from node.host.load_events import LoadEvents
 from node.host.memory_watch import MemoryWatch, watch_device_memory
 from node.host.metrics import HostCollector
 from node.host.owner_pause import OwnerPause
-from node.host.owner_words import owner_words
+from node.host.owner_words import log_announced
 from node.host.pause import Pause
 from node.host.placement import PlacementConfig, parse_blocks
 from node.host.placement_controller import PlacementController
@@ -66,8 +67,10 @@ from node.rpc.rate_limit_interceptor import RateLimitInterceptor
 from node.rpc.server import NodeServer
 from node.rpc.upload import INTAKE
 from protocol import expert_pb2 as pb
-from protocol.endpoints import Address, endpoint_text
+from protocol.endpoints import Address
 from protocol.identity import Identity
+from protocol.profile import chosen_profile
+from protocol.receipts import CREDIT_SERVICE
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -107,6 +110,7 @@ async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
     started = psutil.Process().create_time()
     check_minimums(config, MINIMUMS)
     limits = Limits.of(config)
+    chosen_profile(config.name, config.team, started)  # a mistake in it is told before anything is started
     torch.set_num_threads(config.threads)
     _ = keep_freed_memory() if limits.memory_bytes is None else keep_little_memory()
     device = pick_device(config.device)
@@ -177,6 +181,7 @@ class Host:
 
         self._memory = MemoryWatch(self._memory_limit, self._use, self._placement.give_up_one)
         self._service = self._build_service()
+        self._credit = HostCredit(config, limits, swarm, self._service.answered)
         self._server = self._build_server()
         self._checkpoints = Checkpoints(self._runtime, self._store, self._held, limits.disk_bytes, events)
         self._pause = self._build_pause()
@@ -270,6 +275,7 @@ class Host:
         handlers = {
             SERVICE_NAME: self._service.handler(),
             averaging_service.SERVICE_NAME: self._averaging.service.handler(),
+            CREDIT_SERVICE: self._credit.handler(),
             INTAKE: self._build_upload_service().handler(),
             reachability.SERVICE_NAME: DialBackService(swarm.security.caller(), swarm.listen).handler(),
         }
@@ -299,6 +305,7 @@ class Host:
         # To the end: a signal that nobody hears would kill the node before it has saved.
         with signals_heard(self._availability, self._owner, self._report_signal):
             try:
+                await self._credit.open()
                 await self._server.start()
                 await self._work(stop)
                 await self._leave()
@@ -306,6 +313,7 @@ class Host:
                 await asyncio.gather(
                     self._announcer.stop(), self._averaging.stop(), self._node_endpoint.close(), self._server.drain(0)
                 )
+                await self._credit.close()
                 await asyncio.to_thread(self._runtime.stop, RUNTIME_STOP_S)
 
     async def _work(self, stop: asyncio.Event) -> None:
@@ -350,6 +358,7 @@ class Host:
         load = LoadEvents(self._runtime, self._rate_limits, self._memory, self._exchanged_bytes, self._events)
         work = [
             self._checkpoints.save_every(self._config.checkpoint_every_s),
+            self._credit.keep(),
             load.emit_forever(),
             self._memory.watch(),
             watch_device_memory(self._runtime, self._placement.give_up_one),
@@ -369,25 +378,17 @@ class Host:
 
     def _report_announced(self) -> None:
         blocks = self._runtime.blocks
-        seconds = round(clock_with_sleep() - self._start_elapsed_s, 2)
-        endpoint = self._node_endpoint.endpoint
-        self._events.emit(
-            AnnouncedEvent(
-                run_id=self._swarm.manifest.run_id,
-                peer_id=self._swarm.identity.peer_id,
-                endpoint=endpoint,
-                addresses=tuple(self._swarm.dht.addresses),
-                versions={str(block_id): block.version for block_id, block in sorted(blocks.items())},
-                device=str(self._device),
-                seconds_since_start=seconds,
-            )
+        event = AnnouncedEvent(
+            run_id=self._swarm.manifest.run_id,
+            peer_id=self._swarm.identity.peer_id,
+            endpoint=self._node_endpoint.endpoint,
+            addresses=tuple(self._swarm.dht.addresses),
+            versions={str(block_id): block.version for block_id, block in sorted(blocks.items())},
+            device=str(self._device),
+            seconds_since_start=round(clock_with_sleep() - self._start_elapsed_s, 2),
         )
-        n_experts = sum(len(block.experts) for block in blocks.values())
-        what = f"{n_experts} experts in {len(blocks)} blocks"
-        where = endpoint_text(endpoint)
-        logger.info("Hosting %s at %s on %s, announced after %.1f s", what, where, self._device, seconds)
-        for words in owner_words(self._config, self._capacity):
-            logger.info("%s", words)
+        self._events.emit(event)
+        log_announced(event, sum(len(block.experts) for block in blocks.values()), self._config, self._capacity)
 
     def _report_signal(self, word: str) -> None:
         availability, until_s = self._availability, self._owner.until_s

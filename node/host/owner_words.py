@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from typing import TYPE_CHECKING
 
 from common.program import program_name
 from node.host.config import HostConfig
+from protocol.endpoints import endpoint_text
 
 if TYPE_CHECKING:
+    from node.host.events import AnnouncedEvent
     from node.limits.memory import Capacity
+
+logger = logging.getLogger(__name__)
+
+
+def log_announced(event: AnnouncedEvent, n_experts: int, config: HostConfig, capacity: Capacity) -> None:
+    """Log what the host has announced, and then what its owner may want to know."""
+    what, where = f"{n_experts} experts in {len(event.versions)} blocks", endpoint_text(event.endpoint)
+    seconds = event.seconds_since_start
+    logger.info("Hosting %s at %s on %s, announced after %.1f s", what, where, event.device, seconds)
+    for words in owner_words(config, capacity):
+        logger.info("%s", words)
 
 
 def owner_words(config: HostConfig, capacity: Capacity) -> tuple[str, str, str]:

@@ -18,9 +18,9 @@ import grpc
 from common.errors import InvalidInputError, KilohiveError, OverloadedError, UnavailableError
 from common.text import peer_words
 from node.membership.events import ReachabilityEvent
-from node.rpc.call_errors import rebuilt_error
 from node.rpc.handlers import CallCounts, unary_in_context
 from protocol import reach_pb2 as pb
+from protocol.call_errors import rebuilt_error
 from protocol.call_signature import caller_of
 from protocol.endpoints import Address, is_loopback, is_relayed
 from protocol.parsing import parse_message
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from common.events import EventLog
     from dht.view import PeerInfo
-    from node.rpc.security import Caller
     from protocol.announcements import Reachability
+    from protocol.security import Caller
 
     Context = grpc.aio.ServicerContext[bytes, bytes]
 

@@ -20,10 +20,10 @@ from dht.relay.reservations import RelayLinks, RelayOffer
 from dht.relay.tunnel import Tunnels
 from dht.swarm_config import resolve
 from node.membership.config import ReachConfig
-from node.rpc.security import Security
 from protocol.addresses import host_port
 from protocol.admission import NOT_INVITED, Admission
 from protocol.endpoints import announced_endpoint, announced_host
+from protocol.security import Security
 
 if TYPE_CHECKING:
     from collections.abc import Callable

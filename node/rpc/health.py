@@ -23,10 +23,10 @@ from common.errors import ConfigError, IdentityError, UnavailableError
 from common.settings import check_minimums
 from common.text import moment_text, peer_words
 from node.limits.availability_file import read_availability
-from node.rpc.security import Security
 from protocol.admission import OPEN, Admission, token_from_hex
 from protocol.endpoints import Address
 from protocol.identity import Identity, public_key_of
+from protocol.security import Security
 from protocol.status import MAX_MESSAGE_CHARS, REASON_KEY
 from protocol.swarm_file import LISTENING_FILE, SwarmFile, checked_run_id
 

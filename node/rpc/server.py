@@ -10,15 +10,15 @@ from grpc_reflection.v1alpha import reflection
 
 from common.errors import ConfigError
 from node.rpc.auth_interceptor import AuthInterceptor
-from node.rpc.security import KEEPALIVE_MS
 from protocol.limits import MAX_MESSAGE_BYTES
+from protocol.security import KEEPALIVE_MS
 from protocol.status import REASON_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from node.rpc.rate_limit_interceptor import RateLimitInterceptor
-    from node.rpc.security import Security
+    from protocol.security import Security
 
     Context = grpc.aio.ServicerContext[Any, Any]
 

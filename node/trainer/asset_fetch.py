@@ -14,10 +14,10 @@ import grpc
 
 from common.errors import DataError, InvalidInputError, KilohiveError, UnavailableError
 from common.text import peer_words, short_id
-from node.rpc.call_errors import rebuilt_error
-from node.rpc.channels import OPEN_TIMEOUT_S
 from node.trainer.asset_service import SERVICE_NAME
 from protocol import assets_pb2 as pb
+from protocol.call_errors import rebuilt_error
+from protocol.channels import OPEN_TIMEOUT_S
 from protocol.limits import MAX_PIECE_BYTES
 from protocol.parsing import parse_message
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from common.assets import Asset, AssetStore
-    from node.rpc.security import Caller
     from protocol.endpoints import Address
+    from protocol.security import Caller
 
 logger = logging.getLogger(__name__)
 

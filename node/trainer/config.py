@@ -10,11 +10,12 @@ import tyro
 
 from common.config import EventLogConfig
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from node.credit.config import ProfileConfig
 from node.membership.config import CallerConfig, ReachConfig, SwarmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(EventLogConfig, ReachConfig, SwarmConfig):
+class TrainConfig(EventLogConfig, ProfileConfig, ReachConfig, SwarmConfig):
     """Train the run's trunk and gate over the swarm's experts."""
 
     out: Path = Path("runs/train")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from dht.directory import Directory
     from node.membership.config import ReachConfig, SwarmConfig
-    from node.rpc.security import Caller
     from protocol.manifest import GateKind, Manifest
+    from protocol.security import Caller
 
 R = TypeVar("R")
 

@@ -28,6 +28,7 @@ from node.model.devices import pick_device
 from node.rpc.health import server_told
 from node.trainer.asset_service import SERVICE_NAME as ASSETS
 from node.trainer.asset_service import AssetService
+from node.trainer.credit.trainer_credit import TrainerCredit
 from node.trainer.dispatch.dispatcher import DispatchConfig, dispatch_over
 from node.trainer.evaluator.evaluation_service import SERVICE_NAME as EVALUATION
 from node.trainer.evaluator.evaluation_service import EvaluationService
@@ -51,6 +52,8 @@ from node.trainer.view.report import keep_curve
 from protocol.announcements import PeerRecord
 from protocol.endpoints import Address
 from protocol.identity import Identity
+from protocol.profile import chosen_profile
+from protocol.receipts import CREDIT_SERVICE
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_NAMES_TOLD = 100
+LAST_CLAIMS_S, STOPPED_S = 5.0, 1.0
+"""How long hosts have to sign for the last minute: at the end, and when a person waits for the stop."""
 
 MINIMUMS = {
     "steps": 0,
@@ -88,6 +93,7 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
     check_minimums(config, MINIMUMS)
     if config.shard >= config.n_shards:
         raise ConfigError(f"--shard: must be below --n-shards {config.n_shards}, is {config.shard}")
+    chosen_profile(config.name, config.team, time.time())  # a mistake in it is told before anything is started
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     with claimed(FolderClaim(folder=config.out, role="train", flag="--out")):
@@ -166,7 +172,9 @@ class Trainer:
         self._node_endpoint = NodeEndpoint(swarm, events)
         offers = OfferQueue(time.monotonic)
         peer_id, peers = swarm.identity.peer_id, swarm.directory.peers
+        self._credit = TrainerCredit(config, swarm, self._dispatcher)
         services = {
+            CREDIT_SERVICE: self._credit.handler(),
             EVALUATION: EvaluationService(self._manifest, peer_id, offers, peers).handler(),
             ASSETS: AssetService(self._manifest, asset_store()).handler(),
         }
@@ -180,6 +188,7 @@ class Trainer:
         self._resume()
         announcer = Announcer(self._swarm.dht, self._swarm.identity, self._swarm.admission, describe=self._describe)
         try:
+            await self._credit.open()
             # Announced only with a trunk that is worth averaging with.
             await until_stopped(self._sharing.join(), stop)
             address = Address(self._swarm.identity.peer_id, self._sharing.server_endpoint)
@@ -187,7 +196,7 @@ class Trainer:
                 await announcer.start()
                 work = asyncio.create_task(self._work(stop), name="training")
                 paused_hosts = PausedHosts(self._swarm.directory, self._events)
-                watches = (self._node_endpoint.watch(announcer), paused_hosts.watch())
+                watches = (self._node_endpoint.watch(announcer), paused_hosts.watch(), self._credit.keep())
                 watching = [asyncio.create_task(watch, name="watch") for watch in watches]
                 try:
                     await self._until_done_or(stop, work)
@@ -197,6 +206,7 @@ class Trainer:
                 await self._finish(work)
         finally:
             self._dispatcher.close()
+            await self._credit.finish(STOPPED_S if stop.is_set() else LAST_CLAIMS_S)
             await asyncio.gather(announcer.withdraw(), self._sharing.stop())
             await asyncio.to_thread(self._training.close)
 

@@ -32,12 +32,12 @@ from node.averaging.events import ExchangeEvent
 from node.averaging.node_averaging import Averaging, AveragingOptions
 from node.averaging.service import SERVICE_NAME
 from node.model.replica_state import ReplicaState
-from node.rpc.security import Security
 from node.rpc.server import NodeServer
 from protocol.admission import Admission
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.identity import Identity
 from protocol.manifest import AveragingCodec, AveragingConfig, BlockId, Manifest, ModelConfig, all_blocks
+from protocol.security import Security
 from tests.benchmarks.averaging_parts import (
     BLOCK_SHAPE,
     BLOCK_TENSORS,

@@ -21,10 +21,10 @@ from node.membership.config import SwarmConfig
 from node.model.experts.block import new_block
 from node.model.experts.state import block_state
 from node.model.replica_state import schema
-from node.rpc.security import Security
 from node.trainer.swarm_client import SwarmClient
 from protocol.identity import Identity
 from protocol.manifest import all_blocks
+from protocol.security import Security
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

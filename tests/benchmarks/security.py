@@ -17,10 +17,10 @@ import grpc
 import tyro
 import uvloop
 
-from node.rpc.security import Security
 from node.rpc.server import NodeServer
 from protocol.endpoints import Address
 from protocol.identity import Identity
+from protocol.security import Security
 from tests.benchmarks.report import Row, RunsConfig, Teller, alternate, compare
 
 if TYPE_CHECKING:

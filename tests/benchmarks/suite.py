@@ -26,6 +26,7 @@ BENCHMARKS = (
     "codec",
     "wire",
     "security",
+    "receipts",
     "scaling",
     "dispatch",
     "workload",

@@ -12,7 +12,6 @@ import pytest
 from common.assets import AssetStore, asset_of
 from common.errors import InvalidInputError, KilohiveError, UnavailableError, UnknownRunError
 from node.rpc.handlers import CallCounts, unary
-from node.rpc.security import Security
 from node.rpc.server import NodeServer
 from node.trainer.asset_fetch import AssetFetch
 from node.trainer.asset_service import SERVICE_NAME, AssetService
@@ -22,6 +21,7 @@ from protocol.identity import Identity
 from protocol.limits import MAX_PIECE_BYTES
 from protocol.manifest import Manifest, ModelConfig
 from protocol.run_assets import DataConfig
+from protocol.security import Security
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -86,6 +86,18 @@ def test_status_shows_a_run_that_has_no_host_and_the_coordinator_leaves_cleanly(
     assert read_manifest(tmp_path / "manifest.toml").run_id == swarm.run_id
 
 
+def test_it_collects_receipts_beside_all_else_and_says_what_came_of_it(tmp_path: Path) -> None:
+    with coordinator(tmp_path, "--set", "credit_period_s=0.2"):
+        log, deadline = tmp_path / "coordinator" / "events.jsonl", time.monotonic() + PATIENCE_S
+        while '"event":"credit"' not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    found = next(row for row in told if row["event"] == "credit")
+    assert (found["asked"], found["answered"], found["new"], found["refused"]) == (0, 0, 0, 0)
+    assert (tmp_path / "coordinator" / "credit" / "credit.sqlite").exists()
+
+
 def test_the_invite_goes_where_others_can_read_it_without_the_owners_key(tmp_path: Path) -> None:
     shared = tmp_path / "shared" / "invite.txt"
     with coordinator(tmp_path / "run", "--invite-file", str(shared)):

@@ -20,13 +20,13 @@ from experiments.live.processes import wait_until
 from node.model.moe import LocalExperts, LocalMoE
 from node.model.pairs import Pairs
 from node.rpc.expert_codec import encode_inputs
-from node.rpc.security import NotConnectedError
 from node.trainer.dispatch.dispatcher import DispatchConfig
 from node.trainer.dispatch.peer_costs import MIN_SAMPLES
 from node.trainer.remote_moe import RemoteMoE
 from protocol import expert_pb2 as pb
 from protocol.limits import REQUEST_ID_BYTES
 from protocol.manifest import all_blocks
+from protocol.security import NotConnectedError
 from tests.support.swarm_parts import forget, running_swarm, small_manifest
 
 if TYPE_CHECKING:

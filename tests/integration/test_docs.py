@@ -11,9 +11,9 @@ import torch
 from experiments.live.processes import process_swarm
 from node.host.block_store import block_path
 from node.model.checkpoint import read_checkpoint
-from node.rpc.security import Security
 from protocol.identity import Identity
 from protocol.manifest import BlockId, all_blocks
+from protocol.security import Security
 from tests.support.docs import ROOT, python_blocks
 from tests.support.exported import HASH, exported, show_no_progress_bar
 from tests.support.swarm_parts import running_swarm, small_manifest

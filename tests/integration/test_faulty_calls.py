@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from node.model.moe import MoE
-    from node.rpc.security import Caller
+    from protocol.security import Caller
 
 N_CALLS = 60
 

@@ -15,11 +15,11 @@ from node.limits.availability_file import write_availability
 from node.limits.events import AvailabilityEvent, HeldReason
 from node.rpc.config import HealthConfig
 from node.rpc.health import run_health, server_told
-from node.rpc.security import Security
 from node.rpc.server import NodeServer
 from protocol.admission import Admission
 from protocol.endpoints import Address
 from protocol.identity import Identity
+from protocol.security import Security
 from protocol.swarm_file import SwarmFile
 from tests.support.dht_nodes import running_nodes
 

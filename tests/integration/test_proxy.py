@@ -9,10 +9,10 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from node.rpc.health import CHECK
-from node.rpc.security import Security
 from node.rpc.server import NodeServer
 from protocol.endpoints import Address
 from protocol.identity import Identity
+from protocol.security import Security
 from tests.support.dht_nodes import running_nodes
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from common.events import EventLog
 from dht.view import PeerInfo
 from node.membership import reachability
 from node.membership.reachability import DIAL_BACK, SERVICE_NAME, DialBackService, ReachabilityWatch
-from node.rpc.security import Security
 from node.rpc.server import NodeServer
 from protocol import reach_pb2 as pb
 from protocol.endpoints import Address
 from protocol.identity import Identity
+from protocol.security import Security
 from tests.support.events import written_to
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from dht.relay.relay import Relay
 from dht.relay.relaying import RELAY_PROTOCOL, TUNNEL_PROTOCOL
 from dht.relay.reservations import RelayLinks, RelayOffer, punch
 from dht.relay.tunnel import Tunnels, expose
-from node.rpc.security import NotConnectedError, Security
 from node.rpc.server import NodeServer
 from protocol import relay_pb2 as pb
 from protocol.endpoints import Address, relayed_endpoint
 from protocol.identity import Identity
+from protocol.security import NotConnectedError, Security
 from tests.support.dht_nodes import Start, eventually
 from tests.support.relayed import WAIT_S, connect, echo_server, reservations_of, says, tunnels_apart
 from tests.support.watched_tunnels import watched_tunnels

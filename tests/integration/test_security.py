@@ -14,7 +14,6 @@ from grpc_health.v1 import health_pb2
 
 from common.errors import ConfigError, DeadlineError, UnauthenticatedError, UnavailableError
 from node.rpc.handlers import CallCounts, unary
-from node.rpc.security import Caller, NotConnectedError, Security
 from node.rpc.server import NodeServer
 from node.trainer.dispatch.client import ExpertClient
 from protocol import expert_pb2 as pb
@@ -22,6 +21,7 @@ from protocol.admission import Admission
 from protocol.call_signature import CALLER_KEY
 from protocol.endpoints import Address
 from protocol.identity import Identity
+from protocol.security import Caller, NotConnectedError, Security
 from protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:

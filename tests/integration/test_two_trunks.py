@@ -19,12 +19,12 @@ from node.averaging.gossip import relative_distance
 from node.data import open_dataset
 from node.model.moe import LocalExperts
 from node.model.replica_state import ReplicaState
-from node.rpc.security import Security
 from node.trainer.config import TrainConfig
 from node.trainer.train_step import StepConfig, Training, build_model
 from node.trainer.trunk_replica import TrunkReplica
 from node.trainer.trunk_sharing import TrunkSharing
 from protocol.manifest import TRUNK, AveragingConfig, BlockId
+from protocol.security import Security
 from tests.support.swarm_parts import make_replica, small_manifest
 
 if TYPE_CHECKING:

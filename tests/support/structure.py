@@ -19,9 +19,9 @@ import grimp
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("common", "protocol", "dht", "node", "coordinator")
-NESTED = ("dht.relay", "coordinator.lighthouse")
+NESTED = ("dht.relay", "coordinator.credit", "coordinator.lighthouse")
 MAX_ROOMS_OF_NODE = 14
-MAX_ARROWS_OF_NODE = 60
+MAX_ARROWS_OF_NODE = 63
 APART = (("node.host", "node.trainer"), ("node.trainer", "node.host"))
 
 Arrow = tuple[str, str]

@@ -15,7 +15,6 @@ from dht.view import Replica
 from node.host.serving.runtime import Runtime, RuntimeConfig
 from node.host.serving.service import SERVICE_NAME, ExpertService
 from node.model.experts.block import Block, new_block
-from node.rpc.security import Security
 from node.rpc.server import NodeServer
 from node.trainer.dispatch.client import ExpertClient
 from node.trainer.dispatch.dispatcher import DispatchConfig, Dispatcher
@@ -23,11 +22,12 @@ from protocol import expert_pb2 as pb
 from protocol.endpoints import Address
 from protocol.identity import Identity
 from protocol.manifest import BlockId, Manifest, ModelConfig, OptimizerConfig, all_blocks
+from protocol.security import Security
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
-    from node.rpc.security import Caller
+    from protocol.security import Caller
 
 R = TypeVar("R")
 CPU = torch.device("cpu")
@@ -201,7 +201,7 @@ def forget(swarm: TestSwarm, host: TestHost) -> None:
     """Close the dispatcher's channel to a host."""
 
     async def drop() -> None:
-        swarm.client._channels.drop(host.address)
+        swarm.client.channels.drop(host.address)
 
     swarm.loop.call(drop())
 

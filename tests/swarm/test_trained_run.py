@@ -1,4 +1,4 @@
-"""`status`, `evaluate`, `sample` and `serve` on a swarm that is up and a trunk that was trained."""
+"""`status`, `evaluate`, `sample`, `serve` and `credit` on a swarm that is up and a trunk that was trained."""
 
 from __future__ import annotations
 
@@ -108,3 +108,30 @@ def test_status_shows_peers_and_blocks_from_the_dht_alone(trained: ProcessSwarm)
         assert word in printed
     answer = trained.status()
     assert answer["blocks_lost"] == []
+
+
+def test_credit_shows_what_hosts_and_the_trainer_have_earned_once_it_is_there_again(
+    trained: ProcessSwarm, text: Path, tmp_path: Path
+) -> None:
+    """Last: the trainer goes on from its trunk."""
+    arguments = ("credit", "--out", str(tmp_path), "--csv", str(tmp_path / "sums.csv"), "--json", str(tmp_path / "j"))
+    printed = run(trained, *arguments)
+    assert "nobody has earned anything yet" in printed
+    assert "receipts are of peers that were not seen in the run" in printed
+    more = ("--data", str(text), "--steps", "1000000", "--eval-every", "0", "--resume", "--set", "team=Engines")
+    trainer = trained.trainer("trainer", *more)
+    trainer.wait_for("step", count=41)
+    printed = run(trained, *arguments)
+    assert trainer.stop() == 130
+    sums = json.loads((tmp_path / "j").read_text())
+    (earned,) = sums["trainers"]
+    tokens = 40 * 8 * 2 * 16
+    # A pair that a step left out, as over an expert's capacity, teaches nothing and earns nothing.
+    assert 0.8 * tokens < earned["tokens_learnt"] <= earned["own_tokens"]
+    assert (earned["team"], sums["unseen_receipts"]) == ("Engines", 0)
+    backward = sum(host["backward_pairs"] for host in sums["hosts"])
+    assert backward // (2 * 2) == earned["tokens_learnt"]
+    assert len(sums["hosts"]) == 2
+    assert all(host["forward_pairs"] >= host["backward_pairs"] > 0 for host in sums["hosts"])
+    assert (tmp_path / "sums.csv").read_text().count("\n") == 1 + 2 + 1
+    assert f"{earned['tokens_learnt']:,}" in printed

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import torch
 
 from common.errors import DeadlineError, InvalidInputError, NotHostedError, UnknownRunError
+from node.credit.answered import AnsweredPairs, PairCounts
 from node.host.serving.activation_cache import CheckedInputs, RequestKey
 from node.host.serving.jobs import BackwardJob, ForwardJob
 from node.model.experts.layer import check_hosted
 from node.rpc.expert_codec import decode_inputs, decode_rows, weight_codec
-from node.rpc.handlers import CallCounts, unary
+from node.rpc.handlers import CallCounts, timeout_s, unary, unary_in_context
 from protocol import expert_pb2 as pb
+from protocol.call_signature import caller_of
 from protocol.limits import MAX_RUN_TOKENS, REQUEST_ID_BYTES
 from protocol.manifest import BlockId
 from protocol.tensors import encode
@@ -30,13 +32,15 @@ if TYPE_CHECKING:
     from node.host.serving.runtime import Runtime
     from protocol.manifest import Manifest
 
+    Context = grpc.aio.ServicerContext[Any, Any]
+
 R = TypeVar("R")
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Expert"].full_name
 
 
 class ExpertService:
-    """Forward, Backward and Describe over one runtime."""
+    """Forward, Backward and Describe over one runtime. `answered` counts pairs by who signed the call."""
 
     def __init__(
         self, manifest: Manifest, runtime: Runtime, device: torch.device, describe: pb.DescribeResponse
@@ -44,6 +48,7 @@ class ExpertService:
         self._manifest, self._runtime, self._device = manifest, runtime, device
         self._identity = describe
         self._calls = CallCounts()
+        self.answered = AnsweredPairs()
 
     @property
     def calls_ok(self) -> int:
@@ -58,8 +63,12 @@ class ExpertService:
     def handler(self) -> grpc.GenericRpcHandler:
         """Handlers for `grpc.aio.Server.add_generic_rpc_handlers`."""
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            "Forward": grpc.unary_unary_rpc_method_handler(unary(pb.ForwardRequest, self.forward, self._calls)),
-            "Backward": grpc.unary_unary_rpc_method_handler(unary(pb.BackwardRequest, self.backward, self._calls)),
+            "Forward": grpc.unary_unary_rpc_method_handler(
+                unary_in_context(pb.ForwardRequest, self._forward_counted, self._calls)
+            ),
+            "Backward": grpc.unary_unary_rpc_method_handler(
+                unary_in_context(pb.BackwardRequest, self._backward_counted, self._calls)
+            ),
             "Describe": grpc.unary_unary_rpc_method_handler(unary(pb.DescribeRequest, self.describe, self._calls)),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
@@ -116,6 +125,21 @@ class ExpertService:
                 layer=block_id.layer, block=block_id.block, version=block.version, n_experts=len(block.experts)
             )
         return answer
+
+    async def _forward_counted(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
+        answer = await self.forward(request, timeout_s(context))
+        self._count(context, PairCounts(forward=request.inputs.pairs.token_P.shape[0]))
+        return answer
+
+    async def _backward_counted(self, request: pb.BackwardRequest, context: Context) -> pb.BackwardResponse:
+        answer = await self.backward(request, timeout_s(context))
+        self._count(context, PairCounts(backward=answer.grad_weight_P.shape[0]))
+        return answer
+
+    def _count(self, context: Context, pairs: PairCounts) -> None:
+        caller = caller_of(context.invocation_metadata() or ())
+        if caller is not None:
+            self.answered.add(caller, pairs)
 
     def _inputs(self, message: pb.Inputs, layer: int) -> CheckedInputs:
         inputs = decode_inputs(message, self._manifest)

@@ -24,9 +24,9 @@ from common.errors import (
     UnknownRunError,
 )
 from node.rpc.expert_codec import decode_rows, encode_inputs
-from node.rpc.security import NotConnectedError
 from protocol import expert_pb2 as pb
 from protocol.limits import REQUEST_ID_BYTES
+from protocol.security import NotConnectedError
 from protocol.tensors import DTYPES, TensorSpec, decode, encode
 
 if TYPE_CHECKING:

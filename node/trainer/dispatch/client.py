@@ -5,28 +5,25 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from common.errors import InternalError, InvalidInputError, OverloadedError
-from node.rpc.call_errors import rebuilt_error
-from node.rpc.channels import Channels
-from node.rpc.security import NotConnectedError
 from protocol import expert_pb2 as pb
+from protocol.channels import Channels
 from protocol.parsing import parse_message
 
 if TYPE_CHECKING:
-    from node.rpc.security import Caller
     from protocol.endpoints import Address
+    from protocol.security import Caller
 
 Res = TypeVar("Res", bound=Message)
 
 
 class ExpertClient:
-    """Calls hosts by address. `wire_bytes` counts messages' bytes, both ways."""
+    """Calls hosts by address, over `channels`. `wire_bytes` counts messages' bytes, both ways."""
 
     def __init__(self, caller: Caller) -> None:
-        self._caller, self._channels = caller, Channels(caller)
+        self.channels = Channels(caller)
         self.wire_bytes = 0
 
     async def forward(
@@ -50,7 +47,7 @@ class ExpertClient:
 
     async def close(self) -> None:
         """Close every channel; calls in flight are cancelled."""
-        await self._channels.close()
+        await self.channels.close()
 
     async def _call(
         self, address: Address, request: Message, response_type: type[Res], timeout_s: float, *, patient: bool
@@ -73,18 +70,6 @@ class ExpertClient:
                 raise InternalError(f"what the peer answers is not valid: {error}") from None
 
     async def _send(self, address: Address, method: str, raw: bytes, timeout_s: float) -> bytes:
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        channel = await self._channels.get(address, timeout_s)
-        path = f"/{pb.DESCRIPTOR.package}.Expert/{method}"
-        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
-        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        try:
-            answer: bytes = await call(raw, timeout=left_s, metadata=self._caller.metadata(address, path))
-        except grpc.aio.AioRpcError as error:
-            rebuilt = rebuilt_error(error.code(), error.details(), error.trailing_metadata())
-            if isinstance(rebuilt, NotConnectedError):
-                # A peer that was started again has another certificate: the next call fetches it.
-                self._channels.drop(address)
-            raise rebuilt from None
+        answer = await self.channels.call(address, f"/{pb.DESCRIPTOR.package}.Expert/{method}", raw, timeout_s)
         self.wire_bytes += len(raw) + len(answer)
         return answer

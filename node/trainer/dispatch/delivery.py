@@ -29,8 +29,8 @@ from common.errors import (
     UnavailableError,
     UnknownRunError,
 )
-from node.rpc.call_errors import is_lost
 from node.trainer.dispatch.loop_bridge import LOOP_GRACE_S, LOOP_STOPPED
+from protocol.call_errors import is_lost
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from common.errors import TooFewExpertsError
+from node.credit.answered import AnsweredPairs, PairCounts
 from node.model.pairs import Combined, flat_pairs
 from node.rpc.expert_codec import max_tokens_per_call
 from node.trainer.dispatch.backward import BackwardBatch, BackwardWork
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
     from typing import Self
 
     from node.membership.swarm import Swarm
-    from node.rpc.security import Caller
     from node.trainer.dispatch.backward import BackwardAnswer
     from node.trainer.dispatch.forward import ForwardAnswer, ForwardCall
     from node.trainer.dispatch.peers import ReplicaSource
     from protocol.manifest import Manifest
+    from protocol.security import Caller
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Dispatcher:
     """The remote experts of every layer of a run, as seen by one trainer.
 
     `run_tokens` is set by the trainer before each step: the hosts' place in the learning-rate schedule. `client` counts
-    the bytes on the wire.
+    the bytes on the wire, `answered` the pairs that each peer has answered.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class Dispatcher:
         )
         self._live: dict[int, tuple[int, torch.Tensor]] = {}
         self._lock = threading.Lock()
-        self._pairs_by_peer: Counter[str] = Counter()
+        self.answered = AnsweredPairs()
+        self._shares = self.answered.taker()
         self._staleness = StalenessSum()
         self._invalid_at: set[int] = set()
 
@@ -195,14 +197,13 @@ class Dispatcher:
         for call, answer in delivery.run(map(work.request, ticket.sent)):
             grad_x_TD.index_add_(0, call.part.tokens, answer.tokens_TD)
             grad_weight[call.part.flat] = answer.weight_P
+            self.answered.add(call.part.replica.peer_id, PairCounts(backward=len(call.part.flat)))
             self._count_staleness(answer)
         return grad_x_TD, grad_weight
 
     def take_pairs_by_peer(self) -> Counter[str]:
-        """Pairs that each peer answered since the last call."""
-        with self._lock:
-            taken, self._pairs_by_peer = self._pairs_by_peer, Counter()
-        return taken
+        """Pairs of forwards that each peer answered since the last call."""
+        return Counter({peer_id: pairs.forward for peer_id, pairs in self._shares.take().items() if pairs.forward})
 
     def take_staleness(self) -> tuple[float, int]:
         """Mean and largest staleness (steps) of the gradients that hosts took since the last call; 0 without any."""
@@ -239,9 +240,8 @@ class Dispatcher:
         work = ForwardWork(self.manifest, self.client, self._peers, batch)
         parts, _ = planner.plan(flat_pairs(planner.choice.expert_ids_TK))
         answers = Delivery(planner, work, self._peers, self._calls, limits).run(map(work.request, parts))
-        with self._lock:
-            for call, _ in answers:
-                self._pairs_by_peer[call.part.replica.peer_id] += len(call.part.flat)
+        for call, _ in answers:
+            self.answered.add(call.part.replica.peer_id, PairCounts(forward=len(call.part.flat)))
         return answers
 
     def _is_valid(self, grad_TD: torch.Tensor, layer: int) -> bool:

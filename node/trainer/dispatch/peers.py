@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 from common.backoff import backoff_s
 from common.errors import NotHostedError, OverloadedError, RefusedError
 from dht.directory import MAX_AVOID_S
-from node.rpc.call_errors import is_lost
 from node.trainer.dispatch.peer_costs import LatencyWindow, PeerCosts, choose
+from protocol.call_errors import is_lost
 
 if TYPE_CHECKING:
     import random

@@ -26,6 +26,7 @@ from tests.benchmarks import (
     latency,
     latency_grid,
     latency_plot,
+    receipts,
     report,
     scaling,
     security,
@@ -336,3 +337,24 @@ def test_both_ways_to_generate_write_the_same() -> None:
     ours, theirs = (write(model, firsts, 10) for write in (generation.with_cache, generation.without_cache))
     assert ours == theirs
     assert [len(of_stream) for of_stream in ours] == [10] * 3
+
+
+@pytest.mark.parametrize("add_up", [receipts.in_ledger, receipts.in_plain_table], ids=["a ledger", "a plain table"])
+def test_receipts_add_up_to_the_same_in_both_ways(
+    tmp_path: Path, add_up: Callable[[Path, int, Callable[[], None]], int]
+) -> None:
+    looks: list[int] = []
+    n_receipts = 6 * receipts.N_HOSTS
+    assert add_up(tmp_path, n_receipts, lambda: looks.append(1)) == 1000 * n_receipts
+    assert len(looks) == receipts.N_HOSTS
+
+
+def test_receipts_that_add_up_to_something_else_are_no_figure() -> None:
+    with pytest.raises(SystemExit, match="the receipts add up to 7 backward pairs, not to 100000"):
+        receipts.timed(receipts.N_HOSTS, lambda folder, n, look: 7, [])()
+
+
+def test_every_row_of_receipts_has_its_figure() -> None:
+    figures = {name: [2.0] for name in (receipts.OURS, receipts.PLAIN, receipts.CHECKED, receipts.SIGNATURES)}
+    speed, memory, checked = receipts.rows_of(figures, [99.0, 5.0], 1000)
+    assert (speed.ours, speed.theirs, memory.ours, memory.theirs, checked.ratio) == (2.0, 2.0, 5.0, None, 1.0)

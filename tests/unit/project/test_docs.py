@@ -19,6 +19,7 @@ import run_node
 from common.command_line import HELP_LIMITS, HELP_SETTINGS, SHARED_FLAGS, help_rows, parse, setting_rows
 from coordinator.events import (
     ChildEndedEvent,
+    CreditEvent,
     LocalEndEvent,
     LocalStartEvent,
     PeerLeaveEvent,
@@ -48,6 +49,7 @@ from protocol import (
     limits,
     node_events,
     reach_pb2,
+    receipts_pb2,
     records_pb2,
     relay_pb2,
     status,
@@ -254,7 +256,16 @@ def test_every_error_that_crosses_the_wire_is_listed_with_its_status() -> None:
 
 MESSAGES = {
     name: message
-    for module in (expert_pb2, averaging_pb2, contribution_pb2, reach_pb2, records_pb2, relay_pb2, invite_pb2)
+    for module in (
+        expert_pb2,
+        averaging_pb2,
+        contribution_pb2,
+        reach_pb2,
+        receipts_pb2,
+        records_pb2,
+        relay_pb2,
+        invite_pb2,
+    )
     for name, message in module.DESCRIPTOR.message_types_by_name.items()
 }
 
@@ -273,6 +284,7 @@ def test_every_message_is_described_field_by_field(name: str) -> None:
         (contribution_pb2, "Evaluation", "Evaluation"),
         (contribution_pb2, "Intake", "Intake"),
         (reach_pb2, "Reach", "Reach"),
+        (receipts_pb2, "Credit", "Credit"),
     ],
 )
 def test_every_call_of_the_service_is_described(module: ModuleType, service: str, heading: str) -> None:
@@ -345,7 +357,7 @@ EVENTS = {
     "hosts and trainers": (*classes_in(averaging_events), *classes_in(membership_events)),
     "a trainer": (*classes_in(node_events), *classes_in(trainer_events)),
     "a host": (*classes_in(host_events), *classes_in(limits_events)),
-    "a coordinator": (PeerStartEvent, PeerLeaveEvent, SnapshotEvent, SnapshotFailedEvent),
+    "a coordinator": (PeerStartEvent, PeerLeaveEvent, SnapshotEvent, SnapshotFailedEvent, CreditEvent),
     "a lighthouse": (PeerStartEvent, PeerLeaveEvent),
     "local": (LocalStartEvent, ChildEndedEvent, LocalEndEvent),
 }

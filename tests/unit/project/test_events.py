@@ -76,6 +76,7 @@ PeerStartEvent: start run_id peer_id addresses
 PeerLeaveEvent: leave
 SnapshotEvent: snapshot folder bytes seconds deleted
 SnapshotFailedEvent: snapshot_failed reason
+CreditEvent: credit asked answered new refused
 LocalStartEvent: start run_id hosts
 ChildEndedEvent: ended name exit_code
 LocalEndEvent: end dead killed

@@ -23,13 +23,13 @@ from common.errors import (
     UnavailableError,
 )
 from node.model.pairs import flat_pairs
-from node.rpc.security import NotConnectedError
 from node.trainer.dispatch import delivery
 from node.trainer.dispatch.delivery import Delivery, DeliveryLimits
 from node.trainer.dispatch.loop_bridge import LoopBridge
 from node.trainer.dispatch.peers import Peers
 from node.trainer.dispatch.plan import LayerChoice, Part, Planner, SplitLimits, split_by_peer
 from protocol.manifest import BlockId
+from protocol.security import NotConnectedError
 from tests.support.swarm_parts import FakeDirectory, LoopThread
 
 if TYPE_CHECKING:

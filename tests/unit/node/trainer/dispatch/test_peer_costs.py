@@ -11,11 +11,11 @@ import pytest
 
 from common.errors import NotHostedError, OverloadedError, UnavailableError
 from dht.directory import MAX_AVOID_S
-from node.rpc.security import NotConnectedError
 from node.trainer.dispatch import peer_costs as replica_choice
 from node.trainer.dispatch.peer_costs import MIN_SAMPLES, WINDOW, CostConfig, LatencyWindow, PeerCosts, choose
 from node.trainer.dispatch.peers import Peers
 from protocol.manifest import BlockId
+from protocol.security import NotConnectedError
 from tests.support.swarm_parts import FakeDirectory, make_replica
 
 if TYPE_CHECKING:

@@ -6,14 +6,15 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
+import grpc
+
 from common.errors import DeadlineError
-from node.rpc.security import NotConnectedError
+from protocol.call_errors import rebuilt_error
+from protocol.security import NotConnectedError
 
 if TYPE_CHECKING:
-    import grpc
-
-    from node.rpc.security import Caller
     from protocol.endpoints import Address
+    from protocol.security import Caller
 
 OPEN_TIMEOUT_S = 10.0
 CLOSE_GRACE_S = 0.5
@@ -46,6 +47,24 @@ class Channels:
                 raise
             # Another call to the peer has failed and dropped the channel; this caller was not told to stop.
             raise NotConnectedError(f"the connection to {address.endpoint} was given up while it was opened") from None
+
+    async def call(self, address: Address, path: str, raw: bytes, timeout_s: float) -> bytes:
+        """The answer to one signed call of `path`, such as /package.Service/Method, unread.
+
+        Raises the peer's own error, or what `get` raises; DeadlineError after `timeout_s`, in seconds.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        channel = await self.get(address, timeout_s)
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        try:
+            return await call(raw, timeout=left_s, metadata=self._caller.metadata(address, path))
+        except grpc.aio.AioRpcError as error:
+            rebuilt = rebuilt_error(error.code(), error.details(), error.trailing_metadata())
+            if isinstance(rebuilt, NotConnectedError):
+                # A peer that was started again has another certificate: the next call fetches it.
+                self.drop(address)
+            raise rebuilt from None
 
     def drop(self, address: Address) -> None:
         """Close the channel to `address`, if there is one: the peer may have a new certificate."""

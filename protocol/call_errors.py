@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.errors import KilohiveError, UnavailableError
-from node.rpc.security import NotConnectedError
+from protocol.security import NotConnectedError
 from protocol.status import error_from_status
 
 if TYPE_CHECKING:

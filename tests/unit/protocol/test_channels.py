@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from common.errors import DeadlineError, UnavailableError
-from node.rpc import channels
-from node.rpc.channels import Channels
-from node.rpc.security import NotConnectedError
+from protocol import channels
+from protocol.channels import Channels
 from protocol.endpoints import Address
+from protocol.security import NotConnectedError
 
 ONE, TWO = (Address(f"peer-{i}", f"192.0.2.{i}:4000") for i in (1, 2))
 SOON_S = 5.0

@@ -23,7 +23,7 @@ from node.export.unfinished import Taken, UnfinishedExport
 from node.membership.config import ReachConfig
 from node.membership.swarm import Swarm
 from node.trainer.evaluation import print_result
-from node.trainer.exported.layout import Piece, groups_of, parts_of
+from node.trainer.exported.layout import PretrainedPiece, groups_of, parts_of
 from node.trainer.run_files import fetch_tokenizer
 from protocol.exportable import check_exportable
 from protocol.identity import Identity
@@ -155,7 +155,7 @@ class _Sources:
     async def fetch(self, part: ModelPart) -> tuple[dict[str, torch.Tensor], Taken]:
         """The tensors of a part, and where they came from. Raises UnavailableError, CheckpointError."""
         pretrained, block_id = self._pretrained, part.id
-        if pretrained is not None and isinstance(block_id, Piece):
+        if pretrained is not None and isinstance(block_id, PretrainedPiece):
             return await asyncio.to_thread(pretrained.tensors, part), Taken(version=0, word="the run's files")
         if block_id != TRUNK:
             return await self._replicas.fetch_block(cast("BlockId", block_id), part.tensors)

@@ -54,7 +54,7 @@ PIECE_BYTES: Final = 1 << 26
 """Tensors of a pretrained model that are read and written together, unless a single one is larger."""
 
 
-class Piece(NamedTuple):
+class PretrainedPiece(NamedTuple):
     """Some of what stays as it was of a pretrained model, counted from 0."""
 
     number: int
@@ -67,7 +67,7 @@ class Piece(NamedTuple):
 class ModelPart:
     """The trunk, a block of experts, or a piece of a pretrained model, as tensors of the folder."""
 
-    id: BlockId | Piece
+    id: BlockId | PretrainedPiece
     tensors: tuple[TensorSchema, ...]
 
     @property
@@ -150,7 +150,7 @@ def _pieces(pretrained: PreTrainedModel, unfrozen: AbstractSet[str]) -> Iterable
     frozen = frozen_tensors(pretrained, unfrozen)
     schemas = [TensorSchema(f"{PRETRAINED}{name}", tuple(t.shape), t.dtype) for name, t in frozen.items()]
     packed = _packed(schemas, n_bytes, PIECE_BYTES)
-    return (ModelPart(id=Piece(number), tensors=tuple(tensors)) for number, tensors in enumerate(packed))
+    return (ModelPart(id=PretrainedPiece(number), tensors=tuple(tensors)) for number, tensors in enumerate(packed))
 
 
 def groups_of(parts: Iterable[ModelPart], max_bytes: int) -> tuple[FileGroup, ...]:

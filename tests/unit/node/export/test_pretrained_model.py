@@ -14,7 +14,7 @@ from common.assets import asset_store
 from common.errors import DataError
 from node.export.pretrained_model import PretrainedParts
 from node.model.pretrained_files import language_model, loaded_sparingly
-from node.trainer.exported.layout import PRETRAINED, Piece, parts_of
+from node.trainer.exported.layout import PRETRAINED, PretrainedPiece, parts_of
 from tests.support.exported import exported, read_by_transformers
 from tests.support.tiny_gguf import N_LAYERS, gguf_manifest
 from tests.support.tiny_pretrained import CHAT_TEMPLATE, END, N_TOKENS, kept_manifest, save_chat_model, save_pretrained
@@ -41,7 +41,7 @@ def read_tokenizer(folder: Path) -> Any:
 def pieces(manifest: Manifest) -> dict[str, torch.Tensor]:
     """All that is taken of the pretrained model, under its own names."""
     read = PretrainedParts(manifest)
-    parts = [part for part in parts_of(manifest, read.outline) if isinstance(part.id, Piece)]
+    parts = [part for part in parts_of(manifest, read.outline) if isinstance(part.id, PretrainedPiece)]
     found: dict[str, torch.Tensor] = {}
     for part in parts:
         tensors = read.tensors(part)
@@ -75,7 +75,7 @@ def test_weights_of_half_the_size_stay_so_until_they_are_written(tmp_path: Path)
 def test_a_piece_is_no_larger_than_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.trainer.exported.layout.PIECE_BYTES", 4096)
     manifest = kept_manifest(save_chat_model(tmp_path / "model"))
-    parts = [p for p in parts_of(manifest, PretrainedParts(manifest).outline) if isinstance(p.id, Piece)]
+    parts = [p for p in parts_of(manifest, PretrainedParts(manifest).outline) if isinstance(p.id, PretrainedPiece)]
     assert len(parts) > 10
     assert all(part.n_bytes <= 4096 or len(part.tensors) == 1 for part in parts)
     assert [str(part.id) for part in parts[:2]] == ["pretrained/0", "pretrained/1"]

@@ -66,13 +66,14 @@ def magnitude(x: torch.Tensor) -> float:
     return max(-low, high)
 
 
-def check_range(x: torch.Tensor, field: str) -> None:
-    """Raise InvalidInputError unless every entry is what a peer would take: finite, and MAX_VALUE at most."""
+def check_range(x: torch.Tensor, field: str) -> float:
+    """The magnitude of x; InvalidInputError unless every entry is what a peer would take: finite, MAX_VALUE at most."""
     largest = magnitude(x)
     if not math.isfinite(largest):
         raise InvalidInputError(field, "holds NaN or infinity; every entry must be finite")
     if largest > MAX_VALUE:
         raise LimitExceededError(f"{field} magnitude", largest, MAX_VALUE, "the square of an entry must be finite")
+    return largest
 
 
 def encode(x: torch.Tensor, codec: Codec) -> pb.Tensor:
@@ -87,15 +88,37 @@ def encode(x: torch.Tensor, codec: Codec) -> pb.Tensor:
 
 def encode_into(message: pb.Tensor, x: torch.Tensor, codec: Codec) -> None:
     """Fill an empty message, which may be part of another: a message that is put into another is copied."""
+    stored, scale_R = _stored(x, codec)
+    _fill(message, codec, stored.view(x.shape), scale_R)
+
+
+class EncodedRows:
+    """A matrix that is encoded once, and of whose rows each of several messages takes some."""
+
+    def __init__(self, x_RN: torch.Tensor, codec: Codec) -> None:
+        self._codec = codec
+        self._stored_RN, self._scale_R = _stored(x_RN, codec)
+
+    def put(self, message: pb.Tensor, rows: torch.Tensor) -> None:
+        """Fill an empty message with some rows (int64), as `encode_into` would."""
+        scale_R = None if self._scale_R is None else self._scale_R.index_select(0, rows)
+        _fill(message, self._codec, self._stored_RN.index_select(0, rows), scale_R)
+
+
+def _stored(x: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The values as a message holds them, in rows for `int8`, whose scales come second."""
     kind, x = CODECS[codec], x.detach()
-    message.codec = kind
-    message.shape.extend(x.shape)
     if kind == pb.CODEC_INT8:
-        x, scale_R = _quantise_rows(x.to(torch.float32).reshape(-1, x.shape[-1] if x.dim() else 1))
+        return _quantise_rows(x.to(torch.float32).reshape(-1, x.shape[-1] if x.dim() else 1))
+    return (x.clamp(-_FP16_MAX, _FP16_MAX) if kind == pb.CODEC_FP16 else x).to(_STORED_AS[kind]), None
+
+
+def _fill(message: pb.Tensor, codec: Codec, stored: torch.Tensor, scale_R: torch.Tensor | None) -> None:
+    message.codec = CODECS[codec]
+    message.shape.extend(stored.shape)
+    message.data = _to_bytes(stored)
+    if scale_R is not None:
         message.scales = _to_bytes(scale_R)
-    elif kind == pb.CODEC_FP16:
-        x = x.clamp(-_FP16_MAX, _FP16_MAX)
-    message.data = _to_bytes(x.to(_STORED_AS[kind]))
 
 
 def is_lossless(codec: Codec, dtype: torch.dtype) -> bool:
@@ -103,9 +126,11 @@ def is_lossless(codec: Codec, dtype: torch.dtype) -> bool:
     return _STORED_AS[CODECS[codec]] == dtype
 
 
-def encode_indices(index_P: torch.Tensor) -> pb.Tensor:
-    """Message for a vector of indices below 2**31."""
-    return pb.Tensor(codec=pb.CODEC_INT32, shape=tuple(index_P.shape), data=_to_bytes(index_P.to(torch.int32)))
+def encode_indices_into(message: pb.Tensor, index_P: torch.Tensor) -> None:
+    """Fill an empty message with a vector of indices below 2**31."""
+    message.codec = pb.CODEC_INT32
+    message.shape.extend(index_P.shape)
+    message.data = _to_bytes(index_P.to(torch.int32))
 
 
 def decode(message: pb.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
@@ -163,22 +188,21 @@ def _quantise_rows(x_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _dequantised(message: pb.Tensor, q: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    rows = math.prod(q.shape[:-1])
-    expected = rows * SCALE_BYTES
-    if len(message.scales) != expected:
-        raise InvalidInputError(spec.field, f"has {len(message.scales)} bytes of scales, its shape needs {expected}")
-    scale_R = _from_bytes(message.scales, torch.float32)
-    check_range(scale_R, f"{spec.field} scales")
+    scales, expected = message.scales, math.prod(q.shape[:-1]) * SCALE_BYTES
+    if len(scales) != expected:
+        raise InvalidInputError(spec.field, f"has {len(scales)} bytes of scales, its shape needs {expected}")
+    scale_R = _from_bytes(scales, torch.float32)
+    largest = check_range(scale_R, f"{spec.field} scales")
     x = q.to(torch.float32).mul_(scale_R.view(*q.shape[:-1], 1))  # q times the scale would make a copy twice
     # Scales bound the values: only where that does not do must these be looked at.
-    if rows and float(scale_R.abs().max()) > MAX_VALUE / (_INT8_MAX + 1):
+    if largest > MAX_VALUE / (_INT8_MAX + 1):
         check_range(x, spec.field)
     return x
 
 
 def _to_bytes(x: torch.Tensor) -> bytes:
-    flat = x.contiguous().cpu().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    x = x.cpu()
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy().tobytes()  # numpy knows no bfloat16
 
 
 def _from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:

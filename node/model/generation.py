@@ -13,7 +13,7 @@ import torch
 
 from common.errors import DivergedError, InvalidInputError
 from node.model.attention_cache import Stretch
-from node.model.next_token import NOT_FINITE, GenerationConfig, choose, likeliest
+from node.model.next_token import NOT_FINITE, GenerationConfig, choose, is_finite, likeliest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +137,7 @@ class Generation:
         self._read()
         ready = [of for of in self._sequences if of.is_read]
         # Nobody has drawn yet: whoever leaves the diverged ones out loses no token of the others.
-        if diverged := tuple(of.index for of in ready if not bool(torch.isfinite(of.logits_V).all())):
+        if diverged := tuple(of.index for of in ready if not is_finite(of.logits_V)):
             raise DivergedError(NOT_FINITE, diverged)
         tokens = tuple(of.next_token() for of in ready)
         self.finish([new.sequence for new in tokens if new.finish])

@@ -1,6 +1,6 @@
 """Which token comes next: by temperature, among the likeliest, from a generator of the sequence's own. No sockets."""
 
-# Shapes: V vocabulary.
+# Shapes: V vocabulary, N tokens of it, the likeliest first.
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NOT_FINITE = "the model's logits are not finite: take a checkpoint from before its training diverged"
+
+LIKELIEST_AT_FIRST = 1024
+"""Nearly always top_p is reached among so many tokens, and finding them costs a fraction of sorting a vocabulary."""
 
 SEEDS = range(-(1 << 63), 1 << 64)
 """What a torch.Generator takes."""
@@ -68,16 +71,45 @@ def probabilities(logits_V: Tensor, config: GenerationConfig) -> Tensor:
     probability_V = torch.softmax((logits_V - logits_V.max()) / config.temperature, dim=0)
     if not config.top_k and config.top_p == 1:
         return probability_V
-    likeliest = probability_V.sort(descending=True, stable=True)
-    values_V = likeliest.values.clone()
+    token_N = _candidates(probability_V, config)
+    values_N = probability_V[token_N]
     if config.top_k:
-        values_V[config.top_k :] = 0
-        values_V /= values_V.sum()
+        values_N[config.top_k :] = 0
+        values_N /= values_N.sum()
     # A token is needed as long as those before it have less together: the first always is.
-    before_V = values_V.cumsum(0) - values_V
+    before_N = values_N.cumsum(0) - values_N
     if config.top_p < 1:
-        values_V[before_V >= config.top_p] = 0
-    return torch.zeros_like(values_V).scatter(0, likeliest.indices, values_V / values_V.sum())
+        values_N[before_N >= config.top_p] = 0
+    return torch.zeros_like(probability_V).scatter(0, token_N, values_N / values_N.sum())
+
+
+def _candidates(probability_V: Tensor, config: GenerationConfig) -> Tensor:
+    """The likeliest tokens, in their order, and of those that are as likely the first one first: all that are kept."""
+    n = config.top_k or LIKELIEST_AT_FIRST
+    if n < len(probability_V):
+        least = probability_V.topk(n).values[-1]
+        token_N = _in_order(probability_V, (probability_V >= least).nonzero()[:, 0])
+        if config.top_k or float(probability_V[token_N].cumsum(0)[-1]) >= config.top_p:
+            return token_N
+    return _in_order(probability_V, torch.arange(len(probability_V)))
+
+
+def _in_order(probability_V: Tensor, token_N: Tensor) -> Tensor:
+    return token_N[probability_V[token_N].argsort(descending=True, stable=True)]
+
+
+def _drawn(probability_V: Tensor, generator: torch.Generator) -> int:
+    """A token, each as often as it is likely, by one number of the generator; none whose probability is 0."""
+    cumulative_V = probability_V.cumsum(0)
+    whole = cumulative_V[-1]
+    at = whole * torch.rand((), dtype=cumulative_V.dtype, generator=generator)
+    at = torch.minimum(at, torch.nextafter(whole, torch.zeros_like(whole)))  # a product may be rounded up to the whole
+    return int(torch.searchsorted(cumulative_V, at, right=True))
+
+
+def is_finite(logits_V: Tensor) -> bool:
+    """Whether every logit is: NaN and infinities show in the extremes, which are found in a tenth of the time."""
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(logits_V))
 
 
 def choose(logits_V: Tensor, config: GenerationConfig, generator: torch.Generator) -> tuple[int, float]:
@@ -87,12 +119,9 @@ def choose(logits_V: Tensor, config: GenerationConfig, generator: torch.Generato
     DivergedError where a logit is not finite.
     """
     logits_V = logits_V.detach().cpu().double()
-    if not bool(torch.isfinite(logits_V).all()):
+    if not is_finite(logits_V):
         raise DivergedError(NOT_FINITE)
-    if config.temperature == 0:
-        token = int(logits_V.argmax())
-    else:
-        token = int(torch.multinomial(probabilities(logits_V, config), 1, generator=generator))
+    token = int(logits_V.argmax()) if config.temperature == 0 else _drawn(probabilities(logits_V, config), generator)
     return token, float(torch.log_softmax(logits_V, dim=0)[token])
 
 

@@ -19,8 +19,8 @@ from protocol.tensors import (
     bytes_per_value,
     decode,
     decode_indices,
-    encode,
-    encode_indices,
+    encode_indices_into,
+    encode_into,
 )
 
 if TYPE_CHECKING:
@@ -49,14 +49,17 @@ def max_tokens_per_call(manifest: Manifest) -> int:
 
 def encode_inputs(x_TD: torch.Tensor, pairs: Pairs, codec: Codec) -> pb.Inputs:
     """Tokens in the run's codec, weights in theirs."""
-    return pb.Inputs(
-        tokens_TD=encode(x_TD, codec),
-        pairs=pb.Pairs(
-            token_P=encode_indices(pairs.token_P),
-            expert_P=encode_indices(pairs.expert_P),
-            weight_P=encode(pairs.weight_P, weight_codec(codec)),
-        ),
-    )
+    message = pb.Inputs()
+    encode_into(message.tokens_TD, x_TD, codec)
+    encode_pairs_into(message.pairs, pairs, codec)
+    return message
+
+
+def encode_pairs_into(message: pb.Pairs, pairs: Pairs, codec: Codec) -> None:
+    """Fill an empty message with the pairs of a request whose tokens are in `codec`."""
+    encode_indices_into(message.token_P, pairs.token_P)
+    encode_indices_into(message.expert_P, pairs.expert_P)
+    encode_into(message.weight_P, pairs.weight_P, weight_codec(codec))
 
 
 def decode_inputs(message: pb.Inputs, manifest: Manifest) -> Inputs:

@@ -27,7 +27,7 @@ from node.rpc.expert_codec import decode_rows, encode_inputs
 from protocol import expert_pb2 as pb
 from protocol.limits import REQUEST_ID_BYTES
 from protocol.security import NotConnectedError
-from protocol.tensors import DTYPES, TensorSpec, decode, encode
+from protocol.tensors import DTYPES, EncodedRows, TensorSpec, decode
 
 if TYPE_CHECKING:
     from common.errors import KilohiveError
@@ -87,6 +87,7 @@ class BackwardWork:
 
     def __init__(self, manifest: Manifest, client: ExpertClient, batch: BackwardBatch) -> None:
         self._manifest, self._client, self._batch = manifest, client, batch
+        self._rows = EncodedRows(batch.grad_TD, manifest.codec)
 
     def request(self, sent: SentPart) -> BackwardCall:
         """The request to the peer that answered the forward."""
@@ -122,15 +123,16 @@ class BackwardWork:
         return BackwardAnswer(tokens_TD, weight_P, staleness)
 
     def _message(self, part: Part, request_id: bytes, version: int) -> pb.BackwardRequest:
-        return pb.BackwardRequest(
+        message = pb.BackwardRequest(
             run_id=self._manifest.run_id,
             request_id=request_id,
             layer=self._batch.layer,
-            grad_combined_TD=encode(self._batch.grad_TD[part.tokens], self._manifest.codec),
             run_tokens=self._batch.run_tokens,
             version=version,
             no_step=self._batch.no_step,
         )
+        self._rows.put(message.grad_combined_TD, part.tokens)
+        return message
 
     def _inputs(self, part: Part, origin: SentPart) -> pb.Inputs:
         # From the message and not from the model's tokens: those may have been changed in place since the forward.

@@ -9,9 +9,10 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from node.rpc.expert_codec import decode_rows, encode_inputs
+from node.rpc.expert_codec import decode_rows, encode_pairs_into
 from protocol import expert_pb2 as pb
 from protocol.limits import REQUEST_ID_BYTES
+from protocol.tensors import EncodedRows
 
 if TYPE_CHECKING:
     import torch
@@ -64,21 +65,25 @@ class ForwardBatch:
 
 
 class ForwardWork:
-    """Asks for sums. Replicas may be asked for the same pairs at once: a forward changes nothing."""
+    """Asks for sums. Replicas may be asked for the same pairs at once: a forward changes nothing.
+
+    Tokens are encoded once, as nearly every peer gets nearly all of them.
+    """
 
     def __init__(self, manifest: Manifest, client: ExpertClient, peers: Peers, batch: ForwardBatch) -> None:
         self._manifest, self._client, self._peers, self._batch = manifest, client, peers, batch
+        self._rows = EncodedRows(batch.x_TD, manifest.codec)
 
     def request(self, part: Part) -> ForwardCall:
         """The request for `part`."""
-        batch = self._batch
         message = pb.ForwardRequest(
             run_id=self._manifest.run_id,
             request_id=secrets.token_bytes(REQUEST_ID_BYTES),
-            layer=batch.layer,
-            inputs=encode_inputs(batch.x_TD[part.tokens], part.pairs, self._manifest.codec),
-            keep_inputs=batch.keep,
+            layer=self._batch.layer,
+            keep_inputs=self._batch.keep,
         )
+        self._rows.put(message.inputs.tokens_TD, part.tokens)
+        encode_pairs_into(message.inputs.pairs, part.pairs, self._manifest.codec)
         return ForwardCall(part, message)
 
     def elsewhere(self, part: Part, before: ForwardCall, error: KilohiveError | None) -> ForwardCall:  # noqa: ARG002 - one signature for both ways

@@ -1,5 +1,6 @@
 """Which peer gets which (token, expert) pairs: the pure part of dispatch, between the gate and the calls.
 
+It is worked out by numpy, whose calls on small arrays cost a fraction of torch's: one token has few pairs.
 Shapes: T tokens, K experts per token, P pairs (those of T x K that name an expert), B blocks of a layer.
 """
 
@@ -7,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from common.errors import NotHostedError, RefusedError
@@ -17,6 +19,8 @@ from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
 
     from common.errors import KilohiveError
     from dht.view import Replica
@@ -58,47 +62,70 @@ def split_by_peer(
     A peer gets one part, or several where the limit on tokens asks for it. `replicas` holds the chosen replica of each
     block of this layer that has one.
     """
-    experts_per_block, k = limits.experts_per_block, expert_ids_TK.shape[1]
     peers = sorted({replica.peer_id: replica for replica in replicas.values()}.items())
     index_of = {peer_id: index for index, (peer_id, _) in enumerate(peers)}
-    expert_P = expert_ids_TK.reshape(-1)[flat]
-    n_blocks = int(expert_P.max()) // experts_per_block + 1 if len(flat) else 0
-    peer_of_B = torch.full((n_blocks,), NO_EXPERT)
+    all_P = _Choices.of(expert_ids_TK, weights_TK, flat)
+    block_P = all_P.expert_P // limits.experts_per_block
+    peer_of_B = np.full(int(block_P.max(initial=-1)) + 1, NO_EXPERT)
     for block, replica in replicas.items():
-        if block < n_blocks:
+        if block < len(peer_of_B):
             peer_of_B[block] = index_of[replica.peer_id]
-    peer_P = peer_of_B[expert_P // experts_per_block] if len(flat) else flat
+    peer_P = peer_of_B[block_P]
     parts = []
     for index, (_, replica) in enumerate(peers):
-        for mine in _by_tokens(torch.nonzero(peer_P == index)[:, 0], flat // k, limits.max_tokens):
-            blocks = tuple(torch.unique(expert_P[mine] // experts_per_block).tolist())
-            parts.append(_part(replica, blocks, flat[mine], expert_P[mine], weights_TK))
-    return parts, flat[peer_P == NO_EXPERT]
+        for mine in _by_tokens(np.flatnonzero(peer_P == index), all_P.token_P, limits.max_tokens):
+            blocks = tuple(np.flatnonzero(np.bincount(block_P[mine])).tolist())
+            parts.append(_part(replica, blocks, all_P.at(mine)))
+    return parts, flat[torch.from_numpy(peer_P == NO_EXPERT)]
 
 
-def _by_tokens(pairs: torch.Tensor, token_P: torch.Tensor, max_tokens: int) -> Iterator[torch.Tensor]:
+class _Choices(NamedTuple):
+    """The chosen pairs: where each stands in the flattened [T, K] choice, its token, its expert, its weight."""
+
+    flat_P: NDArray[np.int64]
+    token_P: NDArray[np.int64]
+    expert_P: NDArray[np.int64]
+    weight_P: NDArray[np.floating]
+
+    @classmethod
+    def of(cls, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor, flat: torch.Tensor) -> _Choices:
+        flat_P = flat.numpy()
+        expert_P, weight_P = (of_TK.numpy().reshape(-1)[flat_P] for of_TK in (expert_ids_TK, weights_TK))
+        return cls(flat_P, flat_P // expert_ids_TK.shape[1], expert_P, weight_P)
+
+    def at(self, pairs: NDArray[np.intp]) -> _Choices:
+        return _Choices(self.flat_P[pairs], self.token_P[pairs], self.expert_P[pairs], self.weight_P[pairs])
+
+
+def _by_tokens(pairs: NDArray[np.intp], token_P: NDArray[np.int64], max_tokens: int) -> Iterator[NDArray[np.intp]]:
     """Split ascending indices of pairs so that each piece touches `max_tokens` tokens at most."""
     if len(pairs) <= max_tokens:
         if len(pairs):
             yield pairs
         return
-    _, rank_P = torch.unique_consecutive(token_P[pairs], return_inverse=True)
-    yield from pairs.split(torch.bincount(rank_P // max_tokens).tolist())
+    firsts = np.flatnonzero(_is_first(token_P[pairs]))
+    yield from np.split(pairs, firsts[max_tokens::max_tokens])
+
+
+def _is_first(token_P: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether each of ascending tokens is another one than that before it."""
+    is_first_P: NDArray[np.bool_] = np.diff(token_P, prepend=-1) != 0
+    return is_first_P
 
 
 def pairs_by_block(expert_ids_TK: torch.Tensor, flat: torch.Tensor, experts_per_block: int) -> dict[int, torch.Tensor]:
     """The positions in `flat` by the block that they name, blocks ascending."""
-    block_P = expert_ids_TK.reshape(-1)[flat] // experts_per_block
-    return {block: flat[block_P == block] for block in torch.unique(block_P).tolist()}
+    block_P = expert_ids_TK.numpy().reshape(-1)[flat.numpy()] // experts_per_block
+    blocks = np.flatnonzero(np.bincount(block_P)).tolist()
+    return {block: flat[torch.from_numpy(block_P == block)] for block in blocks}
 
 
-def _part(
-    replica: Replica, blocks: tuple[int, ...], flat: torch.Tensor, expert_P: torch.Tensor, weights_TK: torch.Tensor
-) -> Part:
-    # `flat` ascends, so its tokens do too: each is sent once, however many of its experts the peer holds.
-    tokens, token_P = torch.unique_consecutive(flat // weights_TK.shape[1], return_inverse=True)
-    weight_P = weights_TK.reshape(-1)[flat]
-    return Part(replica=replica, blocks=blocks, tokens=tokens, flat=flat, pairs=Pairs(token_P, expert_P, weight_P))
+def _part(replica: Replica, blocks: tuple[int, ...], own: _Choices) -> Part:
+    # Positions ascend, so their tokens do too: each is sent once, however many of its experts the peer holds.
+    is_first_P = _is_first(own.token_P)
+    pairs = Pairs(*map(torch.from_numpy, (is_first_P.cumsum() - 1, own.expert_P, own.weight_P)))
+    tokens, flat = torch.from_numpy(own.token_P[is_first_P]), torch.from_numpy(own.flat_P)
+    return Part(replica=replica, blocks=blocks, tokens=tokens, flat=flat, pairs=pairs)
 
 
 @dataclass(frozen=True)
@@ -123,14 +150,14 @@ class Planner:
 
     def plan(self, flat: torch.Tensor, without: str = "") -> tuple[list[Part], torch.Tensor]:
         """Parts for the pairs at `flat`, none of them at peer `without`; and the pairs that no replica is left for."""
-        by_block = pairs_by_block(self.choice.expert_ids_TK, flat, self._limits.experts_per_block)
+        expert_P = self.choice.expert_ids_TK.numpy().reshape(-1)[flat.numpy()]
         planned: Counter[str] = Counter()
         chosen = {}
-        for block, pairs in by_block.items():
-            replicas = self._candidates(block, without)
+        for block, n_pairs in enumerate(np.bincount(expert_P // self._limits.experts_per_block).tolist()):
+            replicas = self._candidates(block, without) if n_pairs else []
             if replicas:
                 chosen[block] = self._peers.choose(replicas, planned)
-                planned[chosen[block].peer_id] += len(pairs)
+                planned[chosen[block].peer_id] += n_pairs
         choice = self.choice
         return split_by_peer(choice.expert_ids_TK, choice.weights_TK, flat, chosen, self._limits)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.errors import InvalidInputError, LimitExceededError
 from protocol import expert_pb2 as pb
-from protocol.tensors import CODECS, TensorSpec, decode, decode_indices, encode, encode_indices
+from protocol.tensors import CODECS, EncodedRows, TensorSpec, decode, decode_indices, encode, encode_indices_into
 
 if TYPE_CHECKING:
     from protocol.manifest import Codec
@@ -117,13 +117,28 @@ def test_any_bytes_give_a_tensor_of_the_asked_shape_or_a_typed_error(
     assert bool(torch.isfinite(x).all())
 
 
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_rows_that_are_encoded_once_make_the_messages_that_they_would_make_alone(codec: Codec) -> None:
+    x, once = sample(), EncodedRows(sample(), codec)
+    for rows in ([0, 1, 2, 3, 4], [1, 3], [4], []):
+        message = pb.Tensor()
+        once.put(message, torch.tensor(rows, dtype=torch.int64))
+        assert message == encode(x[rows], codec)
+
+
+def encoded_indices(index_P: torch.Tensor) -> pb.Tensor:
+    message = pb.Tensor()
+    encode_indices_into(message, index_P)
+    return message
+
+
 def test_indices_come_back_and_are_bounded() -> None:
     spec = TensorSpec(field="expert_P", shape=(3,))
     index_P = torch.tensor([0, 7, 3])
-    assert torch.equal(decode_indices(encode_indices(index_P), spec, 8), index_P)
+    assert torch.equal(decode_indices(encoded_indices(index_P), spec, 8), index_P)
     with pytest.raises(InvalidInputError, match="expert_P: index 7 is outside 0 to 6"):
-        decode_indices(encode_indices(index_P), spec, 7)
+        decode_indices(encoded_indices(index_P), spec, 7)
     with pytest.raises(InvalidInputError, match="index -1 is outside"):
-        decode_indices(encode_indices(index_P - 1), spec, 8)
+        decode_indices(encoded_indices(index_P - 1), spec, 8)
     with pytest.raises(InvalidInputError, match="codec 2 is not int32"):
         decode_indices(encode(torch.zeros(3), "fp32"), spec, 8)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DivergedError, InvalidInputError
+from node.model import next_token
 from node.model.next_token import GenerationConfig, choose, probabilities
 
 # Eighths: logits that are not the same never have probabilities that are the same but for rounding.
@@ -74,6 +75,17 @@ def test_top_p_counts_what_top_k_has_left() -> None:
     assert (probabilities(logits_V, replace(both, top_k=0)) > 0).tolist() == [True, True, False, False]
 
 
+@given(LOGITS, CONFIGS, st.integers(1, 12))
+@settings(deadline=None)
+def test_it_is_the_same_however_many_of_the_likeliest_are_looked_at_first(
+    logits_V: torch.Tensor, config: GenerationConfig, at_first: int
+) -> None:
+    sorted_all_V = probabilities(logits_V, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(next_token, "LIKELIEST_AT_FIRST", at_first)
+        torch.testing.assert_close(probabilities(logits_V, config), sorted_all_V)
+
+
 @pytest.mark.parametrize("temperature", [1e-310, 1e-5, 1e5])
 def test_no_temperature_is_too_low_or_too_high(temperature: float) -> None:
     found_V = probabilities(torch.tensor([3.0, 40.0, 2.0]).double(), GenerationConfig(temperature=temperature))
@@ -94,6 +106,12 @@ def test_a_drawn_token_comes_as_often_as_it_is_likely() -> None:
     drawn = [choose(logits_V, GenerationConfig(), generator)[0] for _ in range(4000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=3) / len(drawn)
     assert shares.tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.03)  # four standard deviations
+
+
+def test_a_token_that_is_left_out_is_never_drawn_wherever_it_stands() -> None:
+    logits_V, generator = torch.tensor([0.0, 3.0, 0.0, 3.0, 0.0]), torch.Generator().manual_seed(0)
+    config = GenerationConfig(top_k=2)
+    assert {choose(logits_V, config, generator)[0] for _ in range(500)} == {1, 3}
 
 
 def test_the_log_probability_is_the_models_own() -> None:

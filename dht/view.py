@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from protocol.announcements import Reachability, ReplicaState, Role
     from protocol.manifest import BlockId
+    from protocol.reports import TrainerReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,15 @@ class PeerInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reported:
+    """What one trainer measured lately, as it last announced it."""
+
+    peer_id: str
+    said: TrainerReport
+    expiration_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeerLoad:
     """How many replicas a peer has, and its load, of which each of its records tells the whole."""
 
@@ -84,7 +94,7 @@ class DirectoryView:
     """Replicas and peers that were live at `taken_s`. Every block of experts of the run is a key of `replicas`.
 
     `replicas` can be called; `others` are those of the same blocks that are still downloaded, or only stored; `trunk`
-    are the trainers' copies of the trunk, in any state.
+    are the trainers' copies of the trunk, in any state. `reports` are only there where the directory looks for them.
     """
 
     taken_s: float = 0.0
@@ -92,6 +102,7 @@ class DirectoryView:
     others: tuple[Replica, ...] = ()
     trunk: tuple[Replica, ...] = ()
     peers: tuple[PeerInfo, ...] = ()
+    reports: tuple[Reported, ...] = ()
 
     def lost_blocks(self) -> tuple[BlockId, ...]:
         """Blocks without any replica."""
@@ -120,6 +131,7 @@ class DirectoryView:
             others=_alive(self.others, now_s),
             trunk=_alive(self.trunk, now_s),
             peers=tuple(peer for peer in self.peers if peer.expiration_s > now_s),
+            reports=tuple(report for report in self.reports if report.expiration_s > now_s),
         )
 
     def without(self, peer_ids: frozenset[str]) -> DirectoryView:

@@ -17,20 +17,20 @@ from rich.text import Text
 from common.errors import ConfigError, DrainingError
 from common.settings import check_minimums
 from common.tasks import until_stopped
+from common.text import host_port
+from common.web.http_server import http_server, listening_socket
+from common.web.key_file import read_key
+from common.web.request_checks import CheckConfig
 from dht.addresses import looked_up
 from node.api.app import AppConfig, build_app
 from node.api.batch import BatchLimits, ContinuousBatch
 from node.api.chat import read_chat
 from node.api.config import MINIMUMS
-from node.api.http_server import http_server, listening_socket
-from node.api.key_file import read_key
-from node.api.request_checks import CheckConfig
 from node.api.served_model import ExpertsInProcess, ServedModel, SwarmExperts
 from node.model.devices import pick_device
 from node.trainer.config import SampleConfig
 from node.trainer.exported.loading import open_export
 from node.trainer.trained_model import trained_model
-from protocol.addresses import host_port
 
 if TYPE_CHECKING:
     import socket

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from common.clock import SteadyClock
 from common.errors import ConfigError
+from common.text import host_port
 from dht.address_watch import AddressWatch
 from dht.addresses import listen_host
 from dht.directory import Directory
@@ -21,7 +22,6 @@ from dht.relay.tunnel import Tunnels
 from dht.swarm_config import resolve
 from node.membership.config import ReachConfig
 from node.rpc.security import Security
-from protocol.addresses import host_port
 from protocol.admission import NOT_INVITED, Admission
 from protocol.endpoints import announced_endpoint, announced_host
 

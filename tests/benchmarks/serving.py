@@ -24,9 +24,9 @@ import tyro
 
 from common.allocator import keep_freed_memory
 from common.tokenizer import ByteTokenizer
+from common.web.http_server import listening_socket
 from node.api.chat import PlainChat
 from node.api.config import ServeConfig
-from node.api.http_server import listening_socket
 from node.api.serve_command import serve
 from node.api.served_model import ExpertsInProcess, ServedModel
 from node.model.generation import Generation, Prompt

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from node.api import request_checks
-from node.api.request_checks import CheckConfig, RequestChecks
+from common.web import request_checks
+from common.web.request_checks import CheckConfig, RequestChecks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

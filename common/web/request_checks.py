@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from node.api.http_errors import BAD_REQUEST, OVERLOADED, TOO_MANY, UNAUTHORIZED, UNKNOWN_KEY, HttpError
+from common.web.http_errors import BAD_REQUEST, OVERLOADED, TOO_MANY, UNAUTHORIZED, UNKNOWN_KEY, HttpError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,10 +17,10 @@ from common.errors import ConfigError, DrainingError
 from common.settings import check_minimums
 from common.tasks import until_stopped
 from common.text import host_port
+from common.web.access import callers_key, names_answered_to
 from common.web.http_server import http_server, listening_socket
-from common.web.key_file import read_key
 from common.web.request_checks import CheckConfig
-from dht.addresses import looked_up
+from dht.addresses import served_address
 from node.api.app import AppConfig, build_app
 from node.api.batch import BatchLimits, ContinuousBatch
 from node.api.chat import read_chat
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
     from node.api.config import ServeConfig
 
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-
 
 async def run_serve(config: ServeConfig, stop: asyncio.Event) -> None:
     """Serve until `stop`.
@@ -49,8 +46,8 @@ async def run_serve(config: ServeConfig, stop: asyncio.Event) -> None:
         ConfigError: a setting is out of its range, the port is in use, or others could call without a key.
     """
     check_minimums(config, MINIMUMS)
-    host = await asyncio.to_thread(_address, config.listen)
-    key = await asyncio.to_thread(_key, config, host)
+    host = await asyncio.to_thread(served_address, config.listen)
+    key = await asyncio.to_thread(callers_key, config.key_file, host, "use the model")
     listener = listening_socket(host, config.port)
     with contextlib.closing(listener):
         try:
@@ -69,7 +66,7 @@ async def serve(
     host = listener.getsockname()[0]
     checks = CheckConfig(
         key=key,
-        hosts=frozenset() if key else LOCAL_NAMES | {host},
+        hosts=names_answered_to(host, key),
         max_body_bytes=int(config.max_body_kb * 1e3),
     )
     batch = ContinuousBatch(served, limits)
@@ -148,26 +145,6 @@ def _trunk_config(config: ServeConfig) -> SampleConfig:
         device=config.device,
         threads=config.threads,
     )
-
-
-def _address(listen: str) -> str:
-    """The IP address of `--listen`, which may be a name."""
-    found = looked_up(listen)
-    if not found:
-        raise ConfigError(f"--listen: {listen[:80]!r} cannot be looked up; give an address of this machine")
-    return found[0]
-
-
-def _key(config: ServeConfig, host: str) -> str:
-    """What callers must have; nothing where they can only be on this machine and no key file is named."""
-    if config.key_file is not None:
-        return read_key(config.key_file)
-    if not ipaddress.ip_address(host).is_loopback:
-        raise ConfigError(
-            f"--listen {config.listen}: whoever reaches it could use the model; add --key-file FILE, which is made if "
-            "it is not there, or listen on 127.0.0.1"
-        )
-    return ""
 
 
 def _say_where(name: str, at: str, config: ServeConfig) -> None:

@@ -100,6 +100,11 @@ async def test_the_page_and_the_health_need_no_key_and_all_else_does(path: str, 
     assert (await ask(checks(key=KEY), path))[0] == status
 
 
+async def test_a_server_says_which_of_its_paths_need_no_key() -> None:
+    app = checks(key=KEY, for_all=frozenset({"/style.css"}))
+    assert [(await ask(app, path))[0] for path in ("/style.css", "/", "/style.css/")] == [200, 401, 401]
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [

@@ -40,11 +40,11 @@ from common.utf8_mode import start_again_if_needed
 from coordinator.config import (
     CoordinatorConfig,
     ExperimentConfig,
-    LighthouseConfig,
     LocalConfig,
     StatusConfig,
     program_name,
 )
+from coordinator.lighthouse.config import LighthouseConfig
 from node.api.config import ServeConfig
 from node.contributor.config import ContributeConfig
 from node.export.config import ExportConfig

@@ -44,6 +44,7 @@ from coordinator.config import (
     StatusConfig,
     program_name,
 )
+from coordinator.dashboard.config import DashboardConfig
 from coordinator.lighthouse.config import LighthouseConfig
 from node.api.config import ServeConfig
 from node.contributor.config import ContributeConfig
@@ -147,6 +148,17 @@ COMMANDS = (
         config=StatusConfig,
         examples=("status --join runs/local/swarm.toml", "status --join runs/local/swarm.toml --json"),
         entry="coordinator.status:run_status",
+    ),
+    Command(
+        name="dashboard",
+        summary="show a run in the browser, live and over time, from its DHT alone.",
+        config=DashboardConfig,
+        examples=(
+            "dashboard --join runs/local/swarm.toml",
+            "dashboard --join invite.txt --listen 0.0.0.0 --key-file page.key",
+        ),
+        entry="coordinator.dashboard.command:run_dashboard",
+        endless=True,
     ),
     Command(
         name="health",

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.text import KILO, in_byte_units
-from coordinator.blocks import block_list_text
+from coordinator.blocks import block_list_text, short_block_list_text
 from coordinator.figures import largest_gap, layer_figures, peer_figures
 from protocol.endpoints import SHOWN_CHARS, endpoint_text
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from protocol.manifest import BlockId, Manifest
 
 MAX_PEERS_SHOWN = 40
-MAX_BLOCKS_CHARS = 300
 MANY_REPLICAS = 10
 
 
@@ -128,7 +127,7 @@ def _last_lines(view: DirectoryView) -> Text:
     for state, words in told.items():
         blocks = sorted(set(_blocks(view.others, state)))
         if blocks:
-            lines.append(Text(f"{words}: {_names(blocks)}", style="dim"))
+            lines.append(Text(f"{words}: {short_block_list_text(blocks)}", style="dim"))
     trunk = [replica for replica in view.trunk if replica.state == "serving"]
     gap = largest_gap([trunk])
     if gap is not None:
@@ -140,12 +139,10 @@ def _lost_line(view: DirectoryView) -> Text:
     lost = view.lost_blocks()
     if not lost:
         return Text(f"all {len(view.replicas)} blocks have a live replica", style="green")
-    return Text(f"{len(lost)} of {len(view.replicas)} blocks have no live replica: {_names(lost)}", style="bold red")
-
-
-def _names(blocks: Iterable[BlockId]) -> str:
-    names = block_list_text(blocks)
-    return names if len(names) <= MAX_BLOCKS_CHARS else names[:MAX_BLOCKS_CHARS].rpartition(",")[0] + ", ..."
+    return Text(
+        f"{len(lost)} of {len(view.replicas)} blocks have no live replica: {short_block_list_text(lost)}",
+        style="bold red",
+    )
 
 
 def _blocks(replicas: Iterable[Replica], state: ReplicaState) -> list[BlockId]:

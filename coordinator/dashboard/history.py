@@ -86,7 +86,7 @@ class Curves:
     figures: Mapping[str, tuple[float | None, ...]]
 
 
-class History:
+class RunHistory:
     """The file of one run. Belongs to one thread; what is committed survives a crash of the process."""
 
     def __init__(self, path: Path, run_id: str, max_bytes: int) -> None:
@@ -127,7 +127,9 @@ class History:
                     self._db.execute(_UPSERT, (tier.step_s, int(t_s) // tier.step_s * tier.step_s, *values))
                     self._db.execute(_FORGET, (tier.step_s, t_s - tier.keep_s, t_s + tier.step_s))
                 self._db.executemany("INSERT OR IGNORE INTO evaluations VALUES (?, ?)", evaluations)
-                self._db.execute(_THIN_EVALUATIONS, (MAX_EVALUATIONS,))
+                (count,) = self._db.execute("SELECT COUNT(*) FROM evaluations").fetchone()
+                if count > MAX_EVALUATIONS:
+                    self._db.execute(_THIN_EVALUATIONS)
         except sqlite3.Error as error:
             raise CheckpointError(f"{self._path}: cannot be written: {error}") from None
 
@@ -208,7 +210,7 @@ _FORGET: Final = "DELETE FROM samples WHERE step_s = ? AND (t_s < ? OR t_s > ?)"
 """Rows of the future too, which a clock that was set back leaves: so there are never more than a tier may have."""
 
 _THIN_EVALUATIONS: Final = (
-    "DELETE FROM evaluations WHERE (SELECT COUNT(*) FROM evaluations) > ? AND tokens IN (SELECT tokens FROM "
+    "DELETE FROM evaluations WHERE tokens IN (SELECT tokens FROM "
     "(SELECT tokens, ROW_NUMBER() OVER (ORDER BY tokens DESC) AS nth FROM evaluations) WHERE nth % 2 = 0)"
 )
 _FIRST: Final = "SELECT MIN(t_s) FROM samples WHERE step_s = ? AND t_s >= ?"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from common.errors import CheckpointError, KilohiveError, UnavailableError
-from coordinator.dashboard.history import SPANS, Curves, History
+from coordinator.dashboard.history import SPANS, Curves, RunHistory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ CLOSE_S = 2.0
 class HistoryThread:
     """Made by `open`, ended by `close`. Belongs to the event loop."""
 
-    def __init__(self, executor: ThreadPoolExecutor, history: History) -> None:
+    def __init__(self, executor: ThreadPoolExecutor, history: RunHistory) -> None:
         self._executor, self._history = executor, history
         self._adding: Future[None] | None = None
         self._problem = ""
@@ -37,7 +37,7 @@ class HistoryThread:
         """Open the file of a run. Raises ConfigError."""
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="history")
         try:
-            history = await asyncio.wrap_future(executor.submit(History, path, run_id, max_bytes))
+            history = await asyncio.wrap_future(executor.submit(RunHistory, path, run_id, max_bytes))
         except KilohiveError:
             executor.shutdown()
             raise

@@ -26,6 +26,7 @@ BENCHMARKS = (
     "codec",
     "wire",
     "security",
+    "dashboard",
     "scaling",
     "dispatch",
     "workload",

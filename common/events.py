@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -49,7 +49,8 @@ E = TypeVar("E", bound=Event)
 def read_event(line: str | bytes, *kinds: type[E]) -> E | None:
     """The event on a line of a log; None if it is not one of `kinds`, or if a crash cut the line short.
 
-    Fields that a newer version has added are ignored. Raises InvalidInputError for one that is missing or ill-typed.
+    Fields that a newer version has added are ignored, and those that an older one did not have take their defaults.
+    Raises InvalidInputError for one that is ill-typed, or missing without a default.
     """
     try:
         row = json.loads(line)
@@ -67,11 +68,13 @@ def read_event(line: str | bytes, *kinds: type[E]) -> E | None:
 def _filled(kind: type[Any], row: dict[str, object], where: str) -> Any:  # noqa: ANN401 - an instance of `kind`
     """An instance of the dataclass `kind`, an event or a part of one; errors say `where` the row is."""
     values: dict[str, Any] = {}
+    defaults = {field.name for field in fields(kind) if field.default is not MISSING}
     for name, hint in _hints(kind).items():  # type: ignore[arg-type] # a class can be hashed
         place = f"{where}, field {_key(name)!r}"
-        if _key(name) not in row:
+        if _key(name) in row:
+            values[name] = _parsed(row[_key(name)], hint, place)
+        elif name not in defaults:
             raise InvalidInputError(place, "is missing")
-        values[name] = _parsed(row[_key(name)], hint, place)
     return kind(**values)
 
 

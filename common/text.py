@@ -1,4 +1,4 @@
-"""Numbers and trends as short texts for a terminal."""
+"""Numbers, trends and addresses as short texts."""
 
 from __future__ import annotations
 
@@ -68,6 +68,11 @@ def count_text(n: float) -> str:
 def hosts_text(n_hosts: int) -> str:
     """`1 host`, `4 hosts`."""
     return f"{n_hosts} host" if n_hosts == 1 else f"{n_hosts} hosts"
+
+
+def host_port(host: str, port: int) -> str:
+    """HOST:PORT as gRPC and people write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def printable(text: str) -> str:

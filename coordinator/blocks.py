@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from protocol.manifest import ModelConfig
 
+MAX_CHARS = 300
+
 
 def split_blocks(model: ModelConfig, n_hosts: int, n_replicas: int = 1) -> list[list[BlockId]]:
     """Every block to `n_replicas` different hosts; hosts differ by at most one block, in all and within each layer.
@@ -42,3 +44,9 @@ def block_list_text(blocks: Iterable[BlockId]) -> str:
     runs = [list(run) for _, run in groupby(ordered, key=lambda at: (at[1].layer, at[1].block - at[0]))]
     ends = [(run[0][1], run[-1][1]) for run in runs]
     return ",".join(str(first) if first == last else f"{first}-{last.block}" for first, last in ends)
+
+
+def short_block_list_text(blocks: Iterable[BlockId]) -> str:
+    """The same, cut off behind a comma where it is long."""
+    names = block_list_text(blocks)
+    return names if len(names) <= MAX_CHARS else names[:MAX_CHARS].rpartition(",")[0] + ", ..."

@@ -1,4 +1,4 @@
-"""What a person can set on a coordinator, a lighthouse, a local swarm, `status` or an experiment.
+"""What a person can set on a coordinator, a local swarm, `status` or an experiment.
 
 Light: no hivemind, so that `--help` is quick.
 """
@@ -153,6 +153,8 @@ class CoordinatorConfig(SnapshotConfig, RunConfig, CollectionConfig, EventLogCon
     """Let the invite hold for so many days; 0 for ever."""
     invite_file: Path | None = None
     """Write the invite to this file too, for other nodes."""
+    dashboard_port: FileOnly[int] = 0
+    """Show the run's page at this port of this machine, from a process of its own; 0 shows none."""
     evaluators: tuple[str, ...] = ()
     """Trust these trainers' peer ids to replace experts."""
     clip_radius: FileOnly[float] = AveragingConfig.clip_radius
@@ -223,34 +225,6 @@ class StatusConfig(SwarmChoice):
     """Listen on this address; auto takes the one that reaches the swarm."""
     timeout_s: float = 15.0
     """Wait this many seconds for the swarm."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LighthouseConfig(SwarmChoice, EventLogConfig):
-    """Be a peer that others join a run through and are reached through, and watch the run."""
-
-    state: Path = Path("state/lighthouse")
-    """Keep key, swarm.toml and event log in this folder."""
-    listen: str = "auto"
-    """Listen on this address; auto takes the one that reaches the swarm."""
-    port: int = 0
-    """Use this TCP port; 0 takes last time's, at the first start a free one."""
-    announce: str = ""
-    """Have others dial this address, such as a router's."""
-    max_connections: FileOnly[int] = 512
-    """Hold at most this many connections at a time."""
-    max_reservations: int = 128
-    """Make this many peers reachable through this relay; 0 offers no relay."""
-    max_circuits: int = 64
-    """Relay at most this many circuits at a time."""
-    max_circuit_mb: FileOnly[int] = 4096
-    """Let one circuit carry this many megabytes, both ways together."""
-    max_circuit_s: FileOnly[float] = 3600.0
-    """Let one circuit last this many seconds."""
-    metrics_port: int = 0
-    """Serve Prometheus metrics at this port; 0 serves none."""
-    metrics_listen: str = "127.0.0.1"
-    """Serve Prometheus metrics on this address."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from coordinator.config import (
 )
 from coordinator.credit.background import collecting
 from coordinator.credit.collection import open_collection
+from coordinator.dashboard.beside import shown_beside
 from coordinator.events import CreditEvent, PeerLeaveEvent, PeerStartEvent
 from coordinator.pretrained import keep_pretrained
 from coordinator.snapshot_config import SNAPSHOT_MINIMUMS, check_snapshots
@@ -73,6 +74,7 @@ MINIMUMS = {
     "relay_circuits_per_caller": 1,
     "relay_reservations": 1,
     **SNAPSHOT_MINIMUMS,
+    "dashboard_port": 0,
     **EVENT_LOG_MINIMUMS,
 }
 MANIFEST_FILE = "manifest.toml"
@@ -128,6 +130,8 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
             snapshots = Snapshots(config, manifest.run_id, events)
             await snapshots.start()
             stack.push_async_callback(snapshots.stop)
+        if config.dashboard_port:
+            await stack.enter_async_context(shown_beside(config.out, config.dashboard_port, stop))
         events.emit(PeerStartEvent(run_id=manifest.run_id, peer_id=dht.peer_id, addresses=tuple(dht.addresses)))
         Console().print(how_to_join(config.out / "swarm.toml", swarm, invite), soft_wrap=True)
         await stop.wait()
@@ -270,6 +274,7 @@ def how_to_join(path: Path, swarm: SwarmFile, invite: str) -> Text:
         ("host experts", f"host --join {path}"),
         ("train", f"train --join {path} --out runs/train"),
         ("look at it", f"status --join {path}"),
+        ("its page", f"dashboard --join {path}"),
     ):
         text.append(f"  {purpose:<14}").append(f"{program_name()} {command}\n", style="cyan")
     where = path.with_name("invite.txt")

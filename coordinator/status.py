@@ -12,7 +12,8 @@ from rich.console import Console
 
 from common.errors import DrainingError, UnavailableError
 from common.tasks import until_stopped
-from coordinator.tables import largest_divergence, largest_gap, render_status
+from coordinator.figures import largest_divergence, largest_gap, layer_figures, run_figures
+from coordinator.tables import render_status
 from dht.addresses import listen_host
 from dht.directory import Directory
 from dht.join import fetch_manifest
@@ -60,7 +61,7 @@ async def _look(config: StatusConfig) -> tuple[Manifest, DirectoryView]:
     dht = await DhtNode.start(dht_config)
     try:
         manifest = await fetch_manifest(dht, run_id, config.timeout_s)
-        directory = Directory(dht, run_id, manifest.model)
+        directory = Directory(dht, run_id, manifest.model, with_reports=True)
         await directory.refresh_now()
         return manifest, directory.snapshot()
     finally:
@@ -68,11 +69,17 @@ async def _look(config: StatusConfig) -> tuple[Manifest, DirectoryView]:
 
 
 def status_json(manifest: Manifest, view: DirectoryView) -> dict[str, object]:
-    """The swarm as JSON: what the tables show, in full. `others` are replicas that are joining, or only stored."""
+    """The swarm as JSON: what the tables and the run's page show, in full.
+
+    `others` are replicas that are joining, or only stored.
+    """
     rows = [*view.replicas.values(), view.trunk]
+    layers = layer_figures(manifest, view)
     return {
         "run_id": manifest.run_id,
         "manifest": asdict(manifest),
+        "figures": asdict(run_figures(manifest, view, layers)),
+        "layers": [asdict(layer) for layer in layers],
         "blocks": len(view.replicas),
         "blocks_lost": [str(block) for block in view.lost_blocks()],
         "version_gap_max": largest_gap(rows) or 0,
@@ -81,6 +88,7 @@ def status_json(manifest: Manifest, view: DirectoryView) -> dict[str, object]:
         "replicas": [_replica_json(replica) for replicas in view.replicas.values() for replica in replicas],
         "others": [_replica_json(replica) for replica in view.others],
         "trunk": [_replica_json(replica) for replica in view.trunk],
+        "reports": [asdict(report) for report in view.reports],
     }
 
 

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from common.text import KILO, in_byte_units
-from coordinator.blocks import block_list_text
+from coordinator.blocks import block_list_text, short_block_list_text
+from coordinator.figures import largest_gap, layer_figures, peer_figures
 from protocol.endpoints import SHOWN_CHARS, endpoint_text
 
 if TYPE_CHECKING:
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from dht.view import DirectoryView, PeerInfo, Replica
+    from coordinator.figures import LayerFigures, PeerFigures
+    from dht.view import DirectoryView, Replica
     from protocol.announcements import ReplicaState
     from protocol.manifest import BlockId, Manifest
 
 MAX_PEERS_SHOWN = 40
 MAX_PAUSED_SHOWN = 10
-MAX_BLOCKS_CHARS = 300
 MANY_REPLICAS = 10
 
 
@@ -39,50 +40,34 @@ def render_status(manifest: Manifest, view: DirectoryView) -> RenderableType:
         f"{_count(averaging.target_replicas, 'replica')} of each block wanted; "
         f"exchanges every {averaging.period_s:g} s in {averaging.codec}"
     )
-    parts = [_peer_table(view), _layer_table(manifest, view), _trainer_table(view), _last_lines(view)]
+    layers = _layer_table(layer_figures(manifest, view))
+    parts = [_peer_table(view), layers, _trainer_table(view), _last_lines(view)]
     spaced = [item for part in parts if part is not None for item in (Text(), part)]
     return Group(
         Text.assemble("run ", (manifest.run_id, "bold")), Text(about, style="dim"), Text(replicas, style="dim"), *spaced
     )
 
 
-def largest_gap(rows: Iterable[Sequence[Replica]]) -> int | None:
-    """Optimizer steps between the newest and the oldest replica of one block, at most; None if none has two.
-
-    `rows`: the replicas of each block.
-    """
-    versions = [[replica.version for replica in row] for row in rows if len(row) > 1]
-    return max((max(row) - min(row) for row in versions), default=None)
-
-
-def largest_divergence(rows: Iterable[Sequence[Replica]]) -> float | None:
-    """What replicas of blocks that have several differ by, at most; None if no block has two."""
-    return max((replica.divergence for row in rows if len(row) > 1 for replica in row), default=None)
-
-
 def _peer_table(view: DirectoryView) -> RenderableType:
-    peers = sorted(view.peers, key=lambda peer: (peer.role, -peer.n_blocks, peer.peer_id))
+    peers = sorted(peer_figures(view), key=lambda row: (row.peer.role, -row.peer.n_blocks, row.peer.peer_id))
     if not peers:
         return Text("no peer is announced", style="bold red")
-    hosted: dict[str, list[Replica]] = {}
-    for replicas in view.replicas.values():
-        for replica in replicas:
-            hosted.setdefault(replica.peer_id, []).append(replica)
     table = _table(("peer", "left"), ("role", "left"), ("at", "left"), ("blocks", "left"))
     _add_numbers(table, "tokens/s", "queue", "stale", "bytes", "up")
-    for peer in peers[:MAX_PEERS_SHOWN]:
-        table.add_row(*_peer_row(peer, hosted.get(peer.peer_id, ()), view.taken_s))
+    for row in peers[:MAX_PEERS_SHOWN]:
+        table.add_row(*_peer_row(row, view.taken_s))
     return _with_rest(table, len(peers), "peers")
 
 
-def _peer_row(peer: PeerInfo, replicas: Sequence[Replica], now_s: float) -> tuple[str | Text, ...]:
+def _peer_row(row: PeerFigures, now_s: float) -> tuple[str | Text, ...]:
+    peer = row.peer
     return (
         _short(peer.peer_id),
         peer.role,
         Text(f"{endpoint_text(peer.endpoint)}, not reached", style="bold red")
         if peer.reachability == "not reached"
         else endpoint_text(peer.endpoint) or "-",
-        "paused" if peer.paused else block_list_text(replica.block for replica in replicas) or "-",
+        "paused" if peer.paused else block_list_text(replica.block for replica in row.replicas) or "-",
         f"{peer.tokens_per_s:,.0f}",
         f"{peer.queue_tokens:,}",
         f"{peer.staleness:,.1f}" if peer.role == "host" else "-",
@@ -91,29 +76,25 @@ def _peer_row(peer: PeerInfo, replicas: Sequence[Replica], now_s: float) -> tupl
     )
 
 
-def _layer_table(manifest: Manifest, view: DirectoryView) -> Table:
+def _layer_table(layers: Sequence[LayerFigures]) -> Table:
     table = _table(("layer", "right"), ("live blocks", "right"), ("replicas of each", "left"))
     _add_numbers(table, "joining", "version", "gap", "divergence", "hosts", "queue")
-    for layer in range(manifest.model.n_layers):
-        rows = [replicas for block, replicas in view.replicas.items() if block.layer == layer]
-        joining = sum(block.layer == layer for block in _blocks(view.others, "joining"))
-        table.add_row(str(layer), *_layer_row(rows, joining))
+    for layer in layers:
+        table.add_row(str(layer.layer), *_layer_row(layer))
     return table
 
 
-def _layer_row(rows: Sequence[Sequence[Replica]], joining: int) -> tuple[str | Text, ...]:
-    replicas = [replica for row in rows for replica in row]
-    queues = {replica.peer_id: replica.queue_tokens for replica in replicas}  # a host has one, for all its blocks
-    n_live = sum(bool(row) for row in rows)
+def _layer_row(layer: LayerFigures) -> tuple[str | Text, ...]:
+    n_blocks = len(layer.replicas)
     return (
-        Text(f"{n_live} of {len(rows)}", style="" if n_live == len(rows) else "bold red"),
-        _replica_map(rows),
-        f"{joining:,}" if joining else "-",
-        _range_text([replica.version for replica in replicas]),
-        _number(largest_gap(rows)),
-        _number(largest_divergence(rows)),
-        f"{len(queues):,}",
-        f"{sum(queues.values()):,}",
+        Text(f"{layer.live} of {n_blocks}", style="" if layer.live == n_blocks else "bold red"),
+        _replica_map(layer.replicas),
+        f"{layer.joining:,}" if layer.joining else "-",
+        _range_text(layer.version_min, layer.version_max),
+        _number(layer.gap),
+        _number(layer.divergence),
+        f"{layer.hosts:,}",
+        f"{layer.queue_tokens:,}",
     )
 
 
@@ -132,11 +113,10 @@ def _trainer_table(view: DirectoryView) -> RenderableType | None:
     return _with_rest(table, len(trainers), "trainers")
 
 
-def _replica_map(rows: Sequence[Sequence[Replica]]) -> Text:
+def _replica_map(counts: Iterable[int]) -> Text:
     """One character per block: its number of replicas that serve."""
     text = Text(overflow="fold")
-    for row in rows:
-        count = len(row)
+    for count in counts:
         text.append("+" if count >= MANY_REPLICAS else str(count), style="bold red" if count == 0 else "green")
     return text
 
@@ -148,7 +128,7 @@ def _last_lines(view: DirectoryView) -> Text:
     for state, words in told.items():
         blocks = sorted(set(_blocks(view.others, state)))
         if blocks:
-            lines.append(Text(f"{words}: {_names(blocks)}", style="dim"))
+            lines.append(Text(f"{words}: {short_block_list_text(blocks)}", style="dim"))
     trunk = [replica for replica in view.trunk if replica.state == "serving"]
     gap = largest_gap([trunk])
     if gap is not None:
@@ -168,12 +148,10 @@ def _lost_line(view: DirectoryView) -> Text:
     lost = view.lost_blocks()
     if not lost:
         return Text(f"all {len(view.replicas)} blocks have a live replica", style="green")
-    return Text(f"{len(lost)} of {len(view.replicas)} blocks have no live replica: {_names(lost)}", style="bold red")
-
-
-def _names(blocks: Iterable[BlockId]) -> str:
-    names = block_list_text(blocks)
-    return names if len(names) <= MAX_BLOCKS_CHARS else names[:MAX_BLOCKS_CHARS].rpartition(",")[0] + ", ..."
+    return Text(
+        f"{len(lost)} of {len(view.replicas)} blocks have no live replica: {short_block_list_text(lost)}",
+        style="bold red",
+    )
 
 
 def _blocks(replicas: Iterable[Replica], state: ReplicaState) -> list[BlockId]:
@@ -212,10 +190,9 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def _range_text(values: Sequence[int]) -> str:
-    if not values:
+def _range_text(low: int | None, high: int | None) -> str:
+    if low is None or high is None:
         return "-"
-    low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 

@@ -88,6 +88,14 @@ def _own_address(listen: str) -> str:
     return own
 
 
+def served_address(listen: str) -> str:
+    """The IP address of a `--listen` on which a server is to answer, which may be a name. Raises ConfigError."""
+    found = looked_up(listen)
+    if not found:
+        raise ConfigError(f"--listen: {listen[:80]!r} cannot be looked up; give an address of this machine")
+    return found[0]
+
+
 def looked_up(host: str) -> tuple[str, ...]:
     """The IP addresses of a name, none if nobody knows it, or the one that `host` is. Blocks while it asks."""
     try:

@@ -12,7 +12,8 @@ from common.tasks import Periodic
 from dht.record_signer import RecordSigner
 from dht.record_versions import PERIOD_S, TTL_S, WITHDRAW_TIMEOUT_S, WITHDRAWN
 from protocol.announcements import encode_block, encode_peer
-from protocol.records import block_key, peers_key
+from protocol.records import block_key, peers_key, reports_key
+from protocol.reports import encode_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from protocol.admission import Admission
     from protocol.announcements import BlockRecord, PeerRecord
     from protocol.identity import Identity
+    from protocol.reports import TrainerReport
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Announcement:
 
     peer: PeerRecord
     blocks: tuple[BlockRecord, ...] = ()
+    report: TrainerReport | None = None
 
 
 class Announcer:
@@ -99,6 +102,8 @@ class Announcer:
     def _payloads(self, announcement: Announcement) -> dict[str, bytes]:
         payloads = {block_key(self._run_id, block.block): encode_block(block) for block in announcement.blocks}
         payloads[peers_key(self._run_id)] = encode_peer(announcement.peer)
+        if announcement.report is not None:
+            payloads[reports_key(self._run_id)] = encode_report(announcement.report)
         return payloads
 
     async def _store(self, payloads: Mapping[str, bytes]) -> bool:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from common.errors import KilohiveError
 from common.tasks import Periodic
 from dht.record_cache import RecordCache
-from dht.view import DirectoryView, PeerInfo, Replica
+from dht.view import DirectoryView, PeerInfo, Replica, Reported
 from protocol.announcements import BlockRecord, PeerRecord
 from protocol.manifest import TRUNK, all_blocks
-from protocol.records import block_key, peers_key
+from protocol.records import block_key, peers_key, reports_key
+from protocol.reports import TrainerReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,12 +38,24 @@ MAX_AVOID_S = 60.0
 
 
 class Directory:
-    """A run's replicas and peers. Reading and reporting are safe in any thread; the rest belongs to the event loop."""
+    """A run's replicas and peers. Reading and reporting are safe in any thread; the rest belongs to the event loop.
 
-    def __init__(self, dht: RecordStore, run_id: str, model: ModelConfig, refresh_s: float = REFRESH_S) -> None:
+    `with_reports`: trainers' reports too, which only those look for who show them to people.
+    """
+
+    def __init__(
+        self,
+        dht: RecordStore,
+        run_id: str,
+        model: ModelConfig,
+        refresh_s: float = REFRESH_S,
+        *,
+        with_reports: bool = False,
+    ) -> None:
         self._dht = dht
         self._model = model
-        self._keys = (peers_key(run_id), *(block_key(run_id, block) for block in (TRUNK, *all_blocks(model))))
+        shown = (reports_key(run_id),) if with_reports else ()
+        self._keys = (peers_key(run_id), *(block_key(run_id, block) for block in (TRUNK, *all_blocks(model))), *shown)
         self._record_cache = RecordCache()
         self._known = DirectoryView(replicas=MappingProxyType(dict.fromkeys(all_blocks(model), ())))
         self._avoided: Mapping[str, float] = MappingProxyType({})
@@ -150,9 +163,12 @@ class Directory:
         others: list[Replica] = []
         trunk: list[Replica] = []
         peers: list[PeerInfo] = []
+        reports: list[Reported] = []
         for record, said in sorted(self._record_cache.live(now_s), key=lambda item: item[0].owner):
             if isinstance(said, PeerRecord):
                 peers.append(_peer(record, said))
+            elif isinstance(said, TrainerReport):
+                reports.append(Reported(peer_id=record.owner, said=said, expiration_s=record.expiration_s))
             elif said.block == TRUNK:
                 trunk.append(_replica(record, said))
             elif said.n_experts == len(self._model.block_experts(said.block.block)):
@@ -163,6 +179,7 @@ class Directory:
             others=tuple(others),
             trunk=tuple(trunk),
             peers=tuple(peers),
+            reports=tuple(reports),
         )
 
     def _swap_in(self, view: DirectoryView) -> None:

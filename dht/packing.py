@@ -30,6 +30,9 @@ MAX_STORED_KEYS = 65_536
 MAX_SUBKEYS = 1024
 """Owners under one key: at ~350 bytes a record this keeps an answer below libp2p's 4 MB message."""
 
+MAX_REPORTING = 256
+"""The same of a run's reports, which may be ten times as long."""
+
 MAX_VERIFIED = 8192
 """Records whose signature is remembered as good; each lookup brings every record from several peers."""
 
@@ -149,16 +152,17 @@ def carried(entry: Entry) -> Record:
     return Record(place_of_key(entry.key), pack(entry.subkey), wrap(entry.value), entry.expiration_s)
 
 
-def check_capacity(n_keys: int, owners: Collection[str] | None, owner: str) -> None:
+def check_capacity(n_keys: int, owners: Collection[str] | None, signed: SignedRecord) -> None:
     """Raise RecordError if a store of `n_keys` has no place for a record; `owners` are those under its key, if any.
 
     Full means that newcomers are refused; who is in already can go on renewing.
     """
+    limit = MAX_REPORTING if parse_key(signed.key).topic == "reports" else MAX_SUBKEYS
     if owners is None:
         if n_keys >= MAX_STORED_KEYS:
             raise RecordError(f"store: full ({MAX_STORED_KEYS} keys)")
-    elif len(owners) >= MAX_SUBKEYS and owner not in owners:
-        raise RecordError(f"store: full ({MAX_SUBKEYS} owners under one key)")
+    elif len(owners) >= limit and signed.owner not in owners:
+        raise RecordError(f"store: full ({limit} owners under one key)")
 
 
 def pack_dictionary(items: Iterable[tuple[str, bytes, float]]) -> bytes:

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from protocol.admission import Admission
-    from protocol.announcements import BlockRecord, PeerRecord
-    from protocol.records import SignedRecord
+    from protocol.records import Said, SignedRecord
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 class _Seen(NamedTuple):
     raw: bytes
     record: SignedRecord
-    said: BlockRecord | PeerRecord | None
+    said: Said | None
 
 
 class RecordCache:
@@ -45,7 +44,7 @@ class RecordCache:
             name: seen for name, seen in self._seen.items() if seen.record.expiration_s + max_ttl_s(name[0]) > now_s
         }
 
-    def live(self, now_s: float) -> Iterator[tuple[SignedRecord, BlockRecord | PeerRecord]]:
+    def live(self, now_s: float) -> Iterator[tuple[SignedRecord, Said]]:
         """Records that are neither expired nor withdrawn, and what they say."""
         for seen in self._seen.values():
             if seen.record.expiration_s > now_s and seen.said is not None:

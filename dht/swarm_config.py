@@ -38,7 +38,7 @@ def resolve(choice: SwarmChoice, clock: Callable[[], float] = time.time) -> tupl
     if choice.join and choice.swarm is not None:
         raise ConfigError("--join and --swarm both name a swarm; give one of them")
     run_id, initial_peers = choice.run_id, choice.initial_peers
-    told = _told(choice, clock)
+    told = told_by(choice, clock)
     if told is not None:
         run_id, initial_peers = run_id or told.run_id, initial_peers or told.initial_peers
     if not run_id or not initial_peers:
@@ -47,7 +47,8 @@ def resolve(choice: SwarmChoice, clock: Callable[[], float] = time.time) -> tupl
     return Admission(checked_run_id(run_id), token), checked_peers(list(initial_peers))
 
 
-def _told(choice: SwarmChoice, clock: Callable[[], float]) -> Invite | SwarmFile | None:
+def told_by(choice: SwarmChoice, clock: Callable[[], float] = time.time) -> Invite | SwarmFile | None:
+    """What a configuration's invite or file says; None if it names the run and its peers itself. Raises ConfigError."""
     if choice.join:
         return read_join(choice.join, clock())
     if choice.swarm is not None and not (choice.run_id and choice.initial_peers):

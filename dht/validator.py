@@ -57,4 +57,4 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if self._storage is not None:
             stored = self._storage.get(DHTID.from_bytes(record.key))
             owners = None if stored is None else stored.value
-            check_capacity(len(self._storage), owners, signed.owner)
+            check_capacity(len(self._storage), owners, signed)

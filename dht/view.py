@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from protocol.announcements import PauseCause, Reachability, ReplicaState, Role
     from protocol.manifest import BlockId
+    from protocol.reports import TrainerReport
 
 
 CAUSE_WORDS: Mapping[str, str] = MappingProxyType(
@@ -91,6 +92,15 @@ class PeerInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reported:
+    """What one trainer measured lately, as it last announced it."""
+
+    peer_id: str
+    said: TrainerReport
+    expiration_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeerLoad:
     """How many replicas a peer has, and its load, of which each of its records tells the whole."""
 
@@ -104,7 +114,7 @@ class DirectoryView:
     """Replicas and peers that were live at `taken_s`. Every block of experts of the run is a key of `replicas`.
 
     `replicas` can be called; `others` are those of the same blocks that are still downloaded, or only stored; `trunk`
-    are the trainers' copies of the trunk, in any state.
+    are the trainers' copies of the trunk, in any state. `reports` are only there where the directory looks for them.
     """
 
     taken_s: float = 0.0
@@ -112,6 +122,7 @@ class DirectoryView:
     others: tuple[Replica, ...] = ()
     trunk: tuple[Replica, ...] = ()
     peers: tuple[PeerInfo, ...] = ()
+    reports: tuple[Reported, ...] = ()
 
     def lost_blocks(self) -> tuple[BlockId, ...]:
         """Blocks without any replica."""
@@ -140,6 +151,7 @@ class DirectoryView:
             others=_alive(self.others, now_s),
             trunk=_alive(self.trunk, now_s),
             peers=tuple(peer for peer in self.peers if peer.expiration_s > now_s),
+            reports=tuple(report for report in self.reports if report.expiration_s > now_s),
         )
 
     def without(self, peer_ids: frozenset[str]) -> DirectoryView:

@@ -26,11 +26,6 @@ def split_address(text: str) -> tuple[str, int]:
     return _checked_host(host), int(port or 0)
 
 
-def host_port(host: str, port: int) -> str:
-    """HOST:PORT as gRPC and people write it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def tcp_multiaddress(host: str, port: int) -> str:
     """An IP address or a name, and a port, as a multiaddress; peers look a name up each time that they connect."""
     try:

@@ -10,7 +10,8 @@ import re
 from typing import NamedTuple
 
 from common.errors import ConfigError, IdentityError, RecordError
-from protocol.addresses import host_port, split_flag
+from common.text import host_port
+from protocol.addresses import split_flag
 from protocol.identity import public_key_of
 
 MAX_ENDPOINT_CHARS = 261

@@ -1,7 +1,8 @@
 """Records: what peers say about themselves in the DHT, signed, versioned, expiring, checked field by field.
 
-A record says one thing under one (key, owner): a replica, a peer, or a run's manifest. `open_record` is the only
-way in: it checks size, encoding, signature, owner, time and payload, in that order, and believes nothing before.
+A record says one thing under one (key, owner): a replica, a peer, a trainer's report, or a run's manifest.
+`open_record` is the only way in: it checks size, encoding, signature, owner, time and payload, in that order, and
+believes nothing before.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from protocol.announcements import (
 )
 from protocol.identity import Identity, peer_id_of, verify
 from protocol.manifest import HASH_CHARS, MAX_TOML_BYTES, TRUNK, BlockId, Manifest
+from protocol.reports import MAX_REPORT_PAYLOAD_BYTES, TrainerReport, decode_report
 from protocol.version import HOW_TO_UPDATE, PROTOCOL_VERSION
 
 MAX_MANIFEST_PAYLOAD_BYTES = MAX_TOML_BYTES + 8
@@ -37,23 +39,34 @@ MAX_RECORD_BYTES = MAX_MANIFEST_PAYLOAD_BYTES + 512
 """Any signed record; refused by its length before a byte of it is parsed."""
 
 MAX_ANNOUNCE_TTL_S = 300.0
-"""Life of a block's or peer's record: a host that is gone is forgotten within this time at worst."""
+"""Life of every record but a manifest's: a host that is gone is forgotten within this time at worst."""
 
 MAX_MANIFEST_TTL_S = 30 * 86_400.0
 """A run outlives its owner's last signature by this time."""
 
+_MAX_PAYLOAD_BYTES = {
+    "block": MAX_ANNOUNCE_PAYLOAD_BYTES,
+    "peers": MAX_ANNOUNCE_PAYLOAD_BYTES,
+    "reports": MAX_REPORT_PAYLOAD_BYTES,
+    "manifest": MAX_MANIFEST_PAYLOAD_BYTES,
+}
+
 _DOMAIN = b"record/2"
 _KEY = re.compile(
-    rf"(?P<run>[A-Za-z0-9_-]{{1,{limits.MAX_RUN_ID_CHARS}}})/(?:(?P<topic>peers|manifest|trunk)|"
+    rf"(?P<run>[A-Za-z0-9_-]{{1,{limits.MAX_RUN_ID_CHARS}}})/(?:(?P<topic>peers|reports|manifest|trunk)|"
     r"(?P<layer>0|[1-9][0-9]{0,4})/(?P<block>0|[1-9][0-9]{0,8}))"
 )
 
 
+Said = BlockRecord | PeerRecord | TrainerReport
+"""What a record says, unless it is a manifest's."""
+
+
 class RecordKey(NamedTuple):
-    """A key of the DHT, taken apart: `block` is None for the run's peers and its manifest."""
+    """A key of the DHT, taken apart: `block` is None for all that is not about one."""
 
     run_id: str
-    topic: Literal["block", "peers", "manifest"]
+    topic: Literal["block", "peers", "reports", "manifest"]
     block: BlockId | None
 
 
@@ -84,6 +97,11 @@ def peers_key(run_id: str) -> str:
     return f"{run_id}/peers"
 
 
+def reports_key(run_id: str) -> str:
+    """Key of what a run's trainers measured: one sub-key per trainer."""
+    return f"{run_id}/reports"
+
+
 def manifest_key(run_id: str) -> str:
     """Key of a run's manifest: its one sub-key is the run's owner."""
     return f"{run_id}/manifest"
@@ -93,13 +111,12 @@ def parse_key(key: str) -> RecordKey:
     """Take a key apart; raises RecordError for one that no builder above makes."""
     match = _KEY.fullmatch(key)
     if match is None:
-        raise RecordError(f"key: {key[:80]!r} is not RUN/LAYER/BLOCK, RUN/trunk, RUN/peers or RUN/manifest")
-    if match["topic"] == "peers":
-        return RecordKey(match["run"], "peers", None)
-    if match["topic"] == "manifest":
-        return RecordKey(match["run"], "manifest", None)
-    if match["topic"] == "trunk":
-        return RecordKey(match["run"], "block", TRUNK)
+        raise RecordError(f"key: {key[:80]!r} is not RUN/LAYER/BLOCK or RUN and one of trunk, peers, reports, manifest")
+    match match["topic"]:
+        case "trunk":
+            return RecordKey(match["run"], "block", TRUNK)
+        case "peers" | "reports" | "manifest" as topic:
+            return RecordKey(match["run"], topic, None)
     block = BlockId(int(match["layer"]), int(match["block"]))
     check_range("key: layer", block.layer, limits.MAX_LAYERS - 1)
     check_range("key: block", block.block, limits.MAX_EXPERTS_PER_LAYER - 1)
@@ -179,13 +196,15 @@ def check_time(record: SignedRecord, now_s: float) -> None:
         raise RecordError(f"expiration_s: {left_s:.1f} s ahead, but the limit is {max_ttl_s(record.key)} s")
 
 
-def read_payload(record: SignedRecord) -> BlockRecord | PeerRecord | None:
-    """What a block's or peer's record says; None if it is withdrawn. Raises RecordError."""
+def read_payload(record: SignedRecord) -> Said | None:
+    """What a record that is no manifest's says; None if it is withdrawn. Raises RecordError."""
     key = parse_key(record.key)
     if record.withdrawn:
         return None
     if key.topic == "peers":
         return decode_peer(record.payload)
+    if key.topic == "reports":
+        return decode_report(record.payload)
     said = decode_block(record.payload)
     if said.block != key.block:
         raise RecordError(f"block: the payload is about {said.block}, its key about {key.block}")
@@ -230,8 +249,7 @@ def _check_envelope(record: SignedRecord) -> None:
     key = parse_key(record.key)
     check_range("record version", record.version, MAX_RECORD_VERSION)
     check_range("expiration_s", record.expiration_s, MAX_TIME_S)
-    limit = MAX_MANIFEST_PAYLOAD_BYTES if key.topic == "manifest" else MAX_ANNOUNCE_PAYLOAD_BYTES
-    check_length(record.payload, limit)
+    check_length(record.payload, _MAX_PAYLOAD_BYTES[key.topic])
     if len(record.ticket) not in {0, TICKET_BYTES}:
         raise RecordError(f"ticket: must be {TICKET_BYTES} bytes or none, is {len(record.ticket)}")
 

@@ -128,6 +128,38 @@ class PeerRecord(_message.Message):
     paused_until_s: float
     def __init__(self, role: _Optional[str] = ..., endpoint: _Optional[str] = ..., software: _Optional[str] = ..., started_s: _Optional[float] = ..., n_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., run_tokens: _Optional[int] = ..., queue_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., staleness: _Optional[float] = ..., exchanged_bytes: _Optional[int] = ..., reachability: _Optional[_Union[Reachability, str]] = ..., relay: _Optional[str] = ..., paused: _Optional[bool] = ..., evaluators: _Optional[_Iterable[str]] = ..., pause_cause: _Optional[_Union[PauseCause, str]] = ..., paused_since_s: _Optional[float] = ..., paused_until_s: _Optional[float] = ...) -> None: ...
 
+class TrainerReport(_message.Message):
+    __slots__ = ("format", "step", "run_tokens", "train_bits_per_byte", "tokens_per_s", "staleness", "calls_ok", "calls_failed", "wire_bytes", "load_entropy_bits", "load_cv", "dead_experts", "evaluated_tokens", "held_out_bits_per_byte")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_BITS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    CALLS_OK_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_ENTROPY_BITS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_CV_FIELD_NUMBER: _ClassVar[int]
+    DEAD_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_BITS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
+    format: int
+    step: int
+    run_tokens: int
+    train_bits_per_byte: float
+    tokens_per_s: float
+    staleness: float
+    calls_ok: int
+    calls_failed: int
+    wire_bytes: int
+    load_entropy_bits: _containers.RepeatedScalarFieldContainer[float]
+    load_cv: _containers.RepeatedScalarFieldContainer[float]
+    dead_experts: _containers.RepeatedScalarFieldContainer[int]
+    evaluated_tokens: _containers.RepeatedScalarFieldContainer[int]
+    held_out_bits_per_byte: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, format: _Optional[int] = ..., step: _Optional[int] = ..., run_tokens: _Optional[int] = ..., train_bits_per_byte: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., staleness: _Optional[float] = ..., calls_ok: _Optional[int] = ..., calls_failed: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., load_entropy_bits: _Optional[_Iterable[float]] = ..., load_cv: _Optional[_Iterable[float]] = ..., dead_experts: _Optional[_Iterable[int]] = ..., evaluated_tokens: _Optional[_Iterable[int]] = ..., held_out_bits_per_byte: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class ManifestRecord(_message.Message):
     __slots__ = ("toml",)
     TOML_FIELD_NUMBER: _ClassVar[int]

@@ -42,7 +42,7 @@ from protocol.swarm_file import SwarmFile, listening_told
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
-    from coordinator.config import LighthouseConfig
+    from coordinator.lighthouse.config import LighthouseConfig
     from protocol.admission import Admission
     from protocol.manifest import Manifest
 

@@ -20,7 +20,7 @@ from protocol.swarm_file import last_port
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coordinator.config import LighthouseConfig
+    from coordinator.lighthouse.config import LighthouseConfig
 
 MAX_PORT = 65_535
 BACKLOG = 128

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from protocol.admission import Admission
     from protocol.manifest import BlockId, Manifest
-    from protocol.records import SignedRecord
+    from protocol.records import Said, SignedRecord
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Observer:
                 self._on_manifest(self._manifest)
 
 
-def run_view(live: Iterable[tuple[SignedRecord, BlockRecord | PeerRecord]], manifest: Manifest | None) -> RunView:
+def run_view(live: Iterable[tuple[SignedRecord, Said]], manifest: Manifest | None) -> RunView:
     """Count records that are alive and checked."""
     roles, replicas = Counter[str](dict.fromkeys(ROLES, 0)), Counter["BlockId"]()
     if manifest is not None:
@@ -96,7 +96,7 @@ def run_view(live: Iterable[tuple[SignedRecord, BlockRecord | PeerRecord]], mani
     for _, said in live:
         if isinstance(said, PeerRecord):
             roles[said.role] += 1
-        elif manifest and said.block in replicas and _serves(said, manifest):
+        elif isinstance(said, BlockRecord) and manifest and said.block in replicas and _serves(said, manifest):
             replicas[said.block] += 1
     target = manifest.averaging.target_replicas if manifest else 0
     return RunView(

@@ -10,7 +10,7 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     import trio
 
-    from coordinator.config import LighthouseConfig
+    from coordinator.lighthouse.config import LighthouseConfig
 
 
 async def run_lighthouse(config: LighthouseConfig, stop: trio.Event) -> None:

@@ -57,7 +57,7 @@ class StoredRecords:
         added = len(record.value) - (len(known.value) if known else 0)
         if self.n_bytes + added > self._max_bytes:
             raise RecordError(f"store: full ({self._max_bytes} bytes)")
-        check_capacity(len(self._keys), self._keys.get(record.key), signed.owner)
+        check_capacity(len(self._keys), self._keys.get(record.key), signed)
         self._keys.setdefault(record.key, {})[signed.owner] = Item(record.value, record.expiration_time)
         self.n_bytes += added
         return True

@@ -18,12 +18,12 @@ from starlette.exceptions import HTTPException
 
 from common.errors import DeadlineError, DrainingError, KilohiveError
 from common.tasks import until_stopped
+from common.web.http_errors import ERROR, FAILED, NOT_FOUND, HttpError, http_error, unfit_body
+from common.web.request_checks import RequestChecks
 from node.api.answers import END_OF_STREAM, NO_NEWS, Answer, ChatAnswer, Completion, event
 from node.api.asked import Asked, WantedTexts, asked_chat, asked_completion, texts_of
-from node.api.http_errors import ERROR, FAILED, NOT_FOUND, HttpError, http_error, unfit_body
 from node.api.metrics import ServingCollector
 from node.api.page import WebPage
-from node.api.request_checks import RequestChecks
 from node.api.requests import ChatRequest, CompletionRequest  # noqa: TC001 - FastAPI reads the annotation
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from common.web.request_checks import CheckConfig
     from node.api.answers import AnswerKind
     from node.api.batch import ContinuousBatch
-    from node.api.request_checks import CheckConfig
     from node.api.requests import GenerationRequest
     from node.api.served_model import ServedModel
     from node.api.written_text import Outbox, Piece

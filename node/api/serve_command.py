@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,20 +16,20 @@ from rich.text import Text
 from common.errors import ConfigError, DrainingError
 from common.settings import check_minimums
 from common.tasks import until_stopped
-from dht.addresses import looked_up
+from common.text import host_port
+from common.web.access import callers_key, names_answered_to
+from common.web.http_server import http_server, listening_socket
+from common.web.request_checks import CheckConfig
+from dht.addresses import served_address
 from node.api.app import AppConfig, build_app
 from node.api.batch import BatchLimits, ContinuousBatch
 from node.api.chat import exported_chat, read_chat
 from node.api.config import MINIMUMS
-from node.api.http_server import http_server, listening_socket
-from node.api.key_file import read_key
-from node.api.request_checks import CheckConfig
 from node.api.served_model import ExpertsInProcess, ServedModel, SwarmExperts
 from node.model.devices import pick_device
 from node.trainer.config import SampleConfig
 from node.trainer.exported.loading import open_export
 from node.trainer.trained_model import trained_model
-from protocol.addresses import host_port
 
 if TYPE_CHECKING:
     import socket
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from node.api.config import ServeConfig
-
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 async def run_serve(config: ServeConfig, stop: asyncio.Event) -> None:
@@ -49,8 +46,8 @@ async def run_serve(config: ServeConfig, stop: asyncio.Event) -> None:
         ConfigError: a setting is out of its range, the port is in use, or others could call without a key.
     """
     check_minimums(config, MINIMUMS)
-    host = await asyncio.to_thread(_address, config.listen)
-    key = await asyncio.to_thread(_key, config, host)
+    host = await asyncio.to_thread(served_address, config.listen)
+    key = await asyncio.to_thread(callers_key, config.key_file, host, "use the model")
     listener = listening_socket(host, config.port)
     with contextlib.closing(listener):
         try:
@@ -69,7 +66,7 @@ async def serve(
     host = listener.getsockname()[0]
     checks = CheckConfig(
         key=key,
-        hosts=frozenset() if key else LOCAL_NAMES | {host},
+        hosts=names_answered_to(host, key),
         max_body_bytes=int(config.max_body_kb * 1e3),
     )
     batch = ContinuousBatch(served, limits)
@@ -149,26 +146,6 @@ def _trunk_config(config: ServeConfig) -> SampleConfig:
         device=config.device,
         threads=config.threads,
     )
-
-
-def _address(listen: str) -> str:
-    """The IP address of `--listen`, which may be a name."""
-    found = looked_up(listen)
-    if not found:
-        raise ConfigError(f"--listen: {listen[:80]!r} cannot be looked up; give an address of this machine")
-    return found[0]
-
-
-def _key(config: ServeConfig, host: str) -> str:
-    """What callers must have; nothing where they can only be on this machine and no key file is named."""
-    if config.key_file is not None:
-        return read_key(config.key_file)
-    if not ipaddress.ip_address(host).is_loopback:
-        raise ConfigError(
-            f"--listen {config.listen}: whoever reaches it could use the model; add --key-file FILE, which is made if "
-            "it is not there, or listen on 127.0.0.1"
-        )
-    return ""
 
 
 def _say_where(name: str, at: str, config: ServeConfig) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from common.clock import SteadyClock
 from common.errors import ConfigError
+from common.text import host_port
 from dht.address_watch import AddressWatch
 from dht.addresses import listen_host
 from dht.directory import Directory
@@ -20,7 +21,6 @@ from dht.relay.reservations import RelayLinks, RelayOffer
 from dht.relay.tunnel import Tunnels
 from dht.swarm_config import resolve
 from node.membership.config import ReachConfig
-from protocol.addresses import host_port
 from protocol.admission import NOT_INVITED, Admission
 from protocol.endpoints import announced_endpoint, announced_host
 from protocol.security import Security

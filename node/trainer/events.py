@@ -63,7 +63,8 @@ class PausedHostsEvent(Event):
 class GateLoad:
     """How evenly the gates spread the tokens; `overflow` counts pairs that capacity dropped in this step.
 
-    `effective_k` and `kept_fraction` are those of `GateStats`, mean of the layers; null until there are any.
+    `effective_k` and `kept_fraction` are those of `GateStats`, mean of the layers; null until there are any. Of each
+    layer are the entropy of its load in bits, the spread of its load, and how many of its live experts are dead.
     """
 
     dead_fraction: float
@@ -72,6 +73,9 @@ class GateLoad:
     overflow: int
     effective_k: float = 0.0
     kept_fraction: float | None = None
+    entropy_bits_by_layer: tuple[float, ...] = ()
+    load_cv_by_layer: tuple[float, ...] = ()
+    dead_by_layer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,9 @@ def _gate_load(gates: Sequence[Gate], overflow: int) -> GateLoad:
         overflow=overflow,
         effective_k=round(sum(s.effective_k for s in stats) / n, 4),
         kept_fraction=round(sum(kept) / len(kept), 4) if kept else None,
+        entropy_bits_by_layer=tuple(round(s.load_entropy_bits, 4) for s in stats),
+        load_cv_by_layer=tuple(round(s.load_cv, 4) for s in stats),
+        dead_by_layer=tuple(round(s.dead_fraction * s.n_live) for s in stats),
     )
 
 

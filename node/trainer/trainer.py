@@ -49,6 +49,7 @@ from node.trainer.trunk_state import load_trunk
 from node.trainer.view.display import open_display
 from node.trainer.view.metrics import TrainerCollector
 from node.trainer.view.report import keep_curve
+from node.trainer.view.run_report import RunReport
 from protocol.announcements import PeerRecord
 from protocol.endpoints import Address
 from protocol.identity import Identity
@@ -102,15 +103,18 @@ async def run_trainer(config: TrainConfig, stop: asyncio.Event) -> None:
 
 async def _train(config: TrainConfig, stop: asyncio.Event) -> None:
     identity = Identity.load_or_create(config.out / "identity.key")
-    events = _open_log(config)
+    events, report = _open_log(config), RunReport()
+    events.subscribe(report.on_event)
     try:
-        while await _train_at_one_address(config, Swarm(config, identity, config, config.out), events, stop):
+        while await _train_at_one_address(config, Swarm(config, identity, config, config.out), events, report, stop):
             config = replace(config, resume=True)
     finally:
         events.close()
 
 
-async def _train_at_one_address(config: TrainConfig, swarm: Swarm, events: EventLog, stop: asyncio.Event) -> bool:
+async def _train_at_one_address(
+    config: TrainConfig, swarm: Swarm, events: EventLog, report: RunReport, stop: asyncio.Event
+) -> bool:
     """Train to the end or `stop`; whether this machine's address has changed instead, and it is to join again."""
     try:
         await until_stopped(swarm.join(), stop)
@@ -124,7 +128,7 @@ async def _train_at_one_address(config: TrainConfig, swarm: Swarm, events: Event
             events.subscribe(collector.on_event)
             metrics = serve_metrics(collector, swarm.listen, config.metrics_port, setting="metrics_port")
             with metrics, open_display(events, plain=config.plain):
-                await Trainer(config, swarm, dataset, events).run(ended)
+                await Trainer(config, swarm, dataset, events, report).run(ended)
             moved = bool(watch.moved_to) and ended.is_set()
         swarm.dht.raise_if_lost()
         watch.raise_if_lost()
@@ -158,8 +162,10 @@ def _tell_left_out(dataset: TextDataset, events: EventLog) -> None:
 class Trainer:
     """One trainer, of several perhaps. The event loop's thread never computes: steps run on threads of their own."""
 
-    def __init__(self, config: TrainConfig, swarm: Swarm, dataset: TextDataset, events: EventLog) -> None:
-        self._config, self._swarm, self._events = config, swarm, events
+    def __init__(
+        self, config: TrainConfig, swarm: Swarm, dataset: TextDataset, events: EventLog, report: RunReport
+    ) -> None:
+        self._config, self._swarm, self._events, self._report = config, swarm, events, report
         self._manifest = swarm.manifest
         self._dispatcher = dispatch_over(
             swarm,
@@ -279,4 +285,4 @@ class Trainer:
             exchanged_bytes=self._sharing.averaging.averager.exchanged_bytes,
             reachability=self._node_endpoint.state,
         )
-        return Announcement(peer=peer, blocks=(self._sharing.record(),))
+        return Announcement(peer=peer, blocks=(self._sharing.record(),), report=self._report.latest)

@@ -29,9 +29,9 @@ from transformers.generation.streamers import BaseStreamer
 from common.allocator import keep_freed_memory
 from common.errors import ConfigError
 from common.tokenizer import ByteTokenizer
+from common.web.http_server import listening_socket
 from node.api.chat import PlainChat
 from node.api.config import ServeConfig
-from node.api.http_server import listening_socket
 from node.api.serve_command import serve
 from node.api.served_model import ExpertsInProcess, ServedModel
 from node.model.generation import Generation, Prompt

@@ -27,6 +27,7 @@ BENCHMARKS = (
     "wire",
     "security",
     "receipts",
+    "dashboard",
     "scaling",
     "dispatch",
     "workload",

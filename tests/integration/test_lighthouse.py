@@ -21,7 +21,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
 from common.command_line import arguments_for
-from coordinator.config import LighthouseConfig
+from coordinator.lighthouse.config import LighthouseConfig
 from dht.packing import place_of_peer, wrap
 from experiments.live.processes import RUN_NODE, wait_until
 from protocol.identity import Identity

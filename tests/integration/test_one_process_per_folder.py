@@ -15,8 +15,9 @@ import pytest
 from common.command_line import arguments_for
 from common.errors import ConfigError
 from common.folders import LOCAL_LOCK, NODE_LOCK, SWARM_LOCK, FolderClaim, claimed
-from coordinator.config import CoordinatorConfig, LighthouseConfig, LocalConfig
+from coordinator.config import CoordinatorConfig, LocalConfig
 from coordinator.coordinator import run_coordinator
+from coordinator.lighthouse.config import LighthouseConfig
 from coordinator.local import run_local
 from node.contributor.command import run_contribute
 from node.contributor.config import ContributeConfig

@@ -15,9 +15,9 @@ import torch
 
 from common.errors import ConfigError
 from common.tokenizer import ByteTokenizer
+from common.web.http_server import listening_socket
 from node.api.chat import PlainChat
 from node.api.config import ServeConfig
-from node.api.http_server import listening_socket
 from node.api.serve_command import run_serve, serve
 from node.api.served_model import ServedModel, SwarmExperts
 from node.model.moe import LocalExperts

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from common.errors import CheckpointError, ConfigError
+from common.web.http_server import listening_socket
 from node.api.chat import Turn
 from node.api.config import ServeConfig
-from node.api.http_server import listening_socket
 from node.api.serve_command import run_serve, serve, served_model
 from node.api.served_model import ExpertCount
 from tests.support.exported import exported

@@ -17,6 +17,7 @@ from tests.support.signing import forged
 
 if TYPE_CHECKING:
     from protocol.announcements import ReplicaState
+    from protocol.reports import TrainerReport
     from tests.support.fake_dht import FakeDht
 
 MODEL = ModelConfig(n_layers=2, experts_per_layer=10, experts_per_block=4)
@@ -36,6 +37,7 @@ class Host:
         self.steps = 0
         self.blocks = blocks
         self.state: ReplicaState = "serving"
+        self.report: TrainerReport | None = None
         self.announcer = Announcer(dht, self.identity, Admission(RUN), describe=self.describe)
 
     def describe(self) -> Announcement:
@@ -61,7 +63,7 @@ class Host:
             staleness=1.5,
             exchanged_bytes=1 << 40,
         )
-        return Announcement(peer=peer, blocks=blocks)
+        return Announcement(peer=peer, blocks=blocks, report=self.report)
 
 
 def entry_of(identity: Identity, block: BlockId, *, version: int, expiration_s: float, **fields: object) -> Entry:

@@ -12,7 +12,7 @@ import pytest
 from hivemind.p2p import PeerID
 
 from common.command_line import arguments_for
-from coordinator.config import LighthouseConfig
+from coordinator.lighthouse.config import LighthouseConfig
 from experiments.live.processes import Node, events
 from protocol.identity import Identity
 from tests.support.dht_nodes import RUN, eventually

@@ -15,12 +15,12 @@ from openai import AsyncOpenAI
 
 from common.errors import DrainingError, TooFewExpertsError
 from common.tokenizer import ByteTokenizer
+from common.web.http_server import listening_socket
+from common.web.request_checks import CheckConfig
 from node.api.app import AppConfig, build_app
 from node.api.batch import BatchLimits, ContinuousBatch
 from node.api.chat import PlainChat
 from node.api.config import ServeConfig
-from node.api.http_server import listening_socket
-from node.api.request_checks import CheckConfig
 from node.api.serve_command import serve
 from node.api.served_model import ExpertCount, ServedModel
 from tests.support.counted_experts import counted_model
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from common.tokenizer import Tokenizer
+    from common.web.request_checks import RequestChecks
     from node.api.chat import Chat
-    from node.api.request_checks import RequestChecks
     from node.model.generation import Generation
     from node.trainer.sampling import NewTokens, Step
     from tests.support.counted_experts import CountedExperts

@@ -73,7 +73,15 @@ def step(number: int, **changes: Any) -> StepEvent:
         grad_norm=1.2,
         lr=1e-3,
         gate=GateLoad(
-            dead_fraction=0.012, load_cv=0.43, entropy_bits=8.31, overflow=14_968, effective_k=6.93, kept_fraction=0.921
+            dead_fraction=0.012,
+            load_cv=0.43,
+            entropy_bits=8.31,
+            overflow=14_968,
+            effective_k=6.93,
+            kept_fraction=0.921,
+            entropy_bits_by_layer=(8.0, 8.62),
+            load_cv_by_layer=(0.25, 0.61),
+            dead_by_layer=(2, 10),
         ),
         replicas=ReplicaCounts(min=1, mean=1.5),
         versions=VersionRange(min=1203, max=1450),

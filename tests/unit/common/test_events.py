@@ -92,11 +92,14 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
     assert read_event('{"t":1,"event":"step","loss":null,"step":3}', Stepped) == Stepped(step=3)
 
 
+def test_fields_that_an_older_version_did_not_have_take_their_defaults() -> None:
+    assert read_event('{"t":1,"event":"step","step":3}', Stepped) == Stepped(step=3)
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
         ('{"event":"step"}', "event 'step', field 'step': is missing"),
-        ('{"event":"step","step":1}', "event 'step', field 'loss': is missing"),
         ('{"event":"step","step":1.5,"loss":1.0}', "event 'step', field 'step': must be of the type int"),
         ('{"event":"step","step":true,"loss":1.0}', "event 'step', field 'step': must be of the type int"),
         ('{"event":"step","step":1,"loss":"1"}', "event 'step', field 'loss': must be of the type float"),

@@ -6,93 +6,19 @@ import io
 import json
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from common.text import moment_text
-from coordinator.blocks import split_blocks
+from coordinator.figures import largest_divergence, largest_gap
 from coordinator.status import status_json
-from coordinator.tables import (
-    MAX_PAUSED_SHOWN,
-    MAX_PEERS_SHOWN,
-    bytes_text,
-    largest_divergence,
-    largest_gap,
-    render_status,
-)
-from dht.view import DirectoryView, PeerInfo, Replica
-from protocol.manifest import TRUNK, BlockId, Manifest, ModelConfig, all_blocks
+from coordinator.tables import MAX_PAUSED_SHOWN, MAX_PEERS_SHOWN, bytes_text, render_status
+from dht.view import DirectoryView
+from protocol.manifest import BlockId, all_blocks
+from tests.support.run_views import MANIFEST, averaged, peer_info, replica, view
 from tests.support.trainer_events import PEERS
-
-if TYPE_CHECKING:
-    from protocol.announcements import ReplicaState, Role
-
-MANIFEST = Manifest(name="demo", model=ModelConfig())
-
-
-def replica(
-    block: BlockId, peer: int, version: int, *, state: ReplicaState = "serving", divergence: float = 0.0
-) -> Replica:
-    return Replica(
-        block=block,
-        peer_id=PEERS[peer],
-        endpoint=f"127.0.0.1:{40000 + peer}",
-        version=version,
-        queue_tokens=10,
-        tokens_per_s=100.5,
-        tokens_total=5,
-        n_experts=0 if block == TRUNK else 32,
-        expiration_s=2000.0,
-        state=state,
-        divergence=divergence,
-    )
-
-
-def peer_info(index: int, role: Role = "host", n_blocks: int = 8) -> PeerInfo:
-    return PeerInfo(
-        peer_id=PEERS[index],
-        role=role,
-        endpoint=f"127.0.0.1:{40000 + index}" if role == "host" else "",
-        software="kilohive/0",
-        started_s=900.0,
-        n_blocks=n_blocks,
-        tokens_per_s=1320.4,
-        run_tokens=7,
-        queue_tokens=2048,
-        expiration_s=2000.0,
-        own_tokens=61_440 if role == "trainer" else 0,
-        staleness=3.25,
-        exchanged_bytes=12_345_678,
-    )
-
-
-def view(dead: frozenset[int] = frozenset(), n_more_peers: int = 0) -> DirectoryView:
-    replicas: dict[BlockId, tuple[Replica, ...]] = dict.fromkeys(all_blocks(MANIFEST.model), ())
-    for index, share in enumerate(split_blocks(MANIFEST.model, 4)):
-        for block in share if index not in dead else ():
-            replicas[block] = (replica(block, index, 100 + index),)
-    hosts = [peer_info(i) for i in range(4) if i not in dead]
-    others = [peer_info(5, "trainer", 0), peer_info(6, "coordinator", 0)]
-    more = [peer_info(10 + i, "trainer", 0) for i in range(n_more_peers)]
-    return DirectoryView(taken_s=1000.0, replicas=MappingProxyType(replicas), peers=(*hosts, *others, *more))
-
-
-def averaged() -> DirectoryView:
-    """Six hosts with two replicas of each block, a third of one on its way, and two trainers."""
-    replicas: dict[BlockId, tuple[Replica, ...]] = dict.fromkeys(all_blocks(MANIFEST.model), ())
-    for index, share in enumerate(split_blocks(MANIFEST.model, 6, 2)):
-        for block in share:
-            found = replica(block, index, 1000 + 7 * index, divergence=0.01 * index)
-            replicas[block] = (*replicas[block], found)
-    return DirectoryView(
-        taken_s=1000.0,
-        replicas=MappingProxyType(replicas),
-        others=(replica(BlockId(0, 3), 5, 3, state="joining"), replica(BlockId(1, 7), 2, 9, state="stored")),
-        trunk=(replica(TRUNK, 20, 400, divergence=0.0023), replica(TRUNK, 21, 397)),
-        peers=(*(peer_info(i) for i in range(6)), *(peer_info(i, "trainer", 0) for i in (20, 21, 22))),
-    )
 
 
 def shown(taken: DirectoryView, width: int = 100) -> str:

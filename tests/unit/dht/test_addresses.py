@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import ConfigError
 from dht import addresses
-from dht.addresses import DEFAULT_ROUTES, listen_host
+from dht.addresses import DEFAULT_ROUTES, listen_host, served_address
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx"
 NAMED = "/dns4/example.org/tcp/4001/p2p/12D3KooWx"
@@ -57,6 +57,14 @@ def test_a_name_of_this_machine_is_listened_at(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(addresses, "looked_up", lambda _: ())
     with pytest.raises(ConfigError, match="cannot be looked up"):
         listen_host("me.example.org", ())
+
+
+def test_a_server_listens_on_the_address_that_a_name_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [served_address(listen) for listen in ("0.0.0.0", "[::1]")] == ["0.0.0.0", "::1"]  # noqa: S104
+    monkeypatch.setattr(addresses, "looked_up", {"me.example.org": ("192.0.2.1", "192.0.2.2")}.get)
+    assert served_address("me.example.org") == "192.0.2.1"
+    with pytest.raises(ConfigError, match="--listen: 'nobody' cannot be looked up"):
+        served_address("nobody")
 
 
 @pytest.mark.parametrize("listen", ["192.0.2.1:4001", "[::1]:4001", "/ip4/192.0.2.1/tcp/4001"])

@@ -43,8 +43,9 @@ WaitingEvent: waiting for
 PausedHostsEvent: paused_hosts hosts(peer_id cause since_s until_s) total
 StepEvent: step step steps loss bits_per_byte run_tokens own_tokens trainers tokens_per_s in_flight experts_alive \
     experts_total calls_ok calls_failed wire_bytes wire_bytes_per_token time_left_s grad_norm lr gate(dead_fraction \
-    load_cv entropy_bits overflow effective_k kept_fraction) replicas(min mean) versions(min max) staleness(mean max) \
-    divergence(trunk blocks) exchanged_bytes hosts(peer_id endpoint n_blocks queue_tokens tokens_per_s avoided share)
+    load_cv entropy_bits overflow effective_k kept_fraction entropy_bits_by_layer load_cv_by_layer dead_by_layer) \
+    replicas(min mean) versions(min max) staleness(mean max) divergence(trunk blocks) exchanged_bytes \
+    hosts(peer_id endpoint n_blocks queue_tokens tokens_per_s avoided share)
 EvalEvent: eval step bits_per_byte run_tokens loss
 OfferEvent: offer layer expert peer state why windows low high seconds
 RetryEvent: retry step reason

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.addresses import host_port, peer_multiaddress, split_address, tcp_multiaddress
+from common.text import host_port
+from protocol.addresses import peer_multiaddress, split_address, tcp_multiaddress
 from protocol.swarm_file import checked_peers
 
 SIX = "2001:db8::1"

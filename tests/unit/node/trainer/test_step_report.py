@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dht.view import DirectoryView, PeerInfo, Replica
 from node.model.gate import build_gate
+from node.model.gate.stats import ChoiceSummary
 from node.trainer.step_report import StepReport, step_event
 from node.trainer.train_step import StepResult
 from node.trainer.trunk_state import TrainingProgress
@@ -16,6 +17,7 @@ from tests.support.events import as_written
 from tests.support.swarm_parts import make_replica, small_manifest
 
 if TYPE_CHECKING:
+    from node.model.gate import Gate
     from protocol.announcements import Role
 
 
@@ -52,7 +54,14 @@ def peer(peer_id: str, role: Role, exchanged_bytes: int) -> PeerInfo:
     )
 
 
-def event(directory: FakeDirectory, pairs: Counter[str]) -> dict[str, object]:
+def gate_after(*load: int) -> Gate:
+    """A gate of 16 experts, after one step that gave the first of them so many tokens each."""
+    gate = build_gate(small_manifest().model, torch.Generator().manual_seed(0))
+    gate.observe(ChoiceSummary(load_E=torch.tensor([*load, *[0] * (16 - len(load))])))
+    return gate
+
+
+def event(directory: FakeDirectory, pairs: Counter[str], *gates: Gate) -> dict[str, Any]:
     result = StepResult(loss=1.0, grad_norm=0.5, lr=1e-3, n_tokens=100, overflow=3, seconds=0.5)
     report = StepReport(
         result=result,
@@ -67,8 +76,7 @@ def event(directory: FakeDirectory, pairs: Counter[str]) -> dict[str, object]:
         exchanged_bytes=1000,
         step_wire_bytes=4250,
     )
-    gate = build_gate(small_manifest().model, torch.Generator().manual_seed(0))
-    return as_written(step_event(report, [gate], directory, pairs))  # type: ignore[arg-type]
+    return as_written(step_event(report, gates or [gate_after()], directory, pairs))  # type: ignore[arg-type]
 
 
 def test_the_step_event_has_rates_shares_and_time_left() -> None:
@@ -103,6 +111,14 @@ def test_the_step_event_says_how_far_the_replicas_are_in_sync() -> None:
     assert told["staleness"] == {"mean": 1.23, "max": 7}
     assert told["divergence"] == {"trunk": 0.0123, "blocks": 0.25}
     assert told["exchanged_bytes"] == 1000 + 500
+
+
+def test_the_step_event_tells_of_the_load_of_each_layer() -> None:
+    told = event(FakeDirectory(), Counter(), gate_after(*[5] * 16), gate_after(5, 5, 5, 5))["gate"]
+    assert told["entropy_bits_by_layer"] == [4.0, 2.0]
+    assert told["load_cv_by_layer"] == [0.0, 1.7321]
+    assert told["dead_by_layer"] == [0, 12]
+    assert (told["entropy_bits"], told["dead_fraction"]) == (3.0, 12 / 32)
 
 
 def test_a_run_without_a_single_replica_has_a_step_event_too() -> None:

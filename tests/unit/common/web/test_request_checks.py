@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from node.api import request_checks
-from node.api.request_checks import CheckConfig, RequestChecks
+from common.web import request_checks
+from common.web.request_checks import CheckConfig, RequestChecks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,6 +98,11 @@ async def test_who_has_not_is_told_how_to_send_it(headers: list[tuple[bytes, byt
 )
 async def test_the_page_and_the_health_need_no_key_and_all_else_does(path: str, status: int) -> None:
     assert (await ask(checks(key=KEY), path))[0] == status
+
+
+async def test_a_server_says_which_of_its_paths_need_no_key() -> None:
+    app = checks(key=KEY, for_all=frozenset({"/style.css"}))
+    assert [(await ask(app, path))[0] for path in ("/style.css", "/", "/style.css/")] == [200, 401, 401]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import uvicorn
 
 from common.errors import ConfigError
-from protocol.addresses import host_port
+from common.text import host_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

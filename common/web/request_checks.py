@@ -1,6 +1,6 @@
 """What every request passes before it is parsed: whom it is for, whose it is, how large it is, and how long it takes.
 
-Path of a request: uvicorn -> **request_checks** -> app -> requests -> asked -> batch -> answers.
+Path of a request: uvicorn -> **request_checks** -> the application.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from node.api.http_errors import BAD_REQUEST, OVERLOADED, TOO_MANY, UNAUTHORIZED, UNKNOWN_KEY, HttpError
+from common.web.http_errors import BAD_REQUEST, OVERLOADED, TOO_MANY, UNAUTHORIZED, UNKNOWN_KEY, HttpError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FOR_ALL: Final = frozenset({"/", "/health"})
-"""Paths that need no key: the page has nothing in it but the page, and supervisors have no key."""
+"""Paths that need no key unless told otherwise: a page has nothing in it but the page, and supervisors have no key."""
 BODY_S = 30.0
 SEND_S = 60.0
 MAX_HELD = 64
@@ -33,6 +33,8 @@ TOO_SLOW, TOO_LARGE = 408, 413
 class CheckConfig:
     """`key`: what callers must have, none if empty. `hosts`: names that a request may be for; any if empty.
 
+    `for_all`: paths that need no key.
+
     Without a key, a page of somebody else's that has its name looked up as this machine would be let in: only names
     of this machine are.
     """
@@ -40,6 +42,7 @@ class CheckConfig:
     key: str = ""
     hosts: frozenset[str] = frozenset()
     max_body_bytes: int
+    for_all: frozenset[str] = FOR_ALL
 
 
 class _StalledError(Exception):
@@ -80,7 +83,7 @@ class RequestChecks:
         if self._config.hosts and _host_name(headers.get(b"host", b"")) not in self._config.hosts:
             why = "this server answers to names of its own machine only; give it --key-file to be called by others"
             return HttpError(status=BAD_REQUEST, message=f"Host: {why}")
-        if not self._key or scope["path"] in FOR_ALL:
+        if not self._key or scope["path"] in self._config.for_all:
             return None
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         is_known = hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self._key)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from common.errors import ConfigError
-from node.api.key_file import read_key
+from common.web.key_file import read_key
 
 if TYPE_CHECKING:
     from pathlib import Path

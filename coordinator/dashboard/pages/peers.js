@@ -1,0 +1,65 @@
+// The leaderboard: peers by the tokens that they answered or trained on.
+import {at, fillPager, fillTable, setText} from "./parts.js";
+import {UNKNOWN, bytes, count, duration, number, peerLink, plural, shortId} from "./format.js";
+import {Asked} from "./list.js";
+import {begin} from "./shell.js";
+import {stateOf} from "./state.js";
+
+const asked = {role: "host", search: "", page: "1", ...Object.fromEntries(new URLSearchParams(location.search))};
+const SOON_MS = 250;
+
+const COLUMNS = [
+  {name: "rank", cell: ({rank}) => count(rank)},
+  {
+    name: "peer",
+    cell: ({peer_id}) => ({text: shortId(peer_id), href: peerLink(peer_id), title: peer_id, className: "mono"}),
+  },
+  {name: "role", cell: ({role}) => role},
+  {name: "tokens", number: true, cell: ({tokens}) => count(tokens)},
+  {name: "tokens/s", number: true, cell: ({tokens_per_s}) => count(tokens_per_s)},
+  {name: "blocks", number: true, cell: ({blocks, role}) => (role === "host" ? count(blocks) : UNKNOWN)},
+  {name: "stale", number: true, cell: ({staleness}) => number(staleness)},
+  {name: "exchanged", number: true, cell: ({exchanged_bytes}) => bytes(exchanged_bytes)},
+  {name: "up", number: true, cell: ({up_s}) => duration(up_s)},
+  {name: "at", cell: ({endpoint}) => endpoint || UNKNOWN},
+  {name: "state", cell: stateOf},
+];
+
+const list = new Asked(
+  "peers",
+  () => asked,
+  (answer) => {
+    const none = answer.total === 0;
+    at("list").hidden = none;
+    at("none").hidden = !none;
+    setText(
+      at("none"),
+      asked.search ? "No peer of that role has this in its id or address." : "No peer of that role is announced.",
+    );
+    setText(at("found"), none ? "" : plural(answer.total, "peer"));
+    fillTable(at("peers"), COLUMNS, answer.rows);
+    fillPager(at("pager"), answer, "peers", (page) => change({page: String(page)}));
+  },
+  (error) => setText(at("found"), error.message),
+);
+
+function change(changes) {
+  Object.assign(asked, changes);
+  const query = new URLSearchParams(
+    Object.entries(asked).filter(([name, value]) => value && !(name === "page" && value === "1")),
+  );
+  history.replaceState(null, "", "peers?" + query);
+  list.now();
+}
+
+let soon = 0;
+at("role").value = asked.role;
+at("search").value = asked.search;
+at("role").addEventListener("change", (event) => change({role: event.target.value, page: "1"}));
+at("search").addEventListener("input", (event) => {
+  clearTimeout(soon);
+  soon = setTimeout(() => change({search: event.target.value, page: "1"}), SOON_MS);
+});
+at("find").addEventListener("submit", (event) => event.preventDefault());
+begin(() => list.refresh());
+list.now();

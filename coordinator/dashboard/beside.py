@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 2.0
+PATIENCE_S = 1.5
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,37 @@ def test_it_collects_receipts_beside_all_else_and_says_what_came_of_it(tmp_path:
     found = next(row for row in told if row["event"] == "credit")
     assert (found["asked"], found["answered"], found["new"], found["refused"]) == (0, 0, 0, 0)
     assert (tmp_path / "coordinator" / "credit" / "credit.sqlite").exists()
+
+
+def test_it_shows_its_runs_page_from_a_process_that_comes_and_goes_with_it(tmp_path: Path) -> None:
+    port = free_port()
+    with coordinator(tmp_path, "--name", "demo", "--set", f"dashboard_port={port}") as process:
+        told = asked(f"http://127.0.0.1:{port}/api/overview")
+        assert told["run_id"] == SwarmFile.read(tmp_path / "swarm.toml").run_id
+        assert told["figures"]["peers"]["coordinator"] == 1
+        page = asked(f"http://127.0.0.1:{port}/api/join")
+        assert page["invite"] == (tmp_path / "invite.txt").read_text(encoding="utf-8").strip()
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert f"is shown at http://127.0.0.1:{port}/" in stdout
+    assert "Traceback" not in stderr
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=PATIENCE_S)
+    assert (tmp_path / "dashboard" / "history.sqlite").exists()
+
+
+def asked(url: str) -> dict[str, Any]:
+    """What is answered at `url`, once it is."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:  # noqa: S310 - this machine
+                told: dict[str, Any] = json.load(answer)
+                return told
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_the_invite_goes_where_others_can_read_it_without_the_owners_key(tmp_path: Path) -> None:

@@ -97,9 +97,7 @@ class _Sorted:
         return cls(Pairs(pairs.token_P[place_P], expert_P, pairs.weight_P[place_P]), place_P)
 
     def of_blocks(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Chosen]]:
-        chosen = Chosen.of(self.pairs.expert_P)
-        own = ((block, chosen.within(block.experts)) for block in blocks)
-        return ((block, found) for block, found in own if len(found.experts_N))
+        return Chosen.of(self.pairs.expert_P).of_blocks(blocks)
 
     def tokens_and_weights(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         weight_GR = self.pairs.weight_P.index_select(0, tile.pair_X).view(tile.shape) * tile.is_real_GR

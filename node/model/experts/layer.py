@@ -1,6 +1,6 @@
 """Forward and backward of one layer's hosted blocks over (token, expert, weight) pairs: dispatch inside a host.
 
-Shapes: T tokens, P pairs, D model width, G experts of a tile, R rows of each, X = G * R.
+Shapes: T tokens, P pairs, B blocks, D model width, G experts of a tile, R rows of each, X = G * R.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from common.errors import NotHostedError
@@ -32,11 +33,13 @@ class LayerGradients:
 
 def check_hosted(blocks: Sequence[Block], expert_P: torch.Tensor, layer: int) -> None:
     """Raise NotHostedError for the first expert that none of `blocks` (one layer's, sorted) holds."""
-    hosted = torch.zeros_like(expert_P, dtype=torch.bool)
-    for block in blocks:
-        hosted |= (expert_P >= block.experts.start) & (expert_P < block.experts.stop)
-    if not bool(hosted.all()):
-        missing = int(expert_P[~hosted][0])
+    chosen_P = expert_P.numpy()
+    starts_B, stops_B = np.array([(block.experts.start, block.experts.stop) for block in blocks]).reshape(-1, 2).T
+    # An expert is in the last block that does not start after it, or in none; before the first block is none.
+    before_P = np.searchsorted(starts_B, chosen_P, side="right")
+    missing_P = chosen_P >= np.concatenate(([0], stops_B))[before_P]
+    if missing_P.any():
+        missing = int(chosen_P[missing_P.argmax()])
         raise NotHostedError("inputs.pairs.expert_P", f"expert {missing} of layer {layer} is not hosted here")
 
 
@@ -94,9 +97,7 @@ class _Sorted:
         return cls(Pairs(pairs.token_P[place_P], expert_P, pairs.weight_P[place_P]), place_P)
 
     def of_blocks(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Chosen]]:
-        chosen = Chosen.of(self.pairs.expert_P)
-        own = ((block, chosen.within(block.experts)) for block in blocks)
-        return ((block, found) for block, found in own if len(found.experts_N))
+        return Chosen.of(self.pairs.expert_P).of_blocks(blocks)
 
     def tokens_and_weights(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         weight_GR = self.pairs.weight_P.index_select(0, tile.pair_X).view(tile.shape) * tile.is_real_GR

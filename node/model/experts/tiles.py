@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from node.model.experts.block import Block
 
 CACHE_VALUES, DEVICE_VALUES = 2**18, 2**24
 """Weights, or inputs if they are more, of a tile: on a processor, and on a device, whose calls cost more than its
@@ -63,11 +65,13 @@ class Chosen(NamedTuple):
         experts_N, counts_N = (t.cpu().numpy() for t in torch.unique_consecutive(expert_P, return_counts=True))
         return cls(experts_N, counts_N, counts_N.cumsum() - counts_N)
 
-    def within(self, experts: range) -> Chosen:
-        """Take the experts of a block, and count them from its first."""
-        start, stop = np.searchsorted(self.experts_N, (experts.start, experts.stop))
-        own = slice(start, stop)
-        return Chosen(self.experts_N[own] - experts.start, self.counts_N[own], self.starts_N[own])
+    def of_blocks(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Chosen]]:
+        """Take what each block holds, its experts counted from its first; a block without any is left out."""
+        bounds = np.searchsorted(self.experts_N, [(block.experts.start, block.experts.stop) for block in blocks])
+        for block, (start, stop) in zip(blocks, bounds.tolist(), strict=True):
+            if start < stop:
+                own = slice(start, stop)
+                yield block, Chosen(self.experts_N[own] - block.experts.start, self.counts_N[own], self.starts_N[own])
 
     def tiles(self, expert_values: int, width: int, device: torch.device) -> Iterator[Tile]:
         """Cut them into tiles; an expert has `expert_values` weights, and a pair's input has `width` values."""

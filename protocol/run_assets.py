@@ -105,6 +105,8 @@ def check_pretrained(pretrained: PretrainedConfig, trunk: str, gate: str, n_laye
     wrong = [name for name in pretrained.unfreeze if not _PARAMETER.fullmatch(name)]
     if wrong or len(pretrained.unfreeze) > MAX_UNFROZEN:
         raise ManifestError(f"pretrained.unfreeze: must be up to {MAX_UNFROZEN} beginnings of parameters' names")
+    if pretrained.unfreeze and pretrained.dtype != "fp32":
+        raise ManifestError(f"pretrained.dtype: must be fp32 where parameters are unfrozen, is {pretrained.dtype}")
 
 
 def _check_file(file: PretrainedFile) -> None:

@@ -12,7 +12,6 @@ from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedFile
 DATA = DataConfig(tokenizer="0" * 64, tokenizer_bytes=9)
 AROUND = PretrainedConfig(
     files=(PretrainedFile(name="tiny.gguf", sha256="1" * 64, n_bytes=9),),
-    dtype="bf16",
     attach=(1, 3),
     unfreeze=("model.norm",),
 )

@@ -66,7 +66,7 @@ def test_it_tells_a_pretrained_model_from_what_was_trained_beside_it() -> None:
         "| context in training | 128 tokens |",
     ):
         assert words in card
-    unfrozen = replace(AROUND, pretrained=replace(AROUND.pretrained, unfreeze=("model.norm", "lm_head")))
+    unfrozen = replace(AROUND, pretrained=replace(AROUND.pretrained, dtype="fp32", unfreeze=("model.norm", "lm_head")))
     card = one_line(card_text(unfrozen, taken, {}, KnownTraining()))
     assert "and of its own parameters those whose names begin with `model.norm`, `lm_head`. All else" in card
 

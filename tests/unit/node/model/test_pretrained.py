@@ -269,6 +269,11 @@ def test_what_would_train_nothing_is_refused(tmp_path: Path) -> None:
         manifest_of(save_pretrained(tmp_path / "model"), gate="hash", gate_reads="tokens")
 
 
+def test_rounded_parameters_are_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"pretrained\.dtype: must be fp32 where parameters are unfrozen, is bf16"):
+        manifest_of(save_pretrained(tmp_path / "model"), dtype="bf16", unfreeze=("model.norm",))
+
+
 def test_a_window_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model, _ = trunk_of(manifest_of(save_pretrained(tmp_path / "model")), learnt=False)
     with pytest.raises(InvalidInputError, match="1 to 32 tokens"):

@@ -140,7 +140,7 @@ endef
 # npm refuses a package whose content is not that of the lock's integrity; none of its scripts is run.
 define vendored
 folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; cp $(1)/package.json $(1)/package-lock.json "$$folder"; \
-npm ci --prefix "$$folder" --ignore-scripts --no-audit --no-fund --silent; \
+npm ci --prefix "$$folder" --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
 cp "$$folder"/node_modules/uplot/dist/uPlot.esm.js "$$folder"/node_modules/uplot/dist/uPlot.min.css $(1); \
 cp "$$folder"/node_modules/uplot/LICENSE $(1)/uPlot.LICENSE; (cd $(1) && sha256sum uPlot.* >SHA256SUMS)
 endef

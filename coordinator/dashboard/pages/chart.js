@@ -161,7 +161,7 @@ export class Chart {
         {
           ...axis,
           size: 26,
-          space: (_, __, low, high) => (isTime && high - low < WITH_SECONDS_S ? 76 : 52),
+          space: (_, __, low, high) => (isTime && high - low < WITH_SECONDS_S ? 76 : 44),
           values: (_, ticks, __, ___, apart) => ticks.map((tick) => (isTime ? timeTick : numberTick)(tick, apart)),
         },
         {

@@ -108,9 +108,6 @@ def test_a_host_pauses_comes_back_and_leaves_while_a_trainer_trains_on(swarm: Pr
     status = swarm.status()
     assert status["blocks_lost"] == []
     assert [one["role"] for one in status["peers"]].count("host") == 1
-    (report,) = status["reports"]
-    assert 0 < report["said"]["step"] <= len(trainer.events("step"))
-    assert status["figures"]["calls_ok"] == report["said"]["calls_ok"] > 0
     assert trainer.stop() == 130
 
 

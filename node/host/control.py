@@ -164,7 +164,7 @@ def read_process(state: Path) -> psutil.Process:
 def _keep(state: Path, duration_s: float | None) -> None:
     """Write what a signal cannot carry, to where the host reads it when it hears the signal."""
     try:
-        write_pause(state, WantedPause(until_s=None if duration_s is None else round(time.time() + duration_s)))
+        write_pause(state, WantedPause(until_s=None if duration_s is None else int(time.time() + duration_s)))
     except OSError as error:
         raise UnavailableError(f"{state / PAUSE_FILE}: cannot be written: {error.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""The command `kilohive`: one subcommand per role, and what they share (signals, logging, exit codes).
+"""The command `kilohive`: one subcommand per role, and what they share (logging, exit codes).
 
     python run_node.py local --hosts 4 --experts 1024      a whole swarm on this machine
     python run_node.py host --join runs/local/swarm.toml  host experts for a run
@@ -9,12 +9,10 @@ a file, 130 interrupted before its work was done, after a clean stop.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import importlib
+import importlib.util
 import logging
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +45,8 @@ from common.command_line import (
 from common.errors import ConfigError, KilohiveError
 from common.open_files import raise_open_files_limit
 from common.program import program_name
-from common.standard_streams import open_standard_streams, watch_stdin
+from common.role import EXIT_INTERRUPTED, exit_at_interrupts, run_on_trio, run_on_uvloop
+from common.standard_streams import open_standard_streams
 from common.utf8_mode import start_again_if_needed
 from coordinator.config import (
     CoordinatorConfig,
@@ -68,19 +67,14 @@ from node.trainer.config import CacheConfig, EvaluateConfig, SampleConfig, Token
 from protocol.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
-    import trio
-
-    from common.command_line import Parsed
-
-    Role = Callable[[Any, Any], Awaitable[int | None]]
+    from common.role import Role
 
 logger = logging.getLogger("kilohive")
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 a mistake on the command line or in a file, 130 interrupted."
-SHOW_CURSOR = "\x1b[?25h"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +90,11 @@ class Command(HelpPage[Any]):
     on_trio: bool = False
 
     def load(self) -> Role:
-        """Import the role."""
+        """Import the role. Raises ConfigError where that needs what is not installed."""
+        if self.on_trio and importlib.util.find_spec("trio") is None:
+            raise ConfigError(
+                f"{self.name} needs libp2p: install kilohive[lighthouse], in a checkout with make setup-lighthouse"
+            )
         name, _, function = self.entry.partition(":")
         try:
             module = importlib.import_module(name)
@@ -281,8 +279,7 @@ COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    # Until a role is up there is nothing to stop, and an interrupt inside an import of torch would be a long trace.
-    signal.signal(signal.SIGINT, _exit_now)
+    exit_at_interrupts()
     try:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
     except KilohiveError as error:
@@ -328,93 +325,11 @@ def _run(command: Command, arguments: list[str]) -> int:
     raise_open_files_limit()
     if logger.isEnabledFor(logging.INFO):
         console.print(resolved_text(command, parsed), soft_wrap=not console.is_terminal)
-    code, stopped = (_run_on_trio if command.on_trio else _run_on_uvloop)(command, parsed)
-    signal.signal(signal.SIGINT, _exit_now)
-    signal.signal(signal.SIGHUP, _hear_nothing)
-    if code is not None:
-        return code
-    return EXIT_INTERRUPTED if stopped and not command.endless else EXIT_OK
-
-
-def _run_on_uvloop(command: Command, parsed: Parsed[Any]) -> tuple[int | None, bool]:
-    import uvloop  # noqa: PLC0415 - not needed for help
-
-    role = command.load()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_until_done(role, parsed))
-
-
-def _run_on_trio(command: Command, parsed: Parsed[Any]) -> tuple[int | None, bool]:
-    try:
-        import trio  # noqa: PLC0415 - an extra, which hosts and trainers do not need
-    except ModuleNotFoundError:
-        raise ConfigError(
-            f"{command.name} needs libp2p: install kilohive[lighthouse], in a checkout with make setup-lighthouse"
-        ) from None
-
-    result: tuple[int | None, bool] = trio.run(_until_done_on_trio, command.load(), parsed)
-    return result
-
-
-async def _until_done(role: Role, parsed: Parsed[Any]) -> tuple[int | None, bool]:
-    """Run the role with a `stop` event that signals and, if asked for, the end of standard input set."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, _stop_or_exit, stop)
-    for number in _stop_signals():
-        loop.add_signal_handler(number, stop.set)
-    if parsed.stop_on_stdin_eof:
-        watch_stdin(lambda: loop.call_soon_threadsafe(stop.set))
-    return await role(parsed.config, stop), stop.is_set()
-
-
-async def _until_done_on_trio(role: Role, parsed: Parsed[Any]) -> tuple[int | None, bool]:
-    """Run the role as `_until_done` does, under trio."""
-    import trio  # noqa: PLC0415 - see _run_on_trio
-
-    stop = trio.Event()
-    if parsed.stop_on_stdin_eof:
-        token = trio.lowlevel.current_trio_token()
-        watch_stdin(lambda: token.run_sync_soon(stop.set))
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_stop_at_signals, stop)
-        code = await role(parsed.config, stop)
-        nursery.cancel_scope.cancel()
-    return code, stop.is_set()
-
-
-async def _stop_at_signals(stop: trio.Event) -> None:
-    import trio  # noqa: PLC0415 - see _run_on_trio
-
-    with trio.open_signal_receiver(signal.SIGINT, *_stop_signals()) as signals:
-        async for number in signals:
-            if number == signal.SIGINT:
-                _stop_or_exit(stop)
-            stop.set()
-
-
-def _stop_signals() -> list[signal.Signals]:
-    """Signals that ask for a clean stop, beside Ctrl+C's: a closed terminal's too, unless nohup has it ignored."""
-    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    return [signal.SIGTERM, *hung_up]
-
-
-def _stop_or_exit(stop: asyncio.Event | trio.Event) -> None:
-    """The first Ctrl+C asks, the second one does not."""
-    if stop.is_set():
-        _exit_now()
-    stop.set()
-
-
-def _exit_now(*_signal: object) -> None:
-    if sys.stdout.isatty():
-        with contextlib.suppress(OSError):  # the terminal has just been closed
-            os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
-    os._exit(EXIT_INTERRUPTED)
-
-
-def _hear_nothing(*_signal: object) -> None:
-    """A closed terminal signals more than once; a process that has done its work and saved it ends as it would."""
+    run = run_on_trio if command.on_trio else run_on_uvloop
+    end = run(command.load, parsed.config, stop_on_stdin_eof=parsed.stop_on_stdin_eof)
+    if end.code is not None:
+        return end.code
+    return EXIT_INTERRUPTED if end.was_stopped and not command.endless else EXIT_OK
 
 
 def _set_up_logging(level: str, console: Console) -> None:

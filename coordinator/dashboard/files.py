@@ -1,6 +1,7 @@
 """The pages' own files, read from the package once, and what a browser is told about them.
 
-Pages have nothing of the run in them; their scripts ask for it. Nothing comes from another server.
+A page is its own part within `layout.html`, which is the same for all, and a script of the same name. Pages have
+nothing of the run in them; their scripts ask for it. Nothing comes from another server.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final
+from string import Template
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
@@ -20,7 +22,23 @@ if TYPE_CHECKING:
 
 FOLDER: Final = "pages"
 STATIC: Final = "/static/"
-PAGES: Final = {"/": "overview.html", "/peers": "peers.html", "/peer": "peer.html", "/layer": "layer.html"}
+LAYOUT: Final = "layout.html"
+HERE: Final = ' aria-current="page"'
+
+
+class Page(NamedTuple):
+    """A page by the name of its part and of its script; `title` is that of the browser's window."""
+
+    name: str
+    title: str
+
+
+PAGES: Final = {
+    "/": Page("overview", "Kilohive: the run"),
+    "/peers": Page("peers", "Kilohive: peers"),
+    "/peer": Page("peer", "Kilohive: a peer"),
+    "/layer": Page("layer", "Kilohive: a layer"),
+}
 """Where each page is served. Which peer or layer a page shows is in its query, which the server does not read."""
 MEDIA_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -63,8 +81,10 @@ class WebFile:
 def web_files() -> dict[str, WebFile]:
     """Every page and what belongs to it, by the path under which it is served."""
     folder = files(__package__).joinpath(FOLDER)
-    pages = {path: _read(folder.joinpath(name)) for path, name in PAGES.items()}
-    return pages | {f"{STATIC}{name}": _read(file) for name, file in _below(folder) if not name.endswith(".html")}
+    layout = Template(folder.joinpath(LAYOUT).read_text(encoding="utf-8"))
+    pages = {path: _page(folder, layout, page) for path, page in PAGES.items()}
+    static = [(name, file) for name, file in _below(folder) if not name.endswith(".html")]
+    return pages | {f"{STATIC}{name}": _web_file(name, file.read_bytes()) for name, file in static}
 
 
 class WithHeaders:
@@ -95,10 +115,21 @@ def _below(folder: Traversable, prefix: str = "") -> list[tuple[str, Traversable
     return found
 
 
-def _read(file: Traversable) -> WebFile:
-    content = file.read_bytes()
+def _page(folder: Traversable, layout: Template, page: Page) -> WebFile:
+    name = f"{page.name}.html"
+    html = layout.substitute(
+        title=page.title,
+        name=page.name,
+        in_run=HERE if page.name == "overview" else "",
+        in_peers=HERE if page.name == "peers" else "",
+        main=folder.joinpath(name).read_text(encoding="utf-8"),
+    )
+    return _web_file(name, html.encode())
+
+
+def _web_file(name: str, content: bytes) -> WebFile:
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    return WebFile(content=content, media_type=MEDIA_TYPES[_suffix(file.name)], tag=tag)
+    return WebFile(content=content, media_type=MEDIA_TYPES[_suffix(name)], tag=tag)
 
 
 def _suffix(name: str) -> str:

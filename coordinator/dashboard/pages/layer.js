@@ -82,7 +82,7 @@ const list = new Asked(
   (error) => setText(at("problem"), error.message),
 );
 const layer = Number(asked.layer);
-document.title = `Layer ${asked.layer} – Kilohive`;
+document.title = `Kilohive: layer ${asked.layer}`;
 setText(at("name"), "Layer " + asked.layer);
 if (layer > 0) at("before").href = layerLink(layer - 1);
 begin(({about}) => {

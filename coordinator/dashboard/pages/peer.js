@@ -104,7 +104,7 @@ function showReport(peer) {
 
 function show(peer) {
   const name = peer.role[0].toUpperCase() + peer.role.slice(1);
-  document.title = `${name} ${shortId(peer.peer_id)} – Kilohive`;
+  document.title = `Kilohive: ${name.toLowerCase()} ${shortId(peer.peer_id)}`;
   setText(at("name"), `${name} ${shortId(peer.peer_id)}`);
   setText(at("gone"), "");
   fillFacts(at("facts"), facts(peer));

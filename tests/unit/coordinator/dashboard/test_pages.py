@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.dashboard.files import FOLDER, HEADERS, MEDIA_TYPES, PAGES, STATIC, web_files
+from coordinator.dashboard.files import FOLDER, HEADERS, LAYOUT, MEDIA_TYPES, PAGES, STATIC, web_files
 
 ROOT = Path(__file__).parents[4]
 PAGES_FOLDER = ROOT / "coordinator" / "dashboard" / FOLDER
 VENDOR = PAGES_FOLDER / "vendor"
-HTML = {path.name: path.read_text(encoding="utf-8") for path in sorted(PAGES_FOLDER.glob("*.html"))}
+PARTS = {path.name for path in PAGES_FOLDER.glob("*.html")}
+HTML = {page.name: web_files()[path].content.decode() for path, page in PAGES.items()}
 SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(PAGES_FOLDER.glob("*.js"))}
 STYLE = (PAGES_FOLDER / "style.css").read_text(encoding="utf-8")
 
@@ -34,19 +35,20 @@ def scripts_of(page: str) -> set[str]:
 
 
 def test_every_page_is_served_and_every_file_that_is_served_is_in_the_wheel() -> None:
-    assert set(PAGES.values()) == HTML.keys()
+    assert {LAYOUT, *(f"{name}.html" for name in HTML)} == PARTS
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
         "coordinator.dashboard"
     ]
     served = [f"{FOLDER}/{path.removeprefix(STATIC)}" for path in web_files() if path.startswith(STATIC)]
     assert f"{FOLDER}/vendor/uPlot.esm.js" in served
-    for name in (*served, *(f"{FOLDER}/{page}" for page in HTML)):
+    for name in (*served, *(f"{FOLDER}/{part}" for part in PARTS)):
         assert any(fnmatch(name, pattern) for pattern in patterns), name
 
 
 def test_what_is_served_has_its_type_and_a_tag_of_its_content() -> None:
     served = web_files()
-    assert served["/"].content == (PAGES_FOLDER / "overview.html").read_bytes()
+    assert (PAGES_FOLDER / "overview.html").read_text(encoding="utf-8") in served["/"].content.decode()
+    assert served["/"].media_type == MEDIA_TYPES[".html"]
     assert served["/static/style.css"].media_type == MEDIA_TYPES[".css"]
     assert served["/static/vendor/uPlot.esm.js"].media_type == "text/javascript; charset=utf-8"
     assert "/static/vendor/package.json" not in served
@@ -91,6 +93,12 @@ def test_every_part_that_a_script_names_is_in_its_page(page: str) -> None:
     assert named <= set(there)
     assert len(there) == len(set(there))
     assert {"state", "key", "key-form", "main"} <= set(there)
+
+
+def test_the_page_that_is_open_is_marked_where_one_goes_to_others() -> None:
+    marked = {name: re.findall(r'href="([^"]+)" aria-current="page"', html) for name, html in HTML.items()}
+    assert marked == {"overview": ["./"], "peers": ["peers"], "peer": [], "layer": []}
+    assert not any("$" in html for html in HTML.values())
 
 
 @each_page

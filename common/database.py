@@ -69,7 +69,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the body's statements or, if it raises, none. One body runs at a time. Raises StorageError."""
+        """Run all of the body's statements or, if it raises, none. One body runs at a time. Raises StorageError."""
         with self._lock, self._told():
             connection = self._connection
             if connection is None:

@@ -47,6 +47,6 @@ def block_list_text(blocks: Iterable[BlockId]) -> str:
 
 
 def short_block_list_text(blocks: Iterable[BlockId]) -> str:
-    """The same, cut off behind a comma where it is long."""
+    """Return `block_list_text`, cut off behind a comma where it is long."""
     names = block_list_text(blocks)
     return names if len(names) <= MAX_CHARS else names[:MAX_CHARS].rpartition(",")[0] + ", ..."

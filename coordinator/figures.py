@@ -227,7 +227,7 @@ def _layer(
 
 
 def _trained_per_s(view: DirectoryView) -> float:
-    """Each trainer's latest step if it reports one, else its mean over the run."""
+    """Return the speed of each trainer's latest step if it reports one, else its mean over the run."""
     latest = {reported.peer_id: reported.said.tokens_per_s for reported in view.reports}
     trainers = [peer for peer in view.peers if peer.role == "trainer"]
     return sum(latest.get(peer.peer_id, peer.tokens_per_s) for peer in trainers)

@@ -30,7 +30,7 @@ class SnapshotConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSnapshotConfig(SnapshotConfig):
-    """The same for a local swarm, which passes it on to its coordinator."""
+    """What a local swarm passes on to its coordinator of SnapshotConfig."""
 
     snapshot_every_s: FileOnly[float] = 0.0
     """Export the model this often, in seconds; 0 never."""

@@ -112,7 +112,7 @@ class _Row(NamedTuple):
 
 
 class Ledger:
-    """That of run `run_id` in `folder`. Safe in any thread, and beside other processes; methods block."""
+    """Keeps the ledger of run `run_id` in `folder`. Safe in any thread and beside other processes; blocks."""
 
     def __init__(self, folder: Path, run_id: str) -> None:
         self._folder, self._run_id = folder, run_id
@@ -184,7 +184,7 @@ class Ledger:
             )
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """For whoever reads what it comes to; raises StorageError."""
+        """Read or write all of it at one moment. Raises StorageError."""
         return self._database.transaction()
 
     def _refuse(self, other: str) -> NoReturn:

@@ -56,7 +56,7 @@ def render_sums(sums: CreditSums) -> RenderableType:
 
 
 def sums_json(sums: CreditSums) -> str:
-    """All of it, for programs."""
+    """Return all of it, for programs."""
     return json.dumps(asdict(sums), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -98,10 +98,10 @@ def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def _who(peer: HostSum | TrainerSum) -> tuple[Text, Text, Text]:
-    """As texts: a name is no markup, whatever is in it."""
+    """Return cells that are no markup, whatever is in a name."""
     return Text(short_id(peer.peer_id)), Text(peer.name or "-"), Text(peer.team or "-")
 
 
 def _harmless(word: str) -> str:
-    """A name that no spreadsheet takes for a formula."""
+    """Return the word so that no spreadsheet takes it for a formula."""
     return f"'{word}" if word.startswith(FORMULA) else word

@@ -65,7 +65,10 @@ class TeamSum:
 
 @dataclass(frozen=True, kw_only=True)
 class CreditSums:
-    """Most first. `unseen_receipts` are of peers that were never seen in the run: they earn nothing until they are."""
+    """What all have earned, those with most first.
+
+    `unseen_receipts` are of peers that were never seen in the run: they earn nothing until they are.
+    """
 
     run_id: str
     hosts: tuple[HostSum, ...]
@@ -95,7 +98,7 @@ class _Cap(NamedTuple):
 
 @dataclass
 class _Earned:
-    """Of one peer, so far."""
+    """What one peer has earned in the receipts that were added so far."""
 
     forward: int = 0
     backward: int = 0
@@ -150,7 +153,7 @@ def read_sums(ledger: Ledger, run_id: str, model: ModelConfig) -> CreditSums:
 
 
 def _caps(connection: sqlite3.Connection, model: ModelConfig) -> dict[int, _Cap]:
-    """By a trainer's number. Added up here: sums of what strangers sign may not fit SQLite's integers."""
+    """Return caps by a trainer's number. They are added up here, as sums that strangers sign may not fit SQLite."""
     claimed: dict[int, tuple[int, int]] = {}
     own_tokens: dict[int, int] = {}
     rows = connection.execute(f"SELECT trainer, t.own_tokens, forward, backward FROM pairs {_SEEN}")  # noqa: S608 - ours

@@ -145,7 +145,7 @@ def _columns(layers: Sequence[LayerFigures]) -> Json:
 
 
 def _layer_row(layer: LayerFigures) -> Json:
-    """All but the replicas of each block, which may be many."""
+    """Return all of a layer but the replicas of each block, which may be many."""
     named = {field.name: getattr(layer, field.name) for field in fields(layer) if field.name != "replicas"}
     return {**named, "live": layer.live, "blocks": len(layer.replicas)}
 

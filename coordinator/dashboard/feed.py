@@ -49,7 +49,7 @@ class Client:
 
 
 class Feed:
-    """Belongs to the event loop."""
+    """Keeps open pages up to date. It belongs to the event loop."""
 
     def __init__(self, max_clients: int) -> None:
         self._max_clients = max_clients

@@ -41,7 +41,7 @@ class Snapshot:
 
 
 def take_snapshot(manifest: Manifest, view: DirectoryView) -> Snapshot:
-    """All that pages show of one view; takes a fraction of a second for a run of ten thousand peers."""
+    """Gather all that pages show of one view. It takes a fraction of a second for a run of ten thousand peers."""
     layers, peers = layer_figures(manifest, view), _ranked(peer_figures(view))
     return Snapshot(
         manifest=manifest,

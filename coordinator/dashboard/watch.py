@@ -95,7 +95,7 @@ def sample_of(figures: RunFigures) -> dict[str, float | None]:
 
 
 def evaluations_of(view: DirectoryView) -> list[tuple[int, float]]:
-    """All that trainers have found on held-out text, as tokens of the run and bits per byte."""
+    """Return what trainers have found on held-out text, as tokens of the run and bits per byte."""
     said = [reported.said for reported in view.reports]
     return [
         pair for report in said for pair in zip(report.evaluated_tokens, report.held_out_bits_per_byte, strict=True)

@@ -141,7 +141,7 @@ def n_tokens(ids_WT: torch.Tensor) -> int:
 
 
 def train(adapters: Gated, texts: Sequence[torch.Tensor], progress: Progress) -> None:
-    """Each window of `texts` once, those of all texts mixed, in an order of the run's seed."""
+    """Train on each window of `texts` once, those of all texts mixed, in an order of the run's seed."""
     ids_WT = torch.cat(list(texts))
     order_W = torch.randperm(len(ids_WT), generator=torch.Generator().manual_seed(adapters.manifest.seed))
     for start in range(0, len(order_W), STEP_WINDOWS):

@@ -24,6 +24,13 @@ class PairCounts(NamedTuple):
         return PairCounts(min(self.forward, other.forward), min(self.backward, other.backward))
 
 
+def count_pairs(counts: dict[str, PairCounts], peer_id: str, pairs: PairCounts) -> None:
+    """Add a peer's pairs to its `counts`, unless it is a new one beyond MAX_PEERS_COUNTED."""
+    known = counts.get(peer_id)
+    if known is not None or len(counts) < MAX_PEERS_COUNTED:
+        counts[peer_id] = pairs if known is None else known.plus(pairs)
+
+
 class AnsweredPairs:
     """What peers have answered, for several takers that each take it at their own pace. Safe in any thread."""
 
@@ -53,13 +60,11 @@ class PairsTaker:
         self._counts: dict[str, PairCounts] = {}
 
     def add(self, peer_id: str, pairs: PairCounts) -> None:
-        """Called with the lock held."""
-        known = self._counts.get(peer_id)
-        if known is not None or len(self._counts) < MAX_PEERS_COUNTED:
-            self._counts[peer_id] = pairs if known is None else known.plus(pairs)
+        """Count pairs; the caller holds the lock."""
+        count_pairs(self._counts, peer_id, pairs)
 
     def take(self) -> dict[str, PairCounts]:
-        """What was counted since the last call, by peer id."""
+        """Return what was counted since the last call, by peer id."""
         with self._lock:
             taken, self._counts = self._counts, {}
         return taken

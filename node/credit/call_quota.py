@@ -22,7 +22,7 @@ BUSY_RETRY_S = 1.0
 
 
 class CallQuota:
-    """Belongs to the event loop. `clock` gives seconds that never go back."""
+    """Bounds the calls of each caller. It belongs to the event loop. `clock` gives seconds that never go back."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -31,7 +31,7 @@ class CallQuota:
 
     @contextmanager
     def one_call(self, caller: str) -> Iterator[None]:
-        """While a call of `caller` is answered; OverloadedError, with a delay, when it is one too many."""
+        """Count a call of `caller` while it is answered. Raises OverloadedError, with a delay, for one too many."""
         self._count(caller)
         if self._running >= MAX_AT_ONCE:
             raise OverloadedError(f"this node already answers {MAX_AT_ONCE} calls about receipts", BUSY_RETRY_S)

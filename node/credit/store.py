@@ -35,7 +35,7 @@ CREATE INDEX IF NOT EXISTS receipts_by_end ON receipts (end_s);
 
 
 class ReceiptStore:
-    """Those of one run, below a node's folder. Its methods block for milliseconds: call them off the event loop."""
+    """Keeps receipts of one run below a node's folder. Blocks for milliseconds: call it off the event loop."""
 
     def __init__(self, folder: Path, run_id: str, more_schema: str = "", max_receipts: int = MAX_RECEIPTS) -> None:
         self._database = Database(folder / FOLDER / f"{run_id}.sqlite", SCHEMA + more_schema)

@@ -55,7 +55,7 @@ class Condition:
 
 
 def conditions_of(limits: Limits, owner: OwnerPause, use: ProcessUse, device: torch.device) -> Iterator[Condition]:
-    """Those that the owner has set. `use` measures what this host itself takes of the processors."""
+    """Return the conditions that the owner has set. `use` measures what this host itself takes of the processors."""
     yield Condition(
         reason=Reason.OWNER, look=owner.look, until_s=lambda: owner.until_s, every_s=OWNER_LOOK_S, blocks=False
     )

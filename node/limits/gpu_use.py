@@ -126,7 +126,7 @@ class GpuUse:
         return self._share_of_memory([*computing, *drawing], nvml.nvmlDeviceGetMemoryInfo(handle).total)
 
     def _share_of_time(self, samples: Iterable[GpuSample]) -> float:
-        """Of each process the newest sample counts, and none that was seen before."""
+        """Add up the newest sample of each other process, but for those that were seen before."""
         seen_us = self._seen_us
         newest: dict[int, GpuSample] = {}
         for sample in samples:
@@ -136,7 +136,7 @@ class GpuUse:
         return float(sum(sample.smUtil for sample in newest.values() if sample.pid != self._own_pid))
 
     def _share_of_memory(self, processes: Iterable[GpuProcess], total_bytes: int) -> float:
-        """A process that both computes and draws is in both lists with the same memory."""
+        """Add up the memory of other processes, of which one that both computes and draws is listed twice."""
         others = {one.pid: one.usedGpuMemory for one in processes if one.pid != self._own_pid}
         if any(n_bytes is None or n_bytes == NOT_AVAILABLE for n_bytes in others.values()):
             raise _NotToldError("its driver tells neither time nor memory of each process")

@@ -74,7 +74,7 @@ class KeptSequences(ABC):
 
     @abstractmethod
     def tensors(self) -> Iterable[Tensor]:
-        """All that is kept; the first dimension is the place."""
+        """Return all that is kept; the first dimension is the place."""
 
     def add(self) -> int:
         """Take the next place, as empty as at the start; LimitExceededError if there is none left."""

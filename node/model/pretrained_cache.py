@@ -120,5 +120,5 @@ class PretrainedPass(Cache):
         return keys_BKPC[self._places, :, : self._n_seen], values_BKPC[self._places, :, : self._n_seen]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the library's name
-        """Nothing that the model could count on: positions and mask are given to it."""
+        """Return 0, since the model is given positions and mask and need not count."""
         return 0

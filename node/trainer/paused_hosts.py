@@ -16,7 +16,7 @@ MAX_TOLD = 32
 
 
 class PausedHosts:
-    """Belongs to the event loop; reads the directory from memory."""
+    """Tells which hosts are paused. It belongs to the event loop, and reads the directory from memory."""
 
     def __init__(self, directory: Directory, events: EventLog) -> None:
         self._directory, self._events = directory, events

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.errors import InvalidInputError, LimitExceededError
-from node.credit.answered import MAX_PEERS_COUNTED, PairCounts
+from node.credit.answered import PairCounts, count_pairs
 from protocol import receipts_pb2 as pb
 from protocol.identity import public_key_of
 from protocol.receipts import MAX_RECEIPT_AGE_S, check_receipt, countersign, open_claim
@@ -61,7 +61,7 @@ class _Account(NamedTuple):
 
 
 class TrainerAccounts:
-    """Those of host `identity` in one run, in its store's file. Safe in any thread; methods block for milliseconds."""
+    """Keeps host `identity`'s accounts of one run in its store's file. Safe in any thread; blocks for milliseconds."""
 
     def __init__(
         self,
@@ -79,8 +79,7 @@ class TrainerAccounts:
         """Write what was counted since the last time; what cannot be written waits. Raises StorageError."""
         with self._saving:
             for peer_id, pairs in self._taker.take().items():
-                if peer_id in self._unsaved or len(self._unsaved) < MAX_PEERS_COUNTED:
-                    self._unsaved[peer_id] = self._unsaved.get(peer_id, PairCounts()).plus(pairs)
+                count_pairs(self._unsaved, peer_id, pairs)
             if not self._unsaved:
                 return
             now_s = int(self._clock())
@@ -129,7 +128,7 @@ class TrainerAccounts:
         return pb.CountedResponse(forward_pairs=left.forward, backward_pairs=left.backward)
 
     def total(self) -> PairCounts:
-        """All pairs that this host has counted for the trainers that it remembers. Raises StorageError."""
+        """Return all pairs that this host has counted for the trainers that it remembers. Raises StorageError."""
         self.save()
         with self._store.transaction() as connection:
             sums = "coalesce(sum(counted_forward), 0), coalesce(sum(counted_backward), 0)"

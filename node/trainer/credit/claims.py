@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from node.credit.answered import MAX_PEERS_COUNTED, PairCounts
+from node.credit.answered import PairCounts, count_pairs
 from protocol import receipts_pb2 as pb
 from protocol.call_signature import MAX_AGE_S
 from protocol.identity import peer_id_of, public_key_of
@@ -63,7 +63,7 @@ class WaitingClaim(NamedTuple):
 
 
 class Claims:
-    """Those of trainer `identity` in one run, in its store's file. Safe in any thread; they block for milliseconds."""
+    """Keeps trainer `identity`'s claims of one run in its store's file. Safe in any thread; blocks for milliseconds."""
 
     def __init__(
         self,
@@ -81,8 +81,7 @@ class Claims:
         """Claim what was answered since the last time; what cannot be claimed yet waits. Raises StorageError."""
         with self._making:
             for peer_id, pairs in self._taker.take().items():
-                if peer_id in self._unclaimed or len(self._unclaimed) < MAX_PEERS_COUNTED:
-                    self._unclaimed[peer_id] = self._unclaimed.get(peer_id, PairCounts()).plus(pairs)
+                count_pairs(self._unclaimed, peer_id, pairs)
             if not self._unclaimed:
                 return
             now_s = self._clock()

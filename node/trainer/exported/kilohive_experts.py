@@ -146,7 +146,7 @@ class KilohiveCodes(nn.Module):
 
 
 def recent(ids_BS: Tensor, real_BS: Tensor, n_new: int, n_back: int) -> tuple[Tensor, Tensor]:
-    """Each new token's id and those of the real tokens before it, [B, T, J], and its place among the real ones.
+    """Return each new token's id with those of the real tokens before it, [B, T, J], and its place among the real ones.
 
     `NOTHING` stands where no token is: before the first one, and for those that are masked.
     """

@@ -144,12 +144,12 @@ class KilohivePretrainedForCausalLM(PreTrainedModel, GenerationMixin):  # type: 
         return self.config.get_text_config(decoder=True)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Those of the pretrained model."""
+        """Return the input embeddings of the pretrained model."""
         embeddings: nn.Module = self.language_model.get_input_embeddings()
         return embeddings
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Those of the pretrained model."""
+        """Return the output embeddings of the pretrained model."""
         embeddings: nn.Module | None = self.language_model.get_output_embeddings()
         return embeddings
 

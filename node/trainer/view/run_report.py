@@ -29,7 +29,7 @@ class _HeldOut:
 
     @property
     def points(self) -> tuple[EvalEvent, ...]:
-        """In the order in which they were made, at more tokens each."""
+        """Return them in the order in which they were made, at more tokens each."""
         return self.kept if self.latest is None else (*self.kept, self.latest)
 
     def and_then(self, event: EvalEvent) -> _HeldOut:

@@ -208,10 +208,12 @@ def test_everything_of_an_asset_is_counted_and_goes_with_it(tmp_path: Path) -> N
 
 
 def test_a_run_without_assets_needs_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path / "file"))
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("KILOHIVE_CACHE", str(cache))
     with assets_in_use([]):
-        pass
+        assert not cache.exists()
+    with assets_in_use([asset_of(b"x")]):
+        assert cache.exists()
 
 
 def test_the_store_has_a_bound_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

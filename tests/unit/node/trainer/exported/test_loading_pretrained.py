@@ -163,10 +163,13 @@ def test_what_the_folder_says_of_the_run_is_checked(folder: Path, of_run: dict[s
 
 
 def test_the_code_is_not_needed_to_read_a_folder(folder: Path) -> None:
-    for name in CODE["hf"]:
-        (folder / name).unlink()
-    sealed(folder)
-    load_model(folder)
+    ids_BT = torch.arange(6)[None]
+    with torch.no_grad():
+        logits_BTV = load_model(folder)(ids_BT)
+        for name in CODE["hf"]:
+            (folder / name).unlink()
+        sealed(folder)
+        assert torch.equal(load_model(folder)(ids_BT), logits_BTV)
 
 
 def test_all_code_is_in_the_folder_and_has_its_hash(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hosts that come and go under a training swarm: every so often one is killed and another starts. Real processes.
+"""Hosts that come and go under a swarm: every so often one is killed and another starts. Real processes.
 
 Who is killed is known here, so that what the directory still says of the dead, whose records take `TTL_S` to expire,
 does not count: a block is lost when no host that lives announces it and, asked, says that it holds it.
@@ -17,7 +17,7 @@ from protocol import expert_pb2 as pb
 from protocol.manifest import BlockId, all_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from experiments.live.processes import Node, ProcessSwarm
     from node.trainer.swarm_client import SwarmClient
@@ -54,11 +54,21 @@ class Check:
 
 
 class Churn:
-    """Starts hosts, then kills and replaces them; `checks` is what was seen. Times are since the first kill."""
+    """Starts hosts, then kills and replaces them; `checks` is what was seen. Times are since the first kill.
 
-    def __init__(self, swarm: ProcessSwarm, client: SwarmClient, host_arguments: Sequence[str]) -> None:
+    `choose` says which of those that are announced is killed next, whatever they hold, just joined or not.
+    """
+
+    def __init__(
+        self,
+        swarm: ProcessSwarm,
+        client: SwarmClient,
+        host_arguments: Sequence[str],
+        choose: Callable[[random.Random, Sequence[Node]], Node] = random.Random.choice,
+    ) -> None:
         self._swarm, self._client, self._host_arguments = swarm, client, tuple(host_arguments)
         self._describe = pb.DescribeRequest(run_id=client.manifest.run_id)
+        self._choose = choose
         self._killed_ids: set[str] = set()
         self.hosts: list[Node] = []
         self.killed: list[Node] = []
@@ -73,8 +83,8 @@ class Churn:
         self.hosts.append(host)
         return host
 
-    def run(self, config: ChurnConfig, trainers: Sequence[Node]) -> None:
-        """Kill, replace, watch, again and again. AssertionError if a trainer ends, or a host that nobody killed."""
+    def run(self, config: ChurnConfig, others: Sequence[Node]) -> None:
+        """Kill, replace, watch, again and again. AssertionError if `others` end, or a host that nobody killed."""
         rng = random.Random(config.seed)
         began_s = time.monotonic()
         for _ in range(config.kills):
@@ -86,7 +96,7 @@ class Churn:
                 assert time.monotonic() < next_s + JOIN_TIMEOUT_S, f"a joiner did not join:\n{joiner.child.log_tail()}"
                 looked_s = time.monotonic()
                 self.checks.append(Check(at_s=round(looked_s - began_s, 1), replicas=self.live_replicas()))
-                self._nobody_else_ended(trainers)
+                self._nobody_else_ended(others)
                 time.sleep(max(0.0, looked_s + config.check_s - time.monotonic()))
 
     def live_replicas(self) -> dict[BlockId, int]:
@@ -106,14 +116,13 @@ class Churn:
         return frozenset(BlockId(block.layer, block.block) for block in answer.blocks)
 
     def _kill_one(self, rng: random.Random) -> None:
-        """Any of those that are announced, whatever they hold, just joined or not."""
         announced = [host for host in self.hosts if host not in self.killed and host.events("announced")]
-        victim = rng.choice(announced)
+        victim = self._choose(rng, announced)
         victim.kill()
         self.killed.append(victim)
         self._killed_ids.add(victim.events("announced")[-1]["peer_id"])
 
-    def _nobody_else_ended(self, trainers: Sequence[Node]) -> None:
-        for node in (*trainers, *self.hosts):
+    def _nobody_else_ended(self, others: Sequence[Node]) -> None:
+        for node in (*others, *self.hosts):
             if node not in self.killed:
                 assert not node.child.ended(), f"{node.folder.name} ended by itself:\n{node.child.log_tail()}"

@@ -26,7 +26,7 @@ LAYOUT: Final = "layout.html"
 HERE: Final = ' aria-current="page"'
 
 
-class Page(NamedTuple):
+class DashboardPage(NamedTuple):
     """A page by the name of its part and of its script; `title` is that of the browser's window."""
 
     name: str
@@ -34,10 +34,10 @@ class Page(NamedTuple):
 
 
 PAGES: Final = {
-    "/": Page("overview", "Kilohive: the run"),
-    "/peers": Page("peers", "Kilohive: peers"),
-    "/peer": Page("peer", "Kilohive: a peer"),
-    "/layer": Page("layer", "Kilohive: a layer"),
+    "/": DashboardPage("overview", "Kilohive: the run"),
+    "/peers": DashboardPage("peers", "Kilohive: peers"),
+    "/peer": DashboardPage("peer", "Kilohive: a peer"),
+    "/layer": DashboardPage("layer", "Kilohive: a layer"),
 }
 """Where each page is served. Which peer or layer a page shows is in its query, which the server does not read."""
 MEDIA_TYPES: Final = {
@@ -115,7 +115,7 @@ def _below(folder: Traversable, prefix: str = "") -> list[tuple[str, Traversable
     return found
 
 
-def _page(folder: Traversable, layout: Template, page: Page) -> WebFile:
+def _page(folder: Traversable, layout: Template, page: DashboardPage) -> WebFile:
     name = f"{page.name}.html"
     html = layout.substitute(
         title=page.title,

@@ -63,7 +63,14 @@ from node.export.config import ExportConfig
 from node.host.config import ControlConfig, HostConfig, PauseConfig
 from node.limits.config import LimitsConfig
 from node.rpc.config import HealthConfig
-from node.trainer.config import CacheConfig, EvaluateConfig, SampleConfig, TokenizerConfig, TrainConfig
+from node.trainer.config import (
+    CacheConfig,
+    EvaluateConfig,
+    InspectConfig,
+    SampleConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from protocol.version import VERSION
 
 if TYPE_CHECKING:
@@ -214,6 +221,16 @@ COMMANDS = (
         config=EvaluateConfig,
         examples=("evaluate --join runs/local/swarm.toml --out runs/local",),
         entry="node.trainer.evaluation:run_evaluate",
+    ),
+    Command(
+        name="inspect",
+        summary="show what the experts of a trained model have learnt, on held-out text.",
+        config=InspectConfig,
+        examples=(
+            "inspect --export models/run",
+            "inspect --export models/run --data texts --json experts.json",
+        ),
+        entry="node.trainer.inspection.command:run_inspect",
     ),
     Command(
         name="sample",

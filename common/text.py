@@ -85,6 +85,11 @@ def peer_words(text: str, max_chars: int = MAX_PEER_WORDS_CHARS) -> str:
     return _without_controls(text[:max_chars], "?")
 
 
+def escaped(text: str) -> str:
+    r"""`text` as one line that may stand on a terminal: what it would obey, or not show, is written like `\n`."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def _without_controls(text: str, instead: str, kept: str = "") -> str:
     return "".join(char if char.isprintable() or char in kept else instead for char in text)
 

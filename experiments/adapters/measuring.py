@@ -26,8 +26,8 @@ from experiments.adapters.apart import arrow, merged, seed_alone
 from experiments.adapters.domains import DOMAINS, WEAK
 from experiments.adapters.volunteer import volunteer
 from experiments.arms.counted import CountedExperts
-from experiments.arms.specialisation import excess
 from experiments.live.placement import Placement, experts_at
+from node.trainer.inspection.information import excess
 from protocol.manifest import AveragingConfig
 
 if TYPE_CHECKING:

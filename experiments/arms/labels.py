@@ -5,22 +5,20 @@ Shapes: X held-out bytes.
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.errors import DataError
 from node.data.cache import SEPARATOR, held_out_hash
 from node.data.dataset import HELD_OUT_FRACTION
+from node.data.sources import labelled_documents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from node.data import TextDataset
+    from node.data.documents import Document
 
 BYTE_CLASSES = ("space", "digit", "capital", "vowel", "consonant", "punctuation", "beyond ASCII")
 
@@ -47,7 +45,7 @@ class Topics:
     """Topics of a text's documents: of the default corpus as its package labels the articles."""
 
     def __init__(self, dataset: TextDataset, seed: int = 0) -> None:
-        documents = list(_documents(dataset))
+        documents = list(labelled_documents(dataset.corpus))
         self.names = sorted({topic for _, topic in documents})
         limit = int(HELD_OUT_FRACTION * 2**64)
         is_held_out = [held_out_hash(document, seed) < limit for document, _ in documents]
@@ -56,22 +54,6 @@ class Topics:
         if len(self.train_X) != len(dataset.train) or len(self.held_out_X) != len(dataset.held_out):
             raise DataError("the corpus has topics, but its bytes are not those of the cache: delete the cache")
 
-    def _per_byte(self, documents: list[tuple[bytes, str]]) -> NDArray[np.uint8]:
+    def _per_byte(self, documents: list[Document]) -> NDArray[np.uint8]:
         numbers = np.array([self.names.index(topic) for _, topic in documents], dtype=np.uint8)
         return np.repeat(numbers, [len(document) + len(SEPARATOR) for document, _ in documents])
-
-
-def _documents(dataset: TextDataset) -> Iterator[tuple[bytes, str]]:
-    """Yield the documents as `node.data` reads them, with their topics."""
-    for record in _records(dataset.corpus.root):
-        text = str(record.get("text", record.get("extract", ""))) if isinstance(record, dict) else ""
-        if text.strip():
-            yield text.encode("utf-8", errors="replace").strip(b"\r\n"), str(record["topic"])
-
-
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    if file.suffix == ".jsonl":
-        with file.open("rb") as lines:
-            yield from map(json.loads, lines)
-    else:
-        yield from json.loads(file.read_bytes()).values()

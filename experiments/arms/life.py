@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from experiments.arms.specialisation import chosen_experts
+from node.model.gate import without_experts
 from node.model.pairs import NO_EXPERT
+from node.trainer.inspection.ablation import groups_to_take
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +25,12 @@ if TYPE_CHECKING:
 
     from experiments.arms.training import AnyModel
     from node.data import TextDataset
-    from node.model.gate import ChoiceProbe, GateOutput
+    from node.model.gate import ChoiceProbe
 
     Ints = NDArray[np.int64]
 
 LOOKS = 4
 """Times in a training at which gates are looked at: at the end of each quarter."""
-
-FEW, SOME = 0.01, 0.1
-"""Parts of the experts of each layer that are taken away."""
 
 ABLATION_BYTES = 32_768
 
@@ -67,49 +66,16 @@ def ablations(
     """
     whole = nats_of(ABLATION_BYTES)
     found = []
-    for words, experts in to_take(loads, seed):
+    for words, experts in groups_to_take(loads, seed):
         with without(model, experts):
             rise = nats_of(ABLATION_BYTES) - whole
         found.append({"taken": words, "experts": len(experts[0]), "nats": rise})
     return found
 
 
-def to_take(loads: Sequence[Ints], seed: int) -> Iterator[tuple[str, list[Ints]]]:
-    """Which experts of each layer are taken away, in words and by index [X]."""
-    n_experts = len(loads[0])
-    rng = np.random.default_rng(seed)
-    by_load = [load_E.argsort(kind="stable") for load_E in loads]
-    at_random = [rng.permutation(n_experts) for _ in loads]
-    few, some = (max(1, round(part * n_experts)) for part in (FEW, SOME))
-    yield f"{FEW:.0%} at random", [order[:few] for order in at_random]
-    yield f"{SOME:.0%} at random", [order[:some] for order in at_random]
-    yield f"the busiest {FEW:.0%}", [order[-few:] for order in by_load]
-    yield "the idler half", [order[: n_experts // 2] for order in by_load]
-
-
 @contextmanager
 def without(model: AnyModel, experts: Sequence[Ints]) -> Iterator[None]:
     """While it lasts, gates choose as ever, but some experts [X] of each layer do not answer."""
-    hooks = [
-        layer.gate.register_forward_hook(_loss_of(torch.from_numpy(experts_X).to(model.device)))
-        for layer, experts_X in zip(model.layers, experts, strict=True)
-    ]
-    try:
+    gates = [layer.gate for layer in model.layers]
+    with without_experts(gates, [torch.from_numpy(experts_X) for experts_X in experts]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _loss_of(experts_X: torch.Tensor) -> Callable[[torch.nn.Module, object, GateOutput], GateOutput]:
-    def lose(_module: torch.nn.Module, _inputs: object, output: GateOutput) -> GateOutput:
-        lost_TK = torch.isin(output.expert_ids_TK, experts_X)
-        weights_TK = output.weights_TK.masked_fill(lost_TK, 0.0)
-        sum_T1 = weights_TK.sum(1, keepdim=True)
-        return replace(
-            output,
-            expert_ids_TK=output.expert_ids_TK.masked_fill(lost_TK, NO_EXPERT),
-            weights_TK=weights_TK / sum_T1.clamp(min=torch.finfo(sum_T1.dtype).tiny),
-        )
-
-    return lose

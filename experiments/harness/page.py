@@ -6,17 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-
 from common.atomic_file import write_atomically
+from common.figures import save_svg
 from experiments.harness.provenance import commit, machine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    from matplotlib.figure import Figure
 
     from experiments.harness.experiment import Experiment, Preset, Report, Trial
     from experiments.harness.store import ResultStore
@@ -80,10 +76,3 @@ def text_of(experiment: Experiment, preset: Preset, done: str, report: Report) -
         parts += ["## Plots"]
         parts += [f"![{caption}]({name}_{ending}.svg)" for ending, (caption, _) in report.figures.items()]
     return "\n\n".join(parts) + "\n"
-
-
-def save_svg(figure: Figure, path: Path) -> None:
-    """Save a figure as SVG; without a date and random ids the same results give the same bytes."""
-    FigureCanvasSVG(figure)
-    with mpl.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

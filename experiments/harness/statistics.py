@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
+
+from common.statistics import half_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +55,8 @@ class Estimate:
 
 def estimate(values: ArrayLike, over: str) -> Estimate:
     """Student's interval for the mean."""
-    sample = np.asarray(values, dtype=np.float64)
-    if len(sample) < 2:  # noqa: PLR2004 - one value has no spread
-        return Estimate(mean=float(sample.mean()), half_width=0.0, over=over)
-    half = float(stats.sem(sample) * stats.t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1))
-    return Estimate(mean=float(sample.mean()), half_width=half, over=over)
+    mean = float(np.mean(np.asarray(values, dtype=np.float64)))
+    return Estimate(mean=mean, half_width=half_width(values), over=over)
 
 
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Estimate:

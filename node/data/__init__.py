@@ -3,7 +3,7 @@
 Path of a step: **data** -> transformer -> gate -> dispatch. `sources` finds documents: `formats` says what a file is,
 `compressed` unpacks it, `json_rows` and `tables` read what is in rows, and `bad_rows` counts those that cannot be read.
 `cache` lays documents down once as two memory-mapped files (training and held-out), which `eviction` keeps within a
-bound. `shuffle` orders windows, `dataset` hands out batches.
+bound. `shuffle` orders windows, `dataset` hands out batches. `topics` says what held-out windows are about.
 """
 
 from __future__ import annotations

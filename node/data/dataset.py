@@ -151,18 +151,25 @@ class TextDataset:
         text.
         """
         _check_positive(batch=batch, context=context)
+        max_tokens = None if max_bytes is None else int(max_bytes / self.held_out_bytes_per_token)
+        chosen = self.spread_held_out(context, max_tokens)
+        starts = range(0, len(chosen), batch)
+        return (_windows(self.held_out, chosen[start : start + batch], context) for start in starts)
+
+    def spread_held_out(self, context: int, max_tokens: int | None = None) -> NDArray[np.int64]:
+        """Return the numbers of the held-out windows that predict about `max_tokens`, spread evenly; None for all.
+
+        There is at least one. Raises DataError where there is none.
+        """
+        _check_positive(context=context)
         n_windows = _n_windows(self.held_out, context)
         if not n_windows:
             raise DataError(
                 f"{self.corpus.title}: {len(self.held_out)} held-out tokens are fewer than one window of "
                 f"{context + 1}: give more text, or a larger held-out fraction."
             )
-        n_wanted = n_windows
-        if max_bytes is not None:
-            n_wanted = min(n_windows, max(1, int(max_bytes / self.held_out_bytes_per_token) // context))
-        chosen = np.arange(n_wanted, dtype=np.int64) * n_windows // n_wanted
-        starts = range(0, n_wanted, batch)
-        return (_windows(self.held_out, chosen[start : start + batch], context) for start in starts)
+        n_wanted = n_windows if max_tokens is None else min(n_windows, max(1, max_tokens // context))
+        return np.arange(n_wanted, dtype=np.int64) * n_windows // n_wanted
 
     def n_held_out(self, context: int) -> int:
         """How many held-out windows there are."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from common.errors import DataError
 from node.data.compressed import opened
+from node.data.documents import Document, topic_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,7 @@ TEXT_FIELDS: Final = ("text", "extract", "content")
 EXPECTED: Final = f"a document is a string, or an object with a string field named {' or '.join(TEXT_FIELDS)}."
 
 
-def json_lines(path: Path, bad_rows: BadRows) -> Iterator[bytes]:
+def json_lines(path: Path, bad_rows: BadRows) -> Iterator[Document]:
     """One document of each line of the file at `path`."""
     with opened(path) as file:
         lines = iter(partial(file.readline, MAX_JSON_LINE_BYTES + 1), b"")
@@ -38,7 +39,7 @@ def json_lines(path: Path, bad_rows: BadRows) -> Iterator[bytes]:
                 _read_to_line_end(line, file)
             elif line.strip():
                 try:
-                    document = _text_of(_parse_json(line, where), where)
+                    document = _document(_parse_json(line, where), where)
                 except DataError as error:
                     bad_rows.skip(error)
                 else:
@@ -69,11 +70,11 @@ def records_of(path: Path, data: bytes) -> list[tuple[object, object]]:
     return records
 
 
-def record_texts(path: Path, records: list[tuple[object, object]], bad_rows: BadRows) -> Iterator[bytes]:
+def record_documents(path: Path, records: list[tuple[object, object]], bad_rows: BadRows) -> Iterator[Document]:
     """The documents of `records_of`."""
     for name, record in records:
         try:
-            document = _text_of(record, f"{path}, entry {name}")
+            document = _document(record, f"{path}, entry {name}")
         except DataError as error:
             bad_rows.skip(error)
         else:
@@ -116,11 +117,12 @@ def _records(value: object) -> Iterator[tuple[object, object]]:
     return ((name, record) for name, record in value.items() if isinstance(record, dict) or record is None)
 
 
-def _text_of(record: object, where: str) -> bytes:
+def _document(record: object, where: str) -> Document:
     text = _text_field(record)
     if text is None:
         raise _without_text(where)
-    return text.encode("utf-8", errors="replace")  # JSON can spell half of a surrogate pair; UTF-8 cannot
+    # JSON can spell half of a surrogate pair; UTF-8 cannot.
+    return Document(text.encode("utf-8", errors="replace"), topic_of(record))
 
 
 def _text_field(record: object) -> str | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from common.errors import DataError
 from node.data.bad_rows import BadRows
 from node.data.compressed import opened
+from node.data.documents import MAX_TOPIC_CHARS, Document
 from node.data.formats import (
     ARROW,
     BINARY,
@@ -39,7 +40,7 @@ from node.data.formats import (
     left_out_text,
     names_table,
 )
-from node.data.json_rows import holds_documents, json_lines, record_texts, records_of, whole_json
+from node.data.json_rows import holds_documents, json_lines, record_documents, records_of, whole_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,13 +121,22 @@ def find_corpus(path: Path | None, exclude: Path | None = None) -> Corpus:
 
 def read_documents(corpus: Corpus, bad_rows: BadRows | None = None) -> Iterator[bytes]:
     """Every document that is not blank, without the newlines around it. What cannot be read goes to `bad_rows`."""
+    return (document.text for document in labelled_documents(corpus, bad_rows))
+
+
+def labelled_documents(corpus: Corpus, bad_rows: BadRows | None = None) -> Iterator[Document]:
+    """What `read_documents` gives, with topics.
+
+    A topic is what the document's record says or else, in a folder, the subfolder or the file that it lies in.
+    """
     rows = bad_rows if bad_rows is not None else BadRows()
     for file in corpus.files:
+        place = file.path.relative_to(corpus.root).parts[0][:MAX_TOPIC_CHARS] if corpus.in_folder else ""
         with _naming_read_errors(file.path):
             for document in _read_file(file, rows, or_as_text=corpus.in_folder):
-                trimmed = document.strip(b"\r\n")
+                trimmed = document.text.strip(b"\r\n")
                 if trimmed.strip():
-                    yield trimmed
+                    yield Document(trimmed, document.topic or place)
 
 
 def _corpus(title: str, root: Path, files: tuple[SourceFile, ...], *, attribution: str | None = None) -> Corpus:
@@ -206,27 +216,31 @@ def _format_read(path: Path) -> Format:
     return TEXT if form is EMPTY else form
 
 
-def _read_file(file: SourceFile, bad_rows: BadRows, *, or_as_text: bool) -> Iterator[bytes]:
+def _read_file(file: SourceFile, bad_rows: BadRows, *, or_as_text: bool) -> Iterator[Document]:
     if file.format in TABLES:
         from node.data.tables import table_documents  # noqa: PLC0415 - imports pyarrow, which other text does not need
 
-        return table_documents(file.path, file.format, bad_rows)
+        return map(Document, table_documents(file.path, file.format, bad_rows))
     if file.format is JSON_LINES:
         return json_lines(file.path, bad_rows)
-    return _json(file.path, bad_rows, or_as_text=or_as_text) if file.format is JSON else _text(file.path, bad_rows)
+    return _json(file.path, bad_rows, or_as_text=or_as_text) if file.format is JSON else _plain(file.path, bad_rows)
 
 
-def _json(path: Path, bad_rows: BadRows, *, or_as_text: bool) -> Iterator[bytes]:
+def _json(path: Path, bad_rows: BadRows, *, or_as_text: bool) -> Iterator[Document]:
     data = whole_json(path)
     if data is None:
         return json_lines(path, bad_rows)
     try:
-        return record_texts(path, records_of(path, data), bad_rows)
+        return record_documents(path, records_of(path, data), bad_rows)
     except DataError:
         if not or_as_text:
             raise
         # A folder of code has JSON files that are settings, not a corpus: they are text like any other file there.
-        return _text(path, bad_rows)
+        return _plain(path, bad_rows)
+
+
+def _plain(path: Path, bad_rows: BadRows) -> Iterator[Document]:
+    return map(Document, _text(path, bad_rows))
 
 
 def _text(path: Path, bad_rows: BadRows) -> Iterator[bytes]:

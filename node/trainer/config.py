@@ -144,3 +144,33 @@ class SampleConfig(CallerConfig):
     """Use this many CPU threads for the trunk."""
     wait_for_experts_s: FileOnly[float] = 60.0
     """Wait up to this many seconds in mid-text for hosts that have gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(CallerConfig):
+    """Show what each expert of a trained model is chosen for, what its layer tells of topics, and what it is worth."""
+
+    out: Path = Path("runs/local")
+    """Take the trunk's checkpoint from this folder."""
+    export: Path | None = None
+    """Take the whole model from this folder, as `export` wrote it, and no swarm."""
+    data: Path | None = None
+    """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
+    tokenizer: FileOnly[str] = ""
+    """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
+    tokens: int = 16_384
+    """Look at the choices for about this many held-out tokens."""
+    top: int = 5
+    """Show this many experts of each layer, the busiest."""
+    ablate: int = 2
+    """Measure what is lost without each of so many busiest experts a layer, and as many others; 0 for none."""
+    json: Path | None = None
+    """Write everything that was found to this file as JSON."""
+    plot: Path | None = None
+    """Draw loads, information and losses into this file as SVG."""
+    seed: FileOnly[int] = 0
+    """Draw experts and shuffle topics with this seed."""
+    device: str = "auto"
+    """Compute on this device: auto, cpu, cuda, cuda:N or mps."""
+    threads: int = 1
+    """Use this many CPU threads for the trunk."""

@@ -1,4 +1,4 @@
-"""A trained model: what `evaluate` and `sample` use.
+"""A trained model: what `evaluate`, `sample` and `inspect` use.
 
 Its trunk is from a checkpoint and its experts are the swarm's as they are now, or all of it is from an exported folder.
 """
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
     from common.tokenizer import Tokenizer
     from node.model.trunk import Trunk
-    from node.trainer.config import EvaluateConfig, SampleConfig
+    from node.trainer.config import EvaluateConfig, InspectConfig, SampleConfig
     from protocol.manifest import Manifest
+
+    TrainedModelConfig = EvaluateConfig | InspectConfig | SampleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class TrainedModel:
 
 
 @asynccontextmanager
-async def trained_model(config: EvaluateConfig | SampleConfig, stop: asyncio.Event) -> AsyncIterator[TrainedModel]:
+async def trained_model(config: TrainedModelConfig, stop: asyncio.Event) -> AsyncIterator[TrainedModel]:
     """Join the swarm that `config` names, until the block ends; DrainingError if `stop` comes before that."""
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
@@ -91,7 +93,7 @@ class TextModel:
 
 
 @asynccontextmanager
-async def text_model(config: EvaluateConfig | SampleConfig, stop: asyncio.Event) -> AsyncIterator[TextModel]:
+async def text_model(config: TrainedModelConfig, stop: asyncio.Event) -> AsyncIterator[TextModel]:
     """The model of the exported folder that `config` names, or else of its swarm, as `trained_model` finds that.
 
     Raises ConfigError where it names both, CheckpointError for a folder that is not whole.
@@ -110,7 +112,7 @@ async def text_model(config: EvaluateConfig | SampleConfig, stop: asyncio.Event)
         )
 
 
-def _exported(config: EvaluateConfig | SampleConfig, folder: Path) -> TextModel:
+def _exported(config: TrainedModelConfig, folder: Path) -> TextModel:
     if config.join or config.run_id or config.tokenizer:
         raise ConfigError("--export: names a model that needs no swarm; leave --join, run_id and tokenizer out")
     torch.set_num_threads(config.threads)

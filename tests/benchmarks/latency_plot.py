@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from matplotlib.figure import Figure
 
-from experiments.harness.page import save_svg
+from common.figures import save_svg
 from tests.benchmarks.latency import SPEED
 from tests.benchmarks.swarm_training import LOSS
 

@@ -2,7 +2,7 @@
 
 Path of a step: `transformer.py`, `moe.py`, **gate**, then `node/trainer/dispatch/`. `base` says what every gate does,
 `heads` what one of several heads does, `topk`, `product_key` and `hashed` how each finds its experts, `stats` what is
-measured about what they choose, `probe` how much of it they keep.
+measured about what they choose, `probe` how much of it they keep, `watched` shows it to others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from node.model.gate.probe import ChoiceProbe
 from node.model.gate.product_key import ProductKeyGate
 from node.model.gate.stats import ChoiceSummary, GateStats, LoadWindow
 from node.model.gate.topk import TopKGate
+from node.model.gate.watched import choices_seen, without_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,8 @@ __all__ = [
     "ProductKeyGate",
     "TopKGate",
     "build_gate",
+    "choices_seen",
+    "without_experts",
 ]
 
 _KINDS: dict[str, Callable[[ModelConfig, torch.Generator], Gate]] = {

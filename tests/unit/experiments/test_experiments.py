@@ -18,7 +18,6 @@ from experiments.arms.arms import ArmResults, Arms
 from experiments.arms.gates import TableGate, frozen
 from experiments.arms.labels import BYTE_CLASSES, byte_classes
 from experiments.arms.report import edge_words, tokens_to
-from experiments.arms.specialisation import excess, mutual_information_bits
 from experiments.arms.training import build_model
 from experiments.harness.catalogue import MODULES, load
 from experiments.harness.statistics import difference, estimate
@@ -122,22 +121,6 @@ def test_a_difference_is_taken_pair_by_pair() -> None:
 def test_what_chance_can_do_is_said() -> None:
     assert estimate([-1.0, 1.0, 0.5], "seeds").words.endswith("worse, within what chance can do,")
     assert estimate([-1.0, -1.01, -0.99], "seeds").words == "1.000 ± 0.025 nats per byte better"
-
-
-def test_mutual_information_of_equal_labels_is_their_entropy_and_of_independent_ones_nothing() -> None:
-    labels = np.arange(4).repeat(100)
-    assert mutual_information_bits(labels, labels) == pytest.approx(2.0)
-    assert mutual_information_bits(labels, np.tile(np.arange(4), 100)) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_many_experts_seem_to_know_labels_that_mean_nothing_and_shuffling_shows_it() -> None:
-    rng = np.random.default_rng(0)
-    experts_RM, labels_R = rng.integers(500, size=(400, 4)), rng.integers(8, size=400)
-    nothing = excess(experts_RM, labels_R, rng)
-    assert nothing["bits"] > 1.0
-    assert nothing["bits"] == pytest.approx(nothing["shuffled_bits"], abs=5 * nothing["shuffled_std"])
-    known = excess(np.repeat(labels_R[:, None], 4, axis=1), labels_R, rng)
-    assert known["bits"] > known["shuffled_bits"] + 5 * known["shuffled_std"]
 
 
 def test_every_byte_has_a_class() -> None:

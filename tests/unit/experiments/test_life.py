@@ -11,11 +11,12 @@ import torch
 from experiments.arms import choosing
 from experiments.arms.arm import Arm, TrainSpec
 from experiments.arms.arms import ArmResults
-from experiments.arms.life import LOOKS, busiest_blocks, held_out_loads, to_take, without
+from experiments.arms.life import LOOKS, busiest_blocks, held_out_loads, without
 from experiments.arms.life_report import KEPT, course, life_figures, life_tables
 from experiments.arms.text import open_text
 from experiments.arms.training import TrainRun, result_of
 from experiments.harness.experiment import Trial
+from node.trainer.inspection.ablation import groups_to_take
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +65,7 @@ def test_what_is_taken_away_is_so_many_experts_and_the_busiest_are_the_busiest(e
     assert [(ablation["taken"], ablation["experts"]) for ablation in result["ablated"]] == [
         ("1% at random", 1), ("10% at random", 6), ("the busiest 1%", 1), ("the idler half", 32)
     ]  # fmt: skip
-    taken = dict(to_take(held_out_loads(run.model, open_text(), SPEC.batch), SPEC.seed))
+    taken = dict(groups_to_take(held_out_loads(run.model, open_text(), SPEC.batch), SPEC.seed))
     assert not set(taken["the busiest 1%"][0].tolist()) & set(taken["the idler half"][0].tolist())
 
 

@@ -25,6 +25,8 @@ class HostConfig(LimitsConfig, EventLogConfig, ProfileConfig, ReachConfig, Swarm
     """Host these blocks, such as 0/0-3,1/7; auto takes those most needed. Each is layer/block."""
     max_blocks: int = 8
     """Take at most this many blocks with --blocks auto."""
+    anew_after_s: FileOnly[float] = 60.0
+    """In a run that has trained, begin a block that nobody has anew only after this many seconds; 0 never waits."""
     recheck_s: FileOnly[float] = 10.0
     """Look this often, in seconds, at which blocks to take, to move or to try again; 0 never does."""
     device: str = "auto"

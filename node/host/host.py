@@ -86,6 +86,7 @@ AUTO = "auto"
 MINIMUMS = {
     "max_blocks": 1,
     "recheck_s": 0,
+    "anew_after_s": 0,
     "threads": 1,
     "port": 0,
     "metrics_port": 0,
@@ -254,6 +255,7 @@ class Host:
             max_blocks=self._capacity.max_blocks,
             target_replicas=swarm.manifest.averaging.target_replicas,
             check_s=self._config.recheck_s,
+            anew_after_s=self._config.anew_after_s if self._config.recheck_s else 0.0,
         )
         planner = PlacementPlanner(
             swarm.directory, unreachable, swarm.identity.peer_id, config, rng, self._fixed_blocks()

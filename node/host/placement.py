@@ -77,7 +77,8 @@ class PlacementConfig:
     `check_s` seconds between checks; `min_stay_s` seconds that every block of a host has stayed before it swaps one;
     `load_gain` times the queue of the block that it drops, and at least `min_load_tokens`, must wait at the block that
     it moves to for load alone; `surge` hosts on average act for each missing replica; after `join_patience_s` seconds
-    a peer that still joins no longer counts as a replica.
+    a peer that still joins no longer counts as a replica; in a run that has trained, a block that nobody has is begun
+    anew only `anew_after_s` seconds after this host has looked who is there.
     """
 
     max_blocks: int
@@ -88,6 +89,7 @@ class PlacementConfig:
     min_load_tokens: float = 4096.0
     surge: float = 3.0
     join_patience_s: float = 300.0
+    anew_after_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,19 @@ TIMEOUT_S = 10.0
 
 
 @dataclass
+class SeenDirectory:
+    """What a host sees of the swarm, which a test sets."""
+
+    view: DirectoryView
+
+    def snapshot(self, **_: bool) -> DirectoryView:
+        return self.view
+
+    async def refresh_now(self) -> None:
+        """From memory."""
+
+
+@dataclass
 class Keeping:
     """The block manager, what it works with and who decides for it, and what it said."""
 
@@ -49,6 +62,7 @@ class Keeping:
     log: EventLog
     events: list[dict[str, Any]]
     announced: list[dict[BlockId, str]]
+    directory: SeenDirectory
 
     def told(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == name]
@@ -66,15 +80,13 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
     held = HeldBlocks(runtime, cast("Any", averaging), store, time.monotonic)
     rng = random.Random("own")
 
-    async def refresh_now() -> None:
-        """From memory."""
-
     async def announce_now() -> bool:
         said = {**dict.fromkeys(held.given_up, "stored"), **dict.fromkeys(held.serving, "serving")}
         announced.append(said)
         return True
 
-    directory = cast("Any", SimpleNamespace(snapshot=lambda **_: view, refresh_now=refresh_now))
+    seen = SeenDirectory(view)
+    directory = cast("Any", seen)
     announcer = cast("Any", SimpleNamespace(announce_now=announce_now))
     loader = BlockLoader(MANIFEST, CPU, store, cast("Any", None), rng)
     block_manager = BlockManager(held, loader, directory, "own", announcer, events)
@@ -83,6 +95,6 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
     placement = PlacementController(planner, block_manager, asyncio.Event(), events)
     runtime.start()
     try:
-        yield Keeping(held, block_manager, planner, placement, runtime, store, replicas, events, heard, announced)
+        yield Keeping(held, block_manager, planner, placement, runtime, store, replicas, events, heard, announced, seen)
     finally:
         runtime.stop(TIMEOUT_S)

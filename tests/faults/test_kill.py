@@ -62,6 +62,14 @@ def test_a_host_killed_at_step_20_of_60_costs_its_experts_and_nothing_else(swarm
     assert swarm.status()["blocks_lost"] == ["0/3", "0/4", "0/5", "1/2", "1/3", "1/4"]
 
 
+def start_at_once(swarm: ProcessSwarm, name: str, blocks: str) -> Node:
+    """A host that begins blocks anew without waiting for those that may have them."""
+    return swarm.start(
+        name, "host", "--join", str(swarm.swarm_file), "--state", str(swarm.folder / name),
+        "--blocks", blocks, "--set", "anew_after_s=0",
+    )  # fmt: skip
+
+
 def start_host_with_checkpoints(swarm: ProcessSwarm, name: str, blocks: str) -> Node:
     return swarm.start(
         name, "host", "--join", str(swarm.swarm_file), "--state", str(swarm.folder / name),
@@ -143,6 +151,6 @@ def test_without_any_host_trainers_wait_say_so_leave_at_once_when_asked_and_go_o
     before = len(trainer.events("waiting"))
     trainer.wait_for("waiting", count=before + 1)
     for name, blocks in HOSTS.items():
-        swarm.host(name, blocks)
+        start_at_once(swarm, name, blocks)
     done = finish(trainer)
     assert done["steps"] == 60

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - tyro reads the annotation
 from typing import Final
 
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
@@ -26,10 +26,10 @@ MINIMUMS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(SwarmConfig):
-    """Serve a run's model over HTTP: a checkpoint's trunk over the swarm's experts, or an export."""
+    """Serve a run's model over HTTP: a trainer's trunk over the swarm's experts, or an export."""
 
-    out: Path = Path("runs/local")
-    """Take the trunk's checkpoint from this folder."""
+    out: Path | None = None
+    """Take the trunk from this trainer's folder instead of a live trainer."""
     export: Path | None = None
     """Serve the model in this folder of `export` instead of a swarm's."""
     listen: str = "127.0.0.1"

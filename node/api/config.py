@@ -47,7 +47,7 @@ class ServeConfig(SwarmConfig):
     tokenizer: FileOnly[str] = ""
     """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
     chat_template: FileOnly[str] = ""
-    """Write chats as the template in this file says, a Jinja file or a tokenizer_config.json."""
+    """Write chats as the template in this Jinja file or tokenizer_config.json says, instead of the model's own."""
     max_queue: FileOnly[int] = 64
     """Let this many texts wait for their turn; more are refused with a retry delay."""
     cache_mb: FileOnly[float] = 1024.0

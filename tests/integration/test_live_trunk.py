@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UnavailableError
+from node.api.chat import Turn
 from node.api.config import ServeConfig
 from node.api.serve_command import served_model
+from node.export.command import run_export
+from node.export.config import ExportConfig
+from node.model.pretrained_files import language_model
 from node.trainer.config import EvaluateConfig, SampleConfig
 from node.trainer.evaluation import run_evaluate
 from node.trainer.sample_command import run_sample
@@ -21,6 +25,7 @@ from tests.support.contributing import run_in_loop
 from tests.support.exported import HASH
 from tests.support.exported_runs import RATES, trained_run
 from tests.support.swarm_parts import small_manifest
+from tests.support.tiny_pretrained import END, kept_manifest, save_chat_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +38,7 @@ MANIFEST = small_manifest(codec="fp32", model={**HASH, "gate_heads": 2}, optimiz
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path / "cache"))
+    language_model.cache_clear()
 
 
 @pytest.fixture
@@ -74,6 +80,20 @@ async def test_without_a_folder_the_trunk_is_that_of_a_live_trainer(
     assert live_bits == bits
     assert live_age.startswith("version ")
     assert age.startswith("step ")
+
+
+async def test_a_run_around_a_pretrained_model_and_its_export_render_the_same_prompt(
+    tmp_path: Path, text: Path
+) -> None:
+    manifest, stop, out = kept_manifest(save_chat_model(tmp_path / "pretrained")), asyncio.Event(), tmp_path / "model"
+    turns = [Turn(role="system", content="Be brief."), Turn(role="user", content="Hello")]
+    chats = []
+    async with run_in_loop(tmp_path, manifest, text, n_hosts=1, steps=10**6) as run:
+        await run_export(ExportConfig(swarm=run.swarm_file, out=out), stop)
+        for config in (ServeConfig(swarm=run.swarm_file), ServeConfig(export=out)):
+            async with served_model(config, stop) as served:
+                chats.append((served.chat.text(turns), served.chat.stop))
+    assert chats == [(f"<system>Be brief.{END}<user>Hello{END}<assistant>", (END,))] * 2
 
 
 async def test_a_run_without_a_trainer_is_told_in_one_sentence(tmp_path: Path, text: Path) -> None:

@@ -33,7 +33,6 @@ from coordinator.config import (
     read_manifest,
 )
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent
-from coordinator.pretrained import with_defaults
 from coordinator.snapshot_config import SNAPSHOT_MINIMUMS, SnapshotConfig, check_snapshots
 from coordinator.tokens import check_training, trained_tokenizer
 from dht.socket_folder import remove_stale_folders
@@ -71,7 +70,6 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 
     Raises a KilohiveError.
     """
-    config = with_defaults(config)  # of which the folder is one
     claim = FolderClaim(folder=config.folder, role="local", flag="--out", lock=LOCAL_LOCK)
     wait_until_free(claim, patience_s=0.0)
     check(config)

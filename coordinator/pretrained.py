@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from common.assets import asset_of, asset_of_file, asset_store
 from common.atomic_file import write_atomically
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
     from coordinator.config import RunConfig
     from protocol.manifest import Manifest
 
-C = TypeVar("C", bound="RunConfig")
-
 logger = logging.getLogger(__name__)
 
 DEFAULTS: Final[dict[str, Any]] = {
+    "d_model": 0,
+    "heads": 0,
     "layers": 4,
     "expert_kind": "lora",
     "expert_hidden": 2,
@@ -46,17 +45,15 @@ DEFAULTS: Final[dict[str, Any]] = {
     "batch": 1,
     "eval_bytes": 4096,
 }
-"""What a setting that was left at its default is in a run around a pretrained model: `experiment adapters` found it."""
+"""What a setting that is not given is in a run around a pretrained model: `experiment adapters` found it.
+
+The width and the heads are the model's, which 0 stands for.
+"""
 
 
-def with_defaults(config: C) -> C:
-    """`config` with the defaults of such a run, if it is one."""
-    if not config.model:
-        return config
-    usual, defaults = type(config)(), {"name": _run_name(config.model), **DEFAULTS}
-    known = {field.name for field in fields(config)} & defaults.keys()
-    left = [name for name in known if getattr(config, name) == getattr(usual, name)]
-    return replace(config, **{name: defaults[name] for name in left})
+def preset_around(model: str) -> dict[str, object]:
+    """What settings that are not given are in a run around the pretrained model that a person calls `model`."""
+    return {"name": _run_name(model), **DEFAULTS}
 
 
 def _run_name(model: str) -> str:
@@ -89,6 +86,8 @@ def parts_of(config: RunConfig) -> tuple[PretrainedConfig, DataConfig, Pretraine
     """What a manifest says of the model and of its tokens, which are the model's own. Raises ConfigError."""
     if config.tokenizer or config.train_tokenizer:
         raise ConfigError("--model: brings its tokenizer along; leave out --tokenizer and --train-tokenizer")
+    if config.d_model or config.heads:
+        raise ConfigError("--model: brings its width and its attention along; leave out --d-model and --heads")
     _, shape, files = described(config.model)
     if not 1 <= config.layers <= shape.n_layers:
         raise ConfigError(f"--layers: must be from 1 to the model's {shape.n_layers}, is {config.layers}")

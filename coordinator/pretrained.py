@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,17 +12,24 @@ from common.assets import asset_of, asset_of_file, asset_store
 from common.atomic_file import write_atomically
 from common.errors import ConfigError
 from common.pretrained_source import PretrainedShape, PretrainedSource, find_pretrained, shape_of
+from common.progress import progress_shown
+from common.text import bytes_text
 from coordinator.tokens import FILE_NAME
 from protocol.manifest import MAX_NAME_CHARS
 from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from coordinator.config import RunConfig
     from protocol.manifest import Manifest
 
 logger = logging.getLogger(__name__)
+
+SHOWN_AFTER_S: Final = 2.0
+PASSES: Final = 3
+"""A file is read so often at most until a copy is kept: to know it, to copy it, and the copy to check it."""
 
 DEFAULTS: Final[dict[str, Any]] = {
     "d_model": 0,
@@ -67,19 +75,42 @@ def described(name: str) -> tuple[PretrainedSource, PretrainedShape, tuple[Pretr
     """The model that a person calls `name`, its shape, and its files as a manifest has them. Raises ConfigError."""
     logger.info("Reading the pretrained model %s", name)
     source = find_pretrained(name)
-    return source, shape_of(source), files_of(source)
+    files = files_of(source)
+    logger.info("Reading the tokenizer of the pretrained model")
+    return source, shape_of(source), files
 
 
 def files_of(source: PretrainedSource) -> tuple[PretrainedFile, ...]:
     """The files of a model as a manifest has them. Raises ConfigError."""
     files = []
-    for file in source.names:
-        try:
-            asset = asset_of_file(source.folder / file)
-        except OSError as error:
-            raise ConfigError(f"--model {source.folder / file}: cannot be read: {error.strerror or error}") from None
-        files.append(PretrainedFile(name=file, sha256=asset.sha256, n_bytes=asset.n_bytes))
+    with _bytes_told("read to know the pretrained model's files by what they hold", _n_bytes(source)) as tell:
+        for file in source.names:
+            try:
+                asset = asset_of_file(source.folder / file, tell)
+            except OSError as error:
+                raise ConfigError(
+                    f"--model {source.folder / file}: cannot be read: {error.strerror or error}"
+                ) from None
+            files.append(PretrainedFile(name=file, sha256=asset.sha256, n_bytes=asset.n_bytes))
     return tuple(files)
+
+
+def _n_bytes(source: PretrainedSource) -> int:
+    return sum(path.stat().st_size for path in map(source.folder.joinpath, source.names) if path.is_file())
+
+
+@contextmanager
+def _bytes_told(what: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes have been `what` while the context lasts; it gives what hears of each piece."""
+    done = 0
+    with progress_shown(n_bytes, SHOWN_AFTER_S) as show:
+
+        def tell(of_piece: int) -> None:
+            nonlocal done
+            done += of_piece
+            show(done, f"{bytes_text(done)} of {bytes_text(n_bytes)} {what}")
+
+        yield tell
 
 
 def parts_of(config: RunConfig) -> tuple[PretrainedConfig, DataConfig, PretrainedShape]:
@@ -113,7 +144,8 @@ def keep_pretrained(manifest: Manifest, out: Path, name: str) -> None:
     if files != manifest.pretrained.files:
         raise ConfigError(f"--model {name}: has other files than the model of the run in {out}")
     store = asset_store()
-    for file in source.names:
-        store.add_file(source.folder / file)
+    with _bytes_told("read to keep a copy of the pretrained model", PASSES * _n_bytes(source)) as tell:
+        for file in source.names:
+            store.add_file(source.folder / file, tell)
     write_atomically(out / FILE_NAME, shape.tokenizer)
     store.add(shape.tokenizer)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MOST_HEADS, FEW_HEADS = 8, 4
 """Heads of the gate of a new run, whose codes are of two tokens to five."""
 
+OF_TOKENIZER = frozenset({"data.tokenizer", "data.tokenizer_bytes"})
 NOT_COMPARED = frozenset({"name", "owner", "optimizer.total_tokens", "pretrained.attach"})
 """What flags need not say again of a run that exists; to which layers experts are attached follows from how many."""
 
@@ -354,8 +355,10 @@ def check_same_run(config: RunConfig, manifest: Manifest, where: str) -> None:
     asked = _settings(manifest_of(config, owner="", total_tokens=1))
     default = _settings(manifest_of(_not_given(config), owner="", total_tokens=1))
     held = _settings(manifest)
+    # A model's files tell its tokenizer; what an older version made of them stays the run's.
+    ignored = NOT_COMPARED | (OF_TOKENIZER if config.model else frozenset())
     for name, value in asked.items():
-        if value not in (default[name], held[name]) and name not in NOT_COMPARED:
+        if value not in (default[name], held[name]) and name not in ignored:
             raise ConfigError(
                 f"{name}: is {value}, but the run in {where} has {held[name]}, which cannot change; "
                 "leave that flag out, or choose another --out"

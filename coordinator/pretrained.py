@@ -147,5 +147,6 @@ def keep_pretrained(manifest: Manifest, out: Path, name: str) -> None:
     with _bytes_told("read to keep a copy of the pretrained model", PASSES * _n_bytes(source)) as tell:
         for file in source.names:
             store.add_file(source.folder / file, tell)
-    write_atomically(out / FILE_NAME, shape.tokenizer)
-    store.add(shape.tokenizer)
+    if asset_of(shape.tokenizer) == manifest.data.tokenizer_asset:  # else an older version has read the same files
+        write_atomically(out / FILE_NAME, shape.tokenizer)
+        store.add(shape.tokenizer)

@@ -127,6 +127,16 @@ def test_a_run_that_exists_keeps_its_model(folder: Path, tmp_path: Path) -> None
         check_same_run(config_of(other), held, "here")
 
 
+def test_a_run_keeps_the_tokenizer_that_an_older_version_made_of_the_same_files(folder: Path, tmp_path: Path) -> None:
+    made = manifest_of(config_of(folder), owner="x", total_tokens=5)
+    older = asset_of(b"an older one")
+    held = replace(made, data=replace(made.data, tokenizer=older.sha256, tokenizer_bytes=older.n_bytes))
+    check_same_run(config_of(folder), held, "here")
+    (tmp_path / "tokenizer.json").write_bytes(b"an older one")
+    keep_pretrained(held, tmp_path, str(folder))
+    assert (tmp_path / "tokenizer.json").read_bytes() == b"an older one"
+
+
 def test_files_and_tokenizer_are_kept_for_the_trainers_of_this_machine(folder: Path, tmp_path: Path) -> None:
     manifest = manifest_of(config_of(folder), owner="x", total_tokens=5)
     keep_pretrained(manifest, tmp_path / "run", str(folder))

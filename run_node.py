@@ -219,7 +219,7 @@ COMMANDS = (
         name="evaluate",
         summary="measure held-out bits per byte of a run that is up.",
         config=EvaluateConfig,
-        examples=("evaluate --join runs/local/swarm.toml --out runs/local",),
+        examples=("evaluate --join runs/local/swarm.toml", "evaluate --join invite.txt --out runs/train"),
         entry="node.trainer.evaluation:run_evaluate",
     ),
     Command(

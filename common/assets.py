@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import tempfile
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -28,7 +27,9 @@ from common.eviction import CacheEntry, keep_below
 from common.folders import assets_bytes, data_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    Tell = Callable[[int], None]
 
 ASSETS: Final = "assets"
 """The store's folder in the cache."""
@@ -39,6 +40,7 @@ OF_ASSET: Final = re.compile(r"\.?([0-9a-f]{64})(\..+)?")
 """Names of an asset's file, and of what is there of one that is not whole."""
 
 SHORT_CHARS = 12
+CHUNK_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +59,20 @@ def asset_of(data: bytes) -> Asset:
     return Asset(sha256=hashlib.sha256(data).hexdigest(), n_bytes=len(data))
 
 
-def asset_of_file(path: Path) -> Asset:
+def asset_of_file(path: Path, tell: Tell = lambda _: None) -> Asset:
     """Name a file, which may be larger than the memory. Raises OSError."""
+    digest, n_bytes = hashlib.sha256(), 0
+    for chunk in _chunks(path, tell):
+        digest.update(chunk)
+        n_bytes += len(chunk)
+    return Asset(sha256=digest.hexdigest(), n_bytes=n_bytes)
+
+
+def _chunks(path: Path, tell: Tell) -> Iterator[bytes]:
     with path.open("rb") as file:
-        return Asset(sha256=hashlib.file_digest(file, "sha256").hexdigest(), n_bytes=file.tell())
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+            tell(len(chunk))
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
@@ -126,26 +138,29 @@ class AssetStore:
             keep_below(self._max_bytes, self._folder, stored_assets)
         return asset
 
-    def add_file(self, path: Path) -> Asset:
-        """Keep a copy of a file.
+    def add_file(self, path: Path, tell: Tell = lambda _: None) -> Asset:
+        """Keep a copy of a file; `tell` hears of each piece, so many bytes, that is read on the way: thrice at most.
 
         Raises DataError if that cannot be written, ConfigError if the file cannot be read.
         """
         try:
-            asset = asset_of_file(path)
+            asset = asset_of_file(path, tell)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
         with self.using((asset,)):
-            if not self.holds(asset):
-                self._copy(path, asset)
+            if not self.holds(asset, tell):
+                self._copy(path, asset, tell)
         return asset
 
-    def _copy(self, path: Path, asset: Asset) -> None:
+    def _copy(self, path: Path, asset: Asset, tell: Tell) -> None:
         prefix = f".{asset.sha256}."
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=prefix, dir=self._folder) as own:  # others may copy the same
-                if self._adopt(shutil.copyfile(path, Path(own) / asset.sha256), asset):
+                copy = Path(own) / asset.sha256
+                with copy.open("wb") as file:
+                    file.writelines(_chunks(path, tell))
+                if self._adopt(copy, asset, tell):
                     return
         except OSError as error:
             raise self._not_written(error) from None
@@ -210,8 +225,8 @@ class AssetStore:
             raise self._not_written(error) from None
         return False
 
-    def _adopt(self, path: Path, asset: Asset) -> bool:
-        if asset_of_file(path) != asset:
+    def _adopt(self, path: Path, asset: Asset, tell: Tell = lambda _: None) -> bool:
+        if asset_of_file(path, tell) != asset:
             return False
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -220,11 +235,11 @@ class AssetStore:
         keep_below(self._max_bytes, self._folder, stored_assets)
         return True
 
-    def holds(self, asset: Asset) -> bool:
+    def holds(self, asset: Asset, tell: Tell = lambda _: None) -> bool:
         """Whether `asset` is here as it should be."""
         path = self.path(asset)
         try:
-            return path.stat().st_size == asset.n_bytes and asset_of_file(path) == asset
+            return path.stat().st_size == asset.n_bytes and asset_of_file(path, tell) == asset
         except OSError:
             return False
 

@@ -1,7 +1,8 @@
 """From command line and TOML file to a frozen configuration, and from a configuration to a help page of one screen.
 
-tyro parses and converts the flags; this adds `--config FILE` (flags win over file over default), settings that only the
-file has (`FileOnly`), and a help page that gives each flag one line, taken from the docstring under its field.
+tyro parses and converts the flags; this adds `--config FILE`, settings that only the file has (`FileOnly`), and a help
+page that gives each flag one line, taken from the docstring under its field. Flags win over the file, the file over a
+preset that other settings bring (`Preset`), and that over the defaults.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import textwrap
 import tomllib
 import types
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -23,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConfigError
-from common.settings import flag_of, is_file_only, is_hidden
+from common.settings import flag_of, is_file_only, is_hidden, preset_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -80,13 +82,12 @@ def parse(page: HelpPage[C], arguments: Sequence[str], program: str) -> Parsed[C
     _refuse_settings_of_the_file(page.config, rest)
     _check_choices(page.config, rest)
     from_file = read_config_file(page.config, known.config) if known.config is not None else {}
-    config = tyro.cli(
-        page.config,
-        prog=f"{program} {page.name}",
-        args=rest,
-        default=page.config(**{**from_file, **_read_assignments(page.config, known.settings)}),
-        add_help=False,
-    )
+    settings = {**from_file, **_read_assignments(page.config, known.settings)}
+    read = partial(tyro.cli, page.config, prog=f"{program} {page.name}", args=rest, add_help=False)
+    config = read(default=page.config(**settings))
+    # Read again, below what was given: a flag at its default cannot be told from one that was left out.
+    if preset := preset_of(config):
+        config = read(default=page.config(**{**preset, **settings}))
     return Parsed(
         config=config,
         log_level=known.log_level,

@@ -80,10 +80,14 @@ def shape_of(source: PretrainedSource) -> PretrainedShape:
     """Read config and tokenizer. Raises ConfigError for files that are no causal language model's."""
     from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415 - takes a second, and few runs need it
 
+    from common.gguf_tokenizer import restore_splits  # noqa: PLC0415 - the same
+
     gguf = source.gguf or None
     with _naming_errors(source):
         config = AutoConfig.from_pretrained(source.folder, gguf_file=gguf, local_files_only=True).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=gguf, local_files_only=True)
+        if gguf:
+            restore_splits(tokenizer.backend_tokenizer, source.folder / gguf)
         return PretrainedShape(
             d_model=config.hidden_size,
             n_layers=config.num_hidden_layers,

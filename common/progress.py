@@ -21,8 +21,11 @@ LOG_EVERY_S = 5.0
 
 
 @contextmanager
-def progress_shown(total: float, after_s: float = 0.0) -> Iterator[Callable[[float, str], None]]:
-    """Give what is to be told how much of `total` is done, and in words what; it shows nothing before `after_s`."""
+def progress_shown(total: float | None, after_s: float = 0.0) -> Iterator[Callable[[float, str], None]]:
+    """Give what is to be told how much of `total` is done, and in words what; it shows nothing before `after_s`.
+
+    `total` is None where nobody knows it.
+    """
     console = Console(stderr=True)
     with ExitStack() as stack:
         shown: _Log | _Bar = _Bar(console, total, stack) if console.is_terminal else _Log()
@@ -48,7 +51,7 @@ class _Log:
 class _Bar:
     every_s = 0.0
 
-    def __init__(self, console: Console, total: float, stack: ExitStack) -> None:
+    def __init__(self, console: Console, total: float | None, stack: ExitStack) -> None:
         self._console, self._total, self._stack = console, total, stack
         self._bar: tuple[Progress, TaskID] | None = None
 

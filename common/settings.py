@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 FILE_ONLY = get_args(tyro.conf.Fixed[str])[1]
 HIDDEN = "hidden"
@@ -21,6 +22,24 @@ FileOnly = Annotated[T, FILE_ONLY]
 """Type of a setting that only the file of `--config` has: no flag is offered for it."""
 Hidden = Annotated[T, HIDDEN]
 """Type of a setting whose flag is accepted but shown in no help page."""
+
+
+class Preset:
+    """A configuration in which some settings change what the others are unless they are given."""
+
+    def preset(self) -> Mapping[str, object]:
+        """What settings that are not given are instead of their defaults, by name, going by those of this one."""
+        return {}
+
+
+def configured(cls: type[C], settings: Mapping[str, Any]) -> C:
+    """The configuration with these settings; all others are as its preset says, or else at their defaults."""
+    return cls(**{**preset_of(cls(**settings)), **settings})
+
+
+def preset_of(config: object) -> Mapping[str, object]:
+    """The preset of a configuration, empty for one that has none."""
+    return config.preset() if isinstance(config, Preset) else {}
 
 
 def is_file_only(hint: Any) -> bool:  # noqa: ANN401 - a type's annotation can be anything

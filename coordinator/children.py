@@ -27,6 +27,9 @@ PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "run_nod
 
 POLL_S = 0.02
 REAP_TIMEOUT_S = 5.0
+COMPUTING_SHARE = 0.1
+"""A child that takes this share of a processor computes; what waits for others takes less."""
+
 TAIL_LINES = 12
 TAIL_BYTES = 4096
 
@@ -102,14 +105,44 @@ class Child:
                 self._popen.stdin.close()
         return self._popen.wait(timeout=REAP_TIMEOUT_S)
 
-    def log_tail(self) -> str:
+    def log_tail(self, n_lines: int = TAIL_LINES) -> str:
         """The last lines of its log."""
-        if self.spec.log is None or not self.spec.log.exists():
+        if self.spec.log is None or not (size := self.log_bytes()):
             return ""
         with self.spec.log.open("rb") as file:
-            file.seek(max(0, self.spec.log.stat().st_size - TAIL_BYTES))
+            file.seek(max(0, size - TAIL_BYTES))
             lines = file.read(TAIL_BYTES).decode(errors="replace").splitlines()
-        return "\n".join(lines[-TAIL_LINES:])
+        return "\n".join(lines[-n_lines:])
+
+    def log_bytes(self) -> int:
+        """How long its log is; 0 without one."""
+        return self.spec.log.stat().st_size if self.spec.log is not None and self.spec.log.exists() else 0
+
+    def cpu_s(self) -> float:
+        """Processor time that it has taken, without its descendants."""
+        try:
+            times = self._process.cpu_times()
+        except psutil.ZombieProcess:  # macOS, where it has just ended
+            return 0.0
+        return float(times.user + times.system)
+
+
+class ProgressWatch:
+    """Whether a child that has work to do still gets on with it: its log grows, or it computes."""
+
+    def __init__(self, child: Child, patience_s: float) -> None:
+        self._child, self._patience_s = child, patience_s
+        self._mark()
+
+    def has_stalled(self) -> bool:
+        """Whether nothing has come of it for `patience_s` seconds; to be asked again and again while it runs."""
+        child, least_s = self._child, self._patience_s * COMPUTING_SHARE
+        if child.log_bytes() != self._log_bytes or child.cpu_s() - self._cpu_s >= least_s:
+            self._mark()
+        return time.monotonic() - self._since > self._patience_s
+
+    def _mark(self) -> None:
+        self._since, self._log_bytes, self._cpu_s = time.monotonic(), self._child.log_bytes(), self._child.cpu_s()
 
 
 async def end_all(

@@ -5,17 +5,17 @@ Light: no hivemind, so that `--help` is quick.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from common.config import EventLogConfig
 from common.errors import ConfigError, ManifestError, RecordError
-from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from common.settings import FileOnly, Preset, configured
 from coordinator.credit.config import CollectionConfig
-from coordinator.pretrained import parts_of, with_defaults
+from coordinator.pretrained import parts_of, preset_around
 from coordinator.snapshot_config import LocalSnapshotConfig, SnapshotConfig
 from coordinator.tokens import tokens_of
 from dht.swarm_config import SwarmChoice
@@ -35,14 +35,21 @@ from protocol.manifest import (
 )
 from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedDtype
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 MOST_HEADS, FEW_HEADS = 8, 4
 """Heads of the gate of a new run, whose codes are of two tokens to five."""
+
+OF_TOKENIZER = frozenset({"data.tokenizer", "data.tokenizer_bytes"})
+NOT_COMPARED = frozenset({"name", "owner", "optimizer.total_tokens", "pretrained.attach"})
+"""What flags need not say again of a run that exists; to which layers experts are attached follows from how many."""
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Preset):
     """What a new run trains. A run that exists keeps what its manifest says."""
 
     name: str = "local"
@@ -111,6 +118,11 @@ class RunConfig:
     """Exchange the weights of replicas in this format."""
     averaging_period_s: FileOnly[float] = AveragingConfig.period_s
     """Have each node begin an exchange of replicas this often, in seconds."""
+
+    def preset(self) -> Mapping[str, object]:
+        """What settings that are not given are in a run around a pretrained model; empty for any other run."""
+        known = {field.name for field in fields(self)}
+        return {name: value for name, value in preset_around(self.model).items() if name in known} if self.model else {}
 
     def averaging(self) -> AveragingConfig:
         """How the run's replicas are kept in sync."""
@@ -253,7 +265,6 @@ class ExperimentConfig:
 
 def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest:
     """The manifest that the flags describe; raises ConfigError naming what cannot be."""
-    config = with_defaults(config)
     if config.layers < 1 or config.experts < 1 or config.experts % config.layers:
         raise ConfigError(
             f"--experts {config.experts}: must be a multiple of --layers {config.layers}, the same number in each"
@@ -342,14 +353,22 @@ def owned_by(manifest: Manifest, owner: str, where: str) -> Manifest:
 def check_same_run(config: RunConfig, manifest: Manifest, where: str) -> None:
     """Raise ConfigError if a flag that was given says otherwise than the run that `where` holds already."""
     asked = _settings(manifest_of(config, owner="", total_tokens=1))
-    default = _settings(manifest_of(type(config)(), owner="", total_tokens=1))
+    default = _settings(manifest_of(_not_given(config), owner="", total_tokens=1))
     held = _settings(manifest)
+    # A model's files tell its tokenizer; what an older version made of them stays the run's.
+    ignored = NOT_COMPARED | (OF_TOKENIZER if config.model else frozenset())
     for name, value in asked.items():
-        if value not in (default[name], held[name]) and name not in {"name", "owner", "optimizer.total_tokens"}:
+        if value not in (default[name], held[name]) and name not in ignored:
             raise ConfigError(
                 f"{name}: is {value}, but the run in {where} has {held[name]}, which cannot change; "
                 "leave that flag out, or choose another --out"
             )
+
+
+def _not_given(config: RunConfig) -> RunConfig:
+    """What the run would be if no setting but its model were given, as far as that is not in the model's own files."""
+    plain, around = type(config)(), configured(type(config), {"model": config.model})
+    return replace(around, model="", d_model=plain.d_model, heads=plain.heads)
 
 
 def check_evaluators(peer_ids: tuple[str, ...]) -> None:

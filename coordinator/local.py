@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
@@ -21,9 +22,11 @@ from common.events import EventLog, read_event
 from common.folders import LOCAL_LOCK, NODE_LOCK, SWARM_LOCK, FolderClaim, claimed, wait_until_free
 from common.log_files import LogPlace, LogReader, end_of_log
 from common.program import program_name
+from common.progress import LOG_EVERY_S, progress_shown
 from common.settings import check_minimums
+from common.text import printable
 from coordinator.blocks import block_list_text, split_blocks
-from coordinator.children import PROGRAM, Child, ChildSpec, end_all, exit_words
+from coordinator.children import PROGRAM, Child, ChildSpec, ProgressWatch, end_all, exit_words
 from coordinator.config import (
     CoordinatorConfig,
     LocalConfig,
@@ -33,7 +36,6 @@ from coordinator.config import (
     read_manifest,
 )
 from coordinator.events import ChildEndedEvent, LocalEndEvent, LocalStartEvent
-from coordinator.pretrained import with_defaults
 from coordinator.snapshot_config import SNAPSHOT_MINIMUMS, SnapshotConfig, check_snapshots
 from coordinator.tokens import check_training, trained_tokenizer
 from dht.socket_folder import remove_stale_folders
@@ -48,7 +50,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SWARM_FILE_TIMEOUT_S = 60.0
+STALLED_S = 120.0
+"""How long a coordinator that is to open the run may neither say nor compute anything, such as while a disk is slow."""
+
 WATCH_PERIOD_S = 0.1
 FINISH_PATIENCE_S = 15.0
 """How long hosts may take to save after the last step."""
@@ -64,6 +68,8 @@ LEAVE_PATIENCE_S = 5.0
 
 EXIT_INTERRUPTED = 130
 TRAINER = "trainer"
+LOG_RECORD = re.compile(r"\S+ \S+ [A-Z]+ \S+: (.*)")
+MAX_WORDS_CHARS = 200
 
 
 async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
@@ -71,7 +77,6 @@ async def run_local(config: LocalConfig, stop: asyncio.Event) -> int:
 
     Raises a KilohiveError.
     """
-    config = with_defaults(config)  # of which the folder is one
     claim = FolderClaim(folder=config.folder, role="local", flag="--out", lock=LOCAL_LOCK)
     wait_until_free(claim, patience_s=0.0)
     check(config)
@@ -202,16 +207,18 @@ class LocalSwarm:
         swarm_file = self._out / "swarm.toml"
         swarm_file.unlink(missing_ok=True)
         coordinator = self._spawn(self._coordinator_spec())
-        deadline = time.monotonic() + SWARM_FILE_TIMEOUT_S
-        while not swarm_file.exists() and not self._stop.is_set():
-            if coordinator.ended():
-                raise self._death("coordinator", coordinator, "before the run was open")
-            if time.monotonic() > deadline:
-                raise UnavailableError(
-                    f"the coordinator did not open the run within {SWARM_FILE_TIMEOUT_S:.0f} s; "
-                    f"the end of its log, {coordinator.spec.log}:\n{coordinator.log_tail()}"
-                )
-            await asyncio.sleep(WATCH_PERIOD_S / 2)
+        watch = ProgressWatch(coordinator, STALLED_S)
+        with progress_shown(None, LOG_EVERY_S) as tell:
+            while not swarm_file.exists() and not self._stop.is_set():
+                if coordinator.ended():
+                    raise self._death("coordinator", coordinator, "before the run was open")
+                if watch.has_stalled():
+                    raise UnavailableError(
+                        f"the coordinator has not opened the run, and has done nothing for {STALLED_S:.0f} s; "
+                        f"the end of its log, {coordinator.spec.log}:\n{coordinator.log_tail()}"
+                    )
+                tell(0, f"the coordinator is opening the run: {_last_words(coordinator)}")
+                await asyncio.sleep(WATCH_PERIOD_S / 2)
         return coordinator
 
     async def _watch(self, coordinator: Child, hosts: list[Child], trainers: list[Child]) -> int:
@@ -332,6 +339,13 @@ class LocalSwarm:
         # The first one's own settings were shown with ours already.
         flags += ["--log-level", "warning"] * first
         return self._spec(name, "train", *flags, log=None if first else out / "log.txt")
+
+
+def _last_words(child: Child) -> str:
+    """What the last line of a child's log says, without when and from where."""
+    line = child.log_tail(n_lines=1)
+    record = LOG_RECORD.fullmatch(line)
+    return printable(record[1] if record else line)[:MAX_WORDS_CHARS]
 
 
 def _is_trainer(child: Child) -> bool:

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import fields, replace
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from common.assets import asset_of, asset_of_file, asset_store
 from common.atomic_file import write_atomically
 from common.errors import ConfigError
 from common.pretrained_source import PretrainedShape, PretrainedSource, find_pretrained, shape_of
+from common.progress import progress_shown
+from common.text import bytes_text
 from coordinator.tokens import FILE_NAME
 from protocol.manifest import MAX_NAME_CHARS
 from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from coordinator.config import RunConfig
     from protocol.manifest import Manifest
 
-C = TypeVar("C", bound="RunConfig")
-
 logger = logging.getLogger(__name__)
 
+SHOWN_AFTER_S: Final = 2.0
+PASSES: Final = 3
+"""A file is read so often at most until a copy is kept: to know it, to copy it, and the copy to check it."""
+
 DEFAULTS: Final[dict[str, Any]] = {
+    "d_model": 0,
+    "heads": 0,
     "layers": 4,
     "expert_kind": "lora",
     "expert_hidden": 2,
@@ -46,17 +53,15 @@ DEFAULTS: Final[dict[str, Any]] = {
     "batch": 1,
     "eval_bytes": 4096,
 }
-"""What a setting that was left at its default is in a run around a pretrained model: `experiment adapters` found it."""
+"""What a setting that is not given is in a run around a pretrained model: `experiment adapters` found it.
+
+The width and the heads are the model's, which 0 stands for.
+"""
 
 
-def with_defaults(config: C) -> C:
-    """`config` with the defaults of such a run, if it is one."""
-    if not config.model:
-        return config
-    usual, defaults = type(config)(), {"name": _run_name(config.model), **DEFAULTS}
-    known = {field.name for field in fields(config)} & defaults.keys()
-    left = [name for name in known if getattr(config, name) == getattr(usual, name)]
-    return replace(config, **{name: defaults[name] for name in left})
+def preset_around(model: str) -> dict[str, object]:
+    """What settings that are not given are in a run around the pretrained model that a person calls `model`."""
+    return {"name": _run_name(model), **DEFAULTS}
 
 
 def _run_name(model: str) -> str:
@@ -70,25 +75,50 @@ def described(name: str) -> tuple[PretrainedSource, PretrainedShape, tuple[Pretr
     """The model that a person calls `name`, its shape, and its files as a manifest has them. Raises ConfigError."""
     logger.info("Reading the pretrained model %s", name)
     source = find_pretrained(name)
-    return source, shape_of(source), files_of(source)
+    files = files_of(source)
+    logger.info("Reading the tokenizer of the pretrained model")
+    return source, shape_of(source), files
 
 
 def files_of(source: PretrainedSource) -> tuple[PretrainedFile, ...]:
     """The files of a model as a manifest has them. Raises ConfigError."""
     files = []
-    for file in source.names:
-        try:
-            asset = asset_of_file(source.folder / file)
-        except OSError as error:
-            raise ConfigError(f"--model {source.folder / file}: cannot be read: {error.strerror or error}") from None
-        files.append(PretrainedFile(name=file, sha256=asset.sha256, n_bytes=asset.n_bytes))
+    with _bytes_told("read to know the pretrained model's files by what they hold", _n_bytes(source)) as tell:
+        for file in source.names:
+            try:
+                asset = asset_of_file(source.folder / file, tell)
+            except OSError as error:
+                raise ConfigError(
+                    f"--model {source.folder / file}: cannot be read: {error.strerror or error}"
+                ) from None
+            files.append(PretrainedFile(name=file, sha256=asset.sha256, n_bytes=asset.n_bytes))
     return tuple(files)
+
+
+def _n_bytes(source: PretrainedSource) -> int:
+    return sum(path.stat().st_size for path in map(source.folder.joinpath, source.names) if path.is_file())
+
+
+@contextmanager
+def _bytes_told(what: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes have been `what` while the context lasts; it gives what hears of each piece."""
+    done = 0
+    with progress_shown(n_bytes, SHOWN_AFTER_S) as show:
+
+        def tell(of_piece: int) -> None:
+            nonlocal done
+            done += of_piece
+            show(done, f"{bytes_text(done)} of {bytes_text(n_bytes)} {what}")
+
+        yield tell
 
 
 def parts_of(config: RunConfig) -> tuple[PretrainedConfig, DataConfig, PretrainedShape]:
     """What a manifest says of the model and of its tokens, which are the model's own. Raises ConfigError."""
     if config.tokenizer or config.train_tokenizer:
         raise ConfigError("--model: brings its tokenizer along; leave out --tokenizer and --train-tokenizer")
+    if config.d_model or config.heads:
+        raise ConfigError("--model: brings its width and its attention along; leave out --d-model and --heads")
     _, shape, files = described(config.model)
     if not 1 <= config.layers <= shape.n_layers:
         raise ConfigError(f"--layers: must be from 1 to the model's {shape.n_layers}, is {config.layers}")
@@ -114,7 +144,9 @@ def keep_pretrained(manifest: Manifest, out: Path, name: str) -> None:
     if files != manifest.pretrained.files:
         raise ConfigError(f"--model {name}: has other files than the model of the run in {out}")
     store = asset_store()
-    for file in source.names:
-        store.add_file(source.folder / file)
-    write_atomically(out / FILE_NAME, shape.tokenizer)
-    store.add(shape.tokenizer)
+    with _bytes_told("read to keep a copy of the pretrained model", PASSES * _n_bytes(source)) as tell:
+        for file in source.names:
+            store.add_file(source.folder / file, tell)
+    if asset_of(shape.tokenizer) == manifest.data.tokenizer_asset:  # else an older version has read the same files
+        write_atomically(out / FILE_NAME, shape.tokenizer)
+        store.add(shape.tokenizer)

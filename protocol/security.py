@@ -7,6 +7,8 @@ that the channel takes. In `insecure_local` calls are plain and unsigned, and st
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import ssl
 import time
 from dataclasses import dataclass
@@ -42,6 +44,9 @@ OPTIONS = (
     # A proxy of the environment is for the web: it cannot reach peers, and none of them is behind it.
     ("grpc.enable_http_proxy", 0),
 )
+
+
+READ_BYTES = 16_384
 
 
 class NotConnectedError(UnavailableError):
@@ -154,13 +159,41 @@ async def _proven_certificate(address: Address, timeout_s: float, clock: Callabl
 
 
 async def _certificate_at(endpoint: str) -> bytes:
+    """What a server shows in a handshake that is ours and not the event loop's.
+
+    uvloop's, cancelled when the server has just answered, leaves the connection open, or logs that it is closed.
+    """
     host, port = _host_and_port(endpoint)
-    _, writer = await asyncio.open_connection(host, port, ssl=_any_certificate())
+    reader, writer = await asyncio.open_connection(host, port)
     try:
-        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return await _shown_certificate(reader, writer, host)
     finally:
         writer.transport.abort()
-    return der or b""
+
+
+async def _shown_certificate(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str) -> bytes:
+    """The certificate in DER, empty without one. How much a server may say before that, OpenSSL bounds."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = _any_certificate().wrap_bio(incoming, outgoing, server_hostname=host)
+    while not _is_agreed(tls):
+        writer.write(outgoing.read())
+        await writer.drain()
+        piece = await reader.read(READ_BYTES)
+        if not piece:
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        incoming.write(piece)
+    writer.write(outgoing.read())
+    await writer.drain()
+    return tls.getpeercert(binary_form=True) or b""
+
+
+def _is_agreed(tls: ssl.SSLObject) -> bool:
+    """Go on with a handshake; whether it is done, or waits for more of the server's."""
+    try:
+        tls.do_handshake()
+    except ssl.SSLWantReadError:
+        return False
+    return True
 
 
 def _any_certificate() -> ssl.SSLContext:

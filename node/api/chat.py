@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from protocol.manifest import Manifest
+
 MAX_TEMPLATE_BYTES = 1 << 20
+REMEDY: Final = "name one that fits in the setting chat_template"
+SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""Tokens that a template may name."""
+
 ROLES: Final = ("system", "developer", "user", "assistant")
 
 
@@ -77,15 +83,13 @@ class TemplateChat:
         return str(rendered[0][0])
 
 
-def read_chat(path: Path | None) -> Chat:
-    """The template in a Jinja file or a tokenizer_config.json; plain without a file.
+def read_chat(path: Path) -> Chat:
+    """The template in a Jinja file or a tokenizer_config.json.
 
     Raises:
         ConfigError: the file cannot be read.
         DataError: it holds no template that can be rendered.
     """
-    if path is None:
-        return PlainChat()
     chat = _read(path)
     if chat is None:
         raise DataError(f"{path}: has no text {CHAT_TEMPLATE}")
@@ -95,6 +99,23 @@ def read_chat(path: Path | None) -> Chat:
 def exported_chat(folder: Path) -> Chat:
     """The template in the folder of an exported model; plain if it has none. Raises what `read_chat` does."""
     return _read(folder / TOKENIZER_CONFIG) or PlainChat()
+
+
+def chat_of_run(manifest: Manifest) -> Chat:
+    """The template of the pretrained model that a run is built around, whose files have to be on this machine.
+
+    Plain for a run or a model that has none; what it writes is what the run's export would. Raises DataError.
+    """
+    if manifest.model.trunk != "hf":
+        return PlainChat()
+    from node.model.pretrained_tokens import read_tokens  # noqa: PLC0415 - few runs need the library's tokenizers
+
+    tokens = read_tokens(manifest)
+    if tokens.chat_template is None:
+        return PlainChat()
+    special = {part: token for part, token in tokens.special.items() if part in SPECIAL}
+    chat = TemplateChat(template=tokens.chat_template, special=special)
+    return _tried(chat, f"the template of the pretrained model of {manifest.run_id}")
 
 
 def _read(path: Path) -> TemplateChat | None:
@@ -107,11 +128,16 @@ def _read(path: Path) -> TemplateChat | None:
     if len(data) > MAX_TEMPLATE_BYTES:
         raise DataError(f"{path}: is longer than {MAX_TEMPLATE_BYTES:,} bytes, too long for a chat template")
     chat = _parsed(path, data.decode("utf-8", "replace"))
+    return None if chat is None else _tried(chat, str(path))
+
+
+def _tried(chat: TemplateChat, where: str) -> TemplateChat:
+    if len(chat.template) > MAX_TEMPLATE_BYTES:
+        raise DataError(f"{where}: is longer than {MAX_TEMPLATE_BYTES:,} bytes; {REMEDY}")
     try:
-        if chat is not None:
-            chat.text([Turn(role="user", content="Hello")])
+        chat.text([Turn(role="user", content="Hello")])
     except InvalidInputError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{where}: {error}; {REMEDY}") from None
     return chat
 
 
@@ -126,7 +152,7 @@ def _parsed(path: Path, text: str) -> TemplateChat | None:
         return None
     if not isinstance(table, dict) or not isinstance(table[CHAT_TEMPLATE], str):
         raise DataError(f"{path}: has no text {CHAT_TEMPLATE}")
-    tokens = {name: _token(table.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    tokens = {name: _token(table.get(name)) for name in SPECIAL}
     return TemplateChat(template=table[CHAT_TEMPLATE], special={name: token for name, token in tokens.items() if token})
 
 

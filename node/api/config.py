@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - tyro reads the annotation
 from typing import Final
 
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
@@ -26,10 +26,10 @@ MINIMUMS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(SwarmConfig):
-    """Serve a run's model over HTTP: a checkpoint's trunk over the swarm's experts, or an export."""
+    """Serve a run's model over HTTP: a trainer's trunk over the swarm's experts, or an export."""
 
-    out: Path = Path("runs/local")
-    """Take the trunk's checkpoint from this folder."""
+    out: Path | None = None
+    """Take the trunk from this trainer's folder instead of a live trainer."""
     export: Path | None = None
     """Serve the model in this folder of `export` instead of a swarm's."""
     listen: str = "127.0.0.1"
@@ -47,7 +47,7 @@ class ServeConfig(SwarmConfig):
     tokenizer: FileOnly[str] = ""
     """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
     chat_template: FileOnly[str] = ""
-    """Write chats as the template in this file says, a Jinja file or a tokenizer_config.json."""
+    """Write chats as the template in this Jinja file or tokenizer_config.json says, instead of the model's own."""
     max_queue: FileOnly[int] = 64
     """Let this many texts wait for their turn; more are refused with a retry delay."""
     cache_mb: FileOnly[float] = 1024.0

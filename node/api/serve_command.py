@@ -23,7 +23,7 @@ from common.web.request_checks import CheckConfig
 from dht.addresses import served_address
 from node.api.app import AppConfig, build_app
 from node.api.batch import BatchLimits, ContinuousBatch
-from node.api.chat import exported_chat, read_chat
+from node.api.chat import chat_of_run, exported_chat, read_chat
 from node.api.config import MINIMUMS
 from node.api.served_model import ExpertsInProcess, ServedModel, SwarmExperts
 from node.model.devices import pick_device
@@ -93,9 +93,14 @@ def served_model(config: ServeConfig, stop: asyncio.Event) -> AbstractAsyncConte
 
 @asynccontextmanager
 async def served_by_swarm(config: ServeConfig, stop: asyncio.Event) -> AsyncIterator[ServedModel]:
-    """The run's trunk over the experts of the swarm that it joins, until the context ends."""
-    chat = await asyncio.to_thread(read_chat, Path(config.chat_template) if config.chat_template else None)
+    """The run's trunk over the experts of the swarm that it joins, until the context ends.
+
+    Chats are written as the template of the run's pretrained model says, unless `config` names another.
+    """
+    chat = await asyncio.to_thread(read_chat, Path(config.chat_template)) if config.chat_template else None
     async with trained_model(_trunk_config(config), stop) as trained:
+        if chat is None:
+            chat = await asyncio.to_thread(chat_of_run, trained.manifest)
         yield ServedModel(
             name=trained.manifest.run_id,
             model=trained.model,

@@ -70,9 +70,10 @@ class JoinConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """A replica's state; `is_corroborated` if the weights of a second one agree with it."""
+    """A replica's state, and whose it is; `is_corroborated` if the weights of a second one agree with it."""
 
     state: ReplicaState
+    peer_id: str
     is_corroborated: bool
 
 
@@ -158,10 +159,11 @@ class _Fetch:
                 continue
             for earlier in answered:
                 if (whole := await self._corroborated(earlier, answer)) is not None:
-                    return Fetched(state=whole, is_corroborated=True)
+                    return Fetched(state=whole, peer_id=earlier.source.peer_id, is_corroborated=True)
             answered.append(answer)
         if len(answered) == 1:
-            return Fetched(state=await self._from_one(answered[0]), is_corroborated=False)
+            state, peer_id = await self._from_one(answered[0]), answered[0].source.peer_id
+            return Fetched(state=state, peer_id=peer_id, is_corroborated=False)
         if first and not answered:
             self._partials.keep(first)
         raise UnavailableError(_nobody(sources, answered, self._config.max_distance))

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, cast
 
 from common.assets import asset_store
 from common.errors import ConfigError, DataError, DrainingError
-from common.events import EventLog
 from common.folders import FolderClaim, claimed
 from common.progress import progress_shown
 from common.settings import check_minimums
 from common.tasks import until_stopped
 from common.text import bytes_text
-from node.averaging.node_averaging import Averaging
 from node.export.card import card_text, training_of
 from node.export.small_files import small_files
 from node.export.source import Checkpoint, PartSource
@@ -24,6 +22,7 @@ from node.membership.config import ReachConfig
 from node.membership.swarm import Swarm
 from node.trainer.evaluation import print_result
 from node.trainer.exported.layout import PretrainedPiece, groups_of, parts_of
+from node.trainer.live_trunk import live_replicas
 from node.trainer.run_files import fetch_tokenizer
 from protocol.exportable import check_exportable
 from protocol.identity import Identity
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from node.averaging.live_replicas import LiveReplicas
     from node.export.config import ExportConfig
     from node.export.pretrained_model import PretrainedParts
     from node.trainer.exported.layout import ModelPart
@@ -97,12 +97,8 @@ async def _export(config: ExportConfig, swarm: Swarm, stop: asyncio.Event) -> No
         unfinished.clear()
         return
     await asyncio.to_thread(unfinished.check_room)
-    averaging = Averaging(manifest, swarm.security, swarm.directory, EventLog())
-    try:
-        replicas = PartSource(manifest, swarm.directory, averaging.client, config.wait_for_replicas_s, outline)
-        await _Exporting(unfinished, _Sources(manifest, replicas, config.trunk, pretrained), stop).run()
-    finally:
-        await averaging.stop()
+    async with live_replicas(swarm, config.wait_for_replicas_s, "--trunk") as replicas:
+        await _Exporting(unfinished, _Sources(replicas, config.trunk, pretrained), stop).run()
     files = await asyncio.to_thread(_files, config, unfinished, swarm, pretrained)
     await asyncio.to_thread(unfinished.finish, files)
 
@@ -141,10 +137,10 @@ class _Progress:
 class _Sources:
     """Where parts come from: replicas, the trunk's checkpoint if there is one, the pretrained model's files."""
 
-    def __init__(
-        self, manifest: Manifest, replicas: PartSource, trunk: Path | None, pretrained: PretrainedParts | None
-    ) -> None:
-        self._manifest, self._replicas, self._pretrained = manifest, replicas, pretrained
+    def __init__(self, replicas: LiveReplicas, trunk: Path | None, pretrained: PretrainedParts | None) -> None:
+        self._replicas, self._pretrained = replicas, pretrained
+        self._outline = None if pretrained is None else pretrained.outline
+        self._parts = PartSource(replicas, self._outline)
         self._checkpoint = Checkpoint(trunk) if trunk else None
 
     async def wait_for(self, parts: Sequence[ModelPart]) -> None:
@@ -158,11 +154,10 @@ class _Sources:
         if pretrained is not None and isinstance(block_id, PretrainedPiece):
             return await asyncio.to_thread(pretrained.tensors, part), Taken(version=0, word="the run's files")
         if block_id != TRUNK:
-            return await self._replicas.fetch_block(cast("BlockId", block_id), part.tensors)
+            return await self._parts.fetch_block(cast("BlockId", block_id), part.tensors)
         if self._checkpoint is None:
-            return await self._replicas.fetch_trunk()
-        outline = None if pretrained is None else pretrained.outline
-        return await asyncio.to_thread(self._checkpoint.read, self._manifest, outline)
+            return await self._parts.fetch_trunk()
+        return await asyncio.to_thread(self._checkpoint.read, self._replicas.manifest, self._outline)
 
 
 class _Exporting:

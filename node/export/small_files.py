@@ -44,14 +44,15 @@ def small_files(
         },
         "weight_map": {tensor.name: name for name, tensor in of_files},
     }
-    library = None if pretrained is None else pretrained.library
+    library, tokens = (None, None) if pretrained is None else (pretrained.library, pretrained.tokens)
+    max_tokens = manifest.model.context if pretrained is None else pretrained.max_tokens
     return {
         CONFIG: config_text(manifest, taken[TRUNK].version, n_strides, library).encode(),
         INDEX: _json(index),
         GENERATION: _json(_generation(manifest.model.context, pretrained)),
         **{name: files(exported).joinpath(name).read_bytes() for name in CODE[manifest.model.trunk]},
         CARD: card.encode(),
-        **tokenizer_files(tokenizer, manifest.model.context, None if pretrained is None else pretrained.tokens),
+        **tokenizer_files(tokenizer, max_tokens, tokens),
     }
 
 

@@ -11,7 +11,7 @@ from common.vocabulary import BYTE_VALUES
 from node.trainer.exported.layout import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
-    from node.export.pretrained_model import PretrainedTokens
+    from node.model.pretrained_tokens import PretrainedTokens
 
 PADDING_BYTE: Final = 0
 """Fills up a batch of texts where tokens are bytes. It is a token like any other, so it has to be masked."""
@@ -42,11 +42,12 @@ def tokenizer_files(
 ) -> dict[str, bytes]:
     """The files by name: from the run's own `tokenizer.json`, or, without one, for a run whose tokens are bytes.
 
-    `pretrained` is what is known of the tokens of the model that the run is built around.
+    `context` are the most tokens that the model reads at once. `pretrained` is what is known of the tokens of the model
+    that the run is built around.
     """
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context if pretrained is None else pretrained.max_tokens,
+        "model_max_length": context,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }

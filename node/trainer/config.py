@@ -92,10 +92,10 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(CallerConfig):
-    """Measure held-out bits per byte of a run, with the trunk from a checkpoint and the swarm's experts."""
+    """Measure held-out bits per byte of a run, with the trunk of a trainer and the swarm's experts."""
 
-    out: Path = Path("runs/local")
-    """Take the trunk's checkpoint from this folder."""
+    out: Path | None = None
+    """Take the trunk from this trainer's folder instead of a live trainer."""
     export: Path | None = None
     """Take the whole model from this folder, as `export` wrote it, and no swarm."""
     data: Path | None = None
@@ -114,10 +114,10 @@ class EvaluateConfig(CallerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(CallerConfig):
-    """Let a run's model write text, with the trunk from a checkpoint and the swarm's experts."""
+    """Let a run's model write text, with the trunk of a trainer and the swarm's experts."""
 
-    out: Path = Path("runs/local")
-    """Take the trunk's checkpoint from this folder."""
+    out: Path | None = None
+    """Take the trunk from this trainer's folder instead of a live trainer."""
     export: Path | None = None
     """Take the whole model from this folder, as `export` wrote it, and no swarm."""
     prompt: str = "The "
@@ -150,8 +150,8 @@ class SampleConfig(CallerConfig):
 class InspectConfig(CallerConfig):
     """Show what each expert of a trained model is chosen for, what its layer tells of topics, and what it is worth."""
 
-    out: Path = Path("runs/local")
-    """Take the trunk's checkpoint from this folder."""
+    out: Path | None = None
+    """Take the trunk from this trainer's folder instead of a live trainer."""
     export: Path | None = None
     """Take the whole model from this folder, as `export` wrote it, and no swarm."""
     data: Path | None = None

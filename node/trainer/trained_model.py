@@ -1,6 +1,7 @@
 """A trained model: what `evaluate`, `sample` and `inspect` use.
 
-Its trunk is from a checkpoint and its experts are the swarm's as they are now, or all of it is from an exported folder.
+Its trunk is a live trainer's or a checkpoint's, and its experts are the swarm's as they are now; or all of it is from
+an exported folder.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from node.membership.swarm import Swarm
 from node.model.devices import pick_device
 from node.trainer.dispatch.dispatcher import DispatchConfig, Dispatcher, dispatch_over
 from node.trainer.exported.loading import open_export
+from node.trainer.live_trunk import live_replicas, take_trunk
 from node.trainer.run_files import fetch_tokenizer
 from node.trainer.train_step import build_model
-from node.trainer.trunk_state import TrainingProgress, load_trunk_weights
+from node.trainer.trunk_state import load_trunk_weights
 from protocol.identity import Identity
+from protocol.manifest import TRUNK
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
     from common.tokenizer import Tokenizer
+    from node.averaging.live_replicas import LiveReplicas
     from node.model.trunk import Trunk
     from node.trainer.config import EvaluateConfig, InspectConfig, SampleConfig
     from protocol.manifest import Manifest
@@ -38,42 +42,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """A trunk in evaluation mode over remote experts, and how far it was trained."""
+    """A trunk in evaluation mode over remote experts; `age` says in words how far it was trained."""
 
     model: Trunk
     tokenizer: Tokenizer
     swarm: Swarm
     manifest: Manifest
     dispatcher: Dispatcher
-    progress: TrainingProgress
+    age: str
     device: torch.device
 
 
 @asynccontextmanager
 async def trained_model(config: TrainedModelConfig, stop: asyncio.Event) -> AsyncIterator[TrainedModel]:
-    """Join the swarm that `config` names, until the block ends; DrainingError if `stop` comes before that."""
+    """Join the swarm that `config` names, until the block ends; DrainingError if `stop` comes before that.
+
+    Raises CheckpointError where the folder that `config` names has no trunk of the run's, UnavailableError where it
+    names none and no trainer has one.
+    """
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     swarm = Swarm(config, Identity.generate(), ReachConfig(listen=config.listen))
     try:
         await until_stopped(swarm.join(), stop)
-        tokenizer = await fetch_tokenizer(swarm, config.tokenizer, config.join_timeout_s, stop)
-        dispatcher = dispatch_over(swarm, DispatchConfig())
-        manifest = swarm.manifest
-        generator = torch.Generator().manual_seed(manifest.seed)
-        model = build_model(manifest, dispatcher, generator).to(device).eval()
-        progress = load_trunk_weights(config.out, model, manifest.run_id)
+        async with live_replicas(swarm, config.join_timeout_s, "--out") as replicas:
+            if config.out is None:  # told before files are fetched that only trainers have
+                await until_stopped(replicas.wait_for([TRUNK]), stop)
+            tokenizer = await fetch_tokenizer(swarm, config.tokenizer, config.join_timeout_s, stop)
+            dispatcher = dispatch_over(swarm, DispatchConfig())
+            generator = torch.Generator().manual_seed(swarm.manifest.seed)
+            model = build_model(swarm.manifest, dispatcher, generator).to(device).eval()
+            age = await until_stopped(_take_weights(config.out, model, replicas), stop)
         yield TrainedModel(
             model=model,
             tokenizer=tokenizer,
             swarm=swarm,
-            manifest=manifest,
+            manifest=swarm.manifest,
             dispatcher=dispatcher,
-            progress=progress,
+            age=age,
             device=device,
         )
     finally:
         await swarm.leave()
+
+
+async def _take_weights(folder: Path | None, model: Trunk, replicas: LiveReplicas) -> str:
+    """Fill the model from a trainer's folder, or from a live trainer; how far it was trained, in words."""
+    if folder is not None:
+        return f"step {load_trunk_weights(folder, model, replicas.manifest.run_id).step}"
+    return _version_words((await take_trunk(model, replicas)).version)
+
+
+def _version_words(version: int) -> str:
+    """How far a trunk was trained of which no trainer's step is known."""
+    return f"version {version} of its trunk"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +128,7 @@ async def text_model(config: TrainedModelConfig, stop: asyncio.Event) -> AsyncIt
             model=trained.model,
             tokenizer=trained.tokenizer,
             manifest=trained.manifest,
-            age=f"step {trained.progress.step}",
+            age=trained.age,
             device=trained.device,
             dispatcher=trained.dispatcher,
         )
@@ -122,6 +144,6 @@ def _exported(config: TrainedModelConfig, folder: Path) -> TextModel:
         model=exported.model,
         tokenizer=exported.tokenizer,
         manifest=exported.config.manifest,
-        age=f"version {exported.config.trunk_version} of its trunk",
+        age=_version_words(exported.config.trunk_version),
         device=device,
     )

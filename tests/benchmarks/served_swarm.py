@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from common.pretrained_source import SMOLLM2
+from common.settings import configured
 from coordinator.blocks import block_list_text, split_blocks
 from coordinator.config import CoordinatorConfig, manifest_of
-from coordinator.pretrained import keep_pretrained, with_defaults
+from coordinator.pretrained import keep_pretrained
 from experiments.harness.provenance import ROOT
 from experiments.live.processes import process_swarm
 from node.data import open_dataset
@@ -80,7 +81,8 @@ class ServedSwarm:
 @contextmanager
 def served_smollm2(context: int, threads: int) -> Iterator[ServedSwarm]:
     """The model of `context` tokens over fresh hosts; each process computes with `threads` threads."""
-    config = with_defaults(CoordinatorConfig(name="bench", model=SMOLLM2, context=context, experts=EXPERTS))
+    settings = {"name": "bench", "model": SMOLLM2, "context": context, "experts": EXPERTS}
+    config = configured(CoordinatorConfig, settings)
     manifest = manifest_of(config, owner="", total_tokens=config.total_tokens)
     with tempfile.TemporaryDirectory(prefix="kilohive-bench-") as folder, ExitStack() as stack:
         swarm = stack.enter_context(process_swarm(Path(folder), manifest))

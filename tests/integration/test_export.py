@@ -109,7 +109,6 @@ async def test_the_trunk_comes_from_a_live_trainer_and_blocks_from_two_replicas(
 async def test_an_export_that_is_stopped_or_killed_goes_on_to_the_same_folder(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("node.export.command.AT_ONCE", 1)  # else a stop may end a connection in its handshake
     async with trained_run(tmp_path, BYTE_RUN, text, n_hosts=1) as run:
         config = ExportConfig(swarm=run.swarm_file, out=tmp_path / "whole", trunk=run.trainer_folder)
         await run_export(config, asyncio.Event())

@@ -116,7 +116,6 @@ async def test_swarm_process_and_stranger_have_one_model(
 async def test_an_export_that_is_stopped_or_killed_goes_on_to_the_same_folder_and_names_a_file_that_is_gone(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("node.export.command.AT_ONCE", 1)  # else a stop may end a connection in its handshake
     monkeypatch.setattr("node.trainer.exported.layout.PIECE_BYTES", 20_000)
     manifest = manifest_around(tmp_path / "pretrained")
     async with trained_run(tmp_path, manifest, text, n_hosts=1) as run:

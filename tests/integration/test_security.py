@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import socket
+import ssl
+import threading
+import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 import pytest
@@ -19,6 +24,7 @@ from node.trainer.dispatch.client import ExpertClient
 from protocol import expert_pb2 as pb
 from protocol.admission import Admission
 from protocol.call_signature import CALLER_KEY
+from protocol.certificate import certificate_of
 from protocol.endpoints import Address
 from protocol.identity import Identity
 from protocol.security import Caller, NotConnectedError, Security
@@ -26,6 +32,7 @@ from protocol.version import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
 HOST, STRANGER, TRAINER = (Security(Identity.generate()) for _ in range(3))
 SERVICE = f"{pb.DESCRIPTOR.package}.Expert"
@@ -215,3 +222,82 @@ async def test_plain_calls_stay_on_this_machine() -> None:
         NodeServer((), (), "192.0.2.1", 0, plain)
     with pytest.raises(NotConnectedError, match="calls this machine only"):
         await plain.caller().open(Address(HOST.identity.peer_id, "192.0.2.1:4000"), WAIT_S)
+
+
+class SlowTlsServer:
+    """A server in a thread, that answers a TLS greeting when it is told to and then waits for the caller to go."""
+
+    def __init__(self, folder: Path) -> None:
+        certificate = certificate_of(HOST.identity, time.time())
+        (folder / "chain.pem").write_bytes(certificate.chain)
+        (folder / "key.pem").write_bytes(certificate.key)
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(folder / "chain.pem", folder / "key.pem")
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.greeted, self.go, self.answered, self.left = (threading.Event() for _ in range(4))
+        self._thread = threading.Thread(target=self._serve)
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go.set()
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self._context.wrap_bio(incoming, outgoing, server_side=True)
+        connection, _ = self._listener.accept()
+        with connection:
+            connection.settimeout(WAIT_S)
+            incoming.write(connection.recv(65_536))
+            self.greeted.set()
+            self.go.wait(WAIT_S)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+            connection.sendall(outgoing.read())
+            self.answered.set()
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(65_536):
+                    pass
+        self.left.set()
+
+
+@pytest.mark.parametrize("is_answered", [False, True], ids=["silent", "answered meanwhile"])
+async def test_a_caller_that_is_stopped_in_the_handshake_hangs_up_and_nothing_is_logged(
+    tmp_path: Path, is_answered: bool
+) -> None:
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    with SlowTlsServer(tmp_path) as server:
+        address = Address(HOST.identity.peer_id, server.endpoint)
+        opening = asyncio.create_task(TRAINER.caller().open(address, WAIT_S))
+        assert await asyncio.to_thread(server.greeted.wait, WAIT_S)
+        if is_answered:  # while this loop waits, so that it learns of the answer and of the stop at once
+            server.go.set()
+            assert server.answered.wait(WAIT_S)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        server.go.set()
+        assert await asyncio.to_thread(server.left.wait, WAIT_S)
+        gc.collect()  # a task or a future whose error nobody has asked for says so then
+        await asyncio.sleep(0)
+    assert problems == []
+
+
+async def test_a_port_that_hangs_up_in_the_handshake_cannot_be_reached() -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        endpoint = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(NotConnectedError, match=f"{endpoint} cannot be reached: Connection reset by peer"):
+            await TRAINER.caller().open(Address(HOST.identity.peer_id, endpoint), WAIT_S)

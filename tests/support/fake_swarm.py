@@ -9,6 +9,8 @@ What each child does comes from the environment, KILOHIVE_FAKE: JSON of {child: 
     begin exit N    a trainer: write the `start` event, then exit with N when the file `go` is there
     begin wait      a trainer: write the `start` event, then wait
     later exit N    exit with N when the file `later` is there
+    slowly N        a coordinator: write a line to its log N times, 0.1 s apart, before it opens the run
+    silent          a coordinator: say nothing, and never open the run
 """
 
 from __future__ import annotations
@@ -58,10 +60,14 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         grandchild = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True)
         note(out, f"{name}-grandchild", grandchild.pid)
+    note(out, name, os.getpid())
+    if behaviour.startswith("slowly"):
+        speak(int(behaviour.split()[1]))
+    if behaviour == "silent":
+        wait(stubborn=False)
     if name == "coordinator" and not behaviour.startswith("exit"):
         SwarmFile(run_id=opened_run(arguments).run_id, initial_peers=(PEER,)).write(out / "swarm.toml")
     (out / f"{name}.argv").write_text(json.dumps(sys.argv[1:]), encoding="utf-8")
-    note(out, name, os.getpid())
     print(f"{name} says something before it ends", flush=True)
     if behaviour.startswith("begin"):
         with (arguments.out / "events.jsonl").open("a", encoding="utf-8") as events:
@@ -99,6 +105,13 @@ def place(arguments: argparse.Namespace) -> tuple[str, Path]:
     if arguments.command == "train" and arguments.out.name.startswith("trainer-"):
         return arguments.out.name, arguments.out.parent
     return arguments.command.replace("train", "trainer"), arguments.out
+
+
+def speak(times: int) -> None:
+    """Write lines as a program that is slow writes them to its log."""
+    for number in range(times):
+        print(f"2026-12-01 10:00:00,000 INFO common.progress: {number} GB of {times} GB read", flush=True)
+        time.sleep(0.1)
 
 
 def wait_for(file: Path, behaviour: str) -> None:

@@ -21,8 +21,11 @@ WIDTH, HIDDEN, N_LAYERS, N_HEADS, N_KEY_HEADS = 32, 64, 3, 4, 2
 """Quantised rows are multiples of 32 numbers."""
 
 
-def save_gguf(path: Path) -> Path:
-    """Write the file; its weights are random, its tokenizer and its template are those of `save_chat_model`."""
+def save_gguf(path: Path, splits: str = "default") -> Path:
+    """Write the file; its weights are random, its tokenizer and its template are those of `save_chat_model`.
+
+    `splits` is what the file says of how its tokenizer splits text.
+    """
     writer = GGUFWriter(path, "llama")
     writer.add_name("Tiny")
     writer.add_context_length(64)
@@ -34,7 +37,7 @@ def save_gguf(path: Path) -> Path:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(N_TOKENS)
-    _add_tokens(writer)
+    _add_tokens(writer, splits)
     for name, shape in _shapes().items():
         _add_weight(writer, name, shape)
     writer.write_header_to_file()
@@ -44,7 +47,7 @@ def save_gguf(path: Path) -> Path:
     return path
 
 
-def _add_tokens(writer: GGUFWriter) -> None:
+def _add_tokens(writer: GGUFWriter, splits: str) -> None:
     table = json.loads(chat_tokenizer())
     ids: dict[str, int] = {
         **table["model"]["vocab"],
@@ -52,7 +55,7 @@ def _add_tokens(writer: GGUFWriter) -> None:
     }
     tokens = sorted(ids, key=ids.__getitem__)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(splits)
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if token == END else TokenType.NORMAL for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in table["model"]["merges"]])

@@ -9,10 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
+from tokenizers import Tokenizer
 
 from common.errors import ConfigError
 from common.pretrained_source import PretrainedSource, find_pretrained, shape_of
 from common.tokenizer import FileTokenizer
+from tests.support.tiny_gguf import save_gguf
 from tests.support.tiny_pretrained import N_TOKENS, save_pretrained
 
 if TYPE_CHECKING:
@@ -51,6 +53,38 @@ def test_a_gguf_file_is_one_file(tmp_path: Path) -> None:
     assert find_pretrained(str(path)) == PretrainedSource(folder=tmp_path, names=("small.gguf",), gguf="small.gguf")
     with pytest.raises(ConfigError, match=r"small\.gguf: is no model that transformers reads"):
         shape_of(find_pretrained(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("gpt-2", ["I", "'m", "Ġ", "Ġ1234", "ĊĊ"]),
+        ("default", ["I", "'m", "Ġ", "Ġ1234", "ĊĊ"]),
+        ("smollm", ["I", "'m", "ĠĠ", "1", "2", "3", "4", "ĊĊ"]),
+        ("starcoder", ["I", "'m", "ĠĠ", "1", "2", "3", "4", "ĊĊ"]),
+        ("llama-bpe", ["I", "'m", "Ġ", "Ġ", "123", "4", "ĊĊ"]),
+        ("qwen2", ["I", "'m", "Ġ", "Ġ", "1", "2", "3", "4", "ĊĊ"]),
+    ],
+)
+def test_a_gguf_files_tokenizer_splits_text_as_the_file_says(
+    tmp_path: Path, name: str, pieces: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = shape_of(find_pretrained(str(save_gguf(tmp_path / "tiny.gguf", name))))
+    splits = Tokenizer.from_buffer(shape.tokenizer).pre_tokenizer
+    assert splits is not None
+    assert [piece for piece, _ in splits.pre_tokenize_str("I'm  1234\n\n")] == pieces
+    assert not caplog.messages
+
+
+def test_a_name_for_splits_that_nobody_knows_is_told_and_refuses_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known, unknown = (
+        shape_of(find_pretrained(str(save_gguf(tmp_path / f"{name}.gguf", name)))) for name in ("gpt-2", "hive\x1b[2J")
+    )
+    assert unknown == known
+    (told,) = caplog.messages
+    assert "its tokenizer splits text as hive·[2J does, which is not known here" in told
 
 
 def test_what_is_no_model_is_refused_with_what_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from common.errors import ConfigError, UnavailableError
 from common.events import EventLog
 from common.log_files import end_of_log
-from coordinator.children import exit_words
+from coordinator.children import Child, ChildSpec, ProgressWatch, exit_words
 from coordinator.config import LocalConfig, manifest_of
 from coordinator.local import EXIT_INTERRUPTED, LocalSwarm, check, run_local
 from tests.support.fake_swarm import STARTED
@@ -203,6 +204,48 @@ async def test_when_no_host_is_left_the_swarm_ends(tmp_path: Path, behave: Calla
         os.kill(pids(tmp_path)[name], signal.SIGKILL)
     with pytest.raises(UnavailableError, match="was killed by SIGKILL so that no expert is left"):
         await swarm
+
+
+async def test_a_coordinator_is_waited_for_as_long_as_it_says_something_and_its_words_are_passed_on(
+    tmp_path: Path,
+    behave: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("coordinator.local.STALLED_S", 1.5)
+    monkeypatch.setattr("coordinator.local.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("common.progress._Log.every_s", 0.0)
+    behave({"coordinator": "slowly 20", "trainer": "begin exit 0"})
+    with caplog.at_level(logging.INFO, "common.progress"):
+        assert await run_to_the_end(tmp_path, n_children=4) == 0
+    assert "the coordinator is opening the run: 7 GB of 20 GB read" in caplog.messages
+
+
+async def test_a_coordinator_that_does_nothing_is_given_up(
+    tmp_path: Path, behave: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.local.STALLED_S", 1.0)
+    behave({"coordinator": "silent"})
+    with pytest.raises(UnavailableError, match="has not opened the run, and has done nothing for 1 s; the end of its"):
+        await run(tmp_path)
+    assert not running(pids(tmp_path).values())
+
+
+def test_a_child_that_computes_in_silence_gets_on_with_its_work(tmp_path: Path) -> None:
+    words = (sys.executable, "-c", "while True: pass")
+    computing = Child(ChildSpec(name="computing", argv=words, log=tmp_path / "log.txt"))
+    waiting = Child(ChildSpec(name="waiting", argv=("/bin/sleep", "60"), log=tmp_path / "other.txt"))
+    try:
+        watches = [ProgressWatch(child, 1.0) for child in (computing, waiting)]
+        deadline = time.monotonic() + 20
+        while not watches[1].has_stalled():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            assert not watches[0].has_stalled()
+    finally:
+        for child in (computing, waiting):
+            child.kill_tree()
+            child.reap()
 
 
 async def test_a_coordinator_that_fails_ends_the_swarm_with_its_last_words(

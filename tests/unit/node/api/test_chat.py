@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from common.assets import asset_store
 from common.errors import ConfigError, DataError, InvalidInputError
-from node.api.chat import PlainChat, TemplateChat, Turn, exported_chat, read_chat
+from node.api.chat import PlainChat, TemplateChat, Turn, chat_of_run, exported_chat, read_chat
+from tests.support.exported import exported
+from tests.support.swarm_parts import small_manifest
+from tests.support.tiny_gguf import gguf_manifest
+from tests.support.tiny_pretrained import END, kept_manifest, save_chat_model, save_pretrained
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,8 +57,40 @@ def test_an_exported_model_brings_its_template_along_if_it_has_one(tmp_path: Pat
         read_chat(path)
 
 
-def test_no_file_means_the_plain_form() -> None:
-    assert isinstance(read_chat(None), PlainChat)
+def test_a_run_of_its_own_writes_chats_plainly() -> None:
+    assert isinstance(chat_of_run(small_manifest()), PlainChat)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_run_around_a_pretrained_model_writes_chats_as_its_export_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # else the library's bar leaves a thread behind
+    monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "pretrained"
+    manifest = gguf_manifest(source) if kind == "gguf" else kept_manifest(save_chat_model(source))
+    exported(tmp_path / "model", manifest, asset_store().find(manifest.assets[0]))
+    live, left = chat_of_run(manifest), exported_chat(tmp_path / "model")
+    assert live.text(TURNS) == left.text(TURNS) == f"<system>Be brief.{END}<user>Hello{END}<assistant>"
+    assert live.stop == left.stop == (END,)
+
+
+def test_a_run_whose_pretrained_model_has_no_template_writes_chats_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path / "cache"))
+    assert isinstance(chat_of_run(kept_manifest(save_pretrained(tmp_path / "pretrained"))), PlainChat)
+
+
+def test_a_template_of_the_model_that_cannot_be_rendered_is_named_with_the_setting_that_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KILOHIVE_CACHE", str(tmp_path / "cache"))
+    folder = save_chat_model(tmp_path / "pretrained")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    words = "the template of the pretrained model of pretrained-.*: no; name one that fits in the setting chat_template"
+    with pytest.raises(DataError, match=words):
+        chat_of_run(kept_manifest(folder))
 
 
 def test_what_a_template_refuses_is_an_error_of_the_request() -> None:

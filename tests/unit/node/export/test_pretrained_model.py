@@ -103,9 +103,10 @@ def test_a_gguf_is_unpacked_and_its_template_leaves_with_it(tmp_path: Path, monk
 def test_tokens_that_play_a_part_and_the_template_are_those_of_the_model(tmp_path: Path) -> None:
     folder = save_chat_model(tmp_path / "pretrained")
     manifest = kept_manifest(folder)
-    tokens = PretrainedParts(manifest).tokens
+    read = PretrainedParts(manifest)
+    tokens = read.tokens
     assert tokens.special == {"eos_token": END, "pad_token": END}
-    assert (tokens.chat_template, tokens.end, tokens.max_tokens) == (CHAT_TEMPLATE, N_TOKENS - 1, 64)
+    assert (tokens.chat_template, tokens.end, read.max_tokens) == (CHAT_TEMPLATE, N_TOKENS - 1, 64)
     exported(tmp_path / "model", manifest, (folder / "tokenizer.json").read_bytes())
     ours, theirs = read_tokenizer(tmp_path / "model"), AutoTokenizer.from_pretrained(folder)
     for text in ("the swarm", f"Hello{END}", "żółw"):

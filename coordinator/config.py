@@ -38,8 +38,8 @@ from protocol.run_assets import DataConfig, PretrainedConfig, PretrainedDtype
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MOST_HEADS, FEW_HEADS = 8, 4
-"""Heads of the gate of a new run, whose codes are of two tokens to five."""
+MOST_HEADS, FEW_HEADS, MOST_HEADS_OF_TOKENS = 8, 4, 2
+"""Heads of the gate of a new run: docs/results/choosing.md where tokens are bytes, docs/results/tokens.md elsewhere."""
 
 OF_TOKENIZER = frozenset({"data.tokenizer", "data.tokenizer_bytes"})
 NOT_COMPARED = frozenset({"name", "owner", "optimizer.total_tokens", "pretrained.attach"})
@@ -91,9 +91,9 @@ class RunConfig(Preset):
     gate_reads: FileOnly[GateInput] = "tokens"
     """Choose experts by the layer's input (hidden), or by fixed codes of the last tokens (tokens)."""
     gate_heads: FileOnly[int] = 0
-    """Let so many heads of the gate choose; 0 takes the most, up to 8, that share a token's experts evenly."""
+    """Let so many heads of the gate choose; 0 takes what divides a token's experts, up to 8, with a tokenizer 2."""
     gate_shortest: FileOnly[int] = 0
-    """Let the first head read the code of so many tokens; 0 takes 2, or 1 where more than four heads read."""
+    """Let the first head read the code of so many tokens; 0 takes 1 with a tokenizer or more than 4 heads, else 2."""
     gate_score: FileOnly[GateScore] = "softmax"
     """Weigh the chosen experts by this function of their logits."""
     gate_lr_fraction: FileOnly[float] = 0.04
@@ -274,7 +274,7 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
     if config.model:
         pretrained, data, shape = parts_of(config)
         vocab_size, d_model, n_heads = shape.vocab_size, shape.d_model, 1
-    heads = config.gate_heads or most_heads(config.experts_per_token)
+    most, shortest = gate_defaults(config)
     model = ModelConfig(
         d_model=d_model,
         n_layers=config.layers,
@@ -291,8 +291,8 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         capacity_factor=config.capacity_factor,
         smear=config.smear,
         gate_reads=config.gate_reads,
-        gate_heads=heads,
-        gate_shortest=config.gate_shortest or shortest_context(heads),
+        gate_heads=config.gate_heads or most,
+        gate_shortest=config.gate_shortest or shortest,
         gate_score=config.gate_score,
         balance=config.balance,
         balance_rate=config.balance_rate,
@@ -320,14 +320,16 @@ def manifest_of(config: RunConfig, *, owner: str, total_tokens: int) -> Manifest
         raise ConfigError(str(error)) from None
 
 
-def most_heads(experts_per_token: int) -> int:
-    """The most heads, up to MOST_HEADS, that choose equally many of a token's experts each."""
-    return next(heads for heads in range(MOST_HEADS, 0, -1) if experts_per_token % heads == 0)
+def gate_defaults(config: RunConfig) -> tuple[int, int]:
+    """How many heads choose equally many of a token's experts each, and how many tokens the first of them reads.
 
-
-def shortest_context(heads: int) -> int:
-    """How many tokens the first head reads: what one says alone is worth an expert to those alone that have many."""
-    return 1 if heads > FEW_HEADS else 2
+    What a byte says alone is worth an expert to those alone that have many; a token of a tokenizer says more, and
+    longer contexts of such tokens are rare.
+    """
+    of_bytes = not _has_tokenizer(config)
+    most = MOST_HEADS if of_bytes else MOST_HEADS_OF_TOKENS
+    heads = next(n for n in range(most, 0, -1) if config.experts_per_token % n == 0)
+    return heads, 2 if of_bytes and (config.gate_heads or heads) <= FEW_HEADS else 1
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -366,9 +368,17 @@ def check_same_run(config: RunConfig, manifest: Manifest, where: str) -> None:
 
 
 def _not_given(config: RunConfig) -> RunConfig:
-    """What the run would be if no setting but its model were given, as far as that is not in the model's own files."""
+    """What the run would be if no setting but its model were given, as far as that is not in the model's own files.
+
+    Whether it has a tokenizer is kept, of which gates depend, but not which.
+    """
     plain, around = type(config)(), configured(type(config), {"model": config.model})
-    return replace(around, model="", d_model=plain.d_model, heads=plain.heads)
+    tokens = int(_has_tokenizer(config))
+    return replace(around, model="", d_model=plain.d_model, heads=plain.heads, train_tokenizer=tokens)
+
+
+def _has_tokenizer(config: RunConfig) -> bool:
+    return bool(config.tokenizer or config.train_tokenizer)
 
 
 def check_evaluators(peer_ids: tuple[str, ...]) -> None:

@@ -46,6 +46,26 @@ def test_the_manifest_names_the_file_by_its_hash_and_has_as_many_tokens(file: Pa
     assert manifest_with(None).model.vocab_size == 256
 
 
+@pytest.mark.parametrize(
+    ("experts_per_token", "of_bytes", "of_tokens"), [(8, (8, 1), (2, 1)), (4, (4, 2), (2, 1)), (3, (3, 2), (1, 1))]
+)
+def test_the_gate_of_a_new_run_reads_fewer_tokens_where_each_says_more(
+    file: Path, experts_per_token: int, of_bytes: tuple[int, int], of_tokens: tuple[int, int]
+) -> None:
+    for tokenizer, expected in ((None, of_bytes), (file, of_tokens)):
+        config = LocalConfig(tokenizer=tokenizer, experts_per_token=experts_per_token)
+        model = manifest_of(config, owner="x", total_tokens=5).model
+        assert (model.gate_heads, model.gate_shortest) == expected
+
+
+def test_a_run_of_an_older_version_keeps_its_gate_though_new_ones_have_another(file: Path) -> None:
+    held = manifest_with(file)
+    older = replace(held, model=replace(held.model, gate_heads=4, gate_shortest=2))
+    check_same_run(LocalConfig(tokenizer=file), older, "here")
+    with pytest.raises(ConfigError, match=r"model\.gate_heads: is 1, but the run in here has 4"):
+        check_same_run(LocalConfig(tokenizer=file, gate_heads=1), older, "here")
+
+
 def test_a_file_that_is_none_is_refused_before_anything_starts(tmp_path: Path, file: Path) -> None:
     file.write_bytes(b"{}")
     with pytest.raises(DataError, match=r"given\.json: is no tokenizer\.json"):

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from common.errors import OverloadedError
-from coordinator.dashboard.feed import Feed
+from common.web.feed import Feed
 
 SOON_S = 20.0
 

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
+"""Libraries give levels other names."""
+
 MAX_LINES = 100
 MAX_LINE_CHARS = 1000
 NOT_KEPT = "is_not_kept"
@@ -43,7 +46,8 @@ class LogTail(logging.Handler):
         if getattr(record, NOT_KEPT, False):
             return
         text = record.getMessage()[:MAX_LINE_CHARS]
-        self._lines.append(LogLine(t_s=round(record.created, 3), level=record.levelname.lower(), text=text))
+        level = LEVELS.get(record.levelno, record.levelname.lower())
+        self._lines.append(LogLine(t_s=round(record.created, 3), level=level, text=text))
 
     @contextmanager
     def listening(self) -> Iterator[LogTail]:

@@ -66,7 +66,8 @@ class LiveLimits:
             limits = self._owner.limits_with(kept)
             room = self._parts.capacity(limits)
             await asyncio.to_thread(self._owner.keep, kept)
-            logger.info("The owner's limits are now: %s", limits.told() or "none")
+            told = ", ".join(f"{name} = {value}" for name, value in self._owner.settings().items() if value)
+            logger.info("The limits that the owner has set are now: %s", told or "none")
             await self._follow(limits, room)
 
     async def _follow(self, limits: Limits, room: Capacity) -> None:

@@ -47,9 +47,13 @@ _TYPES: Final = {str: "a text", float: "a number", bool: "true or false"}
 
 
 class OwnerLimits:
-    """Of the host that was started with `given`. Reads the disk when it is made, and touches it in `keep` alone."""
+    """Of the host that was started with `given`. Reads the disk when it is made, and touches it in `keep` alone.
+
+    Raises ConfigError for limits of the command that cannot be kept.
+    """
 
     def __init__(self, given: HostConfig) -> None:
+        Limits.of(given)  # a mistake of the command is its own
         self._given = given
         self.fixed = frozenset(name for name, default in CHANGEABLE.items() if getattr(given, name) != default)
         """Names of the limits that the command sets."""

@@ -70,7 +70,8 @@ async def ask(folder: Path, what: str, limits: object = None) -> Told:
     except (OSError, ValueError):
         raise UnavailableError(f"{folder}: no host runs from this folder, or it is of another version") from None
     if "error" in answer:
-        raise InvalidInputError(str(answer.get("field", "limits")), str(answer["error"]))
+        field, _, problem = str(answer["error"]).partition(": ")
+        raise InvalidInputError(field, problem)
     return answer
 
 
@@ -131,11 +132,9 @@ class _Desk:
                     async with asyncio.timeout(ANSWER_S):
                         await self._change(limits)
                     return {}
-        except InvalidInputError as error:
-            return {"error": str(error).removeprefix(f"{error.field}: "), "field": error.field}
         except KilohiveError as error:
             return {"error": str(error)}
-        return {"error": "must ask for the status, or name limits", "field": "ask"}
+        return {"error": "ask: must be the status, or limits by name"}
 
 
 async def _close(writer: StreamWriter) -> None:

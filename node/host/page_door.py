@@ -92,7 +92,9 @@ def page_url(listener: socket.socket, token: str) -> str:
 
 
 @asynccontextmanager
-async def page_door(folder: Path, address: PageAddress | None) -> AsyncIterator[None]:
+async def page_door(
+    folder: Path, address: PageAddress | None, program: tuple[str, ...] = PROGRAM
+) -> AsyncIterator[None]:
     """Have the page of the host of a folder at `address` while the context lasts, if there is one.
 
     What goes wrong is a warning: no host ends, or waits, for its page.
@@ -108,7 +110,7 @@ async def page_door(folder: Path, address: PageAddress | None) -> AsyncIterator[
         yield
         return
     _tell(listener, address, folder, token)
-    keeping = asyncio.create_task(_Door(listener, folder).keep(), name="page")
+    keeping = asyncio.create_task(_Door(listener, folder, program).keep(), name="page")
     try:
         yield
     finally:
@@ -122,8 +124,8 @@ async def page_door(folder: Path, address: PageAddress | None) -> AsyncIterator[
 class _Door:
     """Waits for somebody who knocks, and then for the process that lets them in to end; again and again."""
 
-    def __init__(self, listener: socket.socket, folder: Path) -> None:
-        self._listener, self._folder = listener, folder
+    def __init__(self, listener: socket.socket, folder: Path, program: tuple[str, ...]) -> None:
+        self._listener, self._folder, self._program = listener, folder, program
         self._failures = 0
 
     async def keep(self) -> None:
@@ -156,7 +158,7 @@ class _Door:
         descriptor = self._listener.fileno()
         told = ("--state", str(self._folder), "--listen-fd", str(descriptor), "--log-level", "warning")
         return subprocess.Popen(
-            (*PROGRAM, "page", *told, "--stop-on-stdin-eof"),
+            (*self._program, "page", *told, "--stop-on-stdin-eof"),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=(descriptor,),

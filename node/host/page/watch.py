@@ -47,6 +47,7 @@ class HostWatch:
     async def look(self) -> None:
         """Ask once and tell every open page; nothing is asked for nobody."""
         if not self._feed.n_clients:
+            self._feed.forget()
             return
         self.looked_at_s = self._clock()
         try:

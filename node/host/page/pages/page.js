@@ -11,11 +11,10 @@ const rate = (value) => (isKnown(value) ? bytes(value) + "/s" : UNKNOWN);
 const percent = (value) => (isKnown(value) ? `${number(value)} %` : UNKNOWN);
 
 const times = [];
-const SINCE = "since this page was opened";
 const EMPTY = "Nothing has been seen yet.";
 const charts = [
   chart("speed", "Tokens per second", count, [["tokens per second", (told) => told.work.tokens_per_s]]),
-  chart("cpu", "Processor, percent of one core", percent, [["processor", (told) => told.rates.cpu_percent]]),
+  chart("cpu", "Processor, of one core", percent, [["processor", (told) => told.rates.cpu_percent]]),
   chart("memory", "Memory", bytes, [["memory", (told) => told.use.memory_bytes]], bytes),
   chart(
     "bandwidth",
@@ -31,7 +30,7 @@ const charts = [
 
 function chart(place, title, format, series, tick) {
   const names = series.map(([name]) => ({name}));
-  const about = {title: `${title}, ${SINCE}`, x: "time", format, fromZero: true, empty: EMPTY, series: names, tick};
+  const about = {title, x: "time", format, fromZero: true, empty: EMPTY, series: names, tick};
   return {drawn: new Chart(at(place), about), values: series.map(() => []), read: series.map(([, read]) => read)};
 }
 

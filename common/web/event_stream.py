@@ -23,7 +23,7 @@ SLOW_S: Final = 10.0
 NO_NEWS: Final = b": nothing new\n\n"
 
 
-class EventStream(StreamingResponse):
+class FeedStream(StreamingResponse):
     """Server-sent events; `until` ends with them, however they end."""
 
     def __init__(self, events: AsyncIterator[bytes], until: ExitStack) -> None:
@@ -42,11 +42,11 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send_in_time)
 
 
-def event_stream(feed: Feed, name: str) -> EventStream:
+def event_stream(feed: Feed, name: str) -> FeedStream:
     """A stream of the feed's messages as events called `name`. Raises OverloadedError if too many pages are open."""
     with ExitStack() as stack:
         client = stack.enter_context(feed.joined())
-        return EventStream(_events(client, name.encode()), stack.pop_all())
+        return FeedStream(_events(client, name.encode()), stack.pop_all())
 
 
 async def _events(client: Client, name: bytes) -> AsyncIterator[bytes]:

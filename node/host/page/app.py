@@ -20,7 +20,7 @@ from node.host.config import ControlConfig
 from node.host.control import ask_host
 from node.host.owner_pause import MAX_PAUSE_S
 from node.host.owner_socket import LIMITS, ask
-from node.host.page.gate import Gate
+from node.host.page.gate import PageGate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -63,7 +63,7 @@ class NothingAsked(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class ShownHost:
     """What endpoints need: the host's folder, the open pages, and `soon`, which has them told at once."""
 
     folder: Path
@@ -71,7 +71,7 @@ class Shown:
     soon: Callable[[], None]
 
 
-def build_app(shown: Shown, gate: GateConfig) -> WithHeaders:
+def build_app(shown: ShownHost, gate: GateConfig) -> WithHeaders:
     """The application that uvicorn runs."""
     served, endpoints = page_files(), HostEndpoints(shown)
     gets: dict[str, Endpoint] = {"/api/events": endpoints.events, **dict.fromkeys(served, file_endpoint(served))}
@@ -84,7 +84,7 @@ def build_app(shown: Shown, gate: GateConfig) -> WithHeaders:
     checked = RequestChecks(
         web_application(gets, posts), CheckConfig(max_body_bytes=MAX_BODY_BYTES), frozenset({*gets, *posts})
     )
-    return WithHeaders(Gate(checked, gate))
+    return WithHeaders(PageGate(checked, gate))
 
 
 def page_files() -> dict[str, WebFile]:
@@ -96,7 +96,7 @@ def page_files() -> dict[str, WebFile]:
 class HostEndpoints:
     """What each path gives or does. An error of the host's, or that none runs, is answered as one sentence."""
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: ShownHost) -> None:
         self._shown = shown
 
     async def events(self) -> Response:

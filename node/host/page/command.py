@@ -15,7 +15,7 @@ from common.errors import ConfigError
 from common.secret_file import secret_in
 from common.web.feed import Feed
 from common.web.http_server import http_server
-from node.host.page.app import Shown, build_app
+from node.host.page.app import ShownHost, build_app
 from node.host.page.gate import GateConfig, local_names
 from node.host.page.watch import HostWatch
 from node.host.page_door import TOKEN_FILE, PageAddress, page_address, page_listener, page_url
@@ -71,7 +71,7 @@ async def _serve(config: PageConfig, listener: socket.socket, token: str, stop: 
         looking = watch.every()
         looking.start()
         stack.push_async_callback(looking.stop)
-        app = build_app(Shown(folder=config.state, feed=feed, soon=looking.hurry), gate)
+        app = build_app(ShownHost(folder=config.state, feed=feed, soon=looking.hurry), gate)
         await stack.enter_async_context(http_server(app, listener))
         stack.callback(feed.end)  # before the server, which would wait for the streams
         await _until_unused(watch, stop) if config.listen_fd >= 0 else await stop.wait()

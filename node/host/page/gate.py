@@ -69,7 +69,7 @@ def local_names(port: int) -> frozenset[str]:
     return frozenset({*(f"{host}:{port}" for host in hosts), *without_port})
 
 
-class Gate:
+class PageGate:
     """An ASGI application around another, which hears only of requests that may be answered."""
 
     def __init__(self, app: ASGIApp, config: GateConfig) -> None:

@@ -11,7 +11,7 @@ import pytest
 from common.web.feed import Feed
 from common.web.files import HEADERS
 from node.host.page import app as module
-from node.host.page.app import MAX_BODY_BYTES, Shown, build_app, page_files
+from node.host.page.app import MAX_BODY_BYTES, ShownHost, build_app, page_files
 from node.host.page.gate import GateConfig, local_names
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Server:
 
     def __init__(self, folder: Path, gate: GateConfig = GATE) -> None:
         self.done = list[Any]()
-        self.app = build_app(Shown(folder=folder, feed=Feed(4), soon=lambda: None), gate)
+        self.app = build_app(ShownHost(folder=folder, feed=Feed(4), soon=lambda: None), gate)
 
     def client(self, base: str = BASE, **headers: str) -> httpx.AsyncClient:
         named = {name.replace("_", "-"): value for name, value in headers.items()}

@@ -53,7 +53,7 @@ browser-test: setup-browser ## look at the run's page in Chromium, on a swarm of
 		'make browser-test CHROMIUM=/path/to/chromium'; exit 1; }
 	@CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest tests/browser -s $(PYTEST_FLAGS)
 vendor: ## fetch the charts of the run's page from npm again, as its package-lock.json pins them
-	@$(call vendored,coordinator/dashboard/pages/vendor)
+	@$(call vendored,common/web/pages/vendor)
 nat-test: setup-dev ## reach hosts behind NATs, in network namespaces (root, ip, iptables)
 	@$(BIN)/python -m pytest tests/nat -s $(PYTEST_FLAGS)
 soak: setup-dev ## half an hour of troubles for 6 hosts and 2 trainers (root, ip, tc; SOAK_MINUTES, SOAK_SEED)

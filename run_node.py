@@ -60,7 +60,7 @@ from coordinator.lighthouse.config import LighthouseConfig
 from node.api.config import ServeConfig
 from node.contributor.config import ContributeConfig
 from node.export.config import ExportConfig
-from node.host.config import ControlConfig, HostConfig, PauseConfig
+from node.host.config import ControlConfig, HostConfig, PageConfig, PauseConfig
 from node.limits.config import LimitsConfig
 from node.rpc.config import HealthConfig
 from node.trainer.config import (
@@ -129,7 +129,7 @@ COMMANDS = (
         config=HostConfig,
         examples=("host --join invite.txt", "host --join swarm.toml --blocks 0/0-3,1/7 --state state/b"),
         limits=LimitsConfig,
-        entry="node.host.host:run_host",
+        entry="node.host.command:run_host",
         endless=True,
     ),
     Command(
@@ -214,6 +214,14 @@ COMMANDS = (
         config=ControlConfig,
         examples=("leave", "leave --state state/b"),
         entry="node.host.control:run_leave",
+    ),
+    Command(
+        name="page",
+        summary="show what the host of a folder on this machine does to its owner, who sets its limits there.",
+        config=PageConfig,
+        examples=("page", "page --state state/b"),
+        entry="node.host.page.command:run_page",
+        endless=True,
     ),
     Command(
         name="evaluate",

@@ -321,7 +321,7 @@ class LocalSwarm:
             }
         )
         # Whoever tries a whole swarm on a laptop wants it to work there, on its battery too.
-        flags += ["--set", "on_battery = true"]
+        flags += ["--set", "on_battery = true", "--page-listen", "none"]
         return self._spec(f"host-{index}", "host", *flags, log=state / "log.txt")
 
     def _trainer_spec(self, index: int) -> ChildSpec:

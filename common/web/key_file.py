@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
-import secrets
-import stat
 from typing import TYPE_CHECKING
 
-from common.atomic_file import NO_PERMISSIONS, OTHERS_MAY_ACCESS, keeps_permissions, write_atomically
-from common.errors import ConfigError
+from common.secret_file import secret_in
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
-
-KEY_BYTES = 32
-MAX_KEY_BYTES = 1024
-_KEY = re.compile(r"[!-~]{16,512}")
 
 
 def read_key(path: Path) -> str:
@@ -28,28 +19,8 @@ def read_key(path: Path) -> str:
     Raises:
         ConfigError: the file is unreadable, open to other users, or holds no key.
     """
-    try:
-        if not path.exists():
-            write_atomically(path, f"{secrets.token_urlsafe(KEY_BYTES)}\n".encode(), mode=0o600)
-            logger.info("A new key is in %s: clients send it as Authorization: Bearer KEY", path)
-        return _read(path)
-    except OSError as error:
-        raise ConfigError(f"--key-file {path}: {error.strerror or error}") from error
-
-
-def _read(path: Path) -> str:
-    """Read the file that was checked, not whatever takes its name afterwards."""
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"--key-file {path}: is not a regular file")
-        if status.st_mode & OTHERS_MAY_ACCESS:
-            remedy = f"other users can read it; run: chmod 600 {path}"
-            raise ConfigError(f"--key-file {path}: {remedy if keeps_permissions(path.parent) else NO_PERMISSIONS}")
-        key = file.read(MAX_KEY_BYTES).decode("ascii", "replace").strip()
-    if not _KEY.fullmatch(key):
-        raise ConfigError(
-            f"--key-file {path}: must hold one key of 16 to 512 visible ASCII characters; "
-            "move it away to have a new one made"
-        )
+    is_new = not path.exists()
+    key = secret_in(path, f"--key-file {path}")
+    if is_new:
+        logger.info("A new key is in %s: clients send it as Authorization: Bearer KEY", path)
     return key

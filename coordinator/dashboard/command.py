@@ -16,11 +16,11 @@ from common.settings import check_minimums
 from common.tasks import until_stopped
 from common.text import host_port
 from common.web.access import callers_key, names_answered_to
+from common.web.feed import Feed
 from common.web.http_server import http_server, listening_socket
 from common.web.request_checks import CheckConfig
 from coordinator.dashboard.app import Shown, build_app
 from coordinator.dashboard.config import MINIMUMS
-from coordinator.dashboard.feed import Feed
 from coordinator.dashboard.history import FILE
 from coordinator.dashboard.history_thread import HistoryThread
 from coordinator.dashboard.joining import ways_in

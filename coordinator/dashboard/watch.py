@@ -15,7 +15,7 @@ from coordinator.dashboard.snapshot import Snapshot, take_snapshot
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from coordinator.dashboard.feed import Feed
+    from common.web.feed import Feed
     from coordinator.figures import RunFigures
     from dht.view import DirectoryView
     from protocol.manifest import Manifest

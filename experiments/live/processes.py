@@ -61,8 +61,10 @@ class Node:
     ) -> None:
         self.folder, self.arguments = folder, tuple(arguments)
         self.started = time.monotonic()
-        # What is measured or tested must not depend on whether this machine is plugged in.
-        always = ("--set", "on_battery = true") if self.arguments[:1] == ("host",) else ()
+        # What is measured or tested must not depend on whether this machine is plugged in, nor have pages that nobody
+        # opens; a flag for one wins.
+        settings = ("--set", "on_battery = true", "--set", "page_listen = 'none'")
+        always = settings if self.arguments[:1] == ("host",) else ()
         self.child = Child(
             ChildSpec(
                 name=folder.name,

@@ -37,33 +37,63 @@ class AvailabilityMonitor:
         conditions: Iterable[Condition],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._availability = availability
-        self._watches = [_Watch(availability, condition, clock) for condition in conditions]
+        self._availability, self._clock = availability, clock
+        self._watches = {condition.reason: _Watch(availability, condition, clock) for condition in conditions}
+        self._changed = asyncio.Event()
+
+    def follow(self, conditions: Iterable[Condition]) -> None:
+        """Look at these from now on. What one that is no longer among them has found counts no longer."""
+        before = self._watches
+        self._watches = {
+            one.reason: _Watch(self._availability, one, self._clock, before.get(one.reason)) for one in conditions
+        }
+        for reason in before.keys() - self._watches.keys():
+            self._availability.tell(reason, "")
+            self._availability.tell_unknown(reason, "")
+        self._changed.set()
 
     async def watch(self) -> None:
         """Look again and again, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(repeat(self._notice_sleep, lambda: SLEEP_LOOK_S))
-            for watch in self._watches:
-                group.create_task(repeat(watch.look, partial(float, watch.every_s)))
+            group.create_task(self._watch_conditions())
+
+    async def _watch_conditions(self) -> None:
+        while True:
+            self._changed.clear()
+            async with asyncio.TaskGroup() as group:
+                looks = [repeat(watch.look, partial(float, watch.every_s)) for watch in self._watches.values()]
+                tasks = [group.create_task(look) for look in looks]
+                await self._changed.wait()
+                for task in tasks:
+                    task.cancel()
 
     async def look(self) -> None:
         """Look at every condition once; within TIMEOUT_S."""
-        await asyncio.gather(*(watch.look() for watch in self._watches))
+        await asyncio.gather(*(watch.look() for watch in self._watches.values()))
 
     async def _notice_sleep(self) -> None:
         self._availability.look()
 
 
 class _Watch:
-    """One condition, and what is known of it so far."""
+    """One condition, and what is known of it so far, by a watch `before` too."""
 
-    def __init__(self, availability: Availability, condition: Condition, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        availability: Availability,
+        condition: Condition,
+        clock: Callable[[], float],
+        before: _Watch | None = None,
+    ) -> None:
         self._availability, self._condition, self._clock = availability, condition, clock
         self.every_s = condition.every_s
         self._looking: Future[Finding] | None = None
         self._against, self._found_s = "", float("-inf")
         self._said = set[str]()
+        if before is not None:
+            self._looking, self._said = before._looking, before._said  # noqa: SLF001 - one of its own class
+            self._against, self._found_s = before._against, before._found_s  # noqa: SLF001 - the same
 
     async def look(self) -> None:
         """Find out, and tell."""

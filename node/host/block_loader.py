@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from node.averaging.joining import JoinConfig, Origin, choose_source, fetch_replica
@@ -13,7 +14,8 @@ from node.model.replica_state import schema
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractAsyncContextManager
 
     import torch
 
@@ -44,7 +46,11 @@ def is_here(source: Source) -> bool:
 
 
 class BlockLoader:
-    """Makes whole blocks on `device`. Raises NoRoomError where its memory does not suffice."""
+    """Makes whole blocks on `device`. Raises NoRoomError where its memory does not suffice.
+
+    While downloads are `one_by_one`, none is begun beside another: two that rest for the owner's limits would wait for
+    each other until their senders give up.
+    """
 
     def __init__(
         self,
@@ -53,11 +59,11 @@ class BlockLoader:
         store: BlockStore,
         client: Downloader,
         rng: random.Random,
-        max_downloads: int = MAX_DOWNLOADS,
+        one_by_one: Callable[[], bool],
     ) -> None:
         self._manifest, self._device, self._store, self._client, self._rng = manifest, device, store, client, rng
         self._join_config = JoinConfig(max_distance=manifest.averaging.clip_radius)
-        self._permits = asyncio.Semaphore(max_downloads)
+        self._permits, self._turn, self._one_by_one = asyncio.Semaphore(MAX_DOWNLOADS), asyncio.Lock(), one_by_one
         self.downloaded_bytes = 0
 
     @no_capacity_is_an_error()
@@ -70,12 +76,15 @@ class BlockLoader:
     async def download(self, block_id: BlockId, source: Source, partials: PartialDownloads) -> Block:
         """A block from other peers. Raises KilohiveError if it cannot be had now; `partials` keeps what came of it."""
         template = await asyncio.to_thread(self._new, block_id)
-        async with self._permits:
+        async with self._permits, self._turn_if_limited():
             wanted = schema(block_state(template))
             state = await fetch_replica(self._client, source.candidates, wanted, self._join_config, self._rng, partials)
         block = await asyncio.to_thread(self._from_state, block_id, state)
         self.downloaded_bytes += sum(t.nbytes for t in state.named().values())
         return block
+
+    def _turn_if_limited(self) -> AbstractAsyncContextManager[None]:
+        return self._turn if self._one_by_one() else nullcontext()
 
     @no_capacity_is_an_error()
     def _new(self, block_id: BlockId) -> Block:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
 from node.host.serving.runtime import RuntimeConfig
-from node.limits.memory import Capacity, Need, fit, lowest_limit
+from node.limits.memory import Capacity, Need, fit, limit_around, lowest_limit
 from node.model.experts.kinds import expert_kind
 from protocol.tensors import DTYPES
 
@@ -62,6 +62,16 @@ def wanted_capacity(config: HostConfig, n_blocks: int) -> Capacity:
     )
 
 
+def runtime_config(config: HostConfig, capacity: Capacity) -> RuntimeConfig:
+    """The runtime's bounds where so much fits."""
+    return RuntimeConfig(
+        max_queue_tokens=capacity.max_queue_tokens,
+        max_batch_tokens=capacity.max_batch_tokens,
+        keep_inputs_bytes=capacity.keep_inputs_bytes,
+        keep_inputs_s=config.keep_inputs_s,
+    )
+
+
 def capacity_for(
     wanted: Capacity, limits: Limits, manifest: Manifest, device: torch.device, used_bytes: int, container: int | None
 ) -> Capacity:
@@ -71,6 +81,21 @@ def capacity_for(
     if device.type != "cpu":
         capacity = fit(capacity, limits.gpu_memory_bytes, 0, need, "--max-gpu-memory")
     return _on_disk(capacity, limits.disk_bytes, manifest)
+
+
+class RoomPlan:
+    """What fits on a host that wants to hold `n_blocks`, and took `idle_bytes` of memory before the first of them."""
+
+    def __init__(
+        self, config: HostConfig, n_blocks: int, manifest: Manifest, device: torch.device, idle_bytes: int
+    ) -> None:
+        self._manifest, self._device, self.idle_bytes = manifest, device, idle_bytes
+        self.wanted = wanted_capacity(config, n_blocks)
+
+    def under(self, limits: Limits) -> Capacity:
+        """What these leave of what is wanted; raises ConfigError naming the limit under which no block fits."""
+        around = limit_around(limits.memory_bytes)
+        return capacity_for(self.wanted, limits, self._manifest, self._device, self.idle_bytes, around)
 
 
 def events_bytes(config: HostConfig, limits: Limits) -> int:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 - tyro reads the annotation
+from typing import Final
 
 import tyro  # noqa: TC002 - it reads the annotation itself
 
-from common.config import EventLogConfig
-from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
+from common.config import EVENT_LOG_MINIMUMS, EventLogConfig
+from common.settings import FileOnly, Hidden  # noqa: TC001 - tyro reads the annotation
 from node.credit.config import ProfileConfig
 from node.limits.config import LimitsConfig
 from node.membership.config import ReachConfig, SwarmConfig
 from node.rpc.config import host_folder
+
+MINIMUMS: Final = {
+    "max_blocks": 1,
+    "recheck_s": 0,
+    "anew_after_s": 0,
+    "threads": 1,
+    "port": 0,
+    "metrics_port": 0,
+    "relay_circuits": 0,
+    "relay_circuits_per_caller": 1,
+    "relay_reservations": 1,
+    "max_queue_tokens": 1,
+    "keep_inputs_mb": 0,
+    "keep_inputs_s": 0,
+    "checkpoint_every_s": 0.1,
+    "join_timeout_s": 0.1,
+    **EVENT_LOG_MINIMUMS,
+}
+"""These minimums are for `check_minimums`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +63,8 @@ class HostConfig(LimitsConfig, EventLogConfig, ProfileConfig, ReachConfig, Swarm
     """Make this many peers behind a NAT reachable through this node."""
     metrics_port: int = 0
     """Serve Prometheus metrics at this port; 0 serves none."""
+    page_listen: str = "127.0.0.1:8090"
+    """Show the page for this machine's owner at this address and port; none shows none."""
     max_queue_tokens: FileOnly[int] = 65_536
     """Let this many tokens wait for this host; more are refused with a retry delay."""
     keep_inputs_mb: FileOnly[int] = 256
@@ -69,3 +91,15 @@ class PauseConfig(ControlConfig):
 
     duration: tyro.conf.Positional[str] = ""
     """Pause for this long, such as 30m, 2h or 1h30m. Without one the pause lasts until `resume`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageConfig:
+    """Show what the host of a folder on this machine does, in a browser, to its owner alone."""
+
+    state: Hidden[Path] = field(default_factory=host_folder)
+    """Show the host of this folder."""
+    listen: FileOnly[str] = "127.0.0.1:8090"
+    """Show it at this address and port; if the port is taken, at the next that is free."""
+    listen_fd: Hidden[int] = -1
+    """Listen on this open socket instead, as a host has it that starts its page. The page ends when nobody looks."""

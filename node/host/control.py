@@ -76,6 +76,15 @@ async def run_leave(config: ControlConfig, _stop: asyncio.Event) -> None:
         _say("left")
 
 
+async def ask_host(config: ControlConfig, word: str, duration_s: float | None = None) -> AskedEvent:
+    """Say pause, resume or leave, and return what the host heard, not waiting until it has done so.
+
+    `duration_s`: how long a pause is to last, None for one without end. UnavailableError if nobody hears it.
+    """
+    async with _talk(config, word, duration_s) as talk:
+        return await talk.wait_for(AskedEvent)
+
+
 @asynccontextmanager
 async def _talk(config: ControlConfig, word: str, duration_s: float | None = None) -> AsyncIterator[_Talk]:
     """One word to a host, and its answers. UnavailableError if nobody hears it, or obeys within `timeout_s`.

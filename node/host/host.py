@@ -10,17 +10,9 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-import psutil
-import torch
-
-from common.allocator import keep_freed_memory, keep_little_memory
 from common.clock import clock_with_sleep
-from common.config import EVENT_LOG_MINIMUMS
 from common.errors import DrainingError
-from common.events import EventLog
-from common.folders import FolderClaim, claimed
 from common.metrics import serve_metrics
-from common.settings import check_minimums
 from common.tasks import beside, until_stopped
 from dht.announcer import Announcer
 from node.averaging import service as averaging_service
@@ -29,10 +21,10 @@ from node.host.announcement import HostAnnouncement
 from node.host.availability import Availability
 from node.host.availability_monitor import AvailabilityMonitor
 from node.host.availability_report import AvailabilityReport
-from node.host.block_loader import MAX_DOWNLOADS, BlockLoader
+from node.host.block_loader import BlockLoader
 from node.host.block_manager import BlockManager
 from node.host.block_store import BlockStore
-from node.host.capacity import capacity_for, events_bytes, wanted_capacity
+from node.host.capacity import RoomPlan, runtime_config
 from node.host.checkpoints import Checkpoints
 from node.host.conditions import conditions_of
 from node.host.credit.host_credit import HostCredit
@@ -41,109 +33,56 @@ from node.host.events import AnnouncedEvent, AskedEvent, HostLeaveEvent, LimitsE
 from node.host.expert_upload_service import ExpertUploadService, VerdictChecker
 from node.host.hand_over import HandOver
 from node.host.held_blocks import HeldBlocks
+from node.host.live_limits import LimitedParts, LiveLimits
 from node.host.load_events import LoadEvents
 from node.host.memory_watch import MemoryWatch, watch_device_memory
 from node.host.metrics import HostCollector
 from node.host.owner_pause import OwnerPause
+from node.host.owner_socket import owner_told
 from node.host.owner_words import log_announced
 from node.host.pause import Pause
 from node.host.placement import PlacementConfig, parse_blocks
 from node.host.placement_controller import PlacementController
 from node.host.placement_planner import PlacementPlanner
-from node.host.serving.runtime import Runtime, RuntimeConfig
+from node.host.serving.runtime import Runtime
 from node.host.serving.service import SERVICE_NAME, ExpertService
 from node.host.signals import signals_heard
-from node.limits.limits import Limits
-from node.limits.memory import container_limit, limit_around, lowest_limit
+from node.host.status import HostStatus
+from node.limits.memory import container_limit, lowest_limit
 from node.limits.process_usage import ProcessUse
 from node.limits.rate_limits import RateLimits
 from node.membership import reachability
 from node.membership.endpoint import NodeEndpoint
 from node.membership.reachability import DialBackService
-from node.membership.swarm import Swarm
-from node.model.devices import limit_device_memory, pick_device
 from node.rpc.health import server_told
 from node.rpc.rate_limit_interceptor import RateLimitInterceptor
 from node.rpc.server import NodeServer
 from node.rpc.upload import INTAKE
 from protocol import expert_pb2 as pb
 from protocol.endpoints import Address
-from protocol.identity import Identity
-from protocol.profile import chosen_profile
 from protocol.receipts import CREDIT_SERVICE
 from protocol.version import SOFTWARE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine, Iterator
 
-    from node.host.config import HostConfig
+    import torch
+
+    from common.events import EventLog
+    from common.log_tail import LogTail
+    from node.host.conditions import Condition
+    from node.host.owner_limits import OwnerLimits
+    from node.limits.limits import Limits
     from node.limits.memory import Capacity
+    from node.membership.swarm import Swarm
     from protocol.manifest import BlockId
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-MINIMUMS = {
-    "max_blocks": 1,
-    "recheck_s": 0,
-    "anew_after_s": 0,
-    "threads": 1,
-    "port": 0,
-    "metrics_port": 0,
-    "relay_circuits": 0,
-    "relay_circuits_per_caller": 1,
-    "relay_reservations": 1,
-    "max_queue_tokens": 1,
-    "keep_inputs_mb": 0,
-    "keep_inputs_s": 0,
-    "checkpoint_every_s": 0.1,
-    "join_timeout_s": 0.1,
-    **EVENT_LOG_MINIMUMS,
-}
 
 DRAIN_GRACE_S = 0.5
 RUNTIME_STOP_S = 1.0
-
-
-async def run_host(config: HostConfig, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set, then drain, save, withdraw. Raises a KilohiveError if the start fails."""
-    # From the command itself: imports take seconds, and a person waits for them too.
-    started = psutil.Process().create_time()
-    check_minimums(config, MINIMUMS)
-    limits = Limits.of(config)
-    chosen_profile(config.name, config.team, started)  # a mistake in it is told before anything is started
-    torch.set_num_threads(config.threads)
-    _ = keep_freed_memory() if limits.memory_bytes is None else keep_little_memory()
-    device = pick_device(config.device)
-    limit_device_memory(device, limits.gpu_memory_bytes)
-    with claimed(FolderClaim(folder=config.state, role="host", flag="--state")):
-        identity = Identity.load_or_create(config.state / "identity.key")
-        max_bytes, n_files = events_bytes(config, limits), config.event_log_files
-        events = EventLog(config.state / "events.jsonl", max_bytes=max_bytes, n_files=n_files)
-        try:
-            moved = True
-            while moved:
-                swarm = Swarm(config, identity, config, config.state)
-                moved = await _serve_at_one_address(
-                    swarm, stop, partial(Host, config, limits, swarm, device, events, started)
-                )
-        finally:
-            events.close()
-
-
-async def _serve_at_one_address(swarm: Swarm, stop: asyncio.Event, build: Callable[[], Host]) -> bool:
-    """Serve until `stop` is set; whether this machine's address has changed instead, and the host is to join again."""
-    try:
-        await until_stopped(swarm.join(), stop)
-        swarm.dht.on_lost(stop.set)
-        watch = swarm.address_watch()
-        async with watch.stopping(stop) as ended:
-            await build().serve(ended)
-        swarm.dht.raise_if_lost()
-        watch.raise_if_lost()
-        return bool(watch.moved_to) and not stop.is_set()
-    finally:
-        await swarm.leave()
 
 
 class Host:
@@ -151,22 +90,23 @@ class Host:
 
     def __init__(
         self,
-        config: HostConfig,
-        limits: Limits,
+        owner_limits: OwnerLimits,
         swarm: Swarm,
         device: torch.device,
         events: EventLog,
+        log: LogTail,
         started: float,
     ) -> None:
-        self._config, self._limits, self._swarm, self._device, self._events = config, limits, swarm, device, events
-        self._started = started
+        self._config, self._limits = owner_limits.config, owner_limits.limits
+        config, limits = self._config, self._limits
+        self._swarm, self._device, self._events, self._started = swarm, device, events, started
         self._start_elapsed_s = clock_with_sleep() - (time.time() - started)
         self._use = ProcessUse(swarm.dht.daemon_pid)
         swarm.dht.on_restart(lambda: self._use.follow(swarm.dht.daemon_pid))
         self._rate_limits = RateLimits(limits, self._use)
         self._availability, self._owner = Availability(), OwnerPause(config.state)
-        conditions = conditions_of(limits, self._owner, self._use, device)
-        self._monitor = AvailabilityMonitor(self._availability, conditions)
+        self._monitor = AvailabilityMonitor(self._availability, self._conditions(limits))
+        self._room = self._build_room_plan()
         self._capacity = self._find_capacity()
 
         self._store = BlockStore(config.state, swarm.manifest, device)
@@ -176,7 +116,8 @@ class Host:
         self._node_endpoint = NodeEndpoint(swarm, events, config)
         rng = random.Random(swarm.identity.peer_id)
         self._loader = self._build_loader(rng)
-        self._announcer = self._build_announcer()
+        self._announcement = self._build_announcement()
+        self._announcer = Announcer(swarm.dht, swarm.identity, swarm.admission, describe=self._announcement.describe)
         self._block_manager = self._build_block_manager()
         self._placement = self._build_placement(rng)
 
@@ -186,20 +127,25 @@ class Host:
         self._server = self._build_server()
         self._checkpoints = Checkpoints(self._runtime, self._store, self._held, limits.disk_bytes, events)
         self._pause = self._build_pause()
+        self._live_limits = self._build_live_limits(owner_limits)
+        self._status = self._build_status(owner_limits, log)
+
+    def _build_room_plan(self) -> RoomPlan:
+        n_blocks = len(self._fixed_blocks()) or self._config.max_blocks
+        return RoomPlan(self._config, n_blocks, self._swarm.manifest, self._device, self._use.memory_bytes())
 
     def _find_capacity(self) -> Capacity:
         """What the limits leave of what was asked for; a warning says if that is less."""
-        fixed, manifest = self._fixed_blocks(), self._swarm.manifest
-        wanted = wanted_capacity(self._config, len(fixed) or self._config.max_blocks)
-        used_bytes = self._use.memory_bytes()
-        around = limit_around(self._limits.memory_bytes)
-        capacity = capacity_for(wanted, self._limits, manifest, self._device, used_bytes, around)
+        wanted, capacity = self._room.wanted, self._room.under(self._limits)
         if capacity.max_blocks < wanted.max_blocks:
             logger.warning(
                 "Room for %d blocks, not for %d, under this host's limits", capacity.max_blocks, wanted.max_blocks
             )
-        self._events.emit(LimitsEvent(limits=self._limits.told(), room=capacity, memory_bytes=used_bytes))
+        self._events.emit(LimitsEvent(limits=self._limits.told(), room=capacity, memory_bytes=self._room.idle_bytes))
         return capacity
+
+    def _conditions(self, limits: Limits) -> Iterator[Condition]:
+        return conditions_of(limits, self._owner, self._use, self._device)
 
     @property
     def _memory_limit(self) -> int | None:
@@ -210,13 +156,7 @@ class Host:
         return [] if config.blocks == AUTO else parse_blocks(config.blocks, self._swarm.manifest.model)
 
     def _build_runtime(self) -> Runtime:
-        capacity = self._capacity
-        config = RuntimeConfig(
-            max_queue_tokens=capacity.max_queue_tokens,
-            max_batch_tokens=capacity.max_batch_tokens,
-            keep_inputs_bytes=capacity.keep_inputs_bytes,
-            keep_inputs_s=self._config.keep_inputs_s,
-        )
+        config = runtime_config(self._config, self._capacity)
         return Runtime((), self._swarm.manifest, config, rest_s=self._rate_limits.rest_s)
 
     def _build_averaging(self) -> Averaging:
@@ -225,13 +165,13 @@ class Host:
         return Averaging(swarm.manifest, swarm.security, swarm.directory, self._events, options)
 
     def _build_loader(self, rng: random.Random) -> BlockLoader:
-        limits, manifest = self._limits, self._swarm.manifest
-        # Two at once would wait for each other's rests until their senders give up.
-        max_downloads = 1 if limits.down_bytes_per_s or limits.cpu_percent else MAX_DOWNLOADS
-        return BlockLoader(manifest, self._device, self._store, self._averaging.client, rng, max_downloads)
+        client, rate_limits = self._averaging.client, self._rate_limits
+        return BlockLoader(
+            self._swarm.manifest, self._device, self._store, client, rng, lambda: rate_limits.slows_downloads
+        )
 
-    def _build_announcer(self) -> Announcer:
-        announcement = HostAnnouncement(
+    def _build_announcement(self) -> HostAnnouncement:
+        return HostAnnouncement(
             manifest=self._swarm.manifest,
             started=self._started,
             node_endpoint=self._node_endpoint,
@@ -241,8 +181,6 @@ class Host:
             availability=self._availability,
             exchanged_bytes=self._exchanged_bytes,
         )
-        swarm = self._swarm
-        return Announcer(swarm.dht, swarm.identity, swarm.admission, describe=announcement.describe)
 
     def _build_block_manager(self) -> BlockManager:
         swarm = self._swarm
@@ -294,6 +232,32 @@ class Host:
         averager = self._averaging.averager
         return Pause(self._availability, self._block_manager, self._placement, averager, self._runtime, self._events)
 
+    def _build_live_limits(self, owner_limits: OwnerLimits) -> LiveLimits:
+        parts = LimitedParts(
+            rate_limits=self._rate_limits,
+            memory=self._memory,
+            runtime=self._runtime,
+            placement=self._placement,
+            monitor=self._monitor,
+            capacity=self._room.under,
+            conditions=self._conditions,
+        )
+        return LiveLimits(owner_limits, parts, self._capacity, self._events)
+
+    def _build_status(self, owner_limits: OwnerLimits, log: LogTail) -> HostStatus:
+        return HostStatus(
+            peer_id=self._swarm.identity.peer_id,
+            device=self._device,
+            parts=self._announcement,
+            service=self._service,
+            use=self._use,
+            memory=self._memory,
+            rate_limits=self._rate_limits,
+            owner_limits=owner_limits,
+            live_limits=self._live_limits,
+            log=log,
+        )
+
     def _build_hand_over(self) -> HandOver:
         swarm, averager = self._swarm, self._averaging.averager
         return HandOver(self._block_manager, averager, swarm.directory, swarm.identity.peer_id, self._events)
@@ -305,12 +269,14 @@ class Host:
         """Start, take blocks, announce them, wait for `stop`, leave."""
         self._runtime.start()
         # To the end: a signal that nobody hears would kill the node before it has saved.
+        told = owner_told(self._config.state, self._status.told, self._live_limits.change)
         with signals_heard(self._availability, self._owner, self._report_signal):
             try:
                 await self._credit.open()
                 await self._server.start()
-                await self._work(stop)
-                await self._leave()
+                async with told:
+                    await self._work(stop)
+                    await self._leave()
             finally:
                 await asyncio.gather(
                     self._announcer.stop(), self._averaging.stop(), self._node_endpoint.close(), self._server.drain(0)

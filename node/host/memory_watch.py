@@ -38,7 +38,9 @@ class MemoryWatch:
     """`give_up_one` gives up a block; asked for again as long as there is too little memory."""
 
     def __init__(self, limit_bytes: int | None, use: ProcessUse, give_up_one: Callable[[str], Awaitable[None]]) -> None:
-        self._limit_bytes, self._use, self._give_up_one = limit_bytes, use, give_up_one
+        self._use, self._give_up_one = use, give_up_one
+        self.limit_bytes = limit_bytes
+        """None for no limit; may be set at any time."""
         self._over = 0
         self.used_bytes = 0
         self.tight = False
@@ -49,13 +51,14 @@ class MemoryWatch:
 
     async def watch(self) -> None:
         """Look again and again."""
-        await repeat(self.look, lambda: LOOK_SELDOM_S if self._limit_bytes is None else LOOK_S, at_once=True)
+        await repeat(self.look, lambda: LOOK_SELDOM_S if self.limit_bytes is None else LOOK_S, at_once=True)
 
     async def look(self) -> None:
         """Measure, and do what has to be done."""
         self.used_bytes = await asyncio.to_thread(self._use.memory_bytes)
-        limit = self._limit_bytes
+        limit = self.limit_bytes
         if limit is None:
+            self.tight = False
             return
         if self.used_bytes > limit * REFUSE_ABOVE:
             await asyncio.to_thread(give_back_memory)

@@ -77,6 +77,14 @@ class PlacementController:
         self._hold_at_most(len(own) - 1, reason)
         await self._block_manager.give_up([spared], WITHDRAW_GRACE_S)
 
+    async def follow(self, max_blocks: int) -> None:
+        """Hold at most this many blocks from now on, as the owner wants; others are taken at the next check."""
+        self._planner.hold_at_most(max_blocks)
+        own = self._held.serving
+        if len(own) > max_blocks:
+            spared = self._planner.most_served(own, len(own) - max_blocks)
+            await self._block_manager.give_up(spared, WITHDRAW_GRACE_S)
+
     async def _recheck(self) -> None:
         moves = self._planner.moves(self._held)
         if not (moves.take or moves.drop):

@@ -89,10 +89,15 @@ class PlacementPlanner:
 
     def spare(self, own: Collection[BlockId]) -> BlockId:
         """The block of one's `own` that most others serve, which is not wanted here any more."""
-        view = self._directory.snapshot()
-        spared = max(own, key=lambda block_id: (len(view.replicas[block_id]), block_id))
+        (spared,) = self.most_served(own, 1)
         self._fixed = tuple(block_id for block_id in self._fixed if block_id != spared)
         return spared
+
+    def most_served(self, own: Collection[BlockId], n_blocks: int) -> list[BlockId]:
+        """So many blocks of one's `own`, those first that most others serve."""
+        view = self._directory.snapshot()
+        by_replicas = sorted(own, key=lambda block_id: (len(view.replicas[block_id]), block_id), reverse=True)
+        return by_replicas[:n_blocks]
 
     def _plan(self, held: HeldBlocks) -> PlacementPlan:
         # A peer that cannot be reached may be dead long before its records expire. Counting it out only adds replicas.

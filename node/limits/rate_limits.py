@@ -10,10 +10,6 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from node.limits.limits import Limits
 
 if TYPE_CHECKING:
@@ -40,11 +36,21 @@ class RateLimits:
         limits = limits or Limits()
         self._use = use
         self._up, self._down = TokenBucket(limits.up_bytes_per_s, clock), TokenBucket(limits.down_bytes_per_s, clock)
-        cores = limits.cpu_percent / 100 if limits.cpu_percent else None
-        self._cpu = TokenBucket(cores, clock)
+        self._cpu = TokenBucket(_cores(limits), clock)
         self._counting = threading.Lock()
         self._counted_cpu_s = use.cpu_s() if use else 0.0
         self._counted_io = use.child_io() if use else None
+
+    def follow(self, limits: Limits) -> None:
+        """Keep these limits from now on."""
+        self._up.refill_at(limits.up_bytes_per_s)
+        self._down.refill_at(limits.down_bytes_per_s)
+        self._cpu.refill_at(_cores(limits))
+
+    @property
+    def slows_downloads(self) -> bool:
+        """Whether a download has to rest now and then."""
+        return self._down.per_s is not None or self._cpu.per_s is not None
 
     @property
     def slower_bytes_per_s(self) -> float:
@@ -98,6 +104,10 @@ class RateLimits:
         self._down.take(max(0, now.read - before.read))
 
 
+def _cores(limits: Limits) -> float | None:
+    return limits.cpu_percent / 100 if limits.cpu_percent else None
+
+
 CREDIT_S = 1.0
 """The seconds of an unused rate that may be used later, so that small messages need not wait for each other."""
 
@@ -110,6 +120,13 @@ class TokenBucket:
         self._lock = threading.Lock()
         self._paid_at_s = clock()
         self.total = 0.0
+
+    def refill_at(self, per_s: float | None) -> None:
+        """Have another rate from now on; what is not paid for yet is paid for at that one."""
+        with self._lock:
+            now_s = self._clock()
+            owed = max(0.0, self._paid_at_s - now_s) * (self.per_s or 0.0)
+            self.per_s, self._paid_at_s = per_s, now_s + (owed / per_s if per_s else 0.0)
 
     def take(self, amount: float) -> float:
         """Take it; seconds until everything that was taken is paid for."""

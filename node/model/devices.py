@@ -83,6 +83,13 @@ def limit_device_memory(device: torch.device, n_bytes: int | None) -> None:
         torch.mps.set_per_process_memory_fraction(min(2.0, n_bytes / recommended))
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that this process has taken of a GPU's memory; None on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    return int(torch.mps.driver_allocated_memory()) if device.type == "mps" else None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no room for a tensor, on a GPU or here. Apple's back end and the CPU's have no type for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -11,8 +11,8 @@ from common.errors import UnavailableError
 from dht import address_watch
 from dht.directory import Directory
 from dht.join import publish_manifest
+from node.host.command import run_host
 from node.host.config import HostConfig
-from node.host.host import run_host
 from node.membership import swarm
 from tests.support.announcing import MANIFEST, MODEL, OWNER, RUN
 from tests.support.dht_nodes import eventually, running_nodes
@@ -43,7 +43,14 @@ async def endpoints(first: DhtNode) -> set[str]:
 
 
 def config(first: DhtNode, tmp_path: Path, listen: str) -> HostConfig:
-    return HostConfig(run_id=RUN, initial_peers=first.addresses, state=tmp_path, listen=listen, on_battery=True)
+    return HostConfig(
+        run_id=RUN,
+        initial_peers=first.addresses,
+        state=tmp_path,
+        listen=listen,
+        on_battery=True,
+        page_listen="none",
+    )
 
 
 async def test_a_host_follows_its_address(first: DhtNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ from coordinator.lighthouse.config import LighthouseConfig
 from coordinator.local import run_local
 from node.contributor.command import run_contribute
 from node.contributor.config import ContributeConfig
+from node.host.command import run_host
 from node.host.config import HostConfig
-from node.host.host import run_host
 from node.trainer.config import TrainConfig
 from node.trainer.trainer import run_trainer
 from tests.integration.test_coordinator import PATIENCE_S, PROGRAM, coordinator

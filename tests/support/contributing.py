@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.config import CoordinatorConfig, read_manifest
 from coordinator.coordinator import run_coordinator
+from node.host.command import run_host
 from node.host.config import HostConfig
-from node.host.host import run_host
 from node.trainer.config import TrainConfig
 from node.trainer.trainer import run_trainer
 from protocol.identity import Identity
@@ -53,7 +53,9 @@ class RunInLoop:
         self.manifest = read_manifest(self.folder / "run" / "manifest.toml")
         for number in range(n_hosts):
             state = self.folder / f"host-{number}"
-            self._begin(run_host(HostConfig(swarm=self.swarm_file, state=state, recheck_s=0), self._stop))
+            self._begin(
+                run_host(HostConfig(swarm=self.swarm_file, state=state, recheck_s=0, page_listen="none"), self._stop)
+            )
         trainer = TrainConfig(
             swarm=self.swarm_file,
             out=self.trainer_folder,

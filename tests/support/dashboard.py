@@ -10,9 +10,9 @@ import httpx
 
 from common.errors import UnavailableError
 from common.web.access import names_answered_to
+from common.web.feed import Feed
 from common.web.request_checks import CheckConfig
 from coordinator.dashboard.app import Shown, build_app
-from coordinator.dashboard.feed import Feed
 from coordinator.dashboard.history import FILE
 from coordinator.dashboard.history_thread import HistoryThread
 from coordinator.dashboard.joining import WaysIn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from coordinator.dashboard.files import WithHeaders
+    from common.web.files import WithHeaders
     from dht.view import DirectoryView
     from protocol.manifest import Manifest
 

@@ -88,7 +88,7 @@ def keeping(folder: Path, fixed: Sequence[BlockId] = (), max_blocks: int = 3) ->
     seen = SeenDirectory(view)
     directory = cast("Any", seen)
     announcer = cast("Any", SimpleNamespace(announce_now=announce_now))
-    loader = BlockLoader(MANIFEST, CPU, store, cast("Any", None), rng)
+    loader = BlockLoader(MANIFEST, CPU, store, cast("Any", None), rng, one_by_one=lambda: False)
     block_manager = BlockManager(held, loader, directory, "own", announcer, events)
     config = PlacementConfig(max_blocks=max_blocks, target_replicas=1)
     planner = PlacementPlanner(directory, frozenset, "own", config, rng, fixed)

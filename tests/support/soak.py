@@ -168,7 +168,11 @@ class Soak:
         folder.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], check=True)  # noqa: S607
         self.disks.append(folder)
-        self._add(name, ("host", "--join", str(self.swarm_file), "--state", str(folder), *flags), folder)
+        self._add(
+            name,
+            ("host", "--join", str(self.swarm_file), "--state", str(folder), "--page-listen", "none", *flags),
+            folder,
+        )
         self.members[name].node.wait_for("announced", START_TIMEOUT_S)
 
     def trainer(self, name: str, *flags: str) -> None:

@@ -1,7 +1,8 @@
 // The page of one layer: its blocks with their replicas, and the load of its experts as each trainer sees it.
 import {HeatMap} from "./heat.js";
 import {at, fillFacts, fillPager, fillTable, setText} from "./parts.js";
-import {UNKNOWN, count, isKnown, layerLink, number, peerLink, range, shortId} from "./format.js";
+import {UNKNOWN, count, isKnown, number, range, shortId} from "./format.js";
+import {layerLink, peerLink} from "./links.js";
 import {Asked} from "./list.js";
 import {begin} from "./shell.js";
 

@@ -3,8 +3,9 @@ import {HeatMap} from "./heat.js";
 import {fillJoining} from "./joining.js";
 import {fillCharts, showNow} from "./over_time.js";
 import {at, fillTable, make, setText} from "./parts.js";
-import {UNKNOWN, count, isKnown, large, layerLink, loss, number, peerLink} from "./format.js";
+import {UNKNOWN, count, isKnown, large, loss, number} from "./format.js";
 import {percent, plural, range, shortId, timeOfDay} from "./format.js";
+import {layerLink, peerLink} from "./links.js";
 import {begin} from "./shell.js";
 
 const heat = new HeatMap(at("heat"));

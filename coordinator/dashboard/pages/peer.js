@@ -1,7 +1,8 @@
 // The page of one peer: what it says of itself, its blocks beside the other replicas, and what a trainer reports.
 import {Chart} from "./chart.js";
 import {at, copyButton, fillFacts, fillPager, fillTable, make, setText} from "./parts.js";
-import {UNKNOWN, bytes, count, duration, isKnown, layerLink, loss, moment, number, shortId} from "./format.js";
+import {UNKNOWN, bytes, count, duration, isKnown, loss, moment, number, shortId} from "./format.js";
+import {layerLink} from "./links.js";
 import {Asked} from "./list.js";
 import {stateOf} from "./state.js";
 import {begin} from "./shell.js";

@@ -1,6 +1,7 @@
 // The leaderboard: peers by the tokens that they answered or trained on.
 import {at, fillPager, fillTable, setText} from "./parts.js";
-import {UNKNOWN, bytes, count, duration, number, peerLink, plural, shortId} from "./format.js";
+import {UNKNOWN, bytes, count, duration, number, plural, shortId} from "./format.js";
+import {peerLink} from "./links.js";
 import {Asked} from "./list.js";
 import {begin} from "./shell.js";
 import {stateOf} from "./state.js";

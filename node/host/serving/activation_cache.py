@@ -41,6 +41,12 @@ class ActivationCache:
         self._kept: OrderedDict[RequestKey, tuple[float, CheckedInputs]] = OrderedDict()
         self.n_bytes = 0
 
+    def keep_at_most(self, max_bytes: int) -> None:
+        """Stay within so many bytes from now on."""
+        self._max_bytes = max_bytes
+        while self.n_bytes > max_bytes:
+            self._drop_oldest()
+
     def put(self, key: RequestKey, inputs: CheckedInputs) -> None:
         """Keep `inputs`, dropping older ones to stay within bounds; what alone is too big is not kept."""
         self.take(key)

@@ -165,6 +165,12 @@ class Runtime:
         """
         return self.call(lambda: self._worker.blocks.remove(block_id))
 
+    def follow(self, config: RuntimeConfig) -> Future[None]:
+        """Stay within these bounds from now on; how long inputs are kept stays as it was. The future: inputs fit."""
+        with self._wake:
+            self._config = config
+        return self.call(lambda: self._kept.keep_at_most(config.keep_inputs_bytes))
+
     def forget_inputs(self) -> Future[None]:
         """Keep no inputs for a backward any more: callers send them again."""
         return self.call(self._kept.clear)

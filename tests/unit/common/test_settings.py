@@ -8,9 +8,9 @@ import pytest
 
 from common.errors import ConfigError
 from common.settings import check_minimums
+from node.host.command import run_host
+from node.host.config import MINIMUMS as HOST_MINIMUMS
 from node.host.config import HostConfig
-from node.host.host import MINIMUMS as HOST_MINIMUMS
-from node.host.host import run_host
 from node.trainer.config import EvaluateConfig, SampleConfig, TrainConfig
 from node.trainer.evaluation import run_evaluate
 from node.trainer.sample_command import run_sample

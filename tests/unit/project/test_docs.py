@@ -333,6 +333,7 @@ EMITTERS = {
         "node/host/block_manager.py",
         "node/host/placement_controller.py",
         "node/host/checkpoints.py",
+        "node/host/live_limits.py",
         "node/host/load_events.py",
         "node/host/pause.py",
         "node/host/hand_over.py",

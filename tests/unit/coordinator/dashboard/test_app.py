@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coordinator.dashboard import app as module
-from coordinator.dashboard.files import HEADERS, PAGES, web_files
+from common.web import event_stream as module
+from common.web.files import HEADERS
+from coordinator.dashboard.files import PAGES, web_files
 from coordinator.dashboard.history import COLUMNS
 from tests.support.dashboard import page_server
 from tests.support.run_views import MANIFEST

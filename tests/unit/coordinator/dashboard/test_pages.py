@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.dashboard.files import FOLDER, HEADERS, LAYOUT, MEDIA_TYPES, PAGES, STATIC, web_files
+from common.web.files import FOLDER, HEADERS, MEDIA_TYPES, STATIC
+from coordinator.dashboard.files import LAYOUT, PAGES, web_files
 
 ROOT = Path(__file__).parents[4]
 PAGES_FOLDER = ROOT / "coordinator" / "dashboard" / FOLDER
-VENDOR = PAGES_FOLDER / "vendor"
+SHARED_FOLDER = ROOT / "common" / "web" / FOLDER
+VENDOR = SHARED_FOLDER / "vendor"
 PARTS = {path.name for path in PAGES_FOLDER.glob("*.html")}
 HTML = {page.name: web_files()[path].content.decode() for path, page in PAGES.items()}
-SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(PAGES_FOLDER.glob("*.js"))}
-STYLE = (PAGES_FOLDER / "style.css").read_text(encoding="utf-8")
+SCRIPTS = {
+    path.name: path.read_text(encoding="utf-8")
+    for folder in (SHARED_FOLDER, PAGES_FOLDER)
+    for path in sorted(folder.glob("*.js"))
+}
+STYLE = (SHARED_FOLDER / "style.css").read_text(encoding="utf-8")
 
 each_page = pytest.mark.parametrize("page", HTML)
 each_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -36,13 +42,18 @@ def scripts_of(page: str) -> set[str]:
 
 def test_every_page_is_served_and_every_file_that_is_served_is_in_the_wheel() -> None:
     assert {LAYOUT, *(f"{name}.html" for name in HTML)} == PARTS
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "coordinator.dashboard"
-    ]
-    served = [f"{FOLDER}/{path.removeprefix(STATIC)}" for path in web_files() if path.startswith(STATIC)]
-    assert f"{FOLDER}/vendor/uPlot.esm.js" in served
-    for name in (*served, *(f"{FOLDER}/{part}" for part in PARTS)):
-        assert any(fnmatch(name, pattern) for pattern in patterns), name
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    patterns = [f"{package.replace('.', '/')}/{pattern}" for package, found in data.items() for pattern in found]
+    served = [path.removeprefix(STATIC) for path in web_files() if path.startswith(STATIC)]
+    assert "vendor/uPlot.esm.js" in served
+    for path in [*map(_file, served), *(PAGES_FOLDER / part for part in PARTS)]:
+        assert any(fnmatch(path.relative_to(ROOT).as_posix(), pattern) for pattern in patterns), path
+
+
+def _file(name: str) -> Path:
+    """Where a file of that name is, among those of the pages or those that all share, and not in both."""
+    (found,) = (folder / name for folder in (PAGES_FOLDER, SHARED_FOLDER) if (folder / name).exists())
+    return found
 
 
 def test_what_is_served_has_its_type_and_a_tag_of_its_content() -> None:
@@ -62,7 +73,7 @@ def test_a_page_has_no_script_or_style_of_its_own_and_asks_for_nothing_from_else
     assert not re.search(r"\son[a-z]+=|\sstyle=", html)
     assert re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL) == [""]
     for name in re.findall(r'(?:src|href)="static/([^"]+)"', html):
-        assert (PAGES_FOLDER / name).exists(), name
+        assert _file(name)
 
 
 def test_a_style_asks_for_nothing() -> None:
@@ -83,7 +94,7 @@ def test_every_module_that_is_imported_is_there_with_what_is_taken_of_it(script:
         for name in filter(None, map(str.strip, names.split(","))):
             exported = rf"export (?:async )?(?:function|const|class) {name}\b"
             assert re.search(exported, SCRIPTS[module]), f"{script} takes {name} of {module}"
-    assert all((PAGES_FOLDER / module).exists() for module in re.findall(r'from "\./([^"]+)"', SCRIPTS[script]))
+    assert all(_file(module) for module in re.findall(r'from "\./([^"]+)"', SCRIPTS[script]))
 
 
 @each_page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from coordinator.dashboard.feed import Feed
+from common.web.feed import Feed
 from coordinator.dashboard.history import COLUMNS
 from coordinator.dashboard.watch import SAMPLE_S, RunWatch, evaluations_of, sample_of
 from tests.support.dashboard import ViewedDirectory

@@ -154,3 +154,50 @@ async def eventually(work: Callable[[], Any], condition: Callable[[], bool]) -> 
     async with asyncio.timeout(10):
         while not condition():
             await work()
+
+
+def schedule(finding: Finding) -> Condition:
+    return Condition(reason=Reason.SCHEDULE, look=lambda: finding, blocks=False)
+
+
+async def test_a_condition_that_is_taken_away_counts_no_longer_and_a_new_one_does() -> None:
+    scene = Scene()
+    await scene.finds(PLAYS)
+    scene.monitor.follow([schedule(Finding("it is outside its schedule"))])
+    assert scene.availability.working.is_set(), "nobody looks whether steam runs"
+    await scene.monitor.look()
+    assert scene.availability.reasons == ("it is outside its schedule",)
+    scene.monitor.follow([schedule(NOTHING)])
+    await scene.monitor.look()
+    assert scene.availability.working.is_set()
+
+
+async def test_what_is_unknown_of_a_condition_that_is_taken_away_is_told_no_more() -> None:
+    scene = Scene()
+    await scene.finds(UNKNOWN)
+    scene.monitor.follow([])
+    assert scene.availability.unknown == ()
+
+
+async def test_a_condition_that_stays_settles_as_long_as_it_would_have() -> None:
+    scene = Scene(settle_s=SETTLE_S)
+    await scene.finds(PLAYS)
+    scene.monitor.follow([scene.condition])
+    assert not await scene.finds(NOTHING, after_s=SETTLE_S - 1)
+    assert await scene.finds(NOTHING, after_s=1)
+
+
+async def test_conditions_that_change_while_they_are_watched_are_watched_anew() -> None:
+    scene, looked = Scene(every_s=1000.0), asyncio.Event()
+
+    def look() -> Finding:
+        looked.set()
+        return NOTHING
+
+    found = Condition(reason=Reason.SCHEDULE, look=look, every_s=0.01, blocks=False)
+    watching = asyncio.create_task(scene.monitor.watch())
+    await asyncio.sleep(0)
+    scene.monitor.follow([found])
+    await asyncio.wait_for(looked.wait(), 10.0)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)

@@ -85,6 +85,19 @@ async def test_for_want_of_memory_one_block_goes_and_the_last_one_stays(
         assert len(host.runtime.blocks) == 1
 
 
+async def test_fewer_blocks_that_the_owner_wants_are_given_up_at_once_and_taken_again_when_more_may_be_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement_controller, "WITHDRAW_GRACE_S", 0.0)
+    with keeping(tmp_path, (A, B)) as host:
+        await host.placement.take_first()
+        await host.placement.follow(1)
+        assert len(host.runtime.blocks) == host.planner.max_blocks == 1
+        await host.placement.follow(2)
+        await host.placement.recheck()
+        assert set(host.runtime.blocks) == {A, B}, "those that were asked for are not forgotten"
+
+
 async def test_blocks_that_a_recheck_takes_already_are_here_when_the_first_are_taken(tmp_path: Path) -> None:
     with keeping(tmp_path, ()) as host:
         recheck = asyncio.create_task(host.placement.recheck())

@@ -18,7 +18,7 @@ import pytest
 from common.errors import ConfigError, UnavailableError
 from common.text import moment_text
 from node.host.config import PauseConfig
-from node.host.control import read_process, run_leave, run_pause, run_resume
+from node.host.control import ask_host, read_process, run_leave, run_pause, run_resume
 from node.host.owner_pause import read_pause
 from node.rpc.health import server_told
 from protocol.endpoints import Address
@@ -109,6 +109,18 @@ async def test_pause_and_resume_wait_until_the_host_has_done_so(
     ):
         await command(host.config, asyncio.Event())
         assert capsys.readouterr().out == words
+
+
+async def test_a_word_is_answered_with_what_the_host_heard_and_nobody_waits_until_it_is_done(host: FakeHost) -> None:
+    heard = await ask_host(host.config, "pause", 60.0)
+    assert (heard.word, heard.paused) == ("pause", False)
+    assert heard.until_s is not None
+    assert (await ask_host(host.config, "resume")).paused
+
+
+async def test_a_word_that_nobody_hears_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="no host runs from this folder"):
+        await ask_host(PauseConfig(state=tmp_path), "leave")
 
 
 @pytest.mark.parametrize(

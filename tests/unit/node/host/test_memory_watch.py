@@ -55,3 +55,16 @@ async def test_without_a_limit_memory_is_only_measured() -> None:
     for _ in range(2 * OVER_FOR_LOOKS):
         await watch.look()
     assert (watch.used_bytes, watch.refusal(), given_up) == (1 << 50, None, [])
+
+
+async def test_a_limit_that_is_set_or_taken_away_later_holds_from_the_next_look_on() -> None:
+    watch, use, _ = watched(None)
+    use.taken = 590_000_000
+    await watch.look()
+    assert watch.refusal() is None
+    watch.limit_bytes = 600_000_000
+    await watch.look()
+    assert isinstance(watch.refusal(), OverloadedError)
+    watch.limit_bytes = None
+    await watch.look()
+    assert watch.refusal() is None

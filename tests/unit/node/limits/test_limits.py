@@ -276,3 +276,29 @@ def test_nothing_that_can_wait_is_begun_before_every_debt_is_paid() -> None:
     assert rate_limits.owed_s() == pytest.approx(2 * OVERHEAD)
     use.used_s += 5.0
     assert rate_limits.owed_s() == pytest.approx(10.0)
+
+
+def test_a_rate_that_changes_holds_from_then_on_for_what_is_not_paid_yet() -> None:
+    clock = FakeClock()
+    bucket = TokenBucket(100.0, clock)
+    assert bucket.take(300.0) == pytest.approx(3.0)
+    clock.now_s += 1.0
+    bucket.refill_at(400.0)
+    assert bucket.wait_s() == pytest.approx(0.5), "200 at 400 a second"
+    bucket.refill_at(None)
+    assert bucket.take(1e9) == 0.0
+    bucket.refill_at(100.0)
+    assert bucket.take(100.0) == pytest.approx(1.0), "what was taken without a limit is not paid for later"
+
+
+def test_limits_that_change_are_followed_by_every_rate() -> None:
+    clock, use = FakeClock(), FakeUse()
+    limited = RateLimits(Limits(), use, clock)
+    assert (limited.slows_downloads, limited.sent(10**9)) == (False, 0.0)
+    limited.follow(Limits(up_bytes_per_s=1_000_000, down_bytes_per_s=2_000_000, cpu_percent=50.0))
+    assert limited.slows_downloads
+    assert limited.sent(1_000_000) == pytest.approx(OVERHEAD)
+    use.used_s += 2.0
+    assert limited.rest_s() == pytest.approx(4.0)
+    limited.follow(Limits(up_bytes_per_s=1_000_000))
+    assert (limited.slows_downloads, limited.rest_s()) == (False, 0.0)

@@ -396,3 +396,22 @@ def test_readers_of_the_blocks_see_them_before_or_after_a_change_never_between(r
     assert len(before) == 8
     assert len(of_layer) == 4
     assert len(runtime.blocks) == 7
+
+
+def test_bounds_that_change_while_it_runs_hold_for_the_queue_and_the_inputs_that_are_kept() -> None:
+    runtime = make_runtime()
+    runtime.start()
+    try:
+        first = forward(0)
+        runtime.submit(first)
+        first.future.result(TIMEOUT_S)
+        assert runtime.kept_bytes > 0
+        runtime.follow(RuntimeConfig(max_queue_tokens=10, keep_inputs_bytes=0)).result(TIMEOUT_S)
+        assert runtime.kept_bytes == 0
+        held = Held(runtime)
+        runtime.submit(forward(1))
+        with pytest.raises(OverloadedError, match="the limit is 10"):
+            runtime.submit(forward(2))
+        held.release()
+    finally:
+        runtime.stop(TIMEOUT_S)

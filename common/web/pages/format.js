@@ -53,5 +53,3 @@ export const range = (low, high) => (low === high ? count(low) : `${count(low)} 
 export const moment = (seconds) =>
   new Date(seconds * 1000).toLocaleString("en-GB", {dateStyle: "medium", timeStyle: "short"});
 export const timeOfDay = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
-export const peerLink = (id) => "peer?id=" + encodeURIComponent(id);
-export const layerLink = (layer) => "layer?layer=" + layer;

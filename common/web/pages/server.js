@@ -18,8 +18,9 @@ const headers = () => {
 
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
 
-async function answer(path, signal) {
-  const response = await fetch(path, {headers: headers(), signal, cache: "no-store"});
+async function answer(path, signal, more = {}) {
+  const {headers: added, ...how} = more;
+  const response = await fetch(path, {headers: {...headers(), ...added}, signal, cache: "no-store", ...how});
   if (response.ok) return response;
   const problem = await response.json().catch(() => null);
   throw new Refused(response.status, problem?.error?.message ?? `the server answers ${response.status}`);
@@ -30,16 +31,22 @@ export async function ask(path, parameters = {}) {
   return (await answer("api/" + path + (query ? "?" + query : ""), AbortSignal.timeout(15000))).json();
 }
 
+// Has something done; `headers` may prove who asks.
+export async function tell(path, body, headers = {}) {
+  const how = {method: "POST", headers: {"Content-Type": "application/json", ...headers}, body: JSON.stringify(body)};
+  return (await answer("api/" + path, AbortSignal.timeout(65000), how)).json();
+}
+
 const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
 
-// Calls `heard` with every overview, and `lost` with why none comes; asks again by itself, later each time.
+// Calls `heard` with all that is told, and `lost` with why none comes; asks again by itself, later each time.
 export async function follow(heard, lost) {
   let retry = FIRST_RETRY_MS;
   for (;;) {
     try {
-      await followOnce((overview) => {
+      await followOnce((told) => {
         retry = FIRST_RETRY_MS;
-        heard(overview);
+        heard(told);
       });
       lost(new Refused(0, "the server has ended the connection"));
     } catch (error) {

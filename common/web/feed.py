@@ -67,6 +67,10 @@ class Feed:
         for client in self._clients:
             client.tell(message)
 
+    def forget(self) -> None:
+        """Have a page that is opened later wait for the next message: the latest is old."""
+        self._latest = None
+
     def end(self) -> None:
         """Have every page's stream end, as the server does."""
         for client in self._clients:

@@ -7,9 +7,18 @@ import asyncio
 import pytest
 
 from common.errors import OverloadedError
-from coordinator.dashboard.feed import Feed
+from common.web.feed import Feed
 
 SOON_S = 20.0
+
+
+async def test_a_message_that_is_old_is_given_to_no_page_that_is_opened_later() -> None:
+    feed = Feed(2)
+    feed.publish(b"old")
+    feed.forget()
+    with feed.joined() as client:
+        feed.publish(b"new")
+        assert await client.news(SOON_S) == b"new"
 
 
 async def test_a_page_gets_the_latest_message_at_once_and_then_each_new_one() -> None:

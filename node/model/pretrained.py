@@ -148,7 +148,10 @@ class PretrainedTrunk(Trunk):
         return logits_BTV.float()
 
     def new_cache(self, n_places: int, n_positions: int) -> PretrainedCache:
-        """Room for what is read of so many sequences, all of it free; LimitExceededError for too many."""
+        """Room for what is read of so many sequences, all of it free; LimitExceededError for too many.
+
+        DataError for a model that has layers of a type that cannot be read token by token.
+        """
         return PretrainedCache(self.language_model, n_places, n_positions)
 
     def bytes_per_sequence(self, n_positions: int) -> int:
@@ -178,7 +181,7 @@ class PretrainedTrunk(Trunk):
             logits_RWV: Tensor = self.language_model(
                 input_ids=ids_RT,
                 position_ids=at.position_RT,
-                attention_mask=at.mask(self.language_model.dtype),
+                attention_mask=at.masks(self.language_model.dtype),
                 cache=at,
                 use_cache=True,
                 logits_to_keep=wanted_W,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from transformers.cache_utils import Cache
 
+from common.errors import DataError
 from node.model.attention_cache import KeptSequences, places_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ FREE_PADDING: Final = 48
 PADDED_PART: Final = 4
 """A pass may be padded by a fourth of what is longest in it, for each of its stretches."""
 
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
+"""What the library calls layers that see all tokens before, and layers that see the last ones."""
+
 
 def bytes_per_sequence(language_model: PreTrainedModel, n_positions: int) -> int:
     """What the keys and values of one window of `n_positions` tokens take in all layers together."""
@@ -46,10 +50,30 @@ def _heads_and_channels(language_model: PreTrainedModel) -> tuple[int, int]:
     return n_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _types_and_reach(language_model: PreTrainedModel) -> tuple[frozenset[str], int | None]:
+    """The types of the layers, where the model has several; how many tokens a sliding one sees, None if all.
+
+    DataError for a type of which more must be kept than keys and values, or that sees others.
+    """
+    config = language_model.config.get_text_config()
+    types = frozenset(getattr(config, "layer_types", None) or ())
+    if unknown := sorted(types - set(LAYER_TYPES)):
+        raise DataError(
+            f"the pretrained model has layers of type {unknown[0]}, with which it can be trained on, but not write "
+            f"text here; those of type {' and '.join(LAYER_TYPES)} can"
+        )
+    return types, getattr(config, "sliding_window", None)
+
+
 class PretrainedCache(KeptSequences):
-    """Room for the keys and values of `n_places` windows of up to `n_positions` tokens; no place is taken yet."""
+    """Room for the keys and values of `n_places` windows of up to `n_positions` tokens; no place is taken yet.
+
+    A layer that sees the last tokens only has the same room: no window is longer than the model's context.
+    """
 
     def __init__(self, language_model: PreTrainedModel, n_places: int, n_positions: int) -> None:
+        """DataError where the model has layers of a type that cannot be read so."""
+        self._types, self._reach = _types_and_reach(language_model)
         super().__init__(n_places, 0, bytes_per_sequence(language_model, n_positions))
         n_heads, channels = _heads_and_channels(language_model)
         self._shape = (n_places, n_heads, n_positions, channels)
@@ -59,11 +83,30 @@ class PretrainedCache(KeptSequences):
         """Keys and values of each layer that has been read."""
         return itertools.chain(*self._layers.values())
 
+    def masks(self, position_RT: Tensor, n_seen: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """What is added to attention's logits [R, 1, T, S], as the model takes it: by type of layer if those differ."""
+        if self._reach is None or self._reach >= n_seen:
+            return _mask(position_RT, n_seen, None, dtype)
+        sliding = _mask(position_RT, n_seen, self._reach, dtype)
+        if not self._types:
+            return sliding
+        return {FULL: _mask(position_RT, n_seen, None, dtype), SLIDING: sliding}
+
     def of_layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, K, P, C]; may be written to."""
         if layer not in self._layers:
             self._layers[layer] = (like.new_zeros(self._shape), like.new_zeros(self._shape))
         return self._layers[layer]
+
+
+def _mask(position_RT: Tensor, n_seen: int, reach: int | None, dtype: torch.dtype) -> Tensor:
+    """[R, 1, T, S]: the lowest number where a token may not look; it sees `reach` tokens, itself counted."""
+    position_S = torch.arange(n_seen, device=position_RT.device)
+    sees_RTS = position_S <= position_RT[:, :, None]
+    if reach is not None:
+        sees_RTS &= position_S > position_RT[:, :, None] - reach
+    hidden = torch.finfo(dtype).min
+    return torch.zeros((), dtype=dtype, device=sees_RTS.device).where(sees_RTS, hidden)[:, None]
 
 
 def passes_of(stretches: Sequence[Stretch]) -> list[list[int]]:
@@ -98,11 +141,9 @@ class PretrainedPass(Cache):
         self._places = places_of(stretches)
         self._n_seen = int(stop_R.max())
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """What is added to attention's logits [R, 1, T, S]: a token sees those of its sequence up to itself."""
-        sees_RTS = torch.arange(self._n_seen, device=self.position_RT.device) <= self.position_RT[:, :, None]
-        hidden = torch.finfo(dtype).min
-        return torch.zeros((), dtype=dtype, device=sees_RTS.device).where(sees_RTS, hidden)[:, None]
+    def masks(self, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """What is added to attention's logits: a token sees those of its sequence up to itself."""
+        return self._cache.masks(self.position_RT, self._n_seen, dtype)
 
     def update(
         self,

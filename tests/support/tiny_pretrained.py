@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from common.assets import asset_of, asset_of_file, asset_store
 from node.model.pretrained_files import quiet_transformers
@@ -30,6 +37,24 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 KINDS: dict[str, type[LibraryConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+REACH = 4
+SLIDING: dict[str, tuple[type[LibraryConfig], dict[str, Any]]] = {
+    "all slide": (MistralConfig, {"sliding_window": REACH}),
+    "some slide": (
+        Gemma3TextConfig,
+        {
+            "sliding_window": REACH,
+            "head_dim": 4,
+            "query_pre_attn_scalar": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "some slide, beside others that do not": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": REACH, "max_window_layers": 2},
+    ),
+}
+"""Models whose layers see the last REACH tokens, or some of whose layers do."""
 END = "<|end|>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -45,8 +70,9 @@ def new_model(config: LibraryConfig) -> Any:
 def save_pretrained(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a model whose weights are random, but large enough that every part of it counts."""
     torch.manual_seed(5)
+    config, more = SLIDING[kind] if kind in SLIDING else (KINDS[kind], {})
     with quiet_transformers():
-        return _save(folder, new_model(KINDS[kind](**{**SHAPE, **changes})), dtype)
+        return _save(folder, new_model(config(**{**SHAPE, **more, **changes})), dtype)
 
 
 def save_chat_model(folder: Path, **changes: Any) -> Path:

@@ -20,7 +20,15 @@ from node.model.next_token import GenerationConfig
 from node.model.pretrained import PretrainedTrunk, decoder_layers
 from node.model.pretrained_files import language_model, loaded, quiet_transformers
 from node.trainer.train_step import build_model, new_layers, next_token_loss
-from tests.support.tiny_pretrained import KINDS, N_TOKENS, new_model, pretrained_manifest, save_pretrained
+from tests.support.tiny_pretrained import (
+    KINDS,
+    N_TOKENS,
+    REACH,
+    SLIDING,
+    new_model,
+    pretrained_manifest,
+    save_pretrained,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -173,6 +181,28 @@ def test_a_long_prompt_is_read_in_a_pass_of_its_own_and_all_get_the_logits_of_th
     monkeypatch.setattr(experts, "blocks_for_call", counting(experts.blocks_for_call, read))
     torch.testing.assert_close(model.read(cache, stretches), expected, rtol=0, atol=1e-4)
     assert len(read) == 2 * 2, "two passes through two layers"
+
+
+@pytest.mark.parametrize("kind", SLIDING)
+def test_layers_that_see_the_last_tokens_see_the_same_where_text_is_read_token_by_token(
+    kind: str, tmp_path: Path
+) -> None:
+    model, _ = trunk_of(manifest_of(save_pretrained(tmp_path / "model", kind)))
+    cache = model.new_cache(1, len(WINDOW))
+    place = cache.add()
+    for start, stop in ((0, REACH + 2), (REACH + 2, REACH + 3), (REACH + 3, len(WINDOW))):
+        read = model.read(cache, [Stretch(place=place, window=WINDOW, start=start, stop=stop)])
+        torch.testing.assert_close(read[0], logits(model)[stop - 1], rtol=0, atol=1e-4)
+
+
+def test_a_model_of_which_more_must_be_kept_than_keys_and_values_writes_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = trunk_of(manifest_of(save_pretrained(tmp_path / "model")))
+    config = model.language_model.config
+    monkeypatch.setattr(config, "layer_types", ["full_attention", "linear_attention"], raising=False)
+    with pytest.raises(DataError, match="layers of type linear_attention"):
+        model.new_cache(1, 4)
 
 
 def counting(call: Callable[[int], list[Block]], layers: list[int]) -> Callable[[int], list[Block]]:

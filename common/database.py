@@ -71,9 +71,7 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run all of the body's statements or, if it raises, none. One body runs at a time. Raises StorageError."""
         with self._lock, self._told():
-            connection = self._connection
-            if connection is None:
-                raise StorageError(f"{self._path}: is not open")
+            connection = self._opened()
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -82,6 +80,22 @@ class Database:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Read all of it as it is at one moment, while others go on writing. Raises StorageError."""
+        with self._lock, self._told():
+            connection = self._opened()
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise StorageError(f"{self._path}: is not open")
+        return self._connection
 
     def _connected(self) -> sqlite3.Connection:
         connection = sqlite3.connect(

@@ -36,6 +36,7 @@ from coordinator.config import (
 )
 from coordinator.credit.background import collecting
 from coordinator.credit.collection import open_collection
+from coordinator.credit.config import COLLECTED
 from coordinator.dashboard.beside import shown_beside
 from coordinator.events import CreditEvent, PeerLeaveEvent, PeerStartEvent
 from coordinator.pretrained import keep_pretrained
@@ -115,7 +116,7 @@ async def _coordinate(config: CoordinatorConfig, stop: asyncio.Event) -> None:
         dht.on_lost(stop.set)
         await _announce(stack, config, dht, identity, admission)
         if config.credit_period_s:
-            folder = config.out / "coordinator" / "credit"
+            folder = config.out / COLLECTED
             collection = await stack.enter_async_context(open_collection(folder, dht, identity, admission))
             await stack.enter_async_context(collecting(collection, config.credit_period_s, partial(_tell, events)))
         swarm = SwarmFile(

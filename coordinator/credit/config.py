@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from common.settings import FileOnly  # noqa: TC001 - tyro reads the annotation
 from dht.swarm_config import SwarmChoice
+
+COLLECTED: Final = Path("coordinator", "credit")
+"""Where in a run's folder a coordinator keeps what it has collected."""
 
 
 @dataclass(frozen=True, kw_only=True)

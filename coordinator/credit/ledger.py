@@ -183,12 +183,12 @@ class Ledger:
                 pairs,
             )
 
-    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """Read or write all of it at one moment. Raises StorageError."""
-        return self._database.transaction()
+    def reading(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Read all of it as it is at one moment; nobody who writes waits. Raises StorageError."""
+        return self._database.reading()
 
     def _refuse(self, other: str) -> NoReturn:
-        raise ConfigError(f"{self._folder} holds what was collected of run {other}; choose another --out")
+        raise ConfigError(f"{self._folder} holds what was collected of run {other}; name another folder")
 
 
 def _number(connection: sqlite3.Connection, key: bytes) -> int:

@@ -132,7 +132,7 @@ _SEEN = "JOIN peers AS h ON h.n = host AND h.is_host JOIN peers AS t ON t.n = tr
 
 def read_sums(ledger: Ledger, run_id: str, model: ModelConfig) -> CreditSums:
     """What everybody has earned by now. Raises StorageError. Blocks for as long as reading all pairs of peers takes."""
-    with ledger.transaction() as connection:
+    with ledger.reading() as connection:
         caps = _caps(connection, model)
         hosts: dict[int, _Earned] = {}
         trainers: dict[int, _Earned] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from common.errors import InvalidInputError
 from coordinator.blocks import short_block_list_text
@@ -18,8 +18,10 @@ from protocol.endpoints import endpoint_text
 from protocol.manifest import BlockId
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from coordinator.credit.sums import HostSum, TeamSum, TrainerSum
+    from coordinator.dashboard.credit import CreditWatch
     from coordinator.dashboard.history import Curves
     from coordinator.dashboard.snapshot import Ranked, Snapshot
     from coordinator.figures import LayerFigures
@@ -37,6 +39,7 @@ MANY: Final = 10
 DIGITS: Final = 6
 
 Json = dict[str, Any]
+CreditKind = Literal["hosts", "trainers", "teams"]
 
 
 def encoded(value: object) -> bytes:
@@ -120,6 +123,23 @@ def layer(snapshot: Snapshot, number: int, page: int) -> Json:
         "blocks": {**part, "rows": [_block_row(snapshot, BlockId(number, block)) for block in blocks]},
         "n_trainers": len(trainers),
         "trainers": trainers[:MAX_TRAINERS],
+    }
+
+
+def credit(watch: CreditWatch, kind: CreditKind, page: int) -> Json:
+    """A page of what hosts, trainers or teams have earned, those with most first."""
+    earned: Mapping[CreditKind, Sequence[HostSum | TrainerSum | TeamSum]] = {
+        "hosts": watch.sums.hosts,
+        "trainers": watch.sums.trainers,
+        "teams": watch.sums.teams,
+    }
+    rows, part = _page(earned[kind], page)
+    first = (part["page"] - 1) * ROWS + 1
+    return {
+        **part,
+        "problem": watch.problem,
+        "unseen_receipts": watch.sums.unseen_receipts,
+        "rows": [{"rank": rank, **asdict(row)} for rank, row in enumerate(rows, first)],
     }
 
 

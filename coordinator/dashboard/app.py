@@ -9,14 +9,16 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fastapi.responses import Response  # noqa: TC002 - FastAPI reads the annotation
+from fastapi.responses import Response
 
 from common.web.application import json_answer, web_application
 from common.web.event_stream import event_stream
 from common.web.files import WithHeaders, file_endpoint
 from common.web.http_errors import NOT_FOUND, HttpError
 from common.web.request_checks import RequestChecks
+from coordinator.credit.show import sums_csv, sums_json
 from coordinator.dashboard import answers
+from coordinator.dashboard.answers import CreditKind  # noqa: TC001 - FastAPI reads the annotation
 from coordinator.dashboard.files import web_files
 from coordinator.dashboard.history import SPANS
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from common.web.feed import Feed
     from common.web.request_checks import CheckConfig
+    from coordinator.dashboard.credit import CreditWatch
     from coordinator.dashboard.history_thread import HistoryThread
     from coordinator.dashboard.joining import WaysIn
     from coordinator.dashboard.watch import RunWatch
@@ -40,6 +43,7 @@ class Shown:
     watch: RunWatch
     feed: Feed
     history: HistoryThread
+    credit: CreditWatch
     ways_in: WaysIn
     now_s: Callable[[], float]
 
@@ -55,6 +59,9 @@ def build_app(shown: Shown, checks: Callable[[frozenset[str]], CheckConfig]) -> 
         "/api/peers": endpoints.peers,
         "/api/peer": endpoints.peer,
         "/api/layer": endpoints.layer,
+        "/api/credit": endpoints.credit,
+        "/api/credit.csv": endpoints.credit_csv,
+        "/api/credit.json": endpoints.credit_json,
         "/api/events": endpoints.events,
         **dict.fromkeys(served, file_endpoint(served)),
     }
@@ -104,6 +111,19 @@ class PageEndpoints:
     async def layer(self, layer: int, page: int = 1) -> Response:
         """One layer."""
         return json_answer(answers.encoded(answers.layer(self._shown.watch.snapshot, layer, page)))
+
+    async def credit(self, kind: CreditKind = "hosts", page: int = 1) -> Response:
+        """A page of what was earned."""
+        return json_answer(answers.encoded(answers.credit(self._shown.credit, kind, page)))
+
+    async def credit_csv(self) -> Response:
+        """All that was earned, as a table for spreadsheets."""
+        text = await asyncio.to_thread(sums_csv, self._shown.credit.sums)
+        return Response(text, headers={"Cache-Control": "no-store"}, media_type="text/csv; charset=utf-8")
+
+    async def credit_json(self) -> Response:
+        """All that was earned, for programs."""
+        return json_answer((await asyncio.to_thread(sums_json, self._shown.credit.sums)).encode())
 
     async def events(self) -> Response:
         """The overview, again and again."""

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from coordinator.children import PROGRAM, Child, ChildSpec, end_all, exit_words
+from coordinator.credit.config import COLLECTED
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,8 +28,9 @@ async def shown_beside(
     run: Path, port: int, stop: asyncio.Event, program: tuple[str, ...] = PROGRAM
 ) -> AsyncIterator[None]:
     """Show the run whose `swarm.toml` is in folder `run` at a port of this machine, while the context lasts."""
-    told = ("--join", str(run / "swarm.toml"), "--out", str(run / "dashboard"), "--port", str(port))
-    argv = (*program, "dashboard", *told, "--log-level", "warning", "--stop-on-stdin-eof")
+    read = ("--join", str(run / "swarm.toml"), "--credit", str(run / COLLECTED))
+    kept = ("--out", str(run / "dashboard"), "--port", str(port))
+    argv = (*program, "dashboard", *read, *kept, "--log-level", "warning", "--stop-on-stdin-eof")
     try:
         child = Child(ChildSpec(name="dashboard", argv=argv))
     except OSError as error:

@@ -21,6 +21,7 @@ from common.web.http_server import http_server, listening_socket
 from common.web.request_checks import CheckConfig
 from coordinator.dashboard.app import Shown, build_app
 from coordinator.dashboard.config import MINIMUMS
+from coordinator.dashboard.credit import CreditWatch
 from coordinator.dashboard.history import FILE
 from coordinator.dashboard.history_thread import HistoryThread
 from coordinator.dashboard.joining import ways_in
@@ -80,8 +81,13 @@ async def _show(config: DashboardConfig, listener: socket.socket, key: str, stop
         looking = watch.every(config.refresh_s)
         looking.start()
         stack.push_async_callback(looking.stop)
+        credit = CreditWatch(config.credit, manifest)
+        await until_stopped(credit.look(), stop)
+        adding_up = credit.every(config.credit_s)
+        adding_up.start()
+        stack.push_async_callback(adding_up.stop)
         ways = ways_in(config, manifest, initial_peers, told)
-        shown = Shown(watch=watch, feed=feed, history=history, ways_in=ways, now_s=dht.now_s)
+        shown = Shown(watch=watch, feed=feed, history=history, credit=credit, ways_in=ways, now_s=dht.now_s)
         await _serve(shown, config, listener, key, stop)
         dht.raise_if_lost()
 

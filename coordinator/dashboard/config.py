@@ -12,6 +12,7 @@ from dht.swarm_config import SwarmChoice
 MINIMUMS: Final = {
     "port": 0,
     "refresh_s": 0.5,
+    "credit_s": 1.0,
     "max_clients": 1,
     "history_mb": 1,
     "join_timeout_s": 0.1,
@@ -31,8 +32,12 @@ class DashboardConfig(SwarmChoice):
     """Ask for the key in this file, which is made if it is not there."""
     out: Path = Path("runs/dashboard")
     """Keep the run's history in this folder."""
+    credit: Path | None = None
+    """Show the credit that `credit` or a coordinator has collected in this folder."""
     refresh_s: FileOnly[float] = 2.0
     """Look at the DHT this often, in seconds."""
+    credit_s: FileOnly[float] = 60.0
+    """Add up what is in --credit this often, in seconds."""
     max_clients: FileOnly[int] = 64
     """Keep this many open pages up to date; more are refused with a retry delay."""
     history_mb: FileOnly[float] = 32.0

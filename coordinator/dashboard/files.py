@@ -29,6 +29,7 @@ PAGES: Final = {
     "/": DashboardPage("overview", "Kilohive: the run"),
     "/peers": DashboardPage("peers", "Kilohive: peers"),
     "/peer": DashboardPage("peer", "Kilohive: a peer"),
+    "/credit": DashboardPage("credit", "Kilohive: credit"),
     "/layer": DashboardPage("layer", "Kilohive: a layer"),
 }
 """Where each page is served. Which peer or layer a page shows is in its query, which the server does not read."""
@@ -47,6 +48,7 @@ def _page(folder: Traversable, layout: Template, page: DashboardPage) -> WebFile
         title=page.title,
         name=page.name,
         in_run=HERE if page.name == "overview" else "",
+        in_credit=HERE if page.name == "credit" else "",
         in_peers=HERE if page.name == "peers" else "",
         main=folder.joinpath(name).read_text(encoding="utf-8"),
     )

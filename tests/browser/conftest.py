@@ -65,10 +65,21 @@ class LivePage:
             told: dict[str, Any] = json.load(answer)
             return told
 
+    def collect(self) -> bool:
+        """Collect receipts, of which there is one a minute for each pair; whether anybody has earned anything."""
+        told = ("--join", str(self.swarm.swarm_file), "--out", str(self.swarm.folder / "collected"))
+        collecting = self.swarm.start("credit", "credit", *told)
+        wait_until(collecting.child.ended, "a collection", PATIENCE_S)
+        return bool(self.api("credit")["total"])
+
+    @property
+    def _credit(self) -> tuple[str, ...]:
+        return ("--credit", str(self.swarm.folder / "collected"), "--set", "credit_s=1")
+
     def start(self, name: str = "dashboard", *flags: str, port: int = 0) -> Node:
         """Start a server of the page, and wait until it answers."""
         out, port = self.swarm.folder / name, port or self.port
-        told = ("--join", str(self.swarm.swarm_file), "--out", str(out), "--port", str(port))
+        told = ("--join", str(self.swarm.swarm_file), "--out", str(out), "--port", str(port), *self._credit)
         node = self.swarm.start(name, "dashboard", *told, *flags)
         wait_until(lambda: " is shown at " in (out / "log.txt").read_text(), f"{name} answers", PATIENCE_S)
         return node
@@ -103,4 +114,5 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LivePage]:
         page.start()
         trainer.wait_for("eval", count=5, timeout_s=PATIENCE_S)
         wait_until(lambda: len(page.api("history")["t_s"]) >= POINTS, "a history", PATIENCE_S + 10 * POINTS)
+        wait_until(page.collect, "credit", 2 * PATIENCE_S)
         yield page

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.leaks_checked_per_module]
 
-PAGES = ("overview", "peers", "host", "trainer", "layer")
+PAGES = ("overview", "peers", "host", "trainer", "layer", "credit")
 SCHEMES = ("light", "dark")
 WIDTHS = (1280, 390)
 KILLED_S = 10.0
@@ -37,7 +37,9 @@ def address(live: LivePage, name: str) -> str:
     """Where a page of each kind is."""
     if name in {"host", "trainer"}:
         return f"{live.url}/peer?id={live.api(f'peers?role={name}')['rows'][0]['peer_id']}"
-    return live.url + {"overview": "/", "peers": "/peers?role=all", "layer": "/layer?layer=1"}[name]
+    return (
+        live.url + {"overview": "/", "peers": "/peers?role=all", "layer": "/layer?layer=1", "credit": "/credit"}[name]
+    )
 
 
 @contextmanager
@@ -60,7 +62,12 @@ def opened(browser: Browser, url: str, *, scheme: str = "light", width: int = 12
 
 def settle(page: Page, name: str) -> None:
     """Wait until what comes after the first moment is there: charts, rows."""
-    part = {"overview": "#held-out canvas", "peers": "#peers tbody tr", "layer": "#blocks tbody tr"}
+    part = {
+        "overview": "#held-out canvas",
+        "peers": "#peers tbody tr",
+        "layer": "#blocks tbody tr",
+        "credit": "#hosts tbody tr",
+    }
     page.wait_for_selector(part.get(name, "#facts dd"), timeout=SETTLED_MS)
     if name == "overview":
         page.wait_for_selector("#ways pre", timeout=SETTLED_MS)
@@ -108,6 +115,21 @@ def test_the_numbers_are_those_of_status(live: LivePage, browser: Browser) -> No
     for row, layer in zip(layers, after["layers"], strict=True):
         assert row.split("\t")[:2] == [f"Layer {layer['layer']}", f"{sum(map(bool, layer['replicas']))} of 16"]
         assert row.split("\t")[6] == str(layer["hosts"])
+
+
+def test_credit_is_what_the_ledger_has_and_can_be_saved(live: LivePage, browser: Browser) -> None:
+    with opened(browser, f"{live.url}/credit") as page:
+        settle(page, "credit")
+        pairs = page.locator("#hosts tbody tr td:nth-child(5)").all_inner_texts()
+        assert [int(text.replace(",", "")) for text in pairs] == [
+            row["forward_pairs"] for row in live.api("credit")["rows"]
+        ]
+        page.select_option("#kind", "trainers")
+        expect(page.locator("#trainers tbody tr")).to_have_count(1)
+        with page.expect_download() as saved:
+            page.click("#csv")
+        assert saved.value.suggested_filename == "credit.csv"
+        assert saved.value.path().read_text().startswith("role,peer_id,")
 
 
 def test_the_leaderboard_is_searched_and_leads_to_peers(live: LivePage, browser: Browser) -> None:

@@ -13,6 +13,7 @@ from common.web.access import names_answered_to
 from common.web.feed import Feed
 from common.web.request_checks import CheckConfig
 from coordinator.dashboard.app import Shown, build_app
+from coordinator.dashboard.credit import CreditWatch
 from coordinator.dashboard.history import FILE
 from coordinator.dashboard.history_thread import HistoryThread
 from coordinator.dashboard.joining import WaysIn
@@ -57,6 +58,7 @@ class PageServer:
     watch: RunWatch
     directory: ViewedDirectory
     feed: Feed
+    credit: CreditWatch
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url=BASE, headers=headers)
@@ -70,22 +72,26 @@ async def page_server(
     max_clients: int = 4,
     directory: ViewedDirectory | None = None,
     manifest: Manifest = MANIFEST,
+    credit_in: Path | None = None,
 ) -> AsyncIterator[PageServer]:
     """A server that has looked once; its history is in `folder`."""
     directory, feed = directory or ViewedDirectory(), Feed(max_clients)
     history = await HistoryThread.open(folder / FILE, manifest.run_id, 16 * MB)
     watch = RunWatch(directory, manifest, feed, history)
     await watch.look()
+    credit = CreditWatch(credit_in, manifest)
+    await credit.look()
     shown = Shown(
         watch=watch,
         feed=feed,
         history=history,
+        credit=credit,
         ways_in=WaysIn(invite="kh1x", expires_s=0, closed=False, package="kilohive", image="kilohive"),
         now_s=lambda: directory.view.taken_s,
     )
     names = names_answered_to("127.0.0.1", key)
     app = build_app(shown, lambda open_to_all: CheckConfig(key=key, hosts=names, max_body_bytes=0, for_all=open_to_all))
     try:
-        yield PageServer(app=app, watch=watch, directory=directory, feed=feed)
+        yield PageServer(app=app, watch=watch, directory=directory, feed=feed, credit=credit)
     finally:
         await history.close()

@@ -43,8 +43,8 @@ def checked(receipt: Receipt) -> Checked:
 
 
 @contextmanager
-def ledger_in(folder: Path, members: Iterable[RunMember] = ()) -> Iterator[Ledger]:
-    ledger = Ledger(folder, RUN)
+def ledger_in(folder: Path, members: Iterable[RunMember] = (), run_id: str = RUN) -> Iterator[Ledger]:
+    ledger = Ledger(folder, run_id)
     ledger.open()
     try:
         ledger.see(members)

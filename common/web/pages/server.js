@@ -31,6 +31,10 @@ export async function ask(path, parameters = {}) {
   return (await answer("api/" + path + (query ? "?" + query : ""), AbortSignal.timeout(15000))).json();
 }
 
+export async function download(path) {
+  return (await answer("api/" + path, AbortSignal.timeout(60000))).blob();
+}
+
 // Has something done; `headers` may prove who asks.
 export async function tell(path, body, headers = {}) {
   const how = {method: "POST", headers: {"Content-Type": "application/json", ...headers}, body: JSON.stringify(body)};

@@ -138,7 +138,7 @@ def test_two_processes_may_write_to_one_ledger(ledger: Ledger, tmp_path: Path) -
 
 def test_a_ledger_belongs_to_one_run(ledger: Ledger, tmp_path: Path) -> None:
     other = Ledger(tmp_path, "other-0123456789ab")
-    with pytest.raises(ConfigError, match=f"holds what was collected of run {RUN}; choose another --out"):
+    with pytest.raises(ConfigError, match=f"holds what was collected of run {RUN}; name another folder"):
         other.open()
     other.close()
 
@@ -146,7 +146,7 @@ def test_a_ledger_belongs_to_one_run(ledger: Ledger, tmp_path: Path) -> None:
 def test_sums_stay_when_receipts_are_forgotten(ledger: Ledger) -> None:
     take(ledger, minutes(10))
     ledger.forget_old(minutes(10)[5].start_s + KEPT_S)
-    with ledger.transaction() as connection:
+    with ledger.reading() as connection:
         assert connection.execute("SELECT count(*) FROM receipts").fetchone() == (5,)
     assert take(ledger, minutes(10)) == 0  # those that were forgotten do not count again, whatever the clock says now
     assert credited(ledger) == (20_000, 10_000, 10)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 KEY = "page-0123456789abcdef"
 API = ("overview", "join", "history", "peers", f"peer?id={PEERS[0]}", "layer?layer=0")
+CREDIT = ("credit", "credit.csv", "credit.json")
 SOON_S = 20.0
 
 
@@ -74,6 +75,7 @@ async def test_nothing_can_be_done_but_look(tmp_path: Path, method: str, path: s
     [
         ("peers?page=x", 400, "query.page: "),
         ("peers?role=king", 400, "query.role: "),
+        ("credit?kind=kings", 400, "query.kind: "),
         ("peers?search=" + "x" * 101, 400, "search: must be at most 100 characters"),
         ("history?span=ever", 400, "query.span: "),
         ("peer", 400, "query.id: "),
@@ -109,11 +111,11 @@ async def test_with_a_key_pages_are_open_and_the_run_is_not(tmp_path: Path) -> N
         async with server.client(Host="runs.example.org") as client:
             open_to_all = [*web_files(), "/health"]
             assert {(await client.get(path)).status_code for path in open_to_all} == {200}
-            refused = [await client.get(f"/api/{path}") for path in (*API, "events")]
+            refused = [await client.get(f"/api/{path}") for path in (*API, *CREDIT, "events")]
         assert {answer.status_code for answer in refused} == {401}
         assert KEY not in "".join(answer.text for answer in refused)
         async with server.client(Authorization=f"Bearer {KEY}") as client:
-            assert {(await client.get(f"/api/{path}")).status_code for path in API} == {200}
+            assert {(await client.get(f"/api/{path}")).status_code for path in (*API, *CREDIT)} == {200}
 
 
 async def test_the_health_tells_whether_the_run_is_seen(tmp_path: Path) -> None:

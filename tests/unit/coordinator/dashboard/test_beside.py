@@ -31,6 +31,7 @@ async def test_it_is_told_the_run_and_the_port_and_ends_with_the_coordinator(tmp
     flags = dict(zip(told[1::2], told[2::2], strict=False))
     assert flags["--join"] == str(tmp_path / "run" / "swarm.toml")
     assert (flags["--port"], flags["--out"]) == ("8080", str(tmp_path / "run" / "dashboard"))
+    assert flags["--credit"] == str(tmp_path / "run" / "coordinator" / "credit")
     assert told[-1] == "--stop-on-stdin-eof"
 
 

@@ -108,7 +108,7 @@ def test_every_part_that_a_script_names_is_in_its_page(page: str) -> None:
 
 def test_the_page_that_is_open_is_marked_where_one_goes_to_others() -> None:
     marked = {name: re.findall(r'href="([^"]+)" aria-current="page"', html) for name, html in HTML.items()}
-    assert marked == {"overview": ["./"], "peers": ["peers"], "peer": [], "layer": []}
+    assert marked == {"overview": ["./"], "peers": ["peers"], "credit": ["credit"], "peer": [], "layer": []}
     assert not any("$" in html for html in HTML.values())
 
 

@@ -80,7 +80,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-
 DRAIN_GRACE_S = 0.5
 RUNTIME_STOP_S = 1.0
 

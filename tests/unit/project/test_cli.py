@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[3]
 FROZEN_FLAGS = Path(__file__).with_name("cli_flags.txt")
 MAX_HELP_LINES = 40
-MAX_FLAGS = 198
+MAX_FLAGS = 200
 
 
 @dataclass(frozen=True, kw_only=True)

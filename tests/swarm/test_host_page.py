@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 MANIFEST = small_manifest(optimizer={"total_tokens": 1_000_000_000})
 TRAIN = ("--steps", "100000", "--batch", "2", "--micro-batches", "1", "--eval-every", "0", "--set", "eval_bytes=256")
@@ -32,8 +32,8 @@ OVER = 1.6
 class OwnersPage:
     """A browser of the owner's, which has opened the address that the host has told."""
 
-    def __init__(self, host: Node) -> None:
-        self.url = (host.folder / URL_FILE).read_text().strip()
+    def __init__(self, host: Node, url: str = "") -> None:
+        self.url = url or (host.folder / URL_FILE).read_text().strip()
         base = self.url.partition("/enter")[0]
         self.client = httpx.Client(base_url=base, timeout=TIMEOUT_S, follow_redirects=True, headers={"Origin": base})
         assert self.client.get(self.url).status_code == 200
@@ -150,8 +150,14 @@ def test_a_host_starts_no_page_until_somebody_looks_and_lives_on_when_it_is_kill
         assert page.told()["problem"] == ""
 
 
-def test_a_host_that_is_told_to_has_no_page(swarm: ProcessSwarm, tmp_path: Path) -> None:
+def test_a_host_that_is_told_to_has_no_page_until_one_is_started_by_hand(swarm: ProcessSwarm) -> None:
     host = swarm.host("plain", "0/0")
     host.wait_for("announced")
     assert not (host.folder / URL_FILE).exists()
     assert "Its page" not in (host.folder / "log.txt").read_text()
+    by_hand = swarm.start("by-hand", "page", "--state", str(host.folder), "--set", "listen='127.0.0.1:0'")
+    log = by_hand.folder / "log.txt"
+    wait_until(lambda: "/enter?token=" in log.read_text(), "the page tells where it is", TIMEOUT_S)
+    (url,) = re.findall(r"http://\S+/enter\S+", log.read_text())
+    with closing(OwnersPage(host, url)) as page:
+        assert page.told()["held"]["serving"] == 1

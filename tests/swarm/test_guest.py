@@ -148,6 +148,7 @@ def test_outside_its_schedule_a_host_waits_with_what_it_has(swarm: ProcessSwarm)
     ]
 
 
+@pytest.mark.slow  # conditions are tested one by one; here with processes
 @pytest.mark.timeout(240)
 def test_a_host_stops_while_a_program_of_the_list_runs_and_works_again_when_that_has_ended(
     swarm: ProcessSwarm, tmp_path: Path

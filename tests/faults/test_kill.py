@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from experiments.live.processes import ProcessSwarm, wait_until
 from node.host.block_store import block_path
 from node.model.checkpoint import read_checkpoint
@@ -97,6 +99,7 @@ def test_a_killed_host_started_again_resumes_its_blocks_versions(swarm: ProcessS
     finish(trainer)
 
 
+@pytest.mark.slow  # without processes in tests/integration/test_download.py
 def test_a_host_that_takes_a_block_with_a_live_replica_downloads_it_and_both_average(
     swarm: ProcessSwarm, text: Path
 ) -> None:
@@ -132,6 +135,7 @@ def test_training_goes_on_without_the_coordinator_and_a_new_host_joins_through_a
     assert late.stop() == 0
 
 
+@pytest.mark.slow  # half a minute of waiting
 def test_without_any_host_trainers_wait_say_so_leave_at_once_when_asked_and_go_on_when_hosts_appear(
     swarm: ProcessSwarm, text: Path
 ) -> None:

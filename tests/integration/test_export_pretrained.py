@@ -113,6 +113,7 @@ async def test_swarm_process_and_stranger_have_one_model(
             load_model(out)
 
 
+@pytest.mark.slow  # the same of other runs in tests/integration/test_export.py
 async def test_an_export_that_is_stopped_or_killed_goes_on_to_the_same_folder_and_names_a_file_that_is_gone(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

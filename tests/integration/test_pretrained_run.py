@@ -47,6 +47,7 @@ def strangers_trainer(swarm_file: Path, folder: Path, text: Path) -> subprocess.
     )
 
 
+@pytest.mark.slow  # a swarm around a pretrained model is in test_export_pretrained.py too
 async def test_adapters_learn_and_a_stranger_gets_model_and_tokenizer_from_a_trainer(
     tmp_path: Path, manifest: Manifest
 ) -> None:

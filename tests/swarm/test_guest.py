@@ -80,6 +80,7 @@ def steps_on(trainer: Node) -> None:
     assert not trainer.child.ended(), trainer.child.log_tail()
 
 
+@pytest.mark.slow  # pause by pause in tests/unit/node/host/test_pause.py
 @pytest.mark.timeout(240)
 def test_a_host_pauses_comes_back_and_leaves_while_a_trainer_trains_on(swarm: ProcessSwarm) -> None:
     guest, other = host(swarm, "guest"), host(swarm, "other")

@@ -54,7 +54,7 @@ QUICK = Arms(
 
 
 METHOD = f"""
-The model of [choosing](choosing.md) on the text of [longer](longer.md), which is cut into the {VOCABULARY:,} tokens of
+The model of [choosing](choosing.md) on the text of `longer`, which is cut into the {VOCABULARY:,} tokens of
 a tokenizer of its own (byte-level pairs, trained on its training part), about {BYTES_PER_TOKEN} bytes each:
 {TOKENS:,} tokens, and {BYTES_PER_TOKEN} times as many where each byte is one. Losses are per byte in all arms, so that
 they compare; windows are of 128 tokens, so that an arm in bytes sees less text before each.
@@ -62,7 +62,8 @@ they compare; windows are of 128 tokens, so that an arm in bytes sees less text 
 All arms but the dense ones have 2,025 experts of 32 hidden units in each layer, 8 of which work for a token. The table
 and the head of a vocabulary of {VOCABULARY:,} are most of the trunk. In all arms but two each of the two tokens before
 a token is added to the trunk's input. The learning rate is tuned for each arm alike, on {FULL.tuning_tokens:,} tokens
-with a seed of its own, out of {" and ".join(f"{rate:g}" for rate in RATES)}. Intervals are of 95 %.
+with a seed of its own, out of {" and ".join(f"{rate:g}" for rate in RATES)}. Intervals are of 95 %; those of an arm
+with one seed are over the windows of its held-out text alone.
 
 What this cannot show: other vocabularies, larger models, and what many more tokens would do.
 """
@@ -83,8 +84,16 @@ def loss_table(found: ArmResults) -> str:
         known = same.label in found.labels and same.label != label
         gap = str(found.difference(label, same.label)) if known else ""
         nats = found.nats(label)
-        rows.append([label, f"{found.spec(label).lr:g}", str(nats), f"{nats.mean / LN_2:.3f}", gap])
-    header = ["arm", "rate", "held-out nats per byte", "bits per byte", "difference from dense with the same tokens"]
+        n_seeds = str(len(found.results(label)))
+        rows.append([label, f"{found.spec(label).lr:g}", n_seeds, str(nats), f"{nats.mean / LN_2:.3f}", gap])
+    header = [
+        "arm",
+        "rate",
+        "seeds",
+        "held-out nats per byte",
+        "bits per byte",
+        "difference from dense with the same tokens",
+    ]
     return markdown_table(header, rows)
 
 

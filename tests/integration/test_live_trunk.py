@@ -82,6 +82,7 @@ async def test_without_a_folder_the_trunk_is_that_of_a_live_trainer(
     assert age.startswith("step ")
 
 
+@pytest.mark.slow  # a swarm and an export of it, for what tests/unit/node/api/test_chat.py compares without them
 async def test_a_run_around_a_pretrained_model_and_its_export_render_the_same_prompt(
     tmp_path: Path, text: Path
 ) -> None:

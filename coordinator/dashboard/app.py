@@ -23,8 +23,9 @@ from coordinator.dashboard.files import web_files
 from coordinator.dashboard.history import SPANS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
+    from common.web.application import Endpoint
     from common.web.feed import Feed
     from common.web.request_checks import CheckConfig
     from coordinator.dashboard.credit import CreditWatch
@@ -51,7 +52,7 @@ class Shown:
 def build_app(shown: Shown, checks: Callable[[frozenset[str]], CheckConfig]) -> WithHeaders:
     """The application that uvicorn runs; `checks` is told which paths have nothing of the run and need no key."""
     served, endpoints = web_files(), PageEndpoints(shown)
-    routes: dict[str, Callable[..., Awaitable[Response]]] = {
+    routes: dict[str, Endpoint] = {
         "/health": endpoints.health,
         "/api/overview": endpoints.overview,
         "/api/join": endpoints.join,

@@ -10,15 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.exceptions import HTTPException
 
 from common.errors import DeadlineError, DrainingError, KilohiveError
 from common.tasks import until_stopped
-from common.web.http_errors import ERROR, FAILED, NOT_FOUND, HttpError, http_error, unfit_body
+from common.web.application import web_application
+from common.web.http_errors import NOT_FOUND, HttpError, http_error
 from common.web.request_checks import RequestChecks
 from node.api.answers import END_OF_STREAM, NO_NEWS, Answer, ChatAnswer, Completion, event
 from node.api.asked import Asked, WantedTexts, asked_chat, asked_completion, texts_of
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from common.web.application import Endpoint
     from common.web.request_checks import CheckConfig
     from node.api.answers import AnswerKind
     from node.api.batch import ContinuousBatch
@@ -53,28 +53,16 @@ class AppConfig:
 
 def build_app(served: ServedModel, batch: ContinuousBatch, config: AppConfig, checks: CheckConfig) -> RequestChecks:
     """The application that uvicorn runs, on the batch's event loop."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     endpoints = Endpoints(served, batch, config)
-    routes = (
-        ("/", endpoints.page, "GET"),
-        ("/health", endpoints.health, "GET"),
-        ("/metrics", endpoints.metrics, "GET"),
-        ("/v1/models", endpoints.models, "GET"),
-        ("/v1/models/{name}", endpoints.model, "GET"),
-        ("/v1/completions", endpoints.completions, "POST"),
-        ("/v1/chat/completions", endpoints.chat, "POST"),
-    )
-    for path, endpoint, method in routes:
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    handlers: dict[type[Exception], Any] = {
-        KilohiveError: _on_error,
-        RequestValidationError: _on_unfit_body,
-        HTTPException: _on_http_exception,
-        Exception: _on_bug,
+    gets: dict[str, Endpoint] = {
+        "/": endpoints.page,
+        "/health": endpoints.health,
+        "/metrics": endpoints.metrics,
+        "/v1/models": endpoints.models,
+        "/v1/models/{name}": endpoints.model,
     }
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
-    checked = RequestChecks(app, checks, frozenset(path for path, *_ in routes))
+    posts: dict[str, Endpoint] = {"/v1/completions": endpoints.completions, "/v1/chat/completions": endpoints.chat}
+    checked = RequestChecks(web_application(gets, posts), checks, frozenset({*gets, *posts}))
     endpoints.registry.register(ServingCollector(served, batch, checked.answered))
     return checked
 
@@ -103,9 +91,9 @@ class Endpoints:
         """Figures for Prometheus."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> Response:
         """The one model."""
-        return {"object": "list", "data": [self._model()]}
+        return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, name: str) -> Response:
         """The model, if that is its name."""
@@ -238,19 +226,3 @@ async def _watch(request: Request, hung_up: asyncio.Event) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     hung_up.set()
-
-
-async def _on_error(_request: Request, error: KilohiveError) -> Response:
-    return http_error(error).response()
-
-
-async def _on_unfit_body(_request: Request, error: RequestValidationError) -> Response:
-    return unfit_body(error.errors()).response()
-
-
-async def _on_http_exception(_request: Request, error: HTTPException) -> Response:
-    return HttpError(status=error.status_code, message=str(error.detail)).response()
-
-
-async def _on_bug(_request: Request, _error: Exception) -> Response:
-    return HttpError(status=ERROR, message="the server has failed; its log says how", kind=FAILED).response()

@@ -23,15 +23,14 @@ from node.host.owner_socket import LIMITS, ask
 from node.host.page.gate import PageGate
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
+    from common.web.application import Endpoint
     from common.web.feed import Feed
     from common.web.files import WebFile
     from node.host.events import AskedEvent
     from node.host.page.gate import GateConfig
-
-    Endpoint = Callable[..., Awaitable[Response]]
 
 MAX_BODY_BYTES: Final = 4096
 HEARD_S: Final = 10.0

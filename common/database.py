@@ -16,6 +16,7 @@ from common.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,19 @@ class Database:
             if connection is not None:
                 connection.close()
 
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
         """Run all of the body's statements or, if it raises, none. One body runs at a time. Raises StorageError."""
+        return self._at_once("BEGIN IMMEDIATE")
+
+    def reading(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Read all of it as it is at one moment, while other processes go on writing. Raises StorageError."""
+        return self._at_once("BEGIN")
+
+    @contextmanager
+    def _at_once(self, begin: str) -> Iterator[sqlite3.Connection]:
         with self._lock, self._told():
             connection = self._opened()
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(begin)
             try:
                 yield connection
                 connection.execute("COMMIT")
@@ -80,17 +88,6 @@ class Database:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-
-    @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """Read all of it as it is at one moment, while others go on writing. Raises StorageError."""
-        with self._lock, self._told():
-            connection = self._opened()
-            connection.execute("BEGIN")
-            try:
-                yield connection
-            finally:
-                connection.execute("ROLLBACK")
 
     def _opened(self) -> sqlite3.Connection:
         if self._connection is None:

@@ -1,7 +1,8 @@
-"""A secret in a file that its owner alone may read, made if it is not there."""
+"""Files that their owner alone may read, and a secret in one, which is made if it is not there."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -28,21 +29,28 @@ def secret_in(path: Path, name: str) -> str:
     try:
         if not path.exists():
             write_atomically(path, f"{secrets.token_urlsafe(KEY_BYTES)}\n".encode(), mode=0o600)
-        return _read(path, name)
+        return _key(path, name)
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror or error}") from error
 
 
-def _read(path: Path, name: str) -> str:
-    """Read the file that was checked, not whatever takes its name afterwards."""
+def read_private(path: Path, max_bytes: int) -> bytes:
+    """Up to `max_bytes` of a file that nobody else may read; of the one that was checked, whatever takes its name then.
+
+    Raises OSError, whose `strerror` says what to do where other users can read it.
+    """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{name}: is not a regular file")
+            raise OSError(errno.EINVAL, "is not a regular file")
         if status.st_mode & OTHERS_MAY_ACCESS:
             remedy = f"other users can read it; run: chmod 600 {path}"
-            raise ConfigError(f"{name}: {remedy if keeps_permissions(path.parent) else NO_PERMISSIONS}")
-        key = file.read(MAX_KEY_BYTES).decode("ascii", "replace").strip()
+            raise PermissionError(errno.EPERM, remedy if keeps_permissions(path.parent) else NO_PERMISSIONS)
+        return file.read(max_bytes)
+
+
+def _key(path: Path, name: str) -> str:
+    key = read_private(path, MAX_KEY_BYTES).decode("ascii", "replace").strip()
     if not _KEY.fullmatch(key):
         raise ConfigError(
             f"{name}: must hold one key of 16 to 512 visible ASCII characters; move it away to have a new one made"

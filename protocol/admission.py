@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hmac
 import os
-import stat
 import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from common.atomic_file import NO_PERMISSIONS, keeps_permissions, write_atomically
+from common.atomic_file import write_atomically
 from common.errors import ConfigError
+from common.secret_file import read_private
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,6 @@ TICKET_BYTES = 32
 NOT_INVITED = "this run admits only those with its invite: join with it"
 
 _DOMAIN = b"kilohive\x00admission/1"
-_OTHERS_MAY_ACCESS = stat.S_IRWXG | stat.S_IRWXO
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,7 @@ def owners_token(path: Path, *, create: bool) -> bytes:
 
 
 def _read_token(path: Path) -> bytes:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_mode & _OTHERS_MAY_ACCESS:
-            remedy = f"other users can read it; run: chmod 600 {path}"
-            raise ConfigError(f"{path}: {remedy if keeps_permissions(path.parent) else NO_PERMISSIONS}")
-        text = file.read(4 * TOKEN_BYTES).decode("ascii", "replace").strip()
+    text = read_private(path, 4 * TOKEN_BYTES).decode("ascii", "replace").strip()
     if not text:  # a run that its owner closed must not open by accident
         raise ConfigError(f"{path}: is empty; restore it from a copy")
     try:

@@ -7,7 +7,6 @@ peer id is all that one node must know of another. The file format is libp2p's, 
 from __future__ import annotations
 
 import os
-import stat
 import tempfile
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from common.atomic_file import NO_PERMISSIONS, keeps_permissions
 from common.errors import IdentityError
+from common.secret_file import read_private
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -30,7 +29,6 @@ _PRIVATE_BYTES = len(_PRIVATE_HEADER) + 2 * KEY_BYTES
 _PEER_ID_HEADER = bytes([0x00, 0x24, 0x08, 0x01, 0x12, KEY_BYTES])
 _SIGNED_PREFIX = b"kilohive\x00"
 _TLS_PREFIX = b"libp2p-tls-handshake:"
-_OTHERS_MAY_ACCESS = stat.S_IRWXG | stat.S_IRWXO
 
 
 class Identity:
@@ -62,7 +60,7 @@ class Identity:
         try:
             if not path.exists():
                 _write_new(path, cls.generate().private_key_protobuf)
-            return cls(_read_private(path))
+            return cls(read_private(path, _PRIVATE_BYTES + 1))
         except OSError as error:
             raise IdentityError(f"identity file {path}: {error.strerror or error}") from error
 
@@ -132,18 +130,6 @@ def _parse_private_key(blob: bytes) -> Ed25519PrivateKey:
     if key.public_key().public_bytes_raw() != blob[-KEY_BYTES:]:
         raise IdentityError("identity: damaged (its two halves do not match); restore it from a copy")
     return key
-
-
-def _read_private(path: Path) -> bytes:
-    """Read the file that was checked, not whatever takes its name afterwards."""
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise IdentityError(f"identity file {path}: not a regular file")
-        if status.st_mode & _OTHERS_MAY_ACCESS:
-            remedy = f"other users can read it; run: chmod 600 {path}"
-            raise IdentityError(f"identity file {path}: {remedy if keeps_permissions(path.parent) else NO_PERMISSIONS}")
-        return file.read(_PRIVATE_BYTES + 1)
 
 
 def _write_new(path: Path, blob: bytes) -> None:

@@ -108,7 +108,7 @@ def test_a_key_on_a_file_system_without_permissions_is_refused_with_what_helps(
     path = tmp_path / "host.key"
     Identity.load_or_create(path)
     path.chmod(0o755)
-    monkeypatch.setattr("protocol.identity.keeps_permissions", lambda _folder: False)
+    monkeypatch.setattr("common.secret_file.keeps_permissions", lambda _folder: False)
     with pytest.raises(IdentityError, match=r"host\.key: its file system keeps no permissions, .* choose a folder"):
         Identity.load_or_create(path)
 

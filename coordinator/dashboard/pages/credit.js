@@ -6,8 +6,6 @@ import {Asked} from "./list.js";
 import {download} from "./server.js";
 import {begin} from "./shell.js";
 
-const asked = {kind: "hosts", page: "1", ...Object.fromEntries(new URLSearchParams(location.search))};
-
 const RANK = {name: "rank", cell: ({rank}) => count(rank)};
 const WHO = [
   RANK,
@@ -42,20 +40,20 @@ const COLUMNS = {
   ],
 };
 const WORDS = {hosts: "host", trainers: "trainer", teams: "team"};
-if (!(asked.kind in COLUMNS)) asked.kind = "hosts";
 
 const list = new Asked(
   "credit",
-  () => asked,
+  {kind: "hosts", page: "1"},
   (answer) => {
+    const {kind} = list.asked;
     const none = answer.total === 0;
     at("list").hidden = none;
     at("none").hidden = !none;
-    setText(at("none"), answer.problem || `No ${WORDS[asked.kind]} has earned anything yet.`);
-    setText(at("found"), none ? "" : plural(answer.total, WORDS[asked.kind]));
-    for (const kind of Object.keys(COLUMNS)) at(kind).hidden = kind !== asked.kind;
-    fillTable(at(asked.kind), COLUMNS[asked.kind], answer.rows);
-    fillPager(at("pager"), answer, asked.kind, (page) => change({page: String(page)}));
+    setText(at("none"), answer.problem || `No ${WORDS[kind]} has earned anything yet.`);
+    setText(at("found"), none ? "" : plural(answer.total, WORDS[kind]));
+    for (const other of Object.keys(COLUMNS)) at(other).hidden = other !== kind;
+    fillTable(at(kind), COLUMNS[kind], answer.rows);
+    fillPager(at("pager"), answer, kind, (page) => list.change({page: String(page)}));
     const waiting = answer.unseen_receipts
       ? `${plural(answer.unseen_receipts, "receipt")} of peers that were not seen in the run earn nothing yet.`
       : "";
@@ -63,15 +61,6 @@ const list = new Asked(
   },
   (error) => setText(at("found"), error.message),
 );
-
-function change(changes) {
-  Object.assign(asked, changes);
-  const query = new URLSearchParams(
-    Object.entries(asked).filter(([name, value]) => value && !(name === "page" && value === "1")),
-  );
-  history.replaceState(null, "", "credit?" + query);
-  list.now();
-}
 
 // The server may want its key, which a plain link would not send.
 async function save(kind) {
@@ -84,8 +73,9 @@ async function save(kind) {
   }
 }
 
-at("kind").value = asked.kind;
-at("kind").addEventListener("change", (event) => change({kind: event.target.value, page: "1"}));
+if (!Object.hasOwn(COLUMNS, list.asked.kind)) list.asked.kind = "hosts";
+at("kind").value = list.asked.kind;
+at("kind").addEventListener("change", (event) => list.change({kind: event.target.value, page: "1"}));
 at("csv").addEventListener("click", () => save("csv"));
 at("json").addEventListener("click", () => save("json"));
 at("find").addEventListener("submit", (event) => event.preventDefault());

@@ -6,7 +6,6 @@ import {layerLink, peerLink} from "./links.js";
 import {Asked} from "./list.js";
 import {begin} from "./shell.js";
 
-const asked = {layer: "0", page: "1", ...Object.fromEntries(new URLSearchParams(location.search))};
 const heat = new HeatMap(at("heat"));
 
 const BLOCK_COLUMNS = [
@@ -63,10 +62,7 @@ function show({figures: f, cells, blocks, trainers, n_trainers, target_replicas,
   ]);
   heat.set(cells, target_replicas, f.layer, f.blocks);
   fillTable(at("blocks"), BLOCK_COLUMNS, blocks.rows);
-  fillPager(at("pager"), blocks, "blocks", (page) => {
-    asked.page = String(page);
-    list.now();
-  });
+  fillPager(at("pager"), blocks, "blocks", (page) => list.change({page: String(page)}));
   at("trainers-none").hidden = n_trainers > 0;
   at("trainers-list").hidden = n_trainers === 0;
   setText(
@@ -78,13 +74,13 @@ function show({figures: f, cells, blocks, trainers, n_trainers, target_replicas,
 
 const list = new Asked(
   "layer",
-  () => asked,
+  {layer: "0", page: "1"},
   show,
   (error) => setText(at("problem"), error.message),
 );
-const layer = Number(asked.layer);
-document.title = `Kilohive: layer ${asked.layer}`;
-setText(at("name"), "Layer " + asked.layer);
+const layer = Number(list.asked.layer);
+document.title = `Kilohive: layer ${list.asked.layer}`;
+setText(at("name"), "Layer " + list.asked.layer);
 if (layer > 0) at("before").href = layerLink(layer - 1);
 begin(({about}) => {
   at("before").hidden = layer <= 0;

@@ -7,7 +7,6 @@ import {Asked} from "./list.js";
 import {stateOf} from "./state.js";
 import {begin} from "./shell.js";
 
-const asked = {id: "", page: "1", ...Object.fromEntries(new URLSearchParams(location.search))};
 const NOT_FOUND = 404,
   KEPT_POINTS = 900;
 const seen = [[], []];
@@ -123,15 +122,12 @@ function show(peer) {
   at("blocks-none").hidden = peer.replicas.total > 0;
   at("blocks-list").hidden = peer.replicas.total === 0;
   fillTable(at("blocks"), BLOCK_COLUMNS, peer.replicas.rows);
-  fillPager(at("pager"), peer.replicas, "blocks", (page) => {
-    asked.page = String(page);
-    list.now();
-  });
+  fillPager(at("pager"), peer.replicas, "blocks", (page) => list.change({page: String(page)}));
 }
 
 const list = new Asked(
   "peer",
-  () => asked,
+  {id: "", page: "1"},
   show,
   (error) =>
     setText(
@@ -141,7 +137,7 @@ const list = new Asked(
         : error.message,
     ),
 );
-setText(at("id"), asked.id);
-at("copy").append(copyButton("Copy its id", () => asked.id));
+setText(at("id"), list.asked.id);
+at("copy").append(copyButton("Copy its id", () => list.asked.id));
 begin(() => list.refresh());
 list.now();

@@ -6,7 +6,6 @@ import {Asked} from "./list.js";
 import {begin} from "./shell.js";
 import {stateOf} from "./state.js";
 
-const asked = {role: "host", search: "", page: "1", ...Object.fromEntries(new URLSearchParams(location.search))};
 const SOON_MS = 250;
 
 const COLUMNS = [
@@ -28,38 +27,29 @@ const COLUMNS = [
 
 const list = new Asked(
   "peers",
-  () => asked,
+  {role: "host", search: "", page: "1"},
   (answer) => {
     const none = answer.total === 0;
     at("list").hidden = none;
     at("none").hidden = !none;
     setText(
       at("none"),
-      asked.search ? "No peer of that role has this in its id or address." : "No peer of that role is announced.",
+      list.asked.search ? "No peer of that role has this in its id or address." : "No peer of that role is announced.",
     );
     setText(at("found"), none ? "" : plural(answer.total, "peer"));
     fillTable(at("peers"), COLUMNS, answer.rows);
-    fillPager(at("pager"), answer, "peers", (page) => change({page: String(page)}));
+    fillPager(at("pager"), answer, "peers", (page) => list.change({page: String(page)}));
   },
   (error) => setText(at("found"), error.message),
 );
 
-function change(changes) {
-  Object.assign(asked, changes);
-  const query = new URLSearchParams(
-    Object.entries(asked).filter(([name, value]) => value && !(name === "page" && value === "1")),
-  );
-  history.replaceState(null, "", "peers?" + query);
-  list.now();
-}
-
 let soon = 0;
-at("role").value = asked.role;
-at("search").value = asked.search;
-at("role").addEventListener("change", (event) => change({role: event.target.value, page: "1"}));
+at("role").value = list.asked.role;
+at("search").value = list.asked.search;
+at("role").addEventListener("change", (event) => list.change({role: event.target.value, page: "1"}));
 at("search").addEventListener("input", (event) => {
   clearTimeout(soon);
-  soon = setTimeout(() => change({search: event.target.value, page: "1"}), SOON_MS);
+  soon = setTimeout(() => list.change({search: event.target.value, page: "1"}), SOON_MS);
 });
 at("find").addEventListener("submit", (event) => event.preventDefault());
 begin(() => list.refresh());

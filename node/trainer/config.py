@@ -91,17 +91,23 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(CallerConfig):
-    """Measure held-out bits per byte of a run, with the trunk of a trainer and the swarm's experts."""
+class TrainedModelConfig(CallerConfig):
+    """Where a trained model is from, for a command that uses it and trains nothing."""
 
     out: Path | None = None
     """Take the trunk from this trainer's folder instead of a live trainer."""
     export: Path | None = None
     """Take the whole model from this folder, as `export` wrote it, and no swarm."""
-    data: Path | None = None
-    """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
     tokenizer: FileOnly[str] = ""
     """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(TrainedModelConfig):
+    """Measure held-out bits per byte of a run, with the trunk of a trainer and the swarm's experts."""
+
+    data: Path | None = None
+    """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
     n_bytes: int = 65_536
     """Score this many held-out bytes."""
     batch: int = 16
@@ -113,17 +119,11 @@ class EvaluateConfig(CallerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(CallerConfig):
+class SampleConfig(TrainedModelConfig):
     """Let a run's model write text, with the trunk of a trainer and the swarm's experts."""
 
-    out: Path | None = None
-    """Take the trunk from this trainer's folder instead of a live trainer."""
-    export: Path | None = None
-    """Take the whole model from this folder, as `export` wrote it, and no swarm."""
     prompt: str = "The "
     """Go on from this text."""
-    tokenizer: FileOnly[str] = ""
-    """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
     n_tokens: int = 256
     """Write this many tokens, which are bytes unless the run has a tokenizer."""
     temperature: float = 0.8
@@ -147,17 +147,11 @@ class SampleConfig(CallerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig(CallerConfig):
+class InspectConfig(TrainedModelConfig):
     """Show what each expert of a trained model is chosen for, what its layer tells of topics, and what it is worth."""
 
-    out: Path | None = None
-    """Take the trunk from this trainer's folder instead of a live trainer."""
-    export: Path | None = None
-    """Take the whole model from this folder, as `export` wrote it, and no swarm."""
     data: Path | None = None
     """Read this text, JSON-lines or Parquet file or folder; otherwise Wikipedia."""
-    tokenizer: FileOnly[str] = ""
-    """Read the run's tokenizer from this file; otherwise from this machine's cache or from a trainer."""
     tokens: int = 16_384
     """Look at the choices for about this many held-out tokens."""
     top: int = 5

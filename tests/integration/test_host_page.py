@@ -163,6 +163,8 @@ async def test_a_page_that_cannot_be_started_is_told_and_costs_nothing_else(
         port = int((tmp_path / URL_FILE).read_text().split(":")[2].partition("/")[0])
         with socket.create_connection(("127.0.0.1", port), SOON_S):
             await until(lambda: "The page of this host cannot be started" in caplog.text, "a warning")
+        assert (tmp_path / URL_FILE).exists(), "the next who knocks is told the same"
+    assert not (tmp_path / URL_FILE).exists()
 
 
 async def test_a_port_that_is_taken_is_told_with_the_one_that_is_free(

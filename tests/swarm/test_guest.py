@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from common.text import moment_text
-from experiments.live.processes import RUN_NODE, Node, ProcessSwarm, process_swarm, wait_until
+from experiments.live.processes import RUN_NODE, Node, ProcessSwarm, wait_until
 from node.host.signals import SIGNALS
 from protocol.manifest import AveragingConfig
 from tests.support.ports import free_port
 from tests.support.swarm_parts import small_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 MANIFEST = small_manifest(
@@ -31,21 +30,6 @@ AUTO = ("--blocks", "auto", "--max-blocks", str(N_BLOCKS), "--set", "recheck_s=2
 TRAIN = ("--steps", "100000", "--batch", "2", "--micro-batches", "1", "--eval-every", "0", "--set", "eval_bytes=256")
 LEAVE_S = 20.0
 TIMEOUT_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessSwarm]:
-    with process_swarm(tmp_path_factory.mktemp("guest") / "swarm", MANIFEST) as running:
-        yield running
-
-
-@pytest.fixture
-def swarm(running: ProcessSwarm) -> Iterator[ProcessSwarm]:
-    """The coordinator of all these tests, and nobody else: each test's hosts and trainers leave with it."""
-    yield running
-    for node in [node for node in reversed(running.nodes) if node is not running.coordinator]:
-        assert node.stop(LEAVE_S) in {0, 130}, node.child.log_tail()
-        running.nodes.remove(node)
 
 
 def host(swarm: ProcessSwarm, name: str, *flags: str) -> Node:

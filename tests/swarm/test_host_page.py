@@ -6,19 +6,16 @@ import json
 import re
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from experiments.live.processes import Node, ProcessSwarm, process_swarm, wait_until
+from experiments.live.processes import Node, ProcessSwarm, wait_until
 from node.host.owner_limits import LIMITS_FILE
 from node.host.page_door import URL_FILE
 from tests.support.swarm_parts import small_manifest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MANIFEST = small_manifest(optimizer={"total_tokens": 1_000_000_000})
 TRAIN = ("--steps", "100000", "--batch", "2", "--micro-batches", "1", "--eval-every", "0", "--set", "eval_bytes=256")
@@ -64,21 +61,6 @@ class OwnersPage:
     def act(self, action: str, body: object) -> httpx.Response:
         headers = {"X-Kilohive-Page": self.told()["act_key"]}
         return self.client.post(f"/api/{action}", json=body, headers=headers)
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessSwarm]:
-    with process_swarm(tmp_path_factory.mktemp("page") / "swarm", MANIFEST) as running:
-        yield running
-
-
-@pytest.fixture
-def swarm(running: ProcessSwarm) -> Iterator[ProcessSwarm]:
-    """The coordinator of all these tests, and nobody else: each test's hosts and trainers leave with it."""
-    yield running
-    for node in [node for node in reversed(running.nodes) if node is not running.coordinator]:
-        assert node.stop(TIMEOUT_S) in {0, 130}, node.child.log_tail()
-        running.nodes.remove(node)
 
 
 def started(swarm: ProcessSwarm, name: str) -> Node:

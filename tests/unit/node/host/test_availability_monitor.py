@@ -13,6 +13,7 @@ from node.host.availability import Availability, Reason
 from node.host.availability_monitor import AvailabilityMonitor
 from node.host.conditions import Condition
 from node.limits.finding import Finding
+from tests.support.local_swarm import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,16 +189,12 @@ async def test_a_condition_that_stays_settles_as_long_as_it_would_have() -> None
 
 
 async def test_conditions_that_change_while_they_are_watched_are_watched_anew() -> None:
-    scene, looked = Scene(every_s=1000.0), asyncio.Event()
-
-    def look() -> Finding:
-        looked.set()
-        return NOTHING
-
-    found = Condition(reason=Reason.SCHEDULE, look=look, every_s=0.01, blocks=False)
+    scene, found = Scene(every_s=1000.0), Finding("it is outside its schedule")
+    condition = Condition(reason=Reason.SCHEDULE, look=lambda: found, every_s=0.01, blocks=False)
     watching = asyncio.create_task(scene.monitor.watch())
     await asyncio.sleep(0)
-    scene.monitor.follow([found])
-    await asyncio.wait_for(looked.wait(), 10.0)
+    scene.monitor.follow([condition])
+    await until(lambda: not scene.availability.working.is_set(), "the new condition was looked at")
+    assert scene.availability.reasons == ("it is outside its schedule",)
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)

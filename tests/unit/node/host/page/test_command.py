@@ -34,8 +34,10 @@ async def test_a_page_that_its_host_has_started_ends_once_nobody_has_looked_for_
 async def test_a_page_that_is_stopped_ends_at_once(tmp_path: Path) -> None:
     stop = asyncio.Event()
     stop.set()
+    watch = HostWatch(tmp_path, Feed(1), "word")
     async with asyncio.timeout(SOON_S):
-        await module._until_unused(HostWatch(tmp_path, Feed(1), "word"), stop)
+        await module._until_unused(watch, stop)
+    assert time.monotonic() - watch.looked_at_s < module.IDLE_S
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from node.api.served_model import ExpertsInProcess, ServedModel, SwarmExperts
 from node.model.devices import pick_device
 from node.trainer.config import SampleConfig
 from node.trainer.exported.loading import open_export
-from node.trainer.trained_model import trained_model
+from node.trainer.trained_model import check_named, trained_model
 
 if TYPE_CHECKING:
     import socket
@@ -87,7 +87,8 @@ async def _wait(failed: asyncio.Future[None]) -> None:
 
 
 def served_model(config: ServeConfig, stop: asyncio.Event) -> AbstractAsyncContextManager[ServedModel]:
-    """What `config` names: an exported folder, or a swarm."""
+    """What `config` names: an exported folder, or a swarm. Raises ConfigError where it names neither."""
+    check_named(config, config.export)
     return served_by_swarm(config, stop) if config.export is None else served_from(config.export, config, stop)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from common.tokenizer import Tokenizer
     from node.averaging.live_replicas import LiveReplicas
+    from node.membership.config import SwarmConfig
     from node.model.trunk import Trunk
     from node.trainer.config import EvaluateConfig, InspectConfig, SampleConfig
     from protocol.manifest import Manifest
@@ -118,8 +119,9 @@ class TextModel:
 async def text_model(config: TrainedModelConfig, stop: asyncio.Event) -> AsyncIterator[TextModel]:
     """The model of the exported folder that `config` names, or else of its swarm, as `trained_model` finds that.
 
-    Raises ConfigError where it names both, CheckpointError for a folder that is not whole.
+    Raises ConfigError where it names both or neither, CheckpointError for a folder that is not whole.
     """
+    check_named(config, config.export)
     if config.export is not None:
         yield await until_stopped(asyncio.to_thread(_exported, config, config.export), stop)
         return
@@ -131,6 +133,15 @@ async def text_model(config: TrainedModelConfig, stop: asyncio.Event) -> AsyncIt
             age=trained.age,
             device=trained.device,
             dispatcher=trained.dispatcher,
+        )
+
+
+def check_named(config: SwarmConfig, export: Path | None) -> None:
+    """Raise ConfigError where neither a swarm nor an exported folder is named."""
+    if export is None and not (config.join or config.swarm or config.run_id):
+        raise ConfigError(
+            "name the swarm with --join INVITE or --join FILE, from its coordinator, "
+            "or a model that has left its swarm with --export FOLDER"
         )
 
 

@@ -228,6 +228,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("local", "--config", "none.toml"), "error: --config none.toml: cannot be read: No such file or directory"),
         (("status",), "error: name the swarm with --join INVITE"),
         (("host",), "error: name the swarm with --join INVITE"),
+        (("inspect",), "or a model that has left its swarm with --export FOLDER"),
+        (("serve",), "or a model that has left its swarm with --export FOLDER"),
         (("host", "--join", "kh1oops"), "error: invite: is damaged or cut short; copy it again, whole"),
         (("train", "--swarm", "none.toml"), "error: none.toml: cannot be read: No such file"),
         (("train", "--join", "none.toml"), "error: invite: 'none.toml' is neither an invite"),
